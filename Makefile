@@ -1,0 +1,45 @@
+# Everything a developer does, each target on its own in a fresh clone:
+#
+#   make demo     four gunicorn workers, real requests, one right answer   (SERVE=1: stay up)
+#   make test     linters, types, floors and all tests; what CI runs
+#   make check    linters, types and floors alone
+#   make docs     the documentation, in docs/_build/html
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_STAMP := $(VENV)/.demo-installed
+DEV_STAMP := $(VENV)/.dev-installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check docs clean
+.DELETE_ON_ERROR:
+
+demo: $(DEMO_STAMP)
+	@cd examples && ../$(BIN)/python demo.py
+
+test: check
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(DEV_STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(DEV_STAMP)
+	$(BIN)/python -m sphinx -W -q -b html docs docs/_build/html
+
+clean:
+	rm -rf $(VENV) .tmp docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(DEMO_STAMP): pyproject.toml | $(BIN)/python
+	$(PIP) --editable '.[distributed,flask]' gunicorn
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml | $(BIN)/python
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(DEMO_STAMP)

@@ -1,0 +1,28 @@
+"""Time as tapes sees it: one monotonic clock and one grid of ticks for all processes of a host.
+
+Rates of several processes can be added exactly only if all of them tick at the same moments. The host's
+monotonic clock counts from the same origin in every process, so its multiples of five seconds are a grid
+that all share without a word being exchanged: tick ``k`` is the moment ``5·k``, and an event at time ``t``
+belongs to the interval that tick ``floor(t / 5)`` opened.
+
+Source: the interval is Dropwizard's (``Meter.TICK_INTERVAL``); the common grid is ours.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Callable
+
+__all__ = ["TICK_SECONDS", "Clock", "monotonic", "tick_at"]
+
+Clock = Callable[[], float]
+"""A zero-argument callable that returns seconds and never goes backwards."""
+
+TICK_SECONDS = 5.0
+
+monotonic: Clock = time.monotonic
+
+
+def tick_at(now_seconds: float) -> int:
+    """Return the index of the last tick at or before ``now_seconds``."""
+    return int(now_seconds // TICK_SECONDS)

@@ -1,0 +1,1 @@
+"""Adapters: one line each that gives a web application its metrics and ``/metrics``."""

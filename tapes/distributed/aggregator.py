@@ -1,0 +1,285 @@
+"""The aggregator: one loop that takes in updates, answers reads, and watches who lives.
+
+Publications are taken in before reads are answered, so that an answer has whatever arrived before the
+question. A message that is not one of ours is dropped, counted and logged; nothing a client sends ends the
+loop. Reporters run in threads of their own and read the ledger through an ordinary registry, which also holds
+the aggregator's own metrics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Callable
+
+import zmq
+
+from tapes.clock import monotonic, tick_at
+from tapes.distributed.address import Endpoints, Lock
+from tapes.distributed.lease import Lease, ProcessWatch
+from tapes.distributed.ledger import Ledger
+from tapes.distributed.wire import (
+    MAX_BYTES,
+    Goodbye,
+    Item,
+    Read,
+    Reply,
+    Update,
+    decode,
+    encode,
+)
+from tapes.errors import AddressError, AddressInUse, WireError
+from tapes.exposition import FORMS, write
+from tapes.registry import Registry
+from tapes.reporting import Reporter
+from tapes.snapshot import Snapshot
+
+__all__ = ["Aggregator"]
+
+_TURN_MILLISECONDS = 100
+_AT_ONCE = 200
+"""So many publications are taken in before the loop looks at anything else."""
+_LAST_WORDS_SECONDS = 2.0
+"""So long after its death a worker's messages may still arrive."""
+_OURSELVES = bytes(16)
+
+_log = logging.getLogger("tapes.distributed")
+
+
+class _MergedView:
+    """The connection of the registry that reporters read: it answers from the ledger."""
+
+    def __init__(self, ledger: Ledger, registry: Registry) -> None:
+        self._ledger = ledger
+        self._registry = registry
+        self._seq = 0
+        self._lock = threading.Lock()
+
+    def snapshot(self) -> Snapshot:
+        self.include_ourselves()
+        return self._ledger.snapshot(tick_at(monotonic()))
+
+    def render(self, form: str) -> bytes:
+        if form == "states":
+            self.include_ourselves()
+            return encode(self._ledger.merged(tick_at(monotonic())))
+        return write(self.snapshot(), form)
+
+    def include_ourselves(self) -> None:
+        """Enter the aggregator's own metrics into the ledger."""
+        with self._lock:
+            self._seq += 1
+            items = [Item(*series) for series in self._registry.collect(fresh=False)]
+            self._ledger.apply(Update(_OURSELVES, os.getpid(), "", self._seq, 0, items, {}))
+
+
+class Aggregator:
+    """Listens at ``endpoints``, lets ``reporters`` report the sum, and lives as long as ``lease`` says."""
+
+    def __init__(self, endpoints: Endpoints, reporters: Sequence[Reporter], lease: Lease) -> None:
+        self._endpoints = endpoints
+        self._reporters = reporters
+        self._lease = lease
+        self._ledger = Ledger()
+        self._registry = Registry()
+        self._view = _MergedView(self._ledger, self._registry)
+        self._registry.connection = self._view
+        self._watches: dict[bytes, ProcessWatch] = {}
+        self._dead: dict[bytes, float] = {}
+        self._host = socket.gethostname()
+        self._wake_sender, self._wake_receiver = socket.socketpair()
+        self._wake_sender.setblocking(False)
+
+    def run(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Serve until the lease is over.
+
+        Args:
+            ready: Called once everything is bound and reporters have started.
+
+        Raises:
+            AddressInUse, AddressError: If an address can't be bound; nothing is left behind.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._wake_receiver.close)
+            stack.callback(self._wake_sender.close)
+            lock = Lock(self._endpoints)
+            lock.acquire()
+            stack.callback(lock.release)
+            context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+            stack.callback(self._remove_sockets)
+            stack.callback(context.destroy, linger=0)
+            updates, questions = self._bind(context)
+            stack.enter_context(self._signals())
+            for reporter in self._reporters:
+                reporter.registry = self._registry
+                reporter.start()
+                stack.callback(_stop, reporter)
+            _log.info("tapes aggregator %d listens at %s", os.getpid(), self._endpoints.publish)
+            ready()
+            self._serve(updates, questions)
+
+    def stop(self) -> None:
+        """Ask the loop to end, from any thread or a signal handler."""
+        self._lease.tell()
+        with contextlib.suppress(OSError):
+            self._wake_sender.send(b"x")
+
+    def _bind(self, context: zmq.Context[Any]) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        updates = context.socket(zmq.SUB)
+        updates.setsockopt(zmq.SUBSCRIBE, b"")
+        questions = context.socket(zmq.ROUTER)
+        umask = os.umask(0o077)
+        try:
+            for endpoint, bound in (
+                (self._endpoints.publish, updates),
+                (self._endpoints.read, questions),
+            ):
+                bound.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
+                bound.setsockopt(zmq.LINGER, 0)
+                try:
+                    bound.bind(endpoint)
+                except zmq.ZMQError as error:
+                    kind = AddressInUse if error.errno == zmq.EADDRINUSE else AddressError
+                    raise kind(
+                        f"the aggregator can't bind {endpoint} ({error.strerror})",
+                        remedy="choose another address, or stop what listens there",
+                    ) from None
+        finally:
+            os.umask(umask)
+        return updates, questions
+
+    def _remove_sockets(self) -> None:
+        for path in self._endpoints.files:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """End on SIGTERM; on the terminal's signals too, unless there is an owner who gets them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        terminal = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+        handlers: dict[int, Any] = dict.fromkeys(
+            terminal, signal.SIG_IGN if self._lease.has_owner else self._on_signal
+        )
+        handlers[signal.SIGTERM] = self._on_signal
+        handlers[signal.SIGCHLD] = signal.SIG_DFL
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        wakeup = signal.set_wakeup_fd(self._wake_sender.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.stop()
+
+    def _serve(self, updates: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> None:
+        poller = zmq.Poller()
+        for pollable in (updates, questions, self._wake_receiver):
+            poller.register(pollable, zmq.POLLIN)
+        looked = 0.0
+        while True:
+            events = dict(poller.poll(_TURN_MILLISECONDS))
+            if self._wake_receiver.fileno() in events:
+                self._wake_receiver.recv(4096)
+            drained = self._take_in(updates)
+            if questions in events and drained:
+                self._answer(questions)
+            now = monotonic()
+            if now - looked >= _TURN_MILLISECONDS / 1000:
+                looked = now
+                if self._lease.expired(now, self._living(now)):
+                    return
+
+    def _take_in(self, updates: zmq.Socket[bytes]) -> bool:
+        """Take in publications; return whether that was all of them for now."""
+        for _ in range(_AT_ONCE):
+            try:
+                data = updates.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return True
+            try:
+                update = decode(data)
+                if not isinstance(update, Update):
+                    raise WireError("a publication", got=type(update).__name__, expected="Update")
+            except WireError as error:
+                self._reject(data, str(error))
+            else:
+                self._apply(update)
+        return False
+
+    def _answer(self, questions: zmq.Socket[bytes]) -> None:
+        try:
+            *route, data = questions.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        try:
+            question = decode(data)
+            if not isinstance(question, (Read, Goodbye)):
+                raise WireError("a question", got=type(question).__name__, expected="Read or Goodbye")
+        except WireError as error:
+            self._reject(data, str(error))
+            return
+        reply = self._reply(question)
+        with contextlib.suppress(zmq.ZMQError):
+            questions.send_multipart([*route, encode(reply)], zmq.NOBLOCK)
+
+    def _reply(self, question: Read | Goodbye) -> Reply:
+        number = question.correlation
+        if not self._apply(question.update):
+            return Reply(number, "behind", b"")
+        if isinstance(question, Goodbye):
+            self._retire(question.update.identity)
+            return Reply(number, "ok", b"")
+        if question.what != "states" and question.what not in FORMS:
+            return Reply(number, "error", b"it does not know this format")
+        try:
+            return Reply(number, "ok", self._view.render(question.what))
+        except Exception as error:
+            _log.exception("tapes: the aggregator could not answer a read")
+            return Reply(number, "error", repr(error).encode())
+
+    def _apply(self, update: Update) -> bool:
+        complete, refused = self._ledger.apply(update)
+        for name in refused:
+            self._registry.reject(name, (), name, "another worker has it as another kind of metric")
+        return complete
+
+    def _reject(self, data: bytes, why: str) -> None:
+        self._registry.reject("the aggregator", (), data[:40], why)
+
+    def _living(self, now: float) -> int:
+        """Retire workers that have ended; return how many live."""
+        workers = {w.identity: w for w in self._ledger.workers if w.identity != _OURSELVES}
+        for identity, worker in workers.items():
+            if identity not in self._watches and worker.host == self._host:
+                self._watches[identity] = ProcessWatch(worker.pid)
+            watch = self._watches.get(identity)
+            if watch is None or not watch.ended():
+                continue
+            if now - self._dead.setdefault(identity, now) >= _LAST_WORDS_SECONDS:
+                self._retire(identity)
+        return len(workers.keys() - self._dead.keys())
+
+    def _retire(self, identity: bytes) -> None:
+        self._ledger.retire(identity)
+        self._dead.pop(identity, None)
+        watch = self._watches.pop(identity, None)
+        if watch is not None:
+            watch.close()
+
+
+def _stop(reporter: Reporter) -> None:
+    try:
+        reporter.stop()
+    except Exception:
+        _log.exception("tapes: %s failed to stop", type(reporter).__name__)

@@ -1,0 +1,157 @@
+"""The worker's side of publishing: what changed, and the thread that sends it.
+
+A thread sends an update at most every 0.1 s, and a keyframe whenever a subscription arrives, so at every
+start or restart of an aggregator. It limits itself to a twentieth of its time. It never blocks the application: a
+full queue means that what changed is sent next time, with what changed since.
+
+0MQ settings, and why: ``IMMEDIATE``, as otherwise an XPUB that connects notices neither the death nor the
+return of its subscriber; ``XPUB_NODROP`` and a short queue, as otherwise a full queue drops the newest
+message without a word; ``XPUB_VERBOSE``, so that a second subscription is seen while the first still lingers.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Callable
+
+import zmq
+
+from tapes.distributed.wire import Item, Update, encode
+from tapes.metrics import State
+from tapes.naming import Labels
+from tapes.registry import Registry
+
+if TYPE_CHECKING:
+    from tapes.distributed.address import Endpoints
+
+__all__ = ["Outbox", "Publisher"]
+
+INTERVAL_SECONDS = 0.1
+_SHARE = 20
+_QUEUE = 4
+
+
+class Outbox:
+    """What a worker has to say: its series, and which of them changed since the last publication.
+
+    States are immutable and a series that was not touched keeps its state object, so "changed" is "another
+    object than was published".
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._identity = os.urandom(16)
+        self._pid = os.getpid()
+        self._host = socket.gethostname()
+        self._lock = threading.Lock()
+        self._seq = 0
+        self._published_seq = 0
+        self._published: dict[tuple[str, Labels], State] = {}
+        self._revision = -1
+
+    def update(self, *, keyframe: bool = False) -> Update:
+        """Return what changed since the last publication, or everything.
+
+        Sequence numbers are drawn under the lock that states are collected under, so that the higher
+        number always has the newer state.
+        """
+        with self._lock:
+            return self._update(keyframe)
+
+    def publish(self, send: Callable[[Update], bool], *, keyframe: bool = False) -> bool:
+        """Pass ``send`` what changed, if anything; it counts as published if that returns ``True``."""
+        with self._lock:
+            revision = self._registry.revision
+            update = self._update(keyframe or revision != self._revision)
+            if update.base and not update.items:
+                return True
+            if not send(update):
+                return False
+            if not update.base:
+                self._published.clear()
+            self._published.update(((item.name, item.labels), item.state) for item in update.items)
+            self._published_seq = update.seq
+            self._revision = revision
+            return True
+
+    def _update(self, keyframe: bool) -> Update:
+        base = 0 if keyframe else self._published_seq
+        published = self._published.get if base else lambda key: None
+        self._seq += 1
+        items = [
+            Item(kind, name, labels, state)
+            for kind, name, labels, state in self._registry.collect(fresh=False)
+            if published((name, labels)) is not state
+        ]
+        return Update(
+            self._identity, self._pid, self._host, self._seq, base, items,
+            {} if base else self._registry.descriptions(),
+        )  # fmt: skip
+
+
+class Publisher:
+    """A daemon thread that publishes an outbox until it is stopped."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoints: Endpoints, outbox: Outbox):
+        self._outbox = outbox
+        self._socket = context.socket(zmq.XPUB)
+        for option, value in (
+            (zmq.IMMEDIATE, 1), (zmq.XPUB_NODROP, 1), (zmq.XPUB_VERBOSE, 1),
+            (zmq.SNDHWM, _QUEUE), (zmq.LINGER, 0),
+        ):  # fmt: skip
+            self._socket.setsockopt(option, value)
+        self._socket.connect(endpoints.publish)
+        self._subscribed = False
+        self._keyframe_due = False
+        self._stop_sender, self._stop_receiver = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="tapes-publisher", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; returns when it has ended."""
+        self._stop_sender.send(b"x")
+        self._thread.join()
+        self._stop_sender.close()
+        self._stop_receiver.close()
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._stop_receiver, zmq.POLLIN)
+        due = time.monotonic()
+        try:
+            while True:
+                wait_seconds = max(0.0, due - time.monotonic())
+                events = dict(poller.poll(int(wait_seconds * 1000) + 1))
+                if self._stop_receiver.fileno() in events:
+                    return
+                if self._socket in events:
+                    self._note_subscriptions()
+                started = time.monotonic()
+                if self._subscribed and (self._keyframe_due or started >= due):
+                    sent = self._outbox.publish(self._send, keyframe=self._keyframe_due)
+                    self._keyframe_due = self._keyframe_due and not sent
+                if started >= due:
+                    now = time.monotonic()
+                    due = now + max(INTERVAL_SECONDS, _SHARE * (now - started))
+        finally:
+            self._socket.close()
+
+    def _note_subscriptions(self) -> None:
+        while True:
+            try:
+                message = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._subscribed = message[:1] == b"\x01"
+            self._keyframe_due = self._subscribed
+
+    def _send(self, update: Update) -> bool:
+        try:
+            self._socket.send(encode(update), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True

@@ -1,0 +1,161 @@
+"""The two public faces: the registry of a worker, and the aggregator of a service.
+
+RegistryAggregator(HTTPReporter(8889)).start()   # before the fork
+…
+registry.connect()                               # after it, in every worker
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tapes.clock import Clock, monotonic
+from tapes.distributed import connection
+from tapes.distributed.address import DEFAULT_ADDR, resolve
+from tapes.distributed.aggregator import Aggregator
+from tapes.distributed.lease import Lease, Readiness
+from tapes.errors import InvalidArgument, TapesError
+from tapes.registry import Registry
+from tapes.reporting import Reporter
+
+__all__ = ["DistributedRegistry", "RegistryAggregator"]
+
+_STOP_SECONDS = 3.0
+
+
+class DistributedRegistry(Registry):
+    """A registry that, once connected, publishes what it holds and answers for the whole service.
+
+    Before `connect`, and after `close`, it is a plain `Registry`.
+
+    Args:
+        socket_addr: Where the aggregator listens: ``ipc://PATH`` or ``tcp://127.0.0.1:PORT``. The default
+            stands for ``TAPES_ADDR`` from the environment, if that is set. A relative path is taken from
+            the working directory of now.
+        prefix, labels, clock, max_series: As `Registry`.
+
+    Raises:
+        AddressError: If the address can't be used.
+    """
+
+    def __init__(
+        self,
+        socket_addr: str = DEFAULT_ADDR,
+        *,
+        prefix: str = "",
+        labels: Mapping[str, Any] | None = None,
+        clock: Clock = monotonic,
+        max_series: int = 2000,
+    ) -> None:
+        super().__init__(prefix=prefix, labels=labels, clock=clock, max_series=max_series)
+        self.socket_addr = resolve(socket_addr).publish
+
+    def connect(self) -> None:
+        """Connect to the aggregator; call it in every worker, after the fork.
+
+        Returns at once, also if the aggregator isn't there yet. Nothing if connected already.
+        """
+        connection.connect(self, self.socket_addr)
+
+    def close(self) -> None:
+        """Hand the last values to the aggregator and disconnect; nothing if not connected.
+
+        Takes 1 s at most, if the aggregator doesn't answer.
+        """
+        connection.close(self)
+
+
+class RegistryAggregator:
+    """Adds up what all connected registries publish, and lets reporters report the sum.
+
+    Args:
+        reporter: One reporter or several; each gets the merged view as its registry.
+        socket_addr: Where to listen; see `DistributedRegistry`.
+
+    Raises:
+        AddressError: If the address can't be used.
+    """
+
+    def __init__(self, reporter: Reporter | Iterable[Reporter], socket_addr: str = DEFAULT_ADDR) -> None:
+        self.reporters = [reporter] if isinstance(reporter, Reporter) else list(reporter)
+        for given in self.reporters:
+            if not isinstance(given, Reporter):
+                raise InvalidArgument("the aggregator's reporter", got=given, expected="a Reporter")
+        self.socket_addr = resolve(socket_addr).publish
+        self._pid = 0
+        self._aggregator: Aggregator | None = None
+
+    def start(self, fork: bool = True) -> None:
+        """Start to listen and to report; call it before workers are forked.
+
+        The forked aggregator ignores the terminal's interrupts and ends with the process that started it.
+
+        Args:
+            fork: Run in a child process and return when that is ready. If ``False``, run in this process
+                and return when it is interrupted, terminated, or stopped from another thread.
+
+        Raises:
+            AddressInUse, AddressError: If it can't bind its address, or a reporter can't bind its own.
+            AggregatorUnavailable: If it can't be started for another reason.
+        """
+        if self._pid or self._aggregator:
+            raise InvalidArgument("start() was called before", expected="one start() for each stop()")
+        if not fork:
+            lease = Lease(owner_pid=None)
+            self._aggregator = Aggregator(resolve(self.socket_addr), self.reporters, lease)
+            try:
+                self._aggregator.run()
+            finally:
+                self._aggregator = None
+            return
+        readiness = Readiness()
+        owner_pid = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._pid = os.fork()
+        if self._pid == 0:
+            self._run_in_child(owner_pid, readiness)
+        try:
+            readiness.wait()
+        except TapesError:
+            os.waitpid(self._pid, 0)
+            self._pid = 0
+            raise
+
+    def stop(self) -> None:
+        """End the aggregator, after it has taken in what workers still have to say; nothing if not started.
+
+        Takes 3 s at most.
+        """
+        if self._aggregator is not None:
+            self._aggregator.stop()
+        if not self._pid:
+            return
+        pid, self._pid = self._pid, 0
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGTERM)
+            deadline = time.monotonic() + _STOP_SECONDS
+            while os.waitpid(pid, os.WNOHANG) == (0, 0):
+                if time.monotonic() > deadline:
+                    os.kill(pid, signal.SIGKILL)
+                time.sleep(0.01)
+
+    def _run_in_child(self, owner_pid: int, readiness: Readiness) -> None:
+        """Never returns: the child must not run what belongs to its parent."""
+        status = 1
+        try:
+            os.setsid()
+            lease = Lease(owner_pid=owner_pid)
+            aggregator = Aggregator(resolve(self.socket_addr), self.reporters, lease)
+            status = readiness.run(aggregator)
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(status)

@@ -1,0 +1,340 @@
+"""The wire: messages to bytes and back, with no I/O.
+
+A message is one MessagePack array: wire version, type, fields. Workers send
+
+    Update    what a worker's series stand at: all of them, or those that changed since an earlier update
+    Read      a question, with an update of what the asker holds
+    Goodbye   a worker's last update
+
+and get a `Reply`. A `Merged` is the payload of a reply to a reader that wants the states themselves.
+
+An update has a sequence number, and says after which earlier one it continues (``base``; 0 for a *keyframe*,
+which has every series). States are cumulative, so the newest of a series supersedes all before it.
+
+`decode` returns a valid message or raises `WireError`, whatever it is given: every field is checked for type
+and range, and what belongs together must agree (the counts of a sketch's bins add up to its count).
+
+Source: MessagePack (msgpack.org); all fields are ours.
+"""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import Any, Callable, NamedTuple, Union
+
+import msgpack
+
+from tapes.errors import WireError
+from tapes.ewma import Rates
+from tapes.metrics import (
+    KINDS,
+    MERGE_MODES,
+    CounterState,
+    GaugeState,
+    HistogramState,
+    MeterState,
+    State,
+    TimerState,
+)
+from tapes.naming import Labels
+from tapes.sketch import EMPTY, MAX_KEY, Sketch
+from tapes.sums import Number, Total
+
+__all__ = [
+    "MAX_BYTES", "VERSION", "Descriptions", "Goodbye", "Item", "Merged", "Message", "Read", "Reply",
+    "Update", "decode", "encode",
+]  # fmt: skip
+
+VERSION = 1
+MAX_BYTES = 64 << 20
+"""A longer message is dropped by the socket."""
+
+Descriptions = dict[str, tuple[str, Union[str, None]]]
+"""Name to help text and unit."""
+
+
+class Item(NamedTuple):
+    """One series: its kind, its name, its labels sorted by name, and its state."""
+
+    kind: str
+    name: str
+    labels: Labels
+    state: State
+
+
+class Update(NamedTuple):
+    """What a worker's series stand at.
+
+    Attributes:
+        identity: Sixteen random bytes, drawn at connect; a reused pid is a new worker.
+        pid, host: Whose death to watch for.
+        seq: The number of this update, from 1.
+        base: The update that this one continues; 0 for a keyframe, which has every series.
+    """
+
+    identity: bytes
+    pid: int
+    host: str
+    seq: int
+    base: int
+    items: list[Item]
+    descriptions: Descriptions
+
+
+class Read(NamedTuple):
+    """A question: ``what`` is a form of `tapes.exposition.FORMS`, or ``"states"`` for a `Merged`."""
+
+    correlation: int
+    what: str
+    update: Update
+
+
+class Goodbye(NamedTuple):
+    """A worker's last words."""
+
+    correlation: int
+    update: Update
+
+
+class Reply(NamedTuple):
+    """An answer.
+
+    Attributes:
+        correlation: Of the question.
+        status: ``"ok"``, ``"behind"`` (send a keyframe, some of what it builds on is missing) or
+            ``"error"``.
+        payload: The answer; for an error, a sentence.
+    """
+
+    correlation: int
+    status: str
+    payload: bytes
+
+
+class Merged(NamedTuple):
+    """The states of the whole service."""
+
+    tick: int
+    items: list[Item]
+    descriptions: Descriptions
+
+
+Message = Union[Update, Read, Goodbye, Reply, Merged]
+
+
+def encode(message: Message) -> bytes:
+    """Return ``message`` as bytes."""
+    name = type(message).__name__
+    fields = [_plain_field(value) for value in message]
+    packed: bytes = msgpack.packb([VERSION, name, *fields])
+    return packed
+
+
+def decode(data: bytes) -> Message:
+    """Return the message in ``data``.
+
+    Raises:
+        WireError: If it is not one of ours, of another version, or inconsistent.
+    """
+    try:
+        version, name, *fields = _list(msgpack.unpackb(data, max_map_len=0, max_ext_len=0))
+        if version != VERSION:
+            raise WireError("the message's version", got=version, expected=str(VERSION))
+        return _MESSAGES[_text(name)](*fields)
+    except WireError:
+        raise
+    except Exception as error:
+        raise WireError(f"the message can't be read ({type(error).__name__}: {error})") from None
+
+
+# Encoding: every part of a message as what MessagePack knows.
+
+
+def _plain_field(value: Any) -> Any:
+    if isinstance(value, Update):
+        return [_plain_field(field) for field in value]
+    if isinstance(value, list):
+        return [[item.kind, item.name, item.labels, _PLAIN[item.kind](item.state)] for item in value]
+    if isinstance(value, dict):
+        return [[name, text, unit] for name, (text, unit) in value.items()]
+    return value
+
+
+def _plain_total(total: Total) -> list[Any]:
+    whole = total.whole
+    small = -(1 << 63) <= whole < 1 << 63
+    return [whole if small else str(whole), list(total.parts)]
+
+
+def _plain_rates(rates: Rates) -> list[Any]:
+    return [rates.tick, rates.pending, list(rates.linear), rates.first, rates.first_count]
+
+
+def _plain_sketch(sketch: Sketch) -> list[Any]:
+    weight = sketch.weights.get
+    return [
+        sketch.count, list(sketch.sum_parts), sketch.low, sketch.high,
+        list(sketch.bins), list(sketch.bins.values()), sketch.tick,
+        [weight(key, 0.0) for key in sketch.bins], sketch.recent_sum,
+    ]  # fmt: skip
+
+
+_PLAIN: dict[str, Callable[[Any], Any]] = {
+    "counter": lambda state: [_plain_total(state.up), _plain_total(state.down)],
+    "gauge": list,
+    "meter": lambda state: [_plain_total(state.count), _plain_rates(state.rates)],
+    "histogram": lambda state: _plain_sketch(state.sketch),
+    "timer": lambda state: [_plain_sketch(state.sketch), _plain_rates(state.rates)],
+}
+
+
+# Decoding: each function returns its part, or raises.
+
+
+def _check(holds: bool, what: str) -> None:
+    if not holds:
+        raise WireError(f"a message with {what}")
+
+
+def _list(value: Any) -> list[Any]:
+    _check(type(value) is list, "something that is no list")
+    return value  # type: ignore[no-any-return]
+
+
+def _text(value: Any) -> str:
+    _check(type(value) is str, "something that is no text")
+    return value  # type: ignore[no-any-return]
+
+
+def _bytes(value: Any) -> bytes:
+    _check(type(value) is bytes, "something that is no bytes")
+    return value  # type: ignore[no-any-return]
+
+
+def _whole(value: Any, least: int = 0) -> int:
+    _check(type(value) is int and value >= least, "a number out of range")
+    return value  # type: ignore[no-any-return]
+
+
+def _number(value: Any) -> Number:
+    _check(type(value) is int or (type(value) is float and isfinite(value)), "no finite number")
+    return value  # type: ignore[no-any-return]
+
+
+def _float(value: Any, least: float = float("-inf")) -> float:
+    number = float(_number(value))
+    _check(number >= least, "a number out of range")
+    return number
+
+
+def _floats(value: Any) -> tuple[float, ...]:
+    return tuple(map(_float, _list(value)))
+
+
+def _total(plain: Any) -> Total:
+    whole, parts = _list(plain)
+    if type(whole) is str:
+        _check(len(whole) <= 400, "a number too long")
+        whole = int(whole)
+    return Total(_whole(whole), _floats(parts))
+
+
+def _rates(plain: Any) -> Rates:
+    tick, pending, linear, first, first_count = _list(plain)
+    rates = _floats(linear)
+    _check(len(rates) == 3, "rates that are not three")
+    return Rates(_whole(tick), _float(pending), rates, _whole(first), _float(first_count))
+
+
+def _sketch(plain: Any) -> Sketch:
+    count, parts, low, high, keys, counts, tick, weights, recent_sum = _list(plain)
+    if _whole(count) == 0:
+        return EMPTY
+    _check({type(keys), type(counts), type(weights)} == {list}, "bins that are no lists")
+    _check({*map(type, keys), *map(type, counts)} == {int}, "bins that are not whole numbers")
+    _check(set(map(type, weights)) == {float}, "weights that are no numbers")
+    _check(len(keys) == len(counts) == len(weights) == len(set(keys)), "bins that do not match")
+    _check(min(keys) >= -MAX_KEY and max(keys) <= MAX_KEY, "a bin out of range")
+    _check(min(counts) > 0 and sum(counts) == count, "bins that do not add up to the count")
+    _check(min(weights) >= 0.0 and isfinite(sum(weights)), "weights out of range")
+    least, most = _float(low), _float(high)
+    _check(least <= most, "a minimum above the maximum")
+    return Sketch(
+        count, _floats(parts), least, most, dict(zip(keys, counts)), _whole(tick),
+        {key: weight for key, weight in zip(keys, weights) if weight}, _float(recent_sum),
+    )  # fmt: skip
+
+
+def _counter(plain: Any) -> CounterState:
+    up, down = _list(plain)
+    return CounterState(_total(up), _total(down))
+
+
+def _gauge(plain: Any) -> GaugeState:
+    value, mode, since = _list(plain)
+    _check(mode in MERGE_MODES, "an unknown merge mode")
+    return GaugeState(
+        None if value is None else _number(value), mode, None if since is None else _float(since)
+    )
+
+
+def _meter(plain: Any) -> MeterState:
+    count, rates = _list(plain)
+    return MeterState(_total(count), _rates(rates))
+
+
+def _timer(plain: Any) -> TimerState:
+    sketch, rates = _list(plain)
+    return TimerState(_sketch(sketch), _rates(rates))
+
+
+_STATES: dict[str, Callable[[Any], State]] = {
+    "counter": _counter,
+    "gauge": _gauge,
+    "meter": _meter,
+    "histogram": lambda plain: HistogramState(_sketch(plain)),
+    "timer": _timer,
+}
+assert _STATES.keys() == _PLAIN.keys() == KINDS.keys()
+
+
+def _labels(plain: Any) -> Labels:
+    labels = tuple((_text(name), _text(value)) for name, value in _list(plain))
+    names = [name for name, _ in labels]
+    _check(names == sorted(set(names)), "labels out of order")
+    return labels
+
+
+def _items(plain: Any) -> list[Item]:
+    items = []
+    for kind, name, labels, state in _list(plain):
+        _check(_text(kind) in _STATES, "an unknown kind of metric")
+        _check(all(_text(name).split(".")), "a metric without a name")
+        items.append(Item(kind, name, _labels(labels), _STATES[kind](state)))
+    return items
+
+
+def _descriptions(plain: Any) -> Descriptions:
+    return {
+        _text(name): (_text(text), None if unit is None else _text(unit)) for name, text, unit in _list(plain)
+    }
+
+
+def _update(*fields: Any) -> Update:
+    identity, pid, host, seq, base, items, descriptions = fields
+    _check(len(_bytes(identity)) == 16, "an identity that is not sixteen bytes")
+    _check(_whole(base) < _whole(seq, 1), "an update that continues itself")
+    return Update(
+        identity, _whole(pid, 1), _text(host), seq, base, _items(items), _descriptions(descriptions)
+    )
+
+
+_MESSAGES: dict[str, Callable[..., Message]] = {
+    "Update": _update,
+    "Read": lambda correlation, what, update: Read(_whole(correlation), _text(what), _update(*_list(update))),
+    "Goodbye": lambda correlation, update: Goodbye(_whole(correlation), _update(*_list(update))),
+    "Reply": lambda correlation, status, payload: Reply(_whole(correlation), _text(status), _bytes(payload)),
+    "Merged": lambda tick, items, descriptions: Merged(
+        _whole(tick), _items(items), _descriptions(descriptions)
+    ),
+}

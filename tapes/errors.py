@@ -1,0 +1,118 @@
+"""Every error that tapes raises, in one tree.
+
+    TapesError
+    ├── InvalidName            ValueError        a metric name that can't be used
+    ├── InvalidLabel           ValueError        a label name that can't be used
+    ├── InvalidArgument        ValueError        any other argument out of its range
+    ├── KindConflict           TypeError         the name belongs to a metric of another kind
+    ├── MissingExtra           ImportError       an optional dependency is not installed
+    ├── AddressError           ValueError        an address that can't be bound or connected to
+    │   └── AddressInUse                         another aggregator serves it already
+    ├── AggregatorUnavailable  RuntimeError      the aggregator can't be started, or did not answer in time
+    └── WireError              ValueError        a message that is not one of ours
+
+Each is built from data and says the same four things in the same order: what is wrong, what was got,
+what was expected, and what to do about it. Each also derives from the built-in exception that a caller
+would have caught without knowing tapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "AddressError",
+    "AddressInUse",
+    "AggregatorUnavailable",
+    "InvalidArgument",
+    "InvalidLabel",
+    "InvalidName",
+    "KindConflict",
+    "MissingExtra",
+    "TapesError",
+    "WireError",
+]
+
+_UNSET: Any = object()
+
+
+class TapesError(Exception):
+    """The root of all errors of tapes.
+
+    Args:
+        what: What is wrong, without a full stop.
+        got: The offending value; shown through ``repr``.
+        expected: What would have been right, in words.
+        remedy: What the reader can do now, in words.
+
+    Attributes:
+        what, got, expected, remedy: As given; ``got`` is ``None`` where nothing was.
+    """
+
+    def __init__(self, what: str, *, got: Any = _UNSET, expected: str = "", remedy: str = "") -> None:
+        self.what = what
+        self.got = None if got is _UNSET else got
+        self.expected = expected
+        self.remedy = remedy
+        details = []
+        if got is not _UNSET:
+            details.append(f"got {_short(got)}")
+        if expected:
+            details.append(f"expected {expected}")
+        message = what + (": " + ", ".join(details) if details else "")
+        super().__init__(message + (f"; {remedy}" if remedy else ""))
+
+
+class InvalidName(TapesError, ValueError):
+    """A metric name that can't be used."""
+
+
+class InvalidLabel(TapesError, ValueError):
+    """A label name that can't be used."""
+
+
+class InvalidArgument(TapesError, ValueError):
+    """An argument other than a name or a label that is out of its range."""
+
+
+class KindConflict(TapesError, TypeError):
+    """The name belongs to a metric of another kind, or would hide a field of one."""
+
+
+class MissingExtra(TapesError, ImportError):
+    """An optional dependency is not installed.
+
+    Args:
+        feature: What needs it.
+        extra: The extra of tapes that brings it.
+    """
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(
+            f"{feature} needs packages that are not installed",
+            remedy=f"run: pip install 'tapes[{extra}]'",
+        )
+
+
+class AddressError(TapesError, ValueError):
+    """An address that can't be bound or connected to."""
+
+
+class AddressInUse(AddressError):
+    """Another aggregator serves this address already."""
+
+
+class AggregatorUnavailable(TapesError, RuntimeError):
+    """The aggregator can't be started, or did not answer in time."""
+
+
+class WireError(TapesError, ValueError):
+    """A message that is not one of ours."""
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # a broken __repr__ must not hide the error that is being reported
+        text = f"<{type(value).__name__} with a failing repr>"
+    return text if len(text) <= 120 else text[:117] + "..."

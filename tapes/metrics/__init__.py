@@ -1,0 +1,38 @@
+"""What a process records, one kind a file.
+
+A metric appends what it is given to a buffer and folds the buffer into an immutable, mergeable state from
+time to time (`tapes.metrics.base`). Metrics are made by a registry, never by hand.
+"""
+
+from tapes.metrics.base import Metric, State
+from tapes.metrics.counter import Counter, CounterState
+from tapes.metrics.gauge import MERGE_MODES, Gauge, GaugeState
+from tapes.metrics.histogram import Histogram, HistogramState
+from tapes.metrics.meter import Meter, MeterState
+from tapes.metrics.timer import Timer, TimerState
+
+__all__ = [
+    "KINDS",
+    "MERGE_MODES",
+    "Counter",
+    "CounterState",
+    "Gauge",
+    "GaugeState",
+    "Histogram",
+    "HistogramState",
+    "Meter",
+    "MeterState",
+    "Metric",
+    "State",
+    "Timer",
+    "TimerState",
+]
+
+KINDS: dict[str, type[State]] = {
+    "counter": CounterState,
+    "gauge": GaugeState,
+    "histogram": HistogramState,
+    "meter": MeterState,
+    "timer": TimerState,
+}
+"""Kind to its mergeable state."""

@@ -1,0 +1,161 @@
+"""What all metrics share: a buffer, a fold and a state.
+
+Theory. Recording appends to a list and does nothing else: ``list.append`` is atomic, takes no lock and may be
+interrupted by a signal handler or a destructor that records into the same list. *Folding* turns the buffer
+into state in one batch. It takes the first n values, builds a new immutable state, and then replaces the
+state and removes those n values. Whoever reads the state meanwhile holds the one before: a consistent cut.
+
+One thread folds at a time. A recorder that finds the buffer full tries, and leaves it to the other if
+someone is folding already; so recording never waits. A reader waits, unless it *is* the folding thread,
+interrupted by a signal handler: then it gets the last complete state.
+
+What can't be recorded (NaN, infinities, things that are no numbers) is found at fold time, at the speed of a
+batch, and handed to the registry, which counts and logs it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from math import isfinite
+from operator import index
+from threading import Lock, get_ident
+from typing import Any, ClassVar, Protocol
+
+from tapes.clock import Clock
+from tapes.naming import Labels
+from tapes.snapshot import Series
+from tapes.sums import Number
+
+__all__ = ["FULL", "Metric", "Reject", "State", "checked_number", "sift"]
+
+FULL = 1024
+"""A buffer of this many values is folded by whoever fills it, so memory stays bounded with no reader."""
+
+Reject = Callable[["Metric", Any, str], None]
+"""Told of every bad value: the metric, the value and why it can't be recorded."""
+
+_log = logging.getLogger("tapes.metrics")
+
+
+class State(Protocol):
+    """The mergeable state of a metric: an immutable value."""
+
+    @staticmethod
+    def merge(states: Iterable[Any]) -> Any:
+        """Return the state of all streams together; at least one is needed."""
+
+    def series(self, labels: Labels, tick: int) -> Series | None:
+        """Return what a reader sees as of ``tick``; ``None`` if there is nothing to see."""
+
+
+class Metric:
+    """A named series that a process records into; made by a registry.
+
+    Thread and fork safety: recording and reading are safe from any thread, from signal handlers and from
+    destructors.
+    """
+
+    kind: ClassVar[str]
+
+    __slots__ = (
+        "__weakref__", "_buffer", "_clock", "_folder", "_folding", "_reject", "_state", "labels", "name",
+    )  # fmt: skip
+
+    def __init__(self, name: str, labels: Labels, clock: Clock, reject: Reject) -> None:
+        self.name = name
+        self.labels = labels
+        self._clock = clock
+        self._reject = reject
+        self._buffer: list[Any] = []
+        self._folding = Lock()
+        self._folder = 0
+        self._state: State = self._initial(clock())
+
+    def __repr__(self) -> str:
+        labels = "".join(f", {name}={value!r}" for name, value in self.labels)
+        return f"<tapes {self.kind} {self.name!r}{labels}>"
+
+    def collect(self, *, fresh: bool = True) -> State:
+        """Fold what is pending and return the state; the same object if nothing changed.
+
+        Args:
+            fresh: Whether a value that has to be asked for must be asked for now (`Gauge.collect`).
+        """
+        self._fold(self._clock(), wait=True)
+        return self._state
+
+    def _fold(self, now: float, *, wait: bool = False) -> None:
+        folding = self._folding
+        if not folding.acquire(False):
+            if not wait or self._folder == get_ident():
+                return
+            folding.acquire()
+        try:
+            self._folder = get_ident()
+            taken = len(self._buffer)
+            if taken:
+                try:
+                    state = self._absorb(self._buffer[:taken])
+                except Exception:
+                    _log.exception("tapes dropped %d values of %r", taken, self.name)
+                    state = self._state
+                self._state = state
+                del self._buffer[:taken]
+            self._moved_on(now)
+        finally:
+            self._folder = 0
+            folding.release()
+
+    def _initial(self, now: float) -> State:
+        """Return the state of a metric made at ``now``."""
+        raise NotImplementedError
+
+    def _absorb(self, values: list[Any]) -> State:
+        """Return the state with ``values`` added; what can't be recorded goes to ``self._reject``."""
+        raise NotImplementedError
+
+    def _moved_on(self, now: float) -> None:
+        """Note that what is recorded from here on happens at ``now`` or later."""
+
+    def _sift(self, values: Iterable[Any], least: float = float("-inf")) -> list[Number]:
+        """Return the numbers among ``values`` and reject the others, one by one."""
+        return sift(values, lambda value, why: self._reject(self, value, why), least)
+
+
+def checked_number(value: Any) -> Number:
+    """Return ``value`` as a finite ``int`` or ``float``.
+
+    Raises:
+        ValueError: If it is NaN, infinite, too large for a float, or no number.
+    """
+    if type(value) is float and isfinite(value):
+        return value
+    try:
+        finite = isfinite(value)
+    except (TypeError, ValueError, OverflowError):
+        finite = False
+    if not finite:
+        raise ValueError("it is not a finite number")
+    try:
+        return index(value)
+    except TypeError:
+        return float(value)
+
+
+def sift(
+    values: Iterable[Any], reject: Callable[[Any, str], None], least: float = float("-inf")
+) -> list[Number]:
+    """Return the finite numbers of at least ``least`` among ``values``; call ``reject`` for the others."""
+    good: list[Number] = []
+    for value in values:
+        try:
+            number = checked_number(value)
+        except Exception as error:
+            reject(value, str(error))
+            continue
+        if number < least:
+            reject(value, f"it is less than {least:g}")
+        else:
+            good.append(number)
+    return good

@@ -1,0 +1,71 @@
+"""Histogram: how large, as a distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from tapes.clock import tick_at
+from tapes.metrics.base import FULL, Metric
+from tapes.naming import Labels
+from tapes.sketch import EMPTY, Sketch
+from tapes.snapshot import HistogramSeries
+from tapes.sums import Number
+
+__all__ = ["Histogram", "HistogramState"]
+
+
+class HistogramState(NamedTuple):
+    """The sketch of all values."""
+
+    sketch: Sketch = EMPTY
+
+    @staticmethod
+    def merge(states: Iterable[HistogramState]) -> HistogramState:
+        """Return the state of one histogram that saw all streams."""
+        return HistogramState(Sketch.merge(state.sketch for state in states))
+
+    def series(self, labels: Labels, tick: int) -> HistogramSeries:
+        """Return what a reader sees."""
+        return HistogramSeries(labels, self.sketch.lifetime, self.sketch.recent)
+
+
+class Histogram(Metric):
+    """Keeps the distribution of values: sizes, lengths, anything but durations, which are a timer's.
+
+    Quantiles are within 0.4 % for magnitudes from 1e-30 to 1e30; whole numbers up to 256 are exact.
+
+    Example:
+        >>> import tapes
+        >>> registry = tapes.Registry()
+        >>> for size in range(1, 101):
+        ...     registry.histogram("mail.size").update(size)
+        >>> registry.get_stats().mail.size.q95
+        95.0
+    """
+
+    kind = "histogram"
+    __slots__ = ()
+
+    def update(self, value: Number) -> None:
+        """Add ``value``, any finite number; a bad one is dropped, counted and logged.
+
+        Cost: an append, and about 0.2 µs a value when the buffer is folded. Never raises, never waits.
+        In the recent view a value counts as of its fold.
+        """
+        buffer = self._buffer
+        buffer.append(value)
+        if len(buffer) >= FULL:
+            self._fold(0.0)
+
+    def _initial(self, now: float) -> HistogramState:
+        return HistogramState()
+
+    def _absorb(self, values: list[Any]) -> HistogramState:
+        state: Any = self._state
+        tick = tick_at(self._clock())
+        try:
+            return HistogramState(state.sketch.fold(values, tick))
+        except (TypeError, ValueError, OverflowError, ArithmeticError):
+            good = self._sift(values)
+            return HistogramState(state.sketch.fold(good, tick)) if good else state

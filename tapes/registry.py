@@ -1,0 +1,362 @@
+"""The registry: names and labels to metrics, and metrics to a snapshot.
+
+A registry knows nothing of other processes. A *connection* may be attached to it from above; while it is,
+reads are answered by the connection, for the whole service, and what this process recorded is collected by
+it. That is how one class serves one process and fifty, and how metrics made at import time take part.
+
+Making is lock-free, so that a metric can be made in a signal handler and no lock has to survive a fork:
+dictionaries decide races (``setdefault``), and a family hands out its places by a counter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, TypeVar, cast
+
+import addict
+
+from tapes.clock import Clock, monotonic, tick_at
+from tapes.errors import InvalidArgument, KindConflict
+from tapes.metrics import MERGE_MODES, Counter, Gauge, Histogram, Meter, Metric, State, Timer
+from tapes.metrics.gauge import Producer
+from tapes.naming import Labels, canonical_labels, check_name
+from tapes.snapshot import FIELDS, Family, Snapshot
+
+__all__ = ["REJECTED", "Connection", "Registry", "default_registry", "family_of"]
+
+M = TypeVar("M", bound=Metric)
+
+REJECTED = "tapes.rejected"
+"""The counter of values and messages that were dropped."""
+
+_OVERFLOW: Labels = (("overflow", "true"),)
+_log = logging.getLogger("tapes.registry")
+
+
+class Connection(Protocol):
+    """What answers for the whole service while it is attached to a registry."""
+
+    def snapshot(self) -> Snapshot:
+        """Return the merged view."""
+
+    def render(self, form: str) -> bytes:
+        """Return the merged view, written in the form of that name (`tapes.exposition.FORMS`)."""
+
+
+class _Metrics:
+    """All metrics of one name, and how many more there may be."""
+
+    __slots__ = ("_places", "by_labels", "free_places", "kind", "overflowing")
+
+    def __init__(self, kind: type[Metric]) -> None:
+        self.kind = kind
+        self.by_labels: dict[Labels, Metric] = {}
+        self.overflowing = False
+        self.free_places: list[int] = []
+        self._places = itertools.count()
+
+    def take_place(self) -> int:
+        """Return the number of a free place, from 0."""
+        try:
+            return self.free_places.pop()
+        except IndexError:
+            return next(self._places)
+
+
+class Registry:
+    """Makes metrics, keeps them, and answers for their values.
+
+    The same name and labels give the same metric, whoever asks. All methods are safe from any thread.
+
+    Args:
+        prefix: Put before every name, with a dot.
+        labels: Labels of every series of this registry.
+        clock: Seconds that never go backwards; for tests.
+        max_series: How many label sets a name may have; what comes after them is recorded into one series
+            labelled ``overflow="true"``, so nothing is lost and memory is bounded.
+
+    Example:
+        >>> import tapes
+        >>> registry = tapes.Registry()
+        >>> timer = registry.timer("my.timer")
+        >>> stats = registry.get_stats()
+        >>> print(stats["my"]["timer"]["count"])
+        0
+        >>> print(stats.my.timer.count)
+        0
+    """
+
+    def __init__(
+        self,
+        *,
+        prefix: str = "",
+        labels: Mapping[str, Any] | None = None,
+        clock: Clock = monotonic,
+        max_series: int = 2000,
+    ) -> None:
+        if not isinstance(max_series, int) or max_series < 1:
+            raise InvalidArgument("max_series", got=max_series, expected="a whole number of at least 1")
+        self._prefix = check_name(prefix) + "." if prefix else ""
+        self._labels = dict(canonical_labels(labels, {}))
+        self._clock = clock
+        self._max_series = max_series
+        self._metrics: dict[str, _Metrics] = {}
+        self._below: dict[str, dict[str, str]] = {}
+        self._described: dict[str, tuple[str, str | None]] = {}
+        self._found: dict[Any, Metric] = {}
+        self._complained: set[tuple[str, Labels]] = set()
+        self.connection: Connection | None = None
+        self.revision = 0
+
+    def counter(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Counter:
+        """Return the counter of this name and these labels; made if it isn't there.
+
+        Raises:
+            InvalidName, InvalidLabel: If the name or a label can't be used.
+            KindConflict: If the name belongs to another kind of metric.
+        """
+        return self._get(Counter, name, labels, more_labels)
+
+    def meter(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Meter:
+        """Return the meter of this name and these labels; made if it isn't there. Raises as `counter`."""
+        return self._get(Meter, name, labels, more_labels)
+
+    def histogram(
+        self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any
+    ) -> Histogram:
+        """Return the histogram of this name and these labels; made if it isn't there. Raises as `counter`."""
+        return self._get(Histogram, name, labels, more_labels)
+
+    def timer(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Timer:
+        """Return the timer of this name and these labels; made if it isn't there. Raises as `counter`."""
+        return self._get(Timer, name, labels, more_labels)
+
+    def gauge(
+        self,
+        name: str,
+        producer: Producer | None = None,
+        *,
+        merge: str = "sum",
+        weak: bool = False,
+        labels: Mapping[str, Any] | None = None,
+        **more_labels: Any,
+    ) -> Gauge:
+        """Return the gauge of this name and these labels; made if it isn't there.
+
+        Args:
+            name: The name.
+            producer: A zero-argument callable that returns the value, run at every read; without one the
+                value is what was set. The first producer stays for as long as it is alive.
+            merge: How the gauges of several processes become one: ``sum``, ``max``, ``min``, ``mean``,
+                ``last`` (the one set last) or ``each`` (one series per worker, labelled ``worker``).
+            weak: Do not keep the producer alive, nor the object that it is a method of.
+            labels: The labels.
+            **more_labels: Labels too.
+
+        Raises:
+            InvalidArgument: If ``producer`` is not callable or ``merge`` is none of the above.
+            KindConflict: If the gauge is there with another mode; otherwise as `counter`.
+        """
+        if merge not in MERGE_MODES:
+            raise InvalidArgument("a gauge's merge mode", got=merge, expected=" or ".join(MERGE_MODES))
+        if producer is not None and not callable(producer):
+            raise InvalidArgument(
+                "a gauge's producer",
+                got=producer,
+                expected="a callable without arguments",
+                remedy="use .set(value) for a plain value",
+            )
+        gauge = self._get(Gauge, name, labels, more_labels, mode=merge)
+        if merge not in (gauge.mode, "sum"):
+            raise KindConflict(f"gauge {name!r} merges in another way", got=merge, expected=gauge.mode)
+        if producer is not None and not gauge.has_producer:
+            gauge.produce(producer, weak=weak)
+        return gauge
+
+    def describe(self, name: str, text: str, *, unit: str | None = None) -> None:
+        """Say what a metric means, for those who read its exposition.
+
+        Args:
+            name: The metric's name; it need not exist yet.
+            text: One sentence.
+            unit: The unit of its values, such as ``"bytes"``; timers are always in seconds.
+        """
+        self._described[self._prefix + check_name(name)] = (str(text), unit)
+        self.revision += 1
+
+    def remove(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> bool:
+        """Forget one series, and what it counted; return whether it was there.
+
+        A metric object that somebody still holds goes on recording, but nobody reads it any more.
+        """
+        full_name = self._prefix + check_name(name)
+        metrics = self._metrics.get(full_name)
+        key = self._all_labels(labels, more_labels)
+        metric = metrics.by_labels.pop(key, None) if metrics else None
+        if metrics is None or metric is None:
+            return False
+        if _OVERFLOW[0] not in key:
+            metrics.free_places.append(0)
+        for found in [found for found, kept in list(self._found.items()) if kept is metric]:
+            self._found.pop(found, None)
+        self.revision += 1
+        return True
+
+    def get_stats(self) -> addict.Dict:
+        """Return the current values as a frozen tree of dicts, nested on the dots of the names.
+
+        On a connected registry these are the values of the whole service.
+
+        Raises:
+            AggregatorUnavailable: If the registry is connected and the aggregator doesn't answer.
+        """
+        return self.snapshot().stats()
+
+    def snapshot(self) -> Snapshot:
+        """Return one consistent, frozen cut of all series; raises as `get_stats`."""
+        if self.connection is not None:
+            return self.connection.snapshot()
+        tick = tick_at(self._clock())
+        states: dict[str, list[tuple[Labels, State]]] = {}
+        kinds: dict[str, str] = {}
+        for kind, name, labels, state in self.collect():
+            kinds[name] = kind
+            states.setdefault(name, []).append((labels, state))
+        return Snapshot(
+            family_of(name, kinds[name], self._described.get(name), group, tick)
+            for name, group in states.items()
+        )
+
+    def collect(self, *, fresh: bool = True) -> Iterator[tuple[str, str, Labels, State]]:
+        """Yield kind, name, labels and state of every series of this process; see `Metric.collect`."""
+        # Collecting finds bad values, so what counts them comes last.
+        for name in [*(name for name in list(self._metrics) if name != REJECTED), REJECTED]:
+            metrics = self._metrics.get(name)
+            if metrics is None:
+                continue
+            for labels, metric in list(metrics.by_labels.items()):
+                yield metrics.kind.kind, name, labels, metric.collect(fresh=fresh)
+
+    def descriptions(self) -> dict[str, tuple[str, str | None]]:
+        """Return name to text and unit, as described in this process."""
+        return dict(self._described)
+
+    def reject(self, name: str, labels: Labels, value: Any, why: str) -> None:
+        """Count something that can't be recorded in `REJECTED`, and log it once per series."""
+        with contextlib.suppress(KindConflict):
+            self._make(Counter, REJECTED, (), {}).increment()
+        if (name, labels) not in self._complained:
+            self._complained.add((name, labels))
+            _log.warning(
+                "tapes dropped %.120r for %r: %s (further ones are counted in %s)",
+                value, name, why, REJECTED,
+            )  # fmt: skip
+
+    def _get(
+        self,
+        kind: type[M],
+        name: str,
+        labels: Mapping[str, Any] | None,
+        more_labels: dict[str, Any],
+        **options: Any,
+    ) -> M:
+        key = (kind, name, *more_labels.items()) if labels is None else None
+        try:
+            found: M = self._found[key]  # type: ignore[assignment]  # the key has the kind
+            return found
+        except (KeyError, TypeError):
+            pass
+        all_labels = self._all_labels(labels, more_labels)
+        metric = self._make(kind, self._prefix + check_name(name), all_labels, options)
+        # Only plain strings are their own text: 1, True and 1.0 are equal keys but different labels.
+        plain = all(type(value) is str for value in more_labels.values())
+        if key is not None and plain and metric.labels == all_labels:
+            self._found[key] = metric
+        return metric
+
+    def _all_labels(self, labels: Mapping[str, Any] | None, more: Mapping[str, Any]) -> Labels:
+        given = canonical_labels(labels, more)
+        return tuple(sorted({**self._labels, **dict(given)}.items())) if self._labels else given
+
+    def _make(self, kind: type[M], name: str, labels: Labels, options: dict[str, Any]) -> M:
+        metrics = self._metrics.get(name)
+        if metrics is None:
+            self._check_hiding(kind.kind, name)
+            metrics = self._metrics.setdefault(name, _Metrics(kind))
+        if metrics.kind is not kind:
+            raise KindConflict(
+                f"{name!r} is a {metrics.kind.kind} already",
+                got=f"{kind.kind}({name!r})",
+                expected=f"{metrics.kind.kind}({name!r})",
+                remedy="choose another name for one of them",
+            )
+        metric: Any = metrics.by_labels.get(labels)
+        if metric is not None:
+            return cast("M", metric)
+        place = metrics.take_place()
+        within = place < self._max_series
+        if not within:
+            labels = self._overflow(name, metrics)
+        made = kind(name, labels, self._clock, self._rejected, **options)
+        metric = metrics.by_labels.setdefault(labels, made)
+        if within and metric is not made:
+            metrics.free_places.append(place)
+        return cast("M", metric)
+
+    def _overflow(self, name: str, metrics: _Metrics) -> Labels:
+        if not metrics.overflowing:
+            metrics.overflowing = True
+            _log.warning(
+                "%r has reached %d label sets; further ones are recorded as overflow=\"true\". "
+                "Is a label's value unbounded, like a raw path or an id?",
+                name, self._max_series,
+            )  # fmt: skip
+        return tuple(sorted({**self._labels, **dict(_OVERFLOW)}.items()))
+
+    def _check_hiding(self, kind: str, name: str) -> None:
+        """Refuse a name whose segment would hide a field of the metric above it, or the reverse."""
+        segments = name.split(".")
+        parents = [".".join(segments[:depth]) for depth in range(1, len(segments))]
+        for parent, segment in zip(parents, segments[1:]):
+            above = self._metrics.get(parent)
+            if above is not None and segment in FIELDS[above.kind.kind]:
+                raise _hides(name, kind, segment, parent, above.kind.kind)
+        for segment, child in self._below.get(name, {}).items():
+            if segment in FIELDS[kind] and child in self._metrics:
+                raise _hides(child, self._metrics[child].kind.kind, segment, name, kind)
+        for parent, segment in zip(parents, segments[1:]):
+            self._below.setdefault(parent, {})[segment] = name
+
+    def _rejected(self, metric: Metric, value: Any, why: str) -> None:
+        self.reject(metric.name, metric.labels, value, why)
+
+
+def family_of(
+    name: str,
+    kind: str,
+    described: tuple[str, str | None] | None,
+    states: list[tuple[Labels, State]],
+    tick: int,
+) -> Family:
+    """Return what a reader sees of one name as of ``tick``."""
+    text, unit = described or ("", None)
+    shown = (state.series(labels, tick) for labels, state in sorted(states, key=lambda s: s[0]))
+    return Family(
+        name, kind, text, "seconds" if kind == "timer" else unit, tuple(s for s in shown if s is not None)
+    )
+
+
+def _hides(child: str, child_kind: str, segment: str, parent: str, parent_kind: str) -> KindConflict:
+    return KindConflict(
+        f"{child_kind} {child!r} would hide the field {segment!r} of {parent_kind} {parent!r}",
+        got=child,
+        expected=f"a segment other than {segment!r} below {parent!r}",
+        remedy="choose another name for one of them",
+    )
+
+
+default_registry = Registry()
+"""The registry behind ``tapes.counter()`` and its siblings."""

@@ -1,0 +1,219 @@
+"""What a reader sees: one consistent, frozen cut of a registry.
+
+A snapshot is a mapping of names to families, a family is the series of one name, and a series carries its
+labels and its values. Reporters and expositions see nothing else, so they need not know whether the numbers
+come from one process or from fifty.
+
+Times are in seconds, rates in events per second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Union
+
+import addict
+
+from tapes.naming import Labels, canonical_labels, selector
+from tapes.sketch import View
+from tapes.sums import Number
+
+__all__ = [
+    "FIELDS",
+    "CounterSeries",
+    "Family",
+    "GaugeSeries",
+    "HistogramSeries",
+    "MeterSeries",
+    "Series",
+    "Snapshot",
+    "TimerSeries",
+]
+
+_QUANTILES = (
+    ("q50", 0.5), ("q75", 0.75), ("q95", 0.95), ("q98", 0.98), ("q99", 0.99), ("q999", 0.999),
+)  # fmt: skip
+
+
+class CounterSeries(NamedTuple):
+    """A counter: ``value`` is what was added less what was taken away.
+
+    Attributes:
+        total: What was added; never falls.
+        decremented: Whether anything was ever taken away.
+    """
+
+    labels: Labels
+    value: Number
+    total: Number
+    decremented: bool
+
+    def fields(self) -> dict[str, Number]:
+        """Return what ``get_stats()`` shows."""
+        return {"value": self.value}
+
+
+class GaugeSeries(NamedTuple):
+    """A gauge: its value now, merged as its mode says."""
+
+    labels: Labels
+    value: Number
+
+    def fields(self) -> dict[str, Number]:
+        """Return what ``get_stats()`` shows."""
+        return {"value": self.value}
+
+
+class MeterSeries(NamedTuple):
+    """A meter: how many events, and at which rate over the last 1, 5 and 15 minutes."""
+
+    labels: Labels
+    count: Number  # type: ignore[assignment]  # shadows tuple.count, on purpose
+    m1: float
+    m5: float
+    m15: float
+
+    def fields(self) -> dict[str, Number]:
+        """Return what ``get_stats()`` shows."""
+        return {"count": self.count, "m1": self.m1, "m5": self.m5, "m15": self.m15}
+
+
+class HistogramSeries(NamedTuple):
+    """A distribution: ``lifetime`` since the start, ``recent`` over about the last five minutes."""
+
+    labels: Labels
+    lifetime: View
+    recent: View
+
+    @property
+    def count(self) -> Number:  # type: ignore[override]  # likewise
+        """How many values there were since the start."""
+        return self.lifetime.count
+
+    @property
+    def sum(self) -> float:
+        """The exact sum of all values since the start."""
+        return self.lifetime.sum
+
+    def fields(self) -> dict[str, Number]:
+        """Return what ``get_stats()`` shows: count and sum since the start, the rest recent."""
+        return _distribution_fields(self.lifetime, self.recent)
+
+
+class TimerSeries(NamedTuple):
+    """A meter of events and the distribution of their durations in seconds."""
+
+    labels: Labels
+    m1: float
+    m5: float
+    m15: float
+    lifetime: View
+    recent: View
+
+    @property
+    def count(self) -> Number:  # type: ignore[override]  # likewise
+        """How many durations there were since the start."""
+        return self.lifetime.count
+
+    @property
+    def sum(self) -> float:
+        """The exact sum of all durations since the start, in seconds."""
+        return self.lifetime.sum
+
+    def fields(self) -> dict[str, Number]:
+        """Return what ``get_stats()`` shows: count and sum since the start, the rest recent."""
+        rates = {"m1": self.m1, "m5": self.m5, "m15": self.m15}
+        return {**_distribution_fields(self.lifetime, self.recent), **rates}
+
+
+Series = Union[CounterSeries, GaugeSeries, MeterSeries, HistogramSeries, TimerSeries]
+
+_RATES = {"count", "m1", "m5", "m15"}
+_DISTRIBUTION = {"count", "sum", "min", "max", "mean", "stddev", *(name for name, _ in _QUANTILES)}
+
+FIELDS: Mapping[str, frozenset[str]] = {
+    "counter": frozenset({"value"}),
+    "gauge": frozenset({"value"}),
+    "meter": frozenset(_RATES),
+    "histogram": frozenset(_DISTRIBUTION),
+    "timer": frozenset(_DISTRIBUTION | _RATES),
+}
+"""Kind to the names of the fields that ``get_stats()`` shows for it."""
+
+
+def _distribution_fields(lifetime: View, recent: View) -> dict[str, Number]:
+    fields: dict[str, Number] = {
+        "count": lifetime.count,
+        "sum": lifetime.sum,
+        "min": recent.min,
+        "max": recent.max,
+        "mean": recent.mean,
+        "stddev": recent.stddev,
+    }
+    for name, q in _QUANTILES:
+        fields[name] = recent.quantile(q)
+    return fields
+
+
+class Family(NamedTuple):
+    """All series of one name.
+
+    Attributes:
+        kind: ``"counter"``, ``"gauge"``, ``"meter"``, ``"histogram"`` or ``"timer"``.
+        text: What ``describe()`` said of it; empty where it said nothing.
+        unit: The unit of its values, or ``None``; always ``"seconds"`` for timers.
+        series: Sorted by labels.
+    """
+
+    name: str
+    kind: str
+    text: str
+    unit: str | None
+    series: tuple[Series, ...]
+
+
+class Snapshot:
+    """One consistent, frozen cut of a registry; iterating yields its families sorted by name."""
+
+    __slots__ = ("_families",)
+
+    def __init__(self, families: Iterable[Family]) -> None:
+        self._families = {family.name: family for family in sorted(families, key=lambda family: family.name)}
+
+    def __iter__(self) -> Iterator[Family]:
+        return iter(self._families.values())
+
+    def __len__(self) -> int:
+        return len(self._families)
+
+    def family(self, name: str) -> Family | None:
+        """Return all of one name, or ``None`` if there is no such metric."""
+        return self._families.get(name)
+
+    def series(self, name: str) -> tuple[Series, ...]:
+        """Return every series of ``name``; empty if there is no such metric."""
+        family = self._families.get(name)
+        return family.series if family else ()
+
+    def get(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Any | None:
+        """Return the series of ``name`` with exactly these labels, or ``None``.
+
+        The result is one of the ``…Series`` classes of this module, according to the metric's kind.
+        """
+        wanted = canonical_labels(labels, more_labels)
+        return next((series for series in self.series(name) if series.labels == wanted), None)
+
+    def stats(self) -> addict.Dict:
+        """Return all values as a frozen tree of dicts, nested on the dots of the names.
+
+        A labelled series hangs below its name under its selector: ``tree.jobs.done['{queue="mail"}']``.
+        """
+        tree = addict.Dict()
+        for family in self:
+            node = tree
+            for segment in family.name.split("."):
+                node = node[segment]
+            for series in family.series:
+                (node[selector(series.labels)] if series.labels else node).update(series.fields())
+        tree.freeze()
+        return tree

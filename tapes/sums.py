@@ -1,0 +1,74 @@
+"""Sums that do not depend on the order of addition.
+
+Theory. Floating-point addition rounds, so ``(a + b) + c`` and ``a + (b + c)`` differ in the last digits,
+and a sum merged over workers would depend on who reported first. The exact sum of floats is a real number
+that can always be written as a short list of floats, each the correctly rounded remainder after those
+before it. That list depends on the exact sum alone, so merging lists is commutative and associative, and
+its first element is the correctly rounded total. ``math.fsum`` rounds correctly, hence one call yields one
+element; sums of measurements need two elements, rarely three.
+
+Source: J. R. Shewchuk, "Adaptive Precision Floating-Point Arithmetic and Fast Robust Geometric
+Predicates", 1997 (expansions); ``math.fsum`` for the rounding.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from fractions import Fraction
+from math import fsum
+from typing import NamedTuple, Union
+
+__all__ = ["Number", "Total", "exact_sum"]
+
+Number = Union[int, float]
+
+
+def exact_sum(values: Iterable[Number]) -> tuple[float, ...]:
+    """Return the exact sum of finite ``values`` as its canonical list of floats; empty for zero.
+
+    A sum beyond the range of floats stays at the largest finite one.
+    """
+    rest = list(values)
+    parts: list[float] = []
+    try:
+        while True:
+            part = fsum(rest)
+            if part == 0.0:
+                return tuple(parts)
+            parts.append(part)
+            rest.append(-part)
+    except OverflowError:
+        total = sum(map(Fraction, rest))
+        return (sys.float_info.max if total > 0 else -sys.float_info.max,)
+
+
+class Total(NamedTuple):
+    """An exact sum of numbers: whole numbers apart, so that counts stay ``int`` of any size."""
+
+    whole: int = 0
+    parts: tuple[float, ...] = ()
+
+    @property
+    def value(self) -> Number:
+        """The sum: an ``int`` as long as nothing fractional was added."""
+        return exact_sum((self.whole, *self.parts))[0] if self.parts else self.whole
+
+    def add(self, values: list[Number]) -> Total:
+        """Return this total with finite ``values`` added."""
+        total = sum(values)
+        if type(total) is int:
+            return self._replace(whole=self.whole + total)
+        whole = sum(value for value in values if isinstance(value, int))
+        floats = (value for value in values if not isinstance(value, int))
+        return Total(self.whole + whole, exact_sum((*self.parts, *floats)))
+
+    @staticmethod
+    def merge(totals: Iterable[Total]) -> Total:
+        """Return the sum of ``totals``, the same for any order."""
+        whole = 0
+        parts: list[float] = []
+        for total in totals:
+            whole += total.whole
+            parts += total.parts
+        return Total(whole, exact_sum(parts) if parts else ())
