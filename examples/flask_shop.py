@@ -3,6 +3,7 @@
 gunicorn -w 4 -c python:tapes.contrib.gunicorn_conf flask_shop:app
 """
 
+import os
 import random
 import time
 
@@ -27,6 +28,12 @@ tapes.describe("shop.price.lookup", "Time to look up a price.")
 def price_of(article: int) -> float:
     time.sleep(random.uniform(0.0005, 0.003))
     return 9.5 + article
+
+
+@app.after_request
+def name_worker(response):
+    response.headers["X-Worker"] = str(os.getpid())
+    return response
 
 
 @app.get("/")

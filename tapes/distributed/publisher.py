@@ -1,8 +1,8 @@
 """The worker's side of publishing: what changed, and the thread that sends it.
 
 A thread sends an update at most every 0.1 s, and a keyframe whenever a subscription arrives, so at every
-start or restart of an aggregator. It limits itself to a twentieth of its time. It never blocks the application: a
-full queue means that what changed is sent next time, with what changed since.
+start or restart of an aggregator. It limits itself to a twentieth of its time. It never blocks the
+application: a full queue means that what changed is sent next time, with what changed since.
 
 0MQ settings, and why: ``IMMEDIATE``, as otherwise an XPUB that connects notices neither the death nor the
 return of its subscriber; ``XPUB_NODROP`` and a short queue, as otherwise a full queue drops the newest
