@@ -31,6 +31,8 @@ from tapes.clock import TICK_SECONDS
 __all__ = ["MINUTES", "Rates"]
 
 MINUTES = (1, 5, 15)
+_MOST_EVENTS = 1e300
+"""More events a tick are counted as so many in the rates, which thus stay finite."""
 _KEEP_EXPONENTS = tuple(-TICK_SECONDS / 60.0 / minutes for minutes in MINUTES)
 
 
@@ -54,12 +56,12 @@ class Rates(NamedTuple):
     @classmethod
     def started(cls, tick: int) -> Rates:
         """Return the state of a meter made in the interval that ``tick`` opened."""
-        return cls(tick, 0, (0.0, 0.0, 0.0), tick + 1, 0)
+        return cls(tick, 0.0, (0.0, 0.0, 0.0), tick + 1, 0.0)
 
     def mark(self, events: float, tick: int) -> Rates:
         """Return the state with ``events`` added in the interval that ``tick`` opened."""
         advanced = self.advance(tick)
-        return advanced._replace(pending=advanced.pending + events)
+        return advanced._replace(pending=min(advanced.pending + float(events), _MOST_EVENTS))
 
     def advance(self, tick: int) -> Rates:
         """Return the state as of ``tick``; itself if ``tick`` is not later."""
@@ -73,7 +75,7 @@ class Rates(NamedTuple):
             linear.append(rate * exp(keep * idle))
         counted_first = self.tick + 1 == self.first
         first_count = self.pending if counted_first else self.first_count
-        return Rates(tick, 0, tuple(linear), self.first, first_count)
+        return Rates(tick, 0.0, tuple(linear), self.first, first_count)
 
     def read(self, tick: int) -> tuple[float, ...]:
         """Return the rates over 1, 5 and 15 minutes as of ``tick``, in events per second."""
@@ -95,8 +97,8 @@ class Rates(NamedTuple):
         first = min(state.first for state in every)
         return Rates(
             tick,
-            sum(state.pending for state in every),
+            sum((state.pending for state in every), 0.0),
             tuple(map(sum, zip(*(state.linear for state in every)))),
             first,
-            sum(state.first_count for state in every if state.first == first),
+            sum((state.first_count for state in every if state.first == first), 0.0),
         )

@@ -169,6 +169,10 @@ class Registry:
                 expected="a callable without arguments",
                 remedy="use .set(value) for a plain value",
             )
+        if not isinstance(weak, bool):
+            raise InvalidArgument(
+                "a gauge's weak=", got=weak, expected="a bool", remedy="use labels={'weak': …} for a label"
+            )
         gauge = self._get(Gauge, name, labels, more_labels, mode=merge)
         if merge not in (gauge.mode, "sum"):
             raise KindConflict(f"gauge {name!r} merges in another way", got=merge, expected=gauge.mode)

@@ -34,7 +34,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from math import ceil, exp, fsum, isfinite, ldexp, sqrt
+from math import ceil, exp, fsum, ldexp, sqrt
 from typing import NamedTuple
 
 from tapes.clock import TICK_SECONDS
@@ -224,8 +224,6 @@ class Sketch(NamedTuple):
         """
         batch_parts = exact_sum(values)
         batch_sum = batch_parts[0] if batch_parts else 0.0
-        if not isfinite(batch_sum):
-            raise ValueError("a value is not finite")
         low, high = float(min(values)), float(max(values))
         if self.count:
             low, high = min(low, self.low), max(high, self.high)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from fractions import Fraction
-from math import fsum
+from math import fsum, isfinite
 from typing import NamedTuple, Union
 
 __all__ = ["Number", "Total", "exact_sum"]
@@ -25,9 +25,12 @@ Number = Union[int, float]
 
 
 def exact_sum(values: Iterable[Number]) -> tuple[float, ...]:
-    """Return the exact sum of finite ``values`` as its canonical list of floats; empty for zero.
+    """Return the exact sum of ``values`` as its canonical list of floats; empty for zero.
 
     A sum beyond the range of floats stays at the largest finite one.
+
+    Raises:
+        ValueError, TypeError: If a value is NaN, infinite, or no number.
     """
     rest = list(values)
     parts: list[float] = []
@@ -36,6 +39,8 @@ def exact_sum(values: Iterable[Number]) -> tuple[float, ...]:
             part = fsum(rest)
             if part == 0.0:
                 return tuple(parts)
+            if not isfinite(part):
+                raise ValueError("a value is not finite")
             parts.append(part)
             rest.append(-part)
     except OverflowError:

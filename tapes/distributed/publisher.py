@@ -11,6 +11,7 @@ message without a word; ``XPUB_VERBOSE``, so that a second subscription is seen 
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -32,6 +33,8 @@ __all__ = ["Outbox", "Publisher"]
 INTERVAL_SECONDS = 0.1
 _SHARE = 20
 _QUEUE = 4
+
+_log = logging.getLogger("tapes.distributed")
 
 
 class Outbox:
@@ -106,6 +109,7 @@ class Publisher:
         self._socket.connect(endpoints.publish)
         self._subscribed = False
         self._keyframe_due = False
+        self._failed = False
         self._stop_sender, self._stop_receiver = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="tapes-publisher", daemon=True)
         self._thread.start()
@@ -132,13 +136,22 @@ class Publisher:
                     self._note_subscriptions()
                 started = time.monotonic()
                 if self._subscribed and (self._keyframe_due or started >= due):
-                    sent = self._outbox.publish(self._send, keyframe=self._keyframe_due)
+                    sent = self._publish()
                     self._keyframe_due = self._keyframe_due and not sent
                 if started >= due:
                     now = time.monotonic()
                     due = now + max(INTERVAL_SECONDS, _SHARE * (now - started))
         finally:
             self._socket.close()
+
+    def _publish(self) -> bool:
+        try:
+            return self._outbox.publish(self._send, keyframe=self._keyframe_due)
+        except Exception:
+            if not self._failed:
+                self._failed = True
+                _log.exception("tapes could not publish; it goes on trying, and says so only once")
+            return False
 
     def _note_subscriptions(self) -> None:
         while True:

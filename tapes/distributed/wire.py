@@ -126,7 +126,7 @@ def encode(message: Message) -> bytes:
     """Return ``message`` as bytes."""
     name = type(message).__name__
     fields = [_plain_field(value) for value in message]
-    packed: bytes = msgpack.packb([VERSION, name, *fields])
+    packed: bytes = msgpack.packb([VERSION, name, *fields], unicode_errors="surrogatepass")
     return packed
 
 
@@ -137,7 +137,8 @@ def decode(data: bytes) -> Message:
         WireError: If it is not one of ours, of another version, or inconsistent.
     """
     try:
-        version, name, *fields = _list(msgpack.unpackb(data, max_map_len=0, max_ext_len=0))
+        plain = msgpack.unpackb(data, max_map_len=0, max_ext_len=0, unicode_errors="surrogatepass")
+        version, name, *fields = _list(plain)
         if version != VERSION:
             raise WireError("the message's version", got=version, expected=str(VERSION))
         return _MESSAGES[_text(name)](*fields)
@@ -160,10 +161,18 @@ def _plain_field(value: Any) -> Any:
     return value
 
 
+def _fits(whole: int) -> bool:
+    """Return whether MessagePack has integers so large."""
+    return -(1 << 63) <= whole < 1 << 63
+
+
 def _plain_total(total: Total) -> list[Any]:
-    whole = total.whole
-    small = -(1 << 63) <= whole < 1 << 63
-    return [whole if small else str(whole), list(total.parts)]
+    return [total.whole if _fits(total.whole) else str(total.whole), list(total.parts)]
+
+
+def _plain_gauge(state: GaugeState) -> list[Any]:
+    value = state.value
+    return [float(value) if type(value) is int and not _fits(value) else value, *state[1:]]
 
 
 def _plain_rates(rates: Rates) -> list[Any]:
@@ -181,7 +190,7 @@ def _plain_sketch(sketch: Sketch) -> list[Any]:
 
 _PLAIN: dict[str, Callable[[Any], Any]] = {
     "counter": lambda state: [_plain_total(state.up), _plain_total(state.down)],
-    "gauge": list,
+    "gauge": _plain_gauge,
     "meter": lambda state: [_plain_total(state.count), _plain_rates(state.rates)],
     "histogram": lambda state: _plain_sketch(state.sketch),
     "timer": lambda state: [_plain_sketch(state.sketch), _plain_rates(state.rates)],

@@ -70,7 +70,7 @@ def write(snapshot: Snapshot, *, openmetrics: bool = False) -> bytes:
             lines.extend(samples)
     if openmetrics:
         lines.append("# EOF")
-    return ("\n".join(lines) + "\n").encode() if lines else b""
+    return ("\n".join(lines) + "\n").encode("utf-8", "replace") if lines else b""
 
 
 def _families(family: Family) -> Iterator[tuple[str, str, str, Iterable[str]]]:

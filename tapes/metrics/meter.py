@@ -11,7 +11,7 @@ from tapes.metrics.base import FULL, Metric
 from tapes.metrics.counter import add_up
 from tapes.naming import Labels
 from tapes.snapshot import MeterSeries
-from tapes.sums import Number, Total
+from tapes.sums import Number, Total, exact_sum
 
 __all__ = ["Meter", "MeterState", "Ticking"]
 
@@ -96,4 +96,5 @@ class Meter(Ticking):
         if count is None:
             values = self._sift(values, least=0)
             count = state.count.add(values)
-        return MeterState(count, state.rates.mark(sum(values), self._tick))
+        (events, *_) = exact_sum(values) or (0.0,)
+        return MeterState(count, state.rates.mark(events, self._tick))

@@ -1,0 +1,46 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+import tapes
+from tapes.testing import ManualClock
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """A clock on the boundary of a tick."""
+    return ManualClock(1000.0)
+
+
+@pytest.fixture
+def registry(clock: ManualClock) -> tapes.Registry:
+    """A registry whose time stands still."""
+    return tapes.Registry(clock=clock)
+
+
+@pytest.fixture
+def short_dir() -> Iterator[pathlib.Path]:
+    """An empty directory whose path is short enough for a socket; gone afterwards."""
+    path = pathlib.Path(tempfile.mkdtemp(prefix="tt", dir="/tmp"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests whose real part is absent; fail them where parts are required."""
+    for marker in item.iter_markers("needs"):
+        missing = [command for command in marker.args if shutil.which(command) is None]
+        if missing and os.environ.get("TAPES_REQUIRE_REAL"):
+            pytest.fail(f"required, but not installed: {', '.join(missing)}")
+        if missing:
+            pytest.skip(f"not installed: {', '.join(missing)}")

@@ -1,0 +1,143 @@
+"""The wire: every message comes back, and whatever else comes in is a WireError."""
+
+from __future__ import annotations
+
+import math
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tapes
+from tapes.distributed.wire import VERSION, Goodbye, Item, Merged, Read, Reply, Update, decode, encode
+from tapes.errors import WireError
+from tapes.metrics import MERGE_MODES
+from tapes.testing import ManualClock
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+text = st.text(max_size=12)
+
+
+@st.composite
+def updates(draw):
+    """An update of a registry that recorded something in every kind of metric."""
+    clock = ManualClock(draw(st.integers(0, 10**6)))
+    registry = tapes.Registry(clock=clock)
+    label, mode = draw(text), draw(st.sampled_from(MERGE_MODES))
+    for number in draw(st.lists(st.one_of(finite, st.integers()), max_size=10)):
+        registry.counter("c", l=label).increment(abs(number))
+        registry.meter("m").mark(abs(number))
+        registry.histogram("h", l=label).update(number)
+        registry.timer("t").update(abs(number))
+        registry.gauge("g", merge=mode).set(number if abs(number) < 2**60 else 0)
+        clock.advance(draw(st.integers(0, 20)))
+    registry.counter("c", l=label).decrement(3)
+    items = [Item(*series) for series in registry.collect()]
+    described = {name: (draw(text), draw(st.one_of(st.none(), text))) for name in draw(st.sets(text))}
+    base = draw(st.integers(0, 5))
+    return Update(draw(st.binary(min_size=16, max_size=16)), 7, "host", base + 1, base, items, described)
+
+
+messages = st.one_of(
+    updates(),
+    st.builds(Read, st.integers(0, 99), text, updates()),
+    st.builds(Goodbye, st.integers(0, 99), updates()),
+    st.builds(Reply, st.integers(0, 99), text, st.binary()),
+    st.builds(lambda update: Merged(3, update.items, update.descriptions), updates()),
+)
+
+
+@given(messages)
+@settings(max_examples=60, deadline=None)
+def test_every_message_comes_back_as_it_was(message):
+    """decode(encode(x)) == x, for all kinds of messages and of metrics."""
+    assert decode(encode(message)) == message
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_a_wire_error(data):
+    """No bytes raise anything else."""
+    with pytest.raises(WireError):
+        decode(data)
+
+
+plain = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), text, st.binary()),
+    lambda inner: st.one_of(st.lists(inner, max_size=5), st.dictionaries(text, inner, max_size=3)),
+    max_leaves=20,
+)
+
+
+@given(
+    st.sampled_from(["Update", "Read", "Goodbye", "Reply", "Merged", "Other"]), st.lists(plain, max_size=8)
+)
+def test_well_packed_nonsense_is_a_wire_error_or_a_valid_message(name, fields):
+    """Fields of wrong number, type or range are found one by one."""
+    try:
+        message = decode(msgpack.packb([VERSION, name, *fields]))
+    except WireError:
+        return
+    assert decode(encode(message)) == message
+
+
+@given(updates(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_one_changed_field_is_found_or_harmless(update, data):
+    """Replace any one node of a valid message: a WireError, or a message that is valid again."""
+    tree = msgpack.unpackb(encode(update))
+    node, places = tree, []
+    while isinstance(node, list) and node:
+        index = data.draw(st.integers(0, len(node) - 1))
+        places.append((node, index))
+        node = node[index]
+    parent, index = data.draw(st.sampled_from(places))
+    parent[index] = data.draw(plain)
+    try:
+        message = decode(msgpack.packb(tree))
+    except WireError:
+        return
+    assert decode(encode(message)) == message
+
+
+@pytest.mark.parametrize("version", [0, 2, 99, "1", None])
+def test_another_version_is_refused(version):
+    """A message of another wire version is told as such."""
+    with pytest.raises(WireError, match="version"):
+        decode(msgpack.packb([version, "Reply", 1, "ok", b""]))
+
+
+def test_a_sketch_whose_bins_do_not_add_up_is_refused():
+    """What belongs together must agree."""
+    registry = tapes.Registry()
+    registry.histogram("h").update(1)
+    update = Update(bytes(16), 1, "", 1, 0, [Item(*s) for s in registry.collect()], {})
+    tree = msgpack.unpackb(encode(update))
+    tree[7][0][3][0] = 2
+    with pytest.raises(WireError, match="add up"):
+        decode(msgpack.packb(tree))
+
+
+@pytest.mark.parametrize("number", [2**64, 10**300, 1e308])
+def test_numbers_too_large_for_the_packing_get_through(number):
+    """A counter keeps its whole number exactly, a gauge as the nearest float."""
+    registry = tapes.Registry()
+    registry.counter("c").increment(number)
+    registry.gauge("g").set(number)
+    registry.meter("m").mark(number)
+    items = [Item(*series) for series in registry.collect()]
+    back = decode(encode(Merged(1, items, {}))).items
+    assert back[0] == items[0]
+    assert back[1].state.value == float(number)
+    assert back[2] == items[2]
+
+
+def test_a_nan_is_refused():
+    """Nothing that would poison a sum gets in."""
+    registry = tapes.Registry()
+    registry.gauge("g").set(1)
+    update = Update(bytes(16), 1, "", 1, 0, [Item(*s) for s in registry.collect()], {})
+    tree = msgpack.unpackb(encode(update))
+    tree[7][0][3][0] = math.nan
+    with pytest.raises(WireError, match="finite"):
+        decode(msgpack.packb(tree))

@@ -1,0 +1,272 @@
+"""What metrics record, and what they drop."""
+
+from __future__ import annotations
+
+import asyncio
+import decimal
+import fractions
+import gc
+import logging
+import math
+import sys
+import threading
+
+import pytest
+
+import tapes
+from tapes.metrics.base import FULL
+
+BAD = [math.nan, math.inf, -math.inf, "5", b"5", None, [1], 1j, 10**400, object()]
+
+
+def rejected(registry: tapes.Registry) -> int:
+    series = registry.snapshot().get("tapes.rejected")
+    return series.value if series else 0
+
+
+@pytest.mark.parametrize("bad", BAD, ids=repr)
+@pytest.mark.parametrize("kind", ["counter", "meter", "histogram", "timer", "gauge"])
+def test_a_bad_value_is_dropped_counted_and_logged_once(registry, caplog, kind, bad):
+    """It neither raises nor spoils what was recorded beside it."""
+    metric = getattr(registry, kind)("m", l="x")
+    record = {"counter": "increment", "meter": "mark", "gauge": "set"}.get(kind, "update")
+    with caplog.at_level(logging.WARNING, "tapes"):
+        for value in (2, bad, 3, bad):
+            getattr(metric, record)(value)
+        series = registry.snapshot().get("m", l="x")
+    assert rejected(registry) == 2
+    assert len(caplog.records) == 1
+    assert "'m'" in caplog.text
+    if kind in ("counter", "gauge"):
+        assert series.value == (5 if kind == "counter" else 3)
+    elif kind == "meter":
+        assert series.count == 5
+    else:
+        assert (series.count, series.sum, series.lifetime.min) == (2, 5.0, 2.0)
+
+
+@pytest.mark.parametrize("number", [True, decimal.Decimal("2.5"), fractions.Fraction(1, 4)])
+def test_whatever_is_a_number_counts(registry, number):
+    """Not only int and float are numbers."""
+    registry.counter("c").increment(number)
+    registry.meter("m").mark(number)
+    registry.histogram("h").update(number)
+    registry.gauge("g").set(number)
+    snapshot = registry.snapshot()
+    assert snapshot.get("c").value == snapshot.get("m").count == snapshot.get("g").value == float(number)
+    assert snapshot.get("h").sum == float(number)
+    assert rejected(registry) == 0
+
+
+def test_a_counter_counts_up_and_down(registry):
+    """The value is the difference; what was added stays known apart."""
+    counter = registry.counter("c")
+    counter.increment()
+    counter.increment(4)
+    counter.decrement()
+    counter.decrement(3)
+    series = registry.snapshot().get("c")
+    assert (series.value, series.total, series.decremented) == (1, 5, True)
+    assert type(series.value) is int
+
+
+@pytest.mark.parametrize("record", ["increment", "decrement"])
+def test_a_negative_step_of_a_counter_is_a_bad_value(registry, record):
+    """A counter's total never falls."""
+    counter = registry.counter("c")
+    getattr(counter, record)(-1)
+    counter.increment(2)
+    assert registry.get_stats().c.value == 2
+    assert rejected(registry) == 1
+
+
+def test_fractions_of_a_counter_add_up_exactly(registry):
+    """Ten times a tenth is one."""
+    for _ in range(10):
+        registry.counter("c").increment(0.1)
+    assert registry.get_stats().c.value == 1.0
+
+
+def test_a_meters_events_belong_to_the_tick_of_their_mark(registry, clock):
+    """Also when nobody reads for minutes: the same rates as if someone had."""
+    meter = registry.meter("m")
+    meter.mark(3)
+    clock.advance(5)
+    assert registry.snapshot().get("m").m1 == pytest.approx(0.6)
+    clock.advance(300)
+    meter.mark(7)
+    clock.advance(60)
+    late = registry.snapshot().get("m")
+    assert late.count == 10
+    alpha = 1 - math.exp(-5 / 60)
+    expected = 0.6 * math.exp(-6) + 7 / 5 * alpha * math.exp(-11 / 12)
+    assert late.m1 == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_negative_duration_is_a_bad_value(registry):
+    """And the good ones beside it count."""
+    timer = registry.timer("t")
+    for seconds in (1.0, -0.1, 2.0, math.nan):
+        timer.update(seconds)
+    series = registry.snapshot().get("t")
+    assert (series.count, series.sum) == (2, 3.0)
+    assert rejected(registry) == 2
+
+
+def test_a_timer_times_blocks_that_raise(registry, clock):
+    """The duration is recorded, the exception goes on."""
+    timer = registry.timer("t")
+    with pytest.raises(KeyError), timer.time():
+        clock.advance(0.25)
+        raise KeyError
+    assert registry.snapshot().get("t").sum == 0.25
+
+
+def test_timers_nest_and_recurse(registry, clock):
+    """Each call has a measurement of its own."""
+    timer = registry.timer("t")
+
+    @timer.time()
+    def countdown(n):
+        clock.advance(1)
+        if n:
+            countdown(n - 1)
+
+    countdown(2)
+    assert registry.snapshot().get("t").lifetime.bins() == [(1.0, 1), (2.0, 1), (3.0, 1)]
+    assert countdown.__name__ == "countdown"
+
+
+def test_a_coroutine_is_timed_to_its_end(registry, clock):
+    """Not only to its creation."""
+
+    @registry.timer("t").time()
+    async def work():
+        clock.advance(2)
+        await asyncio.sleep(0)
+        clock.advance(3)
+
+    asyncio.run(work())
+    assert registry.snapshot().get("t").sum == 5.0
+
+
+def test_the_recent_mean_and_the_lifetime_sum_are_told_apart(registry, clock):
+    """mean is recent; sum and count are since the start."""
+    histogram = registry.histogram("h")
+    histogram.update(100)
+    registry.get_stats()
+    clock.advance(3600)
+    histogram.update(2)
+    stats = registry.get_stats().h
+    assert (stats["count"], stats.sum) == (2, 102.0)
+    assert stats.mean == pytest.approx(2.0)
+
+
+def test_a_gauge_is_set_and_moved(registry):
+    """In the order of the calls."""
+    gauge = registry.gauge("g")
+    gauge.increment(5)
+    gauge.set(2)
+    gauge.increment()
+    gauge.decrement(4)
+    assert registry.get_stats().g.value == -1
+
+
+def test_a_failing_producer_hides_its_gauge_and_nothing_else(registry, caplog):
+    """Counted, logged once, tried again at the next read."""
+    answers = [1 / 3, None]
+    registry.gauge("bad", lambda: 1 / (len(answers) - 2))
+    registry.gauge("good", lambda: 7)
+    for _ in range(2):
+        snapshot = registry.snapshot()
+        assert snapshot.get("good").value == 7
+        assert snapshot.series("bad") == ()
+    assert rejected(registry) == 3
+    assert len(caplog.records) == 1
+    answers.append(0)
+    assert registry.snapshot().get("bad").value == 1.0
+
+
+def test_a_weak_gauge_does_not_keep_its_object_alive(registry):
+    """And takes a new producer when the old one is gone."""
+
+    class Pool:
+        def size(self):
+            return 4
+
+    pool = Pool()
+    registry.gauge("g", pool.size, weak=True)
+    assert registry.get_stats().g.value == 4
+    del pool
+    gc.collect()
+    assert registry.snapshot().series("g") == ()
+    registry.gauge("g", lambda: 5)
+    assert registry.get_stats().g.value == 5
+
+
+def test_a_full_buffer_folds_itself(registry):
+    """Memory stays bounded with nobody reading."""
+    histogram = registry.histogram("h")
+    for value in range(10 * FULL):
+        histogram.update(value % 7)
+    assert len(histogram._buffer) < FULL
+    assert registry.snapshot().get("h").count == 10 * FULL
+
+
+@pytest.mark.parametrize("kind", ["counter", "histogram", "timer", "meter"])
+def test_no_event_is_lost_under_threads(kind):
+    """Eight threads at a switch interval of 1 µs beside a reader: exact, and every cut consistent."""
+    registry = tapes.Registry()
+    metric = getattr(registry, kind)("m")
+    record = {"counter": "increment", "meter": "mark"}.get(kind, "update")
+    each, threads = 5_000, 8
+    torn = []
+    done = threading.Event()
+
+    def write():
+        call = getattr(metric, record)
+        for _ in range(each):
+            call(2)
+
+    def read():
+        while not done.is_set():
+            series = registry.snapshot().get("m")
+            if kind in ("histogram", "timer"):
+                bins = sum(weight for _, weight in series.lifetime.bins())
+                if not bins == series.count == series.sum / 2:
+                    torn.append((bins, series.count, series.sum))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        writers = [threading.Thread(target=write) for _ in range(threads)]
+        reader = threading.Thread(target=read)
+        for thread in (*writers, reader):
+            thread.start()
+        for thread in writers:
+            thread.join()
+        done.set()
+        reader.join()
+    finally:
+        sys.setswitchinterval(interval)
+    series = registry.snapshot().get("m")
+    total = series.value if kind == "counter" else series.count
+    assert total == each * threads * (2 if kind in ("counter", "meter") else 1)
+    assert torn == []
+
+
+def test_recording_and_reading_inside_a_fold_do_not_deadlock(registry):
+    """A number that records and reads while it is being folded: as a signal handler may."""
+    histogram = registry.histogram("h")
+    seen = []
+
+    class Nosy:
+        def __float__(self):
+            histogram.update(1.0)
+            seen.append(registry.snapshot().get("h").count)
+            return 2.0
+
+    histogram.update(Nosy())
+    registry.snapshot()
+    assert seen
+    assert registry.snapshot().get("h").count >= 2
