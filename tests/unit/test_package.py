@@ -44,7 +44,7 @@ def test_what_a_module_offers_is_sorted_and_there(name):
 def test_a_mistyped_name_is_an_attribute_error():
     """The lazy names do not hide it."""
     with pytest.raises(AttributeError, match="no attribute 'conter'"):
-        tapes.conter  # noqa: B018
+        tapes.conter
 
 
 def test_a_missing_extra_says_how_to_install_it():

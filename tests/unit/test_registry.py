@@ -112,7 +112,7 @@ def test_the_tree_is_frozen(registry):
     """A mistyped name is a KeyError, not an empty dict."""
     registry.counter("a.b")
     with pytest.raises(KeyError):
-        registry.get_stats().a.typo  # noqa: B018
+        registry.get_stats().a.typo
 
 
 def test_prefix_and_common_labels(registry):

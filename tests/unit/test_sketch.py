@@ -27,7 +27,7 @@ def test_a_centre_is_within_four_per_mille(exponent, sign):
 
 def test_keys_ascend_with_values():
     """A larger value never has a smaller key, across zero and both signs."""
-    values = sorted(sign * 1.37**power for power in range(-200, 200) for sign in (1, -1)) + [0.0]
+    values = [0.0, *(sign * 1.37**power for power in range(-200, 200) for sign in (1, -1))]
     keys = [bin_key(value) for value in sorted(values)]
     assert keys == sorted(keys)
 

@@ -1,0 +1,377 @@
+"""Registries in real processes, connected to a real aggregator: exact counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import msgpack
+import pytest
+import zmq
+
+from tapes.distributed.registry import DistributedRegistry, RegistryAggregator
+from tapes.errors import AggregatorUnavailable, InvalidArgument
+from tests.processes import clean_environment, free_port, get, mentions, run_python, running, wait_for
+
+SERVICE = """
+import os, signal, sys, time
+from tapes.distributed.registry import DistributedRegistry, RegistryAggregator
+from tapes.reporting.http import HTTPReporter
+
+registry = DistributedRegistry("ipc://m.ipc")
+counter, timer = registry.counter("c"), registry.timer("my.timer")
+aggregator = RegistryAggregator(HTTPReporter(int(sys.argv[1])), "ipc://m.ipc")
+aggregator.start()
+pids = []
+for number in range(int(sys.argv[2])):
+    pid = os.fork()
+    if pid == 0:
+        registry.connect()
+        for _ in range(1000):
+            counter.increment()
+            with timer.time():
+                pass
+        registry.gauge("g", merge="each").set(number)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.pause()
+    pids.append(pid)
+
+def end(*_):
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    for pid in pids:
+        os.waitpid(pid, 0)
+    aggregator.stop()
+    os._exit(0)
+
+signal.signal(signal.SIGTERM, end)
+signal.signal(signal.SIGINT, end)
+while True:
+    signal.pause()
+"""
+
+
+@pytest.fixture
+def service(short_dir):
+    """Four workers that have counted 1,000 each, and the port of their HTTPReporter."""
+    port = free_port()
+    with running([sys.executable, "-W", "error", "-c", SERVICE, str(port), "4"], cwd=short_dir) as process:
+        yield process, port, short_dir
+
+
+def stats(port):
+    try:
+        return json.loads(get(port, "/metrics")[2])
+    except OSError:
+        return {}
+
+
+def test_an_http_reporter_gives_the_merged_values(service):
+    """Four times 1,000, in the aggregator's own process, started before the fork."""
+    process, port, short_dir = service
+    merged = wait_for(lambda: (s := stats(port)).get("c", {}).get("value") == 4000 and s, "all is merged")
+    assert merged["my"]["timer"]["count"] == 4000
+    assert sorted(one["value"] for one in merged["g"].values()) == [0, 1, 2, 3]
+    assert get(port, "/")[2].startswith(b"{")
+    assert get(port, "/nothing")[0] == 404
+    assert get(port, "/metrics", "HEAD")[0] == 200
+    assert b"my_timer_seconds_count 4000" in get(port, "/metrics", Accept="text/plain")[2]
+    assert get(port, "/metrics?format=yaml")[0] == 400
+
+
+def test_sockets_are_private(service):
+    """Nobody else may connect."""
+    _, port, short_dir = service
+    wait_for(lambda: stats(port), "the service is up")
+    for name in ("m.ipc", "m.ipc.read", "m.ipc.lock"):
+        assert stat.S_IMODE((short_dir / name).stat().st_mode) & 0o077 == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_within_four_seconds(service, number):
+    """However the parent ends: the aggregator leaves with it, and so do its files."""
+    process, port, short_dir = service
+    wait_for(lambda: stats(port).get("c", {}).get("value") == 4000, "all is merged")
+    workers = [pid for pid in mentions(str(short_dir)) if pid != process.pid]
+    process.send_signal(number)
+    process.wait(5)
+    if number == signal.SIGKILL:  # nobody is left to end the workers
+        watched = [pid for pid in workers if b"signal.pause" in _cmdline(pid)]
+        wait_for(lambda: list(short_dir.iterdir()) == [short_dir / "output.log"], "no file is left", 4)
+        for pid in watched:
+            if pid in mentions(str(short_dir)):
+                os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: mentions(str(short_dir)) == [], "no process is left", 4)
+    wait_for(lambda: list(short_dir.iterdir()) == [short_dir / "output.log"], "no file is left", 4)
+    assert (short_dir / "output.log").read_text() == ""
+
+
+def _cmdline(pid):
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        return file.read()
+
+
+@pytest.fixture
+def aggregator(short_dir):
+    """The address of an aggregator in a process of its own, which ends with the test."""
+    program = (
+        "import signal; from tapes.distributed.registry import RegistryAggregator;"
+        "RegistryAggregator([], 'ipc://m.ipc').start(fork=False)"
+    )
+    with running([sys.executable, "-c", program], cwd=short_dir) as process:
+        wait_for((short_dir / "m.ipc.read").exists, "the aggregator listens")
+        yield f"ipc://{short_dir}/m.ipc", process
+
+
+def test_an_update_is_visible_to_others_in_time(aggregator):
+    """Within 0.5 s of the event, without anybody flushing."""
+    address, _ = aggregator
+    writer, reader = DistributedRegistry(address), DistributedRegistry(address)
+    writer.connect()
+    reader.connect()
+    for number in range(1, 6):
+        writer.counter("c").increment()
+        wait_for(lambda n=number: reader.snapshot().get("c", labels={}) is not None
+                 and reader.snapshot().get("c").value == n, "the event is visible", 0.5)  # fmt: skip
+    writer.close()
+    reader.close()
+
+
+def test_what_was_counted_before_connect_and_before_the_aggregator_arrives(short_dir):
+    """A worker may come first."""
+    address = f"ipc://{short_dir}/m.ipc"
+    early = DistributedRegistry(address)
+    early.counter("c").increment(7)
+    early.connect()
+    with pytest.raises(AggregatorUnavailable, match="did not answer"):
+        early.get_stats()
+    aggregator = RegistryAggregator([], address)
+    program = (
+        f"from tapes.distributed.registry import *; RegistryAggregator([], {address!r}).start(fork=False)"
+    )
+    with running([sys.executable, "-c", program], cwd=short_dir):
+        wait_for((short_dir / "m.ipc.read").exists, "the aggregator listens")
+        late = DistributedRegistry(address)
+        late.connect()
+        wait_for(lambda: late.get_stats().get("c", {}).get("value") == 7, "the keyframe arrives")
+        early.close()
+        assert late.get_stats().c.value == 7
+        late.close()
+    assert aggregator.socket_addr == address
+
+
+def test_a_worker_that_closes_has_said_all(aggregator):
+    """The goodbye carries the last values; the counts stay, the gauges leave."""
+    address, _ = aggregator
+    reader = DistributedRegistry(address)
+    reader.connect()
+    for _ in range(20):
+        worker = DistributedRegistry(address)
+        worker.connect()
+        worker.counter("c").increment(5)
+        worker.gauge("g").set(1)
+        worker.close()
+    assert reader.get_stats().c.value == 100
+    assert reader.snapshot().get("g") is None
+    reader.close()
+
+
+def test_a_process_that_just_ends_says_goodbye(aggregator, short_dir):
+    """Leaving the interpreter is enough."""
+    address, _ = aggregator
+    done = run_python(
+        f"""
+from tapes import DistributedRegistry
+registry = DistributedRegistry({address!r})
+registry.connect()
+registry.counter("c").increment(3)
+""",
+        cwd=short_dir,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    reader = DistributedRegistry(address)
+    reader.connect()
+    assert reader.get_stats().c.value == 3
+    reader.close()
+
+
+def test_a_killed_worker_keeps_what_it_had_published(aggregator, short_dir):
+    """Its counts are retired, its gauges leave."""
+    address, _ = aggregator
+    program = f"""
+import os, signal
+from tapes import DistributedRegistry
+registry = DistributedRegistry({address!r})
+registry.connect()
+registry.counter("c").increment(3)
+registry.gauge("g").set(1)
+registry.get_stats()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert run_python(program, cwd=short_dir).returncode == -signal.SIGKILL
+    reader = DistributedRegistry(address)
+    reader.connect()
+    assert reader.get_stats().c.value == 3
+    wait_for(lambda: reader.snapshot().get("g") is None, "the gauge of the dead leaves")
+    assert reader.get_stats().c.value == 3
+    reader.close()
+
+
+def test_no_answer_is_an_error_within_its_timeout_and_the_next_one_works(aggregator):
+    """A stopped aggregator, then one that goes on: no reader is wedged."""
+    address, process = aggregator
+    registry = DistributedRegistry(address)
+    registry.connect()
+    registry.counter("c").increment()
+    assert registry.get_stats().c.value == 1
+    process.send_signal(signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        with pytest.raises(AggregatorUnavailable, match=r"did not answer within 1 s.*RegistryAggregator"):
+            registry.get_stats()
+        assert time.monotonic() - started < 1.5
+    finally:
+        process.send_signal(signal.SIGCONT)
+    registry.counter("c").increment()
+    assert registry.get_stats().c.value == 2
+    registry.close()
+
+
+def test_strangers_change_nothing_and_are_counted(aggregator):
+    """Garbage, pickles and well-formed nonsense, on both sockets."""
+    address, _ = aggregator
+    registry = DistributedRegistry(address)
+    registry.connect()
+    registry.counter("c").increment(5)
+    evil = pickle.dumps(os.system)
+    messages = [b"", b"\xc1", evil, os.urandom(1000), msgpack.packb([1, "Update", 1]), msgpack.packb({})]
+    context = zmq.Context()
+    publisher, dealer = context.socket(zmq.XPUB), context.socket(zmq.DEALER)
+    publisher.connect(address)
+    dealer.connect(address + ".read")
+    publisher.recv()  # the subscription: messages are not dropped on our side
+    for message in messages:
+        publisher.send(message)
+        dealer.send(message)
+        dealer.send_multipart([b"", message, b""])
+    wait_for(
+        lambda: (s := registry.snapshot().get("tapes.rejected")) and s.value == 3 * len(messages),
+        "every message is counted",
+    )
+    assert registry.get_stats().c.value == 5
+    context.destroy(linger=0)
+    registry.close()
+
+
+def test_kinds_that_differ_between_workers_break_nothing(aggregator):
+    """The first kind stands, the other is counted."""
+    address, _ = aggregator
+    one, two = DistributedRegistry(address), DistributedRegistry(address)
+    one.connect()
+    one.counter("x").increment()
+    one.get_stats()
+    two.connect()
+    two.meter("x").mark(5)
+    two.counter("y").increment(2)
+    stats = two.get_stats()
+    assert (stats.x.value, stats.y.value) == (1, 2)
+    assert stats.tapes.rejected.value >= 1
+    one.close()
+    two.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_aggregator_in_the_foreground_ends_cleanly(short_dir, number):
+    """ctrl-C and SIGTERM: status 0, no word, no file."""
+    program = (
+        "from tapes.distributed.registry import *; RegistryAggregator([], 'ipc://m.ipc').start(fork=False)"
+    )
+    with running([sys.executable, "-c", program], cwd=short_dir) as process:
+        wait_for((short_dir / "m.ipc.read").exists, "the aggregator listens")
+        process.send_signal(number)
+        assert process.wait(4) == 0
+    assert [path.name for path in short_dir.iterdir()] == ["output.log"]
+    assert (short_dir / "output.log").read_text() == ""
+
+
+CANNOT_BIND = {
+    "another aggregator": ("first.start(); second.start({fork})", "another aggregator (pid "),
+    "not a socket": ("open('m.ipc', 'w').close(); first.start({fork})", "not a socket"),
+    "no directory": ("RegistryAggregator([], 'ipc://nowhere/m.ipc').start({fork})", "directory that exists"),
+    "path too long": ("RegistryAggregator([], 'ipc://' + 'x' * 200)", "at most 107"),
+    "port in use": ("RegistryAggregator(HTTPReporter(port), 'ipc://n.ipc').start({fork})", "another port"),
+    "started twice": ("first.start(); first.start({fork})", "called before"),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT_BIND)
+@pytest.mark.parametrize("fork", ["fork=True", "fork=False"])
+def test_an_aggregator_that_cannot_bind_says_so_in_one_sentence(short_dir, case, fork):
+    """What is wrong and what to do, as one line; and nothing is left."""
+    code, expected = CANNOT_BIND[case]
+    program = f"""
+import socket, sys
+from tapes import TapesError
+from tapes.distributed.registry import RegistryAggregator
+from tapes.reporting.http import HTTPReporter
+first, second = RegistryAggregator([], "ipc://m.ipc"), RegistryAggregator([], "ipc://m.ipc")
+with socket.create_server(("127.0.0.1", 0)) as taken:
+    port = taken.getsockname()[1]
+    try:
+        {code.format(fork=fork)}
+    except TapesError as error:
+        sys.exit(f"tapes: {{error}}")
+    finally:
+        first.stop()
+        second.stop()
+"""
+    done = run_python(program, cwd=short_dir)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert expected in done.stderr
+    left = [path.name for path in short_dir.iterdir()]
+    assert left == (["m.ipc"] if case == "not a socket" else [])
+    assert mentions(str(short_dir)) == []
+
+
+def test_reporters_are_checked():
+    """A common slip: a registry, or a class."""
+    with pytest.raises(InvalidArgument, match="Reporter"):
+        RegistryAggregator([object()])
+
+
+def test_a_fork_after_connect_is_told_what_to_do(aggregator, short_dir):
+    """No hang, no stolen socket: an error with the remedy, and connect() in the child helps."""
+    address, _ = aggregator
+    program = f"""
+import os
+from tapes import DistributedRegistry, TapesError
+registry = DistributedRegistry({address!r})
+registry.connect()
+pid = os.fork()
+if pid == 0:
+    try:
+        registry.get_stats()
+    except TapesError as error:
+        assert "after the fork" in str(error)
+        registry.connect()
+        registry.counter("child").increment(3)
+        assert registry.get_stats().child.value == 3
+        registry.close()
+        os._exit(0)
+    os._exit(1)
+assert os.waitpid(pid, 0)[1] == 0
+registry.counter("parent").increment(2)
+stats = registry.get_stats()
+assert (stats.parent.value, stats.child.value) == (2, 3)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=short_dir, env=clean_environment(), capture_output=True,
+        text=True, timeout=20, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,77 @@
+"""tapes.distributed.address: what may be bound."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from tapes.distributed.address import DEFAULT_ADDR, Lock, resolve
+from tapes.errors import AddressError, AddressInUse
+
+
+@pytest.mark.parametrize(
+    "addr", ["", "x", "ipc://", "inproc://x", "http://127.0.0.1:1", "tcp://127.0.0.1", "tcp://127.0.0.1:x",
+             "tcp://127.0.0.1:65535", "tcp://0.0.0.0:5000", "tcp://*:5000", "tcp://10.0.0.1:5000"],
+)  # fmt: skip
+def test_bad_addresses_are_told_with_what_was_expected(addr, monkeypatch):
+    """No scheme, no port, or not this machine."""
+    monkeypatch.setenv("TAPES_ADDR", addr)
+    with pytest.raises(AddressError, match="expected"):
+        resolve(addr or "ipc://")
+
+
+def test_a_relative_path_is_made_absolute_once(short_dir, monkeypatch):
+    """A later chdir changes nothing."""
+    monkeypatch.chdir(short_dir)
+    monkeypatch.delenv("TAPES_ADDR", raising=False)
+    assert resolve(DEFAULT_ADDR).path == str(short_dir / "tapes_metrics.ipc")
+
+
+def test_the_environment_replaces_the_default_only(monkeypatch):
+    """An explicit address is taken literally, also one that is spelled like the default."""
+    monkeypatch.setenv("TAPES_ADDR", "ipc:///tmp/x.ipc")
+    assert resolve(DEFAULT_ADDR).path == resolve(None).path == "/tmp/x.ipc"
+    assert resolve("ipc:///tmp/y.ipc").path == "/tmp/y.ipc"
+    assert resolve("".join(["ipc://tapes_", "metrics.ipc"])).path == os.path.abspath("tapes_metrics.ipc")
+
+
+def test_too_long_a_path_is_told_with_the_limit():
+    """Before the kernel truncates it."""
+    with pytest.raises(AddressError, match="at most 107"):
+        resolve("ipc:///" + "x" * 120)
+
+
+def test_a_lock_is_held_by_one(short_dir):
+    """The second is told who has it; after a release the next one gets it, and no file stays."""
+    endpoints = resolve(f"ipc://{short_dir}/m.ipc")
+    first, second = Lock(endpoints), Lock(endpoints)
+    first.acquire()
+    with pytest.raises(AddressInUse, match=f"pid {os.getpid()}"):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()
+    assert list(short_dir.iterdir()) == []
+
+
+def test_what_a_killed_aggregator_left_is_cleared(short_dir):
+    """A dead socket is replaced."""
+    endpoints = resolve(f"ipc://{short_dir}/m.ipc")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(endpoints.path)
+    lock = Lock(endpoints)
+    lock.acquire()
+    assert not os.path.exists(endpoints.path)
+    lock.release()
+
+
+def test_what_is_not_a_socket_is_not_replaced(short_dir):
+    """A plain file at the address is somebody's file."""
+    precious = short_dir / "m.ipc"
+    precious.write_text("precious")
+    with pytest.raises(AddressError, match="not a socket"):
+        Lock(resolve(f"ipc://{precious}")).acquire()
+    assert precious.read_text() == "precious"
+    assert list(short_dir.iterdir()) == [precious]

@@ -1,0 +1,161 @@
+"""tapes.distributed.ledger: replacing, merging, leaving."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+import tapes
+from tapes.distributed.ledger import Ledger
+from tapes.distributed.wire import Item, Update
+from tapes.testing import ManualClock
+
+
+class Worker:
+    """A registry whose updates a test delivers by hand."""
+
+    numbers = itertools.count(1)
+
+    def __init__(self, clock=None):
+        self.registry = tapes.Registry(clock=clock or ManualClock(1000.0))
+        self.identity = next(self.numbers).to_bytes(16, "big")
+        self.seq = 0
+
+    def update(self, base=0, only=None):
+        self.seq += 1
+        items = [Item(*s) for s in self.registry.collect() if only is None or s[1] in only]
+        return Update(self.identity, 1, "h", self.seq, base, items, self.registry.descriptions())
+
+
+def value(ledger, name="c", **labels):
+    series = ledger.snapshot(200).get(name, **labels)
+    return None if series is None else series.value
+
+
+def test_a_repeated_or_late_update_changes_nothing():
+    """The newest state of a series stands, whatever the order of arrival."""
+    ledger, worker = Ledger(), Worker()
+    updates = []
+    for _ in range(5):
+        worker.registry.counter("c").increment()
+        updates.append(worker.update())
+    for update in (updates[2], updates[0], updates[4], updates[4], updates[1], updates[3]):
+        ledger.apply(update)
+    assert value(ledger) == 5
+
+
+def test_an_overtaken_update_still_brings_the_series_that_only_it_has():
+    """Numbers are compared per series, not per worker."""
+    ledger, worker = Ledger(), Worker()
+    worker.registry.counter("a").increment()
+    worker.registry.counter("b").increment()
+    ledger.apply(worker.update())
+    worker.registry.counter("a").increment()
+    late = worker.update(base=1, only={"a"})
+    worker.registry.counter("b").increment()
+    ledger.apply(worker.update(base=2, only={"b"}))
+    ledger.apply(late)
+    assert (value(ledger, "a"), value(ledger, "b")) == (2, 2)
+
+
+def test_an_update_that_continues_an_unknown_one_is_not_complete():
+    """So that a reader is asked for a keyframe instead of being given half of its own events."""
+    ledger, worker = Ledger(), Worker()
+    worker.registry.counter("a").increment()
+    worker.update()
+    assert ledger.apply(worker.update(base=1, only=set()))[0] is False
+    assert ledger.apply(worker.update())[0] is True
+    assert ledger.apply(worker.update(base=3, only=set()))[0] is True
+
+
+def test_workers_are_added_up_and_survive_their_leaving():
+    """A worker that leaves is counted once, and its late words change nothing."""
+    ledger, one, two = Ledger(), Worker(), Worker()
+    for worker, n in ((one, 3), (two, 4)):
+        worker.registry.counter("c").increment(n)
+        worker.registry.gauge("g").set(n)
+        ledger.apply(worker.update())
+    assert (value(ledger), value(ledger, "g")) == (7, 7)
+    ledger.retire(one.identity)
+    ledger.retire(one.identity)
+    one.registry.counter("c").increment(100)
+    ledger.apply(one.update())
+    assert (value(ledger), value(ledger, "g")) == (7, 4)
+    assert [worker.identity for worker in ledger.workers] == [two.identity]
+
+
+def test_memory_depends_on_series_not_on_workers_that_lived():
+    """A thousand workers later there is one total per series."""
+    ledger = Ledger()
+    for _ in range(1000):
+        worker = Worker()
+        worker.registry.counter("c", l="x").increment()
+        ledger.apply(worker.update())
+        ledger.retire(worker.identity)
+    assert value(ledger, l="x") == 1000
+    assert len(ledger._entries) == 1
+    assert ledger.workers == []
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("sum", 9), ("max", 4), ("min", 2), ("mean", 3), ("last", 3)])
+def test_gauges_merge_as_their_mode_says(mode, expected):
+    """Over workers that have set them; one that never did is no minimum."""
+    clock = ManualClock(1000.0)
+    ledger = Ledger()
+    silent = Worker(clock)
+    silent.registry.gauge("g", merge=mode)
+    ledger.apply(silent.update())
+    for n in (4, 2, 3):
+        worker = Worker(clock)
+        worker.registry.gauge("g", merge=mode).set(n)
+        clock.advance(1)
+        ledger.apply(worker.update())
+    assert value(ledger, "g") == expected
+
+
+def test_each_worker_keeps_its_own_gauge_on_request():
+    """Labelled by its pid."""
+    ledger, worker = Ledger(), Worker()
+    worker.registry.gauge("g", merge="each").set(5)
+    ledger.apply(worker.update())
+    assert value(ledger, "g", worker=1) == 5
+    ledger.retire(worker.identity)
+    assert ledger.snapshot(200).series("g") == ()
+
+
+def test_a_name_of_another_kind_is_refused_and_nothing_else():
+    """The rest of the update counts."""
+    ledger, one, two = Ledger(), Worker(), Worker()
+    one.registry.counter("c").increment()
+    two.registry.meter("c").mark(5)
+    two.registry.counter("d").increment(2)
+    assert ledger.apply(one.update()) == (True, [])
+    assert ledger.apply(two.update()) == (True, ["c"])
+    assert (value(ledger), value(ledger, "d")) == (1, 2)
+
+
+def test_rates_and_quantiles_of_many_are_those_of_one_that_saw_all():
+    """With workers that start late and leave early."""
+    clock = ManualClock(1000.0)
+    one, ledger, workers = tapes.Registry(clock=clock), Ledger(), []
+    one.timer("t")
+    for turn in range(60):
+        if turn % 7 == 0:
+            workers.append(Worker(clock))
+        if turn % 11 == 10:
+            gone = workers.pop(0)
+            ledger.apply(gone.update())
+            ledger.retire(gone.identity)
+        for number, worker in enumerate(workers):
+            seconds = 0.001 * (1 + (turn * 7 + number) % 90)
+            worker.registry.timer("t").update(seconds)
+            one.timer("t").update(seconds)
+        clock.advance(3)
+    for worker in workers:
+        ledger.apply(worker.update())
+    merged, alone = ledger.snapshot(int(clock() // 5)).get("t"), one.snapshot().get("t")
+    assert merged.lifetime.bins() == alone.lifetime.bins()
+    assert (merged.count, merged.sum) == (alone.count, alone.sum)
+    for field, expected in alone.fields().items():
+        assert merged.fields()[field] == pytest.approx(expected, rel=1e-9)
