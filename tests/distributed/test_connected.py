@@ -57,6 +57,11 @@ while True:
 """
 
 
+FOREGROUND = (
+    "from tapes.distributed.registry import *; RegistryAggregator([], 'ipc://m.ipc').start(fork=False)"
+)
+
+
 @pytest.fixture
 def service(short_dir):
     """Four workers that have counted 1,000 each, and the port of their HTTPReporter."""
@@ -74,7 +79,7 @@ def stats(port):
 
 def test_an_http_reporter_gives_the_merged_values(service):
     """Four times 1,000, in the aggregator's own process, started before the fork."""
-    process, port, short_dir = service
+    _, port, _ = service
     merged = wait_for(lambda: (s := stats(port)).get("c", {}).get("value") == 4000 and s, "all is merged")
     assert merged["my"]["timer"]["count"] == 4000
     assert sorted(one["value"] for one in merged["g"].values()) == [0, 1, 2, 3]
@@ -120,11 +125,7 @@ def _cmdline(pid):
 @pytest.fixture
 def aggregator(short_dir):
     """The address of an aggregator in a process of its own, which ends with the test."""
-    program = (
-        "import signal; from tapes.distributed.registry import RegistryAggregator;"
-        "RegistryAggregator([], 'ipc://m.ipc').start(fork=False)"
-    )
-    with running([sys.executable, "-c", program], cwd=short_dir) as process:
+    with running([sys.executable, "-c", FOREGROUND], cwd=short_dir) as process:
         wait_for((short_dir / "m.ipc.read").exists, "the aggregator listens")
         yield f"ipc://{short_dir}/m.ipc", process
 
@@ -151,11 +152,7 @@ def test_what_was_counted_before_connect_and_before_the_aggregator_arrives(short
     early.connect()
     with pytest.raises(AggregatorUnavailable, match="did not answer"):
         early.get_stats()
-    aggregator = RegistryAggregator([], address)
-    program = (
-        f"from tapes.distributed.registry import *; RegistryAggregator([], {address!r}).start(fork=False)"
-    )
-    with running([sys.executable, "-c", program], cwd=short_dir):
+    with running([sys.executable, "-c", FOREGROUND], cwd=short_dir):
         wait_for((short_dir / "m.ipc.read").exists, "the aggregator listens")
         late = DistributedRegistry(address)
         late.connect()
@@ -163,7 +160,6 @@ def test_what_was_counted_before_connect_and_before_the_aggregator_arrives(short
         early.close()
         assert late.get_stats().c.value == 7
         late.close()
-    assert aggregator.socket_addr == address
 
 
 def test_a_worker_that_closes_has_said_all(aggregator):
@@ -289,10 +285,7 @@ def test_kinds_that_differ_between_workers_break_nothing(aggregator):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_aggregator_in_the_foreground_ends_cleanly(short_dir, number):
     """ctrl-C and SIGTERM: status 0, no word, no file."""
-    program = (
-        "from tapes.distributed.registry import *; RegistryAggregator([], 'ipc://m.ipc').start(fork=False)"
-    )
-    with running([sys.executable, "-c", program], cwd=short_dir) as process:
+    with running([sys.executable, "-c", FOREGROUND], cwd=short_dir) as process:
         wait_for((short_dir / "m.ipc.read").exists, "the aggregator listens")
         process.send_signal(number)
         assert process.wait(4) == 0
