@@ -16,10 +16,9 @@ from tapes.meta import metered_meta
 from tapes.registry import Registry, default_registry
 
 if TYPE_CHECKING:
-    from tapes.distributed.registry import DistributedRegistry
+    from tapes.distributed.registry import DistributedRegistry as DistributedRegistry
 
 __all__ = [
-    "DistributedRegistry",
     "Registry",
     "TapesError",
     "close",
@@ -65,7 +64,8 @@ def connect(addr: str | None = None) -> None:
 def close() -> None:
     """Hand the default registry's last values to the aggregator and disconnect; nothing if not connected.
 
-    Takes 1 s at most, if the aggregator doesn't answer.
+    What was handed over is counted there, so the registry starts again from zero; gauges stay. Takes 1 s at
+    most, if the aggregator doesn't answer.
     """
     if default_registry.connection is not None:
         from tapes.distributed.connection import close as close_registry

@@ -13,7 +13,15 @@ from typing import Any
 
 from tapes.errors import InvalidLabel, InvalidName
 
-__all__ = ["RESERVED", "Labels", "canonical_labels", "check_name", "escape_label_value", "selector"]
+__all__ = [
+    "RESERVED",
+    "Labels",
+    "canonical_labels",
+    "check_name",
+    "escape_label_value",
+    "label_text",
+    "selector",
+]
 
 Labels = tuple[tuple[str, str], ...]
 

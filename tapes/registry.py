@@ -101,7 +101,7 @@ class Registry:
             raise InvalidArgument("max_series", got=max_series, expected="a whole number of at least 1")
         self._prefix = check_name(prefix) + "." if prefix else ""
         self._labels = dict(canonical_labels(labels, {}))
-        self._clock = clock
+        self.clock = clock
         self._max_series = max_series
         self._metrics: dict[str, _Metrics] = {}
         self._below: dict[str, dict[str, str]] = {}
@@ -188,7 +188,11 @@ class Registry:
             text: One sentence.
             unit: The unit of its values, such as ``"bytes"``; timers are always in seconds.
         """
-        self._described[self._prefix + check_name(name)] = (str(text), unit)
+        if not isinstance(text, str) or not (unit is None or isinstance(unit, str)):
+            raise InvalidArgument(
+                "describe()", got=(text, unit), expected="a sentence, and a unit like 'bytes' or None"
+            )
+        self._described[self._prefix + check_name(name)] = (text, unit)
         self.revision += 1
 
     def remove(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> bool:
@@ -223,7 +227,8 @@ class Registry:
         """Return one consistent, frozen cut of all series; raises as `get_stats`."""
         if self.connection is not None:
             return self.connection.snapshot()
-        tick = tick_at(self._clock())
+        self.refresh()
+        tick = tick_at(self.clock())
         states: dict[str, list[tuple[Labels, State]]] = {}
         kinds: dict[str, str] = {}
         for kind, name, labels, state in self.collect():
@@ -234,15 +239,28 @@ class Registry:
             for name, group in states.items()
         )
 
-    def collect(self, *, fresh: bool = True) -> Iterator[tuple[str, str, Labels, State]]:
-        """Yield kind, name, labels and state of every series of this process; see `Metric.collect`."""
+    def collect(self) -> Iterator[tuple[str, str, Labels, State]]:
+        """Yield kind, name, labels and state of every series of this process."""
         # Collecting finds bad values, so what counts them comes last.
         for name in [*(name for name in list(self._metrics) if name != REJECTED), REJECTED]:
             metrics = self._metrics.get(name)
             if metrics is None:
                 continue
             for labels, metric in list(metrics.by_labels.items()):
-                yield metrics.kind.kind, name, labels, metric.collect(fresh=fresh)
+                yield metrics.kind.kind, name, labels, metric.collect()
+
+    def refresh(self, max_age_seconds: float = 0.0) -> None:
+        """Run the producers of gauges whose values are older than ``max_age_seconds``."""
+        for metrics in list(self._metrics.values()):
+            if metrics.kind is Gauge:
+                for gauge in list(metrics.by_labels.values()):
+                    cast("Gauge", gauge).refresh(max_age_seconds)
+
+    def take(self) -> Iterator[tuple[str, str, Labels, State]]:
+        """Yield what `collect` does and start again from zero; see `Metric.take`."""
+        for name, metrics in list(self._metrics.items()):
+            for labels, metric in list(metrics.by_labels.items()):
+                yield metrics.kind.kind, name, labels, metric.take()
 
     def descriptions(self) -> dict[str, tuple[str, str | None]]:
         """Return name to text and unit, as described in this process."""
@@ -290,6 +308,9 @@ class Registry:
         if metrics is None:
             self._check_hiding(kind.kind, name)
             metrics = self._metrics.setdefault(name, _Metrics(kind))
+        if metrics.kind is not kind and not metrics.by_labels:  # all its series were removed
+            self._check_hiding(kind.kind, name)
+            metrics = self._metrics[name] = _Metrics(kind)
         if metrics.kind is not kind:
             raise KindConflict(
                 f"{name!r} is a {metrics.kind.kind} already",
@@ -302,9 +323,9 @@ class Registry:
             return cast("M", metric)
         place = metrics.take_place()
         within = place < self._max_series
-        if not within:
+        if not within and labels not in metrics.by_labels:  # another thread may have made it meanwhile
             labels = self._overflow(name, metrics)
-        made = kind(name, labels, self._clock, self._rejected, **options)
+        made = kind(name, labels, self.clock, self._rejected, **options)
         metric = metrics.by_labels.setdefault(labels, made)
         if within and metric is not made:
             metrics.free_places.append(place)

@@ -38,6 +38,7 @@ from math import ceil, exp, fsum, ldexp, sqrt
 from typing import NamedTuple
 
 from tapes.clock import TICK_SECONDS
+from tapes.errors import InvalidArgument
 from tapes.sums import Number, exact_sum
 
 __all__ = ["EMPTY", "Sketch", "View", "bin_key", "bin_value"]
@@ -50,6 +51,8 @@ _FORGOTTEN = 1e-15
 """A recent weight below this is dropped: one value, 38 minutes after it was the newest."""
 _RECENT = 0.01
 """The least weight that counts for the recent minimum and maximum: one value, about five minutes old."""
+
+_HALF_BIN = 2.0**-8
 
 _LITTLE = sys.byteorder == "little"
 _UPPER_HALVES = slice(1, None, 2) if _LITTLE else slice(0, None, 2)
@@ -120,32 +123,46 @@ class View:
 
     @property
     def mean(self) -> float:
-        """The mean of the values; 0.0 when empty."""
-        return self._clamp(self.sum / self.count) if self.count else 0.0
+        """The mean of the values, within 0.4 % of their magnitudes and mostly exact; 0.0 when empty.
+
+        A weighted sum keeps what rounding left of values that have long been outweighed; so it is held
+        against the bins, which forget.
+        """
+        if not self.count:
+            return 0.0
+        products = [weight * bin_value(key) for key, weight in zip(self._keys, self._weights)]
+        try:
+            by_bins, slack = fsum(products), fsum(map(abs, products)) * _HALF_BIN
+        except OverflowError:
+            return self._clamp(self.sum / self.count)
+        return self._clamp(min(max(self.sum, by_bins - slack), by_bins + slack) / self.count)
 
     @property
     def stddev(self) -> float:
         """The standard deviation of the values' bins; 0.0 when empty."""
-        if not self.count:
+        scale = max(abs(self.min), abs(self.max))
+        if not self.count or not scale:
             return 0.0
-        mean = self.mean
+        mean = self.mean / scale
         squares = (
-            weight * (self._clamp(bin_value(key)) - mean) ** 2
+            weight * (self._clamp(bin_value(key)) / scale - mean) ** 2
             for key, weight in zip(self._keys, self._weights)
         )
-        try:
-            return sqrt(fsum(squares) / self.count)
-        except OverflowError:
-            return sys.float_info.max
+        return min(scale * sqrt(fsum(squares) / self.count), sys.float_info.max)
 
     def quantile(self, q: float) -> float:
         """Return the value at quantile ``q`` by nearest rank, within 0.4 %; 0.0 when empty.
 
         Args:
             q: From 0.0 (the exact minimum) to 1.0 (the exact maximum).
+
+        Raises:
+            InvalidArgument: If ``q`` is not in that range.
         """
         if not 0.0 <= q <= 1.0:
-            raise ValueError(f"a quantile: got {q!r}, expected a number from 0 to 1")
+            raise InvalidArgument(
+                "a quantile", got=q, expected="a number from 0 to 1", remedy="0.99 is the 99th percentile"
+            )
         if not self.count or q == 0.0:
             return self.min
         if q == 1.0:
@@ -177,6 +194,11 @@ class View:
 
     def _clamp(self, value: float) -> float:
         return min(max(value, self.min), self.max)
+
+
+def _within_floats(total: float) -> float:
+    """Return ``total``, kept from becoming infinite, which would make it NaN later."""
+    return max(-sys.float_info.max, min(total, sys.float_info.max))
 
 
 def _first_at_least(ascending: Sequence[Number], least: Number) -> int:
@@ -240,7 +262,7 @@ class Sketch(NamedTuple):
             bins,
             max(tick, self.tick),
             weights,
-            self.recent_sum * decay + batch_sum,
+            _within_floats(self.recent_sum * decay + batch_sum),
         )
 
     def _weights_at(self, tick: int) -> tuple[dict[int, float], float]:
@@ -265,7 +287,7 @@ class Sketch(NamedTuple):
             for key, count in sketch.bins.items():
                 bins[key] = bins.get(key, 0) + count
             aged, decay = sketch._weights_at(tick)
-            recent_sum += sketch.recent_sum * decay
+            recent_sum = _within_floats(recent_sum + sketch.recent_sum * decay)
             for key, weight in aged.items():
                 weights[key] = weights.get(key, 0.0) + weight
         return Sketch(

@@ -9,7 +9,9 @@ Times are in seconds, rates in events per second.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple, Union
 
 import addict
@@ -29,6 +31,8 @@ __all__ = [
     "Snapshot",
     "TimerSeries",
 ]
+
+_log = logging.getLogger("tapes.snapshot")
 
 _QUANTILES = (
     ("q50", 0.5), ("q75", 0.75), ("q95", 0.95), ("q98", 0.98), ("q99", 0.99), ("q999", 0.999),
@@ -155,6 +159,12 @@ def _distribution_fields(lifetime: View, recent: View) -> dict[str, Number]:
     return fields
 
 
+@lru_cache(maxsize=256)
+def _log_hidden(name: str) -> None:
+    """Log, once for each name, that it has no place in the tree."""
+    _log.warning("%r is not in the tree: another worker's metric above it has a field of that name", name)
+
+
 class Family(NamedTuple):
     """All series of one name.
 
@@ -212,7 +222,10 @@ class Snapshot:
         for family in self:
             node = tree
             for segment in family.name.split("."):
-                node = node[segment]
+                node = node[segment] if isinstance(node, dict) else None
+            if not isinstance(node, dict):
+                _log_hidden(family.name)  # only workers that disagree on names can come here
+                continue
             for series in family.series:
                 (node[selector(series.labels)] if series.labels else node).update(series.fields())
         tree.freeze()

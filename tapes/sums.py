@@ -13,6 +13,7 @@ Predicates", 1997 (expansions); ``math.fsum`` for the rounding.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from fractions import Fraction
@@ -21,11 +22,13 @@ from typing import NamedTuple, Union
 
 __all__ = ["Number", "Total", "exact_sum"]
 
+_MOST = sys.float_info.max
+
 Number = Union[int, float]
 
 
 def exact_sum(values: Iterable[Number]) -> tuple[float, ...]:
-    """Return the exact sum of ``values`` as its canonical list of floats; empty for zero.
+    """Return the exact sum of ``values``, taken as floats, as its canonical list; empty for zero.
 
     A sum beyond the range of floats stays at the largest finite one.
 
@@ -44,8 +47,18 @@ def exact_sum(values: Iterable[Number]) -> tuple[float, ...]:
             parts.append(part)
             rest.append(-part)
     except OverflowError:
-        total = sum(map(Fraction, rest))
-        return (sys.float_info.max if total > 0 else -sys.float_info.max,)
+        return _expand(sum(map(Fraction, rest), Fraction(0)))
+
+
+def _expand(total: Fraction) -> tuple[float, ...]:
+    """Return the canonical list of floats of an exact number, clamped to the range of floats."""
+    if abs(total) > _MOST:
+        return (math.copysign(_MOST, total),)
+    parts: list[float] = []
+    while total:
+        parts.append(float(total))
+        total -= Fraction(parts[-1])
+    return tuple(parts)
 
 
 class Total(NamedTuple):
@@ -57,7 +70,10 @@ class Total(NamedTuple):
     @property
     def value(self) -> Number:
         """The sum: an ``int`` as long as nothing fractional was added."""
-        return exact_sum((self.whole, *self.parts))[0] if self.parts else self.whole
+        if not self.parts:
+            return self.whole
+        (total, *_) = exact_sum((*_expand(Fraction(self.whole)), *self.parts)) or (0.0,)
+        return total
 
     def add(self, values: list[Number]) -> Total:
         """Return this total with finite ``values`` added."""

@@ -5,10 +5,14 @@ The names are those of the OpenTelemetry HTTP semantic conventions.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
+from tapes.errors import TapesError
 from tapes.metrics import Timer
+from tapes.naming import label_text
 from tapes.registry import Registry, default_registry
 
 __all__ = ["METHODS", "UNMATCHED", "RequestMetrics", "paths_of"]
@@ -19,12 +23,14 @@ UNMATCHED = "<unmatched>"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"})
 """Methods by their own name; all others are ``_OTHER``, as a client can invent any number of them."""
 
+_log = logging.getLogger("tapes.contrib")
+
 _DURATION = "http.server.request.duration"
 _ACTIVE = "http.server.active_requests"
 _REQUEST_SIZE = "http.server.request.body.size"
 _RESPONSE_SIZE = "http.server.response.body.size"
 
-_Key = tuple[str, str, str, tuple[tuple[str, Any], ...]]
+_Key = tuple[str, str, str, tuple[tuple[str, str], ...]]
 
 
 class RequestMetrics:
@@ -63,16 +69,33 @@ class RequestMetrics:
         now: float,
         labels: Mapping[str, Any] | None = None,
     ) -> None:
-        """Record the duration of a request that ended at ``now`` on the monotonic clock."""
-        key = (method, route, status, tuple(labels.items()) if labels else ())
+        """Record the duration of a request that ended at ``now`` on the registry's clock.
+
+        What the labels of the user spoil is recorded without them.
+        """
+        try:
+            self._timer(method, route, status, labels).record(seconds, now)
+        except TapesError as error:
+            self._complain(str(error))
+            self._timer(method, route, status, None).record(seconds, now)
+
+    def _timer(self, method: str, route: str, status: str, labels: Mapping[str, Any] | None) -> Timer:
+        more = tuple([(name, label_text(value)) for name, value in labels.items()]) if labels else ()
+        key = (method, route, status, more)
         timer = self._timers.get(key)
         if timer is None:
             known = method if method in METHODS else "_OTHER"
-            series = {**(labels or {}), "method": known, "route": route, "status": status}
+            series = {**dict(more), "method": known, "route": route, "status": status}
             timer = self.registry.timer(self._duration, labels=series)
             if known == method and dict(timer.labels).get("overflow") is None:
                 self._timers[key] = timer
-        timer.record(seconds, now)
+        return timer
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def _complain(what: str) -> None:
+        """Log, once for each complaint."""
+        _log.warning("tapes records requests without further labels: %s", what)
 
     def record_sizes(self, method: str, route: str, received: int, sent: int) -> None:
         """Record the sizes of a request's and its answer's body, in bytes."""

@@ -25,9 +25,9 @@ __all__ = ["on_starting", "post_fork", "worker_exit"]
 
 def on_starting(server: _Any) -> None:
     """Start the aggregator; if that can't be done, end gunicorn with a sentence that says why."""
-    from tapes.distributed.lease import launch
-
     try:
+        from tapes.distributed.lease import launch
+
         _os.environ["TAPES_ADDR"] = launch(_os.getpid())
     except _tapes.TapesError as error:
         if server.pidfile is not None:

@@ -15,10 +15,10 @@ from http import HTTPStatus
 from typing import Any, Callable, Union
 from urllib.parse import parse_qs
 
-from tapes.clock import monotonic
 from tapes.contrib._http import UNMATCHED, RequestMetrics, paths_of
 from tapes.errors import InvalidArgument
 from tapes.exposition.endpoint import Answer, answer, plain
+from tapes.naming import canonical_labels
 from tapes.registry import Registry
 
 __all__ = ["TapesMiddleware"]
@@ -72,7 +72,7 @@ class TapesMiddleware:
         self._metrics = RequestMetrics(registry, prefix=prefix, body_sizes=body_sizes)
         self._metrics_paths = paths_of(metrics_path)
         self._excluded = paths_of(exclude)
-        self._labels = labels
+        self._labels = labels if callable(labels) else dict(canonical_labels(labels, {}))
         self._guard = guard
         self._route = route
 
@@ -101,7 +101,7 @@ class TapesMiddleware:
         if environ.get("REQUEST_METHOD") not in ("GET", "HEAD"):
             status, headers, body = plain(405, "The metrics can only be read.")
             return status, {**headers, "Allow": "GET, HEAD"}, body
-        if self._guard is not None and not self._guard(environ):
+        if not self._may_read(environ):
             return plain(403, "The metrics are not for everybody.")
         registry = self._metrics.registry
         if registry.connection is None and environ.get("wsgi.multiprocess"):
@@ -113,6 +113,13 @@ class TapesMiddleware:
             )
         wanted = parse_qs(environ.get("QUERY_STRING", "")).get("format", [""])[-1]
         return answer(registry, environ.get("HTTP_ACCEPT", ""), wanted)
+
+    def _may_read(self, environ: Environ) -> bool:
+        try:
+            return self._guard is None or bool(self._guard(environ))
+        except Exception:
+            _log.exception("tapes: the guard of the metrics failed, so nobody may read them")
+            return False
 
 
 class _Request:
@@ -128,7 +135,7 @@ class _Request:
         self._status = "500"
         self._sent = 0
         middleware._metrics.active.increment()
-        self._start = monotonic()
+        self._start = middleware._metrics.registry.clock()
 
     def start_response(self, status: str, headers: Any, *exc_info: Any) -> Any:
         self._status = status[:3]
@@ -137,7 +144,15 @@ class _Request:
         rule = getattr(request, "url_rule", None)
         if rule is not None:
             self._route = rule.rule
-        return self._start_response(status, headers, *exc_info)
+        write = self._start_response(status, headers, *exc_info)
+        if self._middleware is None or not self._middleware._metrics.body_sizes:
+            return write
+
+        def counting_write(data: bytes) -> Any:
+            self.sent(data)
+            return write(data)
+
+        return counting_write
 
     def sent(self, data: bytes) -> None:
         """Note a piece of the body."""
@@ -148,20 +163,27 @@ class _Request:
         middleware, self._middleware = self._middleware, None
         if middleware is None:
             return
-        now = monotonic()
         metrics = middleware._metrics
+        now = metrics.registry.clock()
         metrics.active.decrement()
         method = self._environ.get("REQUEST_METHOD", "")
         try:
             route = (middleware._route and middleware._route(self._environ)) or self._route
             labels = middleware._labels
-            more = labels(self._environ) if callable(labels) else labels
+            more = self._more_labels(labels) if callable(labels) else labels
             metrics.record(method, route, status or self._status, now - self._start, now, more)
             if metrics.body_sizes:
                 received = int(self._environ.get("CONTENT_LENGTH") or 0)
                 metrics.record_sizes(method, route, received, self._sent)
         except Exception:
             _log.exception("tapes could not record a request")
+
+    def _more_labels(self, labels: Callable[[Environ], Mapping[str, Any]]) -> Mapping[str, Any] | None:
+        try:
+            return labels(self._environ)
+        except Exception:
+            _log.exception("tapes: the callable for further labels failed")
+            return None
 
 
 class _Body:
@@ -198,3 +220,7 @@ class _Body:
                 close()
         finally:
             self._request.finish()
+
+    def __del__(self) -> None:
+        # A caller that drops the body without close() ends the request too: nothing stays active for ever.
+        self._request.finish()

@@ -64,7 +64,7 @@ def resolve(addr: str | None) -> Endpoints:
     """
     if addr is None or addr is DEFAULT_ADDR:
         addr = os.environ.get("TAPES_ADDR") or str(DEFAULT_ADDR)
-    scheme, separator, rest = addr.partition("://")
+    scheme, separator, rest = addr.partition("://") if isinstance(addr, str) else ("", "", "")
     if separator and rest and scheme == "ipc":
         return _ipc(addr, rest)
     if separator and rest and scheme == "tcp":
@@ -73,6 +73,7 @@ def resolve(addr: str | None) -> Endpoints:
         "the aggregator's address can't be used",
         got=addr,
         expected="ipc://PATH or tcp://127.0.0.1:PORT",
+        remedy="give another socket_addr, or set TAPES_ADDR",
     )
 
 
@@ -98,7 +99,7 @@ def _tcp(addr: str, rest: str) -> Endpoints:
         loopback = bare == "localhost" or ip_address(bare).is_loopback
     except ValueError:
         loopback = False
-    if not port.isdigit() or not 0 < int(port) < 65535:
+    if not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65535:
         raise AddressError(
             "the aggregator's port can't be used", got=addr, expected="a number from 1 to 65534"
         )
@@ -161,14 +162,21 @@ class Lock:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            owner = os.pread(fd, 20, 0).strip()
+            if owner and not owner.isdigit():
+                os.close(fd)
+                raise AddressError(
+                    f"the aggregator can't bind {self._endpoints.publish}: {path} is somebody's file",
+                    remedy="choose another address, or remove that file",
+                )
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(fd), os.stat(path)):
                     return fd
         except BlockingIOError:
-            owner = os.read(fd, 20).decode("ascii", "replace").strip()
+            holder = os.read(fd, 20).decode("ascii", "replace").strip()
             os.close(fd)
             raise AddressInUse(
-                f"another aggregator{owner and f' (pid {owner})'} serves {self._endpoints.publish}",
+                f"another aggregator{holder and f' (pid {holder})'} serves {self._endpoints.publish}",
                 remedy="choose another address, or stop that one",
             ) from None
         os.close(fd)

@@ -74,7 +74,7 @@ class _MergedView:
         """Enter the aggregator's own metrics into the ledger."""
         with self._lock:
             self._seq += 1
-            items = [Item(*series) for series in self._registry.collect(fresh=False)]
+            items = [Item(*series) for series in self._registry.collect()]
             self._ledger.apply(Update(_OURSELVES, os.getpid(), "", self._seq, 0, items, {}))
 
 
@@ -141,6 +141,7 @@ class Aggregator:
             ):
                 bound.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
                 bound.setsockopt(zmq.LINGER, 0)
+                bound.setsockopt(zmq.IPV6, int("[" in endpoint))
                 try:
                     bound.bind(endpoint)
                 except zmq.ZMQError as error:
@@ -228,8 +229,9 @@ class Aggregator:
                 raise WireError("a question", got=type(question).__name__, expected="Read or Goodbye")
         except WireError as error:
             self._reject(data, str(error))
-            return
-        reply = self._reply(question)
+            reply = Reply(0, "error", f"it refused the question: {error}".encode())
+        else:
+            reply = self._reply(question)
         with contextlib.suppress(zmq.ZMQError):
             questions.send_multipart([*route, encode(reply)], zmq.NOBLOCK)
 

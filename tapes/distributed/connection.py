@@ -11,9 +11,11 @@ import atexit
 import contextlib
 import itertools
 import os
+import threading
 import time
+import weakref
 from collections import deque
-from typing import Callable
+from typing import Callable, TypeVar
 
 import zmq
 
@@ -31,22 +33,33 @@ from tapes.distributed.wire import (
     decode,
     encode,
 )
-from tapes.errors import AggregatorUnavailable, TapesError, WireError
+from tapes.errors import AggregatorUnavailable, InvalidArgument, WireError
 from tapes.registry import Registry
 from tapes.snapshot import Snapshot
 
 __all__ = ["AggregatorConnection", "close", "connect"]
+
+T = TypeVar("T")
 
 TIMEOUT_SECONDS = 1.0
 """So long a read or a goodbye waits for the aggregator."""
 
 
 def connect(registry: Registry, addr: str | None) -> None:
-    """Attach a connection to ``registry``; nothing if this process has attached one already."""
-    connection = registry.connection
-    if isinstance(connection, AggregatorConnection) and connection.is_of_this_process:
-        return
-    registry.connection = AggregatorConnection(registry, resolve(addr))
+    """Attach a connection to ``registry``; nothing if this process has attached the same already."""
+    endpoints = resolve(addr)
+    with _connecting:
+        connection = registry.connection
+        if isinstance(connection, AggregatorConnection) and connection.is_of_this_process:
+            if connection.endpoints != endpoints:
+                raise InvalidArgument(
+                    "connect()", got=endpoints.publish, expected=f"{connection.endpoints.publish}, as before",
+                    remedy="call close() first",
+                )  # fmt: skip
+            return
+        connection = AggregatorConnection(registry, endpoints)
+        registry.connection = connection
+        connection.start()
 
 
 def close(registry: Registry) -> None:
@@ -57,17 +70,41 @@ def close(registry: Registry) -> None:
         registry.connection = None
 
 
+_connecting = threading.Lock()
+_unsaid: weakref.WeakKeyDictionary[Registry, list[Update]] = weakref.WeakKeyDictionary()
+"""Goodbyes of earlier connections of a registry that nobody has acknowledged."""
+
+
+def _after_fork() -> None:
+    """Start afresh in a forked child: what is unsaid is its parent's to say, and its lock may be held."""
+    global _connecting
+    _connecting = threading.Lock()
+    _unsaid.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 class AggregatorConnection:
     """Publishes a registry and reads the merged view; belongs to the process that made it."""
 
     def __init__(self, registry: Registry, endpoints: Endpoints) -> None:
+        self.endpoints = endpoints
+        self._registry = registry
         self._pid = os.getpid()
-        self._endpoints = endpoints
+        self._closing = False
+        self._in_flight = 0
+        self._changed = threading.Condition()
         self._correlations = itertools.count(1)
         self._readers: deque[zmq.Socket[bytes]] = deque()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._outbox = Outbox(registry)
         self._publisher = Publisher(self._context, endpoints, self._outbox)
+
+    def start(self) -> None:
+        """Begin to publish, and say goodbye at the end of the interpreter."""
+        self._publisher.start()
         atexit.register(self.close)
 
     @property
@@ -91,14 +128,26 @@ class AggregatorConnection:
         return self._ask(lambda number, update: Read(number, form, update)).payload
 
     def close(self) -> None:
-        """Stop publishing, and hand over the last values; takes 1 s at most if nobody answers."""
+        """Stop publishing, and hand over the last values; takes 1 s at most if nobody answers.
+
+        What was handed over is no longer here: the registry starts again from zero. If nobody acknowledges
+        it, it is kept, and handed over by the next connection of this registry.
+        """
         atexit.unregister(self.close)
         if not self.is_of_this_process:
             return
-        self._publisher.stop()
-        with contextlib.suppress(TapesError):
-            self._ask(Goodbye)
-        self._context.destroy(linger=0)
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        with self._changed:
+            if self._closing:
+                return
+            self._closing = True
+            idle = self._changed.wait_for(lambda: not self._in_flight, TIMEOUT_SECONDS)
+        ended = self._publisher.stop(max(0.0, deadline - time.monotonic()))
+        _unsaid.setdefault(self._registry, []).append(self._outbox.farewell())
+        with contextlib.suppress(AggregatorUnavailable):
+            self._on_a_reader(self._say_goodbyes, deadline)
+        if idle and ended:  # nobody else uses a socket
+            self._context.destroy(linger=0)
 
     def _ask(self, question: Callable[[int, Update], Message]) -> Reply:
         if not self.is_of_this_process:
@@ -106,44 +155,71 @@ class AggregatorConnection:
                 "this process was forked after its registry was connected",
                 remedy="call connect() after the fork, in every worker",
             )
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        reader = self._readers.pop() if self._readers else self._new_reader()
+        with self._changed:
+            if self._closing:
+                raise AggregatorUnavailable("the connection is being closed")
+            self._in_flight += 1
         try:
-            reply = self._exchange(reader, question, False, deadline)
-            if reply.status == "behind":
-                reply = self._exchange(reader, question, True, deadline)
-        except BaseException:
-            reader.close()  # a late answer must not meet the next question
-            raise
+            deadline = time.monotonic() + TIMEOUT_SECONDS
+            return self._on_a_reader(lambda reader, end: self._put(question, reader, end), deadline)
+        finally:
+            with self._changed:
+                self._in_flight -= 1
+                self._changed.notify_all()
+
+    def _on_a_reader(self, talk: Callable[[zmq.Socket[bytes], float], T], deadline: float) -> T:
+        """Return what ``talk`` returns, given a socket that nobody else uses."""
+        try:
+            reader = self._readers.pop() if self._readers else self._new_reader()
+            try:
+                result = talk(reader, deadline)
+            except BaseException:
+                reader.close()  # a late answer must not meet the next question
+                raise
+        except (WireError, zmq.ZMQError) as error:
+            raise AggregatorUnavailable(f"the aggregator's answer can't be used ({error})") from error
         self._readers.append(reader)
+        return result
+
+    def _put(
+        self, question: Callable[[int, Update], Message], reader: zmq.Socket[bytes], deadline: float
+    ) -> Reply:
+        self._say_goodbyes(reader, deadline)
+        for keyframe in (False, True):
+            number = next(self._correlations)
+            message = question(number, self._outbox.update(keyframe=keyframe))
+            reply = self._exchange(reader, number, message, deadline)
+            if reply.status != "behind":
+                break
         if reply.status != "ok":
             raise AggregatorUnavailable(
                 f"the aggregator could not answer ({reply.payload.decode(errors='replace')})"
             )
         return reply
 
-    def _exchange(
-        self,
-        reader: zmq.Socket[bytes],
-        question: Callable[[int, Update], Message],
-        keyframe: bool,
-        deadline: float,
-    ) -> Reply:
-        number = next(self._correlations)
-        message = question(number, self._outbox.update(keyframe=keyframe))
+    def _say_goodbyes(self, reader: zmq.Socket[bytes], deadline: float) -> None:
+        unsaid = _unsaid.get(self._registry, [])
+        while unsaid:
+            number = next(self._correlations)
+            self._exchange(reader, number, Goodbye(number, unsaid[0]), deadline)
+            unsaid[:1] = []
+
+    def _exchange(self, reader: zmq.Socket[bytes], number: int, message: Message, deadline: float) -> Reply:
+        data = encode(message)
         self._await(reader, zmq.POLLOUT, deadline)
-        reader.send(encode(message), zmq.NOBLOCK)
+        reader.send(data, zmq.NOBLOCK)
         while True:
             self._await(reader, zmq.POLLIN, deadline)
             reply = decode(reader.recv(zmq.NOBLOCK))
-            if isinstance(reply, Reply) and reply.correlation == number:
+            # A question that could not be read is answered with number 0.
+            if isinstance(reply, Reply) and reply.correlation in (number, 0):
                 return reply
 
     def _await(self, reader: zmq.Socket[bytes], event: int, deadline: float) -> None:
         left_seconds = max(0.0, deadline - time.monotonic())
         if not reader.poll(int(left_seconds * 1000) + 1, event):
             raise AggregatorUnavailable(
-                f"the aggregator at {self._endpoints.publish} did not answer within {TIMEOUT_SECONDS:g} s",
+                f"the aggregator at {self.endpoints.publish} did not answer within {TIMEOUT_SECONDS:g} s",
                 remedy="see that it runs: RegistryAggregator(…).start(), or gunicorn -c "
                 "python:tapes.contrib.gunicorn_conf",
             )
@@ -154,5 +230,6 @@ class AggregatorConnection:
             (zmq.IMMEDIATE, 1), (zmq.LINGER, 0), (zmq.MAXMSGSIZE, MAX_BYTES),
         ):  # fmt: skip
             reader.setsockopt(option, value)
-        reader.connect(self._endpoints.read)
+        reader.setsockopt(zmq.IPV6, int("[" in self.endpoints.read))
+        reader.connect(self.endpoints.read)
         return reader

@@ -21,7 +21,7 @@ import tempfile
 from typing import TYPE_CHECKING
 
 from tapes.distributed.address import resolve
-from tapes.errors import AddressError, AggregatorUnavailable, TapesError
+from tapes.errors import AddressError, AddressInUse, AggregatorUnavailable, TapesError
 
 if TYPE_CHECKING:
     from tapes.distributed.aggregator import Aggregator
@@ -160,7 +160,7 @@ class Readiness:
         kind, _, sentence = said.decode(errors="replace").partition("\n")
         if kind != "ready":
             failure = _FAILURES.get(kind, AggregatorUnavailable)
-            raise failure(sentence or "the aggregator did not start")
+            raise failure(sentence or f"the aggregator was not ready within {_READY_SECONDS:g} s")
 
     def _ready(self) -> None:
         self._tell("ready")
@@ -214,7 +214,11 @@ def launch(owner_pid: int) -> str:
         )  # fmt: skip
     except OSError as error:
         raise AggregatorUnavailable(f"the aggregator can't be started ({error})") from None
-    readiness.wait()
+    try:
+        readiness.wait()
+    except AddressInUse:
+        if not given:
+            raise  # with TAPES_ADDR, the one that is there is the one to use
     return endpoints.publish
 
 

@@ -11,7 +11,7 @@ The ledger does no I/O and knows no clock. One lock makes it safe to read from r
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from threading import RLock
 from typing import NamedTuple
@@ -120,7 +120,12 @@ class Ledger:
     def merged(self, tick: int) -> Merged:
         """Return the states of the whole service."""
         with self._lock:
-            items = [item for key, entry in self._entries.items() for item in self._items(key, entry)]
+            names = self._worker_names()
+            items = [
+                item
+                for (name, labels), entry in self._entries.items()
+                for item in _merged_items(name, labels, entry, names)
+            ]
             return Merged(tick, items, dict(self._descriptions))
 
     def snapshot(self, tick: int) -> Snapshot:
@@ -158,17 +163,27 @@ class Ledger:
         if not entry.by_worker and entry.retired is None:
             del self._entries[key]
 
-    def _items(self, key: tuple[str, Labels], entry: _Entry) -> Iterable[Item]:
-        name, labels = key
-        if entry.merged is None:
-            retired = () if entry.retired is None else (entry.retired,)
-            entry.merged = KINDS[entry.kind].merge((*retired, *entry.by_worker.values()))
-        if isinstance(entry.merged, GaugeState) and entry.merged.mode == "each":
-            for identity, state in entry.by_worker.items():
-                worker = ("worker", str(self._accounts[identity].worker.pid))
-                yield Item(entry.kind, name, tuple(sorted((*labels, worker))), state)
-        else:
-            yield Item(entry.kind, name, labels, entry.merged)
+    def _worker_names(self) -> dict[bytes, str]:
+        """Return what to call each worker: its pid, with some of its identity where that is not enough."""
+        pids = Counter(account.worker.pid for account in self._accounts.values())
+        return {
+            identity: str(account.worker.pid)
+            if pids[account.worker.pid] == 1
+            else f"{account.worker.pid}-{identity.hex()[:8]}"
+            for identity, account in self._accounts.items()
+        }
+
+
+def _merged_items(name: str, labels: Labels, entry: _Entry, workers: dict[bytes, str]) -> Iterable[Item]:
+    if entry.merged is None:
+        retired = () if entry.retired is None else (entry.retired,)
+        entry.merged = KINDS[entry.kind].merge((*retired, *entry.by_worker.values()))
+    if isinstance(entry.merged, GaugeState) and entry.merged.mode == "each":
+        for identity, state in entry.by_worker.items():
+            own = {**dict(labels), "worker": workers[identity]}
+            yield Item(entry.kind, name, tuple(sorted(own.items())), state)
+    else:
+        yield Item(entry.kind, name, labels, entry.merged)
 
 
 def snapshot_of(merged: Merged) -> Snapshot:

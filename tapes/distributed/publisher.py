@@ -32,6 +32,8 @@ __all__ = ["Outbox", "Publisher"]
 
 INTERVAL_SECONDS = 0.1
 _SHARE = 20
+_PRODUCED_SECONDS = 1.0
+"""So long a value that a gauge's producer gave is good for."""
 _QUEUE = 4
 
 _log = logging.getLogger("tapes.distributed")
@@ -61,11 +63,13 @@ class Outbox:
         Sequence numbers are drawn under the lock that states are collected under, so that the higher
         number always has the newer state.
         """
+        self._registry.refresh(_PRODUCED_SECONDS)
         with self._lock:
             return self._update(keyframe)
 
     def publish(self, send: Callable[[Update], bool], *, keyframe: bool = False) -> bool:
         """Pass ``send`` what changed, if anything; it counts as published if that returns ``True``."""
+        self._registry.refresh(_PRODUCED_SECONDS)
         with self._lock:
             revision = self._registry.revision
             update = self._update(keyframe or revision != self._revision)
@@ -80,19 +84,27 @@ class Outbox:
             self._revision = revision
             return True
 
+    def farewell(self) -> Update:
+        """Return everything as the last update; the registry starts again from zero."""
+        with self._lock:
+            self._seq += 1
+            items = [Item(*series) for series in self._registry.take()]
+            return self._message(0, items)
+
     def _update(self, keyframe: bool) -> Update:
         base = 0 if keyframe else self._published_seq
         published = self._published.get if base else lambda key: None
         self._seq += 1
         items = [
             Item(kind, name, labels, state)
-            for kind, name, labels, state in self._registry.collect(fresh=False)
+            for kind, name, labels, state in self._registry.collect()
             if published((name, labels)) is not state
         ]
-        return Update(
-            self._identity, self._pid, self._host, self._seq, base, items,
-            {} if base else self._registry.descriptions(),
-        )  # fmt: skip
+        return self._message(base, items)
+
+    def _message(self, base: int, items: list[Item]) -> Update:
+        described = {} if base else self._registry.descriptions()
+        return Update(self._identity, self._pid, self._host, self._seq, base, items, described)
 
 
 class Publisher:
@@ -106,20 +118,27 @@ class Publisher:
             (zmq.SNDHWM, _QUEUE), (zmq.LINGER, 0),
         ):  # fmt: skip
             self._socket.setsockopt(option, value)
+        self._socket.setsockopt(zmq.IPV6, int("[" in endpoints.publish))
         self._socket.connect(endpoints.publish)
         self._subscribed = False
         self._keyframe_due = False
         self._failed = False
         self._stop_sender, self._stop_receiver = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="tapes-publisher", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread; returns when it has ended."""
+    def stop(self, timeout_seconds: float) -> bool:
+        """End the thread; return whether it has ended, and not been held up by a gauge's producer."""
         self._stop_sender.send(b"x")
-        self._thread.join()
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive():
+            return False
         self._stop_sender.close()
         self._stop_receiver.close()
+        return True
 
     def _run(self) -> None:
         poller = zmq.Poller()

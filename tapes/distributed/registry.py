@@ -66,7 +66,8 @@ class DistributedRegistry(Registry):
     def close(self) -> None:
         """Hand the last values to the aggregator and disconnect; nothing if not connected.
 
-        Takes 1 s at most, if the aggregator doesn't answer.
+        What was handed over is counted there, so this registry starts again from zero; gauges stay. Takes
+        1 s at most, if the aggregator doesn't answer.
         """
         connection.close(self)
 
@@ -88,7 +89,7 @@ class RegistryAggregator:
             if not isinstance(given, Reporter):
                 raise InvalidArgument("the aggregator's reporter", got=given, expected="a Reporter")
         self.socket_addr = resolve(socket_addr).publish
-        self._pid = 0
+        self._pid = self._owner_pid = 0
         self._aggregator: Aggregator | None = None
 
     def start(self, fork: bool = True) -> None:
@@ -121,11 +122,11 @@ class RegistryAggregator:
         self._pid = os.fork()
         if self._pid == 0:
             self._run_in_child(owner_pid, readiness)
+        self._owner_pid = owner_pid
         try:
             readiness.wait()
         except TapesError:
-            os.waitpid(self._pid, 0)
-            self._pid = 0
+            self.stop()
             raise
 
     def stop(self) -> None:
@@ -135,8 +136,8 @@ class RegistryAggregator:
         """
         if self._aggregator is not None:
             self._aggregator.stop()
-        if not self._pid:
-            return
+        if not self._pid or self._owner_pid != os.getpid():
+            return  # not started, or started by a process that this one was forked from
         pid, self._pid = self._pid, 0
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(pid, signal.SIGTERM)

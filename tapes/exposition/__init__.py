@@ -36,8 +36,10 @@ def _write_json(snapshot: Snapshot) -> bytes:
 
 
 FORMS = {
-    "json": Form("application/json", ("application/json",), _write_json),
-    "prometheus": Form("text/plain; version=0.0.4; charset=utf-8", ("text/plain",), prometheus.write),
+    "json": Form("application/json", ("application/json", "application/*", "*/*"), _write_json),
+    "prometheus": Form(
+        "text/plain; version=0.0.4; charset=utf-8", ("text/plain", "text/*"), prometheus.write
+    ),
     "openmetrics": Form(
         "application/openmetrics-text; version=1.0.0; charset=utf-8",
         ("application/openmetrics-text",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tapes.errors import AggregatorUnavailable, InvalidArgument
+from tapes.errors import InvalidArgument, TapesError
 from tapes.exposition import FORMS, negotiate, render
 from tapes.registry import Registry
 
@@ -25,7 +25,7 @@ def answer(registry: Registry, accept: str = "", wanted: str = "") -> Answer:
         body = render(registry, form)
     except InvalidArgument as error:
         return plain(400, f"{error}.")
-    except AggregatorUnavailable as error:
+    except TapesError as error:
         return plain(503, f"{error}.")
     headers = {"Content-Type": FORMS[form].content_type}
     return 200, {**headers, "Vary": "Accept", "Cache-Control": "no-store"}, body

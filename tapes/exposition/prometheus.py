@@ -55,14 +55,15 @@ def render(registry: Registry, *, openmetrics: bool = False) -> bytes:
 def write(snapshot: Snapshot, *, openmetrics: bool = False) -> bytes:
     """Write ``snapshot``; see `render`."""
     lines: list[str] = []
-    written: dict[str, str] = {}
+    owners: dict[str, str] = {}
     for family in snapshot:
-        for name, kind, text, samples in _families(family):
-            other = written.setdefault(name, family.name)
-            if other != family.name:
-                _collision(name, other, family.name)
-                continue
+        for name, kind, text, samples in _families(family, openmetrics):
             base = name[: -len("_total")] if openmetrics and kind == "counter" else name
+            taken = [owners[claim] for claim in _claims(name, base, kind) if claim in owners]
+            if taken:
+                _collision(name, taken[0], family.name)
+                continue
+            owners.update(dict.fromkeys(_claims(name, base, kind), family.name))
             lines.append(f"# HELP {base} {_escape_help(text, openmetrics)}")
             lines.append(f"# TYPE {base} {kind}")
             if openmetrics and family.unit and base.endswith("_" + family.unit):
@@ -73,7 +74,13 @@ def write(snapshot: Snapshot, *, openmetrics: bool = False) -> bytes:
     return ("\n".join(lines) + "\n").encode("utf-8", "replace") if lines else b""
 
 
-def _families(family: Family) -> Iterator[tuple[str, str, str, Iterable[str]]]:
+def _claims(name: str, base: str, kind: str) -> set[str]:
+    """Return the names that no other family may use: its own, and those of its samples."""
+    suffixes = ("_bucket", "_sum", "_count") if kind == "histogram" else ()
+    return {name, base, *(name + suffix for suffix in suffixes)}
+
+
+def _families(family: Family, openmetrics: bool) -> Iterator[tuple[str, str, str, Iterable[str]]]:
     """Yield name, type, help text and sample lines of what ``family`` is to Prometheus."""
     name = metric_name(family.name)
     if family.unit and family.kind in ("timer", "histogram") and not name.endswith("_" + family.unit):
@@ -85,7 +92,7 @@ def _families(family: Family) -> Iterator[tuple[str, str, str, Iterable[str]]]:
         return
     if kind == "histogram":
         bounds = TIMER_BUCKETS if family.kind == "timer" else HISTOGRAM_BUCKETS
-        yield name, kind, text, _distribution(name, series, bounds)
+        yield name, kind, text, _distribution(name, series, bounds, openmetrics)
     elif family.kind == "gauge":
         yield name, kind, text, (_sample(name, one.labels, one.value) for one in series)
     else:
@@ -98,17 +105,32 @@ def _families(family: Family) -> Iterator[tuple[str, str, str, Iterable[str]]]:
             yield net, "gauge", text, [_sample(net, one.labels, one.value) for one in lowered]
 
 
-def _distribution(name: str, series: Iterable[Any], bounds: tuple[float, ...]) -> Iterator[str]:
+def _distribution(
+    name: str, series: Iterable[Any], bounds: tuple[float, ...], openmetrics: bool
+) -> Iterator[str]:
     for one in series:
-        pairs = _label_pairs(one.labels)
+        pairs = _label_pairs(_without_le(one.labels))
         before = f"{name}_bucket{{{pairs},le=" if pairs else f"{name}_bucket{{le="
         view = one.lifetime
         for bound in bounds:
             yield f'{before}"{_number(float(bound))}"}} {_number(view.count_below(bound))}'
         yield f'{before}"+Inf"}} {_number(view.count)}'
+        if openmetrics and view.min < 0:
+            continue  # OpenMetrics has no sum, and hence no count, where values are negative
         braces = f"{{{pairs}}}" if pairs else ""
         yield f"{name}_sum{braces} {_number(view.sum)}"
         yield f"{name}_count{braces} {_number(view.count)}"
+
+
+def _without_le(labels: Labels) -> Labels:
+    """Return ``labels`` with ``le``, which is the bucket's bound, under a name that is free."""
+    names = [name for name, _ in labels]
+    if "le" not in names:
+        return labels
+    free = "exported_le"
+    while free in names:
+        free = "exported_" + free
+    return tuple((free if name == "le" else name, value) for name, value in labels)
 
 
 def _sample(name: str, labels: Labels, value: Number) -> str:
@@ -117,9 +139,7 @@ def _sample(name: str, labels: Labels, value: Number) -> str:
 
 
 def _label_pairs(labels: Labels) -> str:
-    return ",".join(
-        f'{"exported_le" if name == "le" else name}="{escape_label_value(value)}"' for name, value in labels
-    )
+    return ",".join([f'{name}="{escape_label_value(value)}"' for name, value in labels])
 
 
 def _number(value: Number) -> str:
@@ -142,6 +162,6 @@ def _escape_help(text: str, openmetrics: bool) -> str:
 def _collision(name: str, first: str, second: str) -> None:
     """Log, once for each pair, that the second metric can't be shown."""
     _log.warning(
-        "%r is not exposed: its Prometheus name %s is that of %r; rename one of them",
+        "%r is not exposed: its Prometheus name %s, or one of its samples', is taken by %r; rename one",
         second, name, first,
     )  # fmt: skip

@@ -6,8 +6,10 @@ into state in one batch. It takes the first n values, builds a new immutable sta
 state and removes those n values. Whoever reads the state meanwhile holds the one before: a consistent cut.
 
 One thread folds at a time. A recorder that finds the buffer full tries, and leaves it to the other if
-someone is folding already; so recording never waits. A reader waits, unless it *is* the folding thread,
-interrupted by a signal handler: then it gets the last complete state.
+someone is folding already; so recording never waits. A reader waits for another thread, a second at most. The
+lock is re-entrant and a flag tells a fold that is interrupted by a signal handler of its own thread: the
+handler's reads get the last complete state. Nothing is logged while the lock is held, as a logging handler
+may itself record.
 
 What can't be recorded (NaN, infinities, things that are no numbers) is found at fold time, at the speed of a
 batch, and handed to the registry, which counts and logs it.
@@ -15,11 +17,10 @@ batch, and handed to the registry, which counts and logs it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from math import isfinite
 from operator import index
-from threading import Lock, get_ident
+from threading import RLock
 from typing import Any, ClassVar, Protocol
 
 from tapes.clock import Clock
@@ -27,15 +28,15 @@ from tapes.naming import Labels
 from tapes.snapshot import Series
 from tapes.sums import Number
 
-__all__ = ["FULL", "Metric", "Reject", "State", "checked_number", "sift"]
+__all__ = ["FULL", "Down", "Metric", "Reject", "State", "checked_number", "sift"]
 
 FULL = 1024
 """A buffer of this many values is folded by whoever fills it, so memory stays bounded with no reader."""
 
+_WAIT_SECONDS = 1.0
+
 Reject = Callable[["Metric", Any, str], None]
 """Told of every bad value: the metric, the value and why it can't be recorded."""
-
-_log = logging.getLogger("tapes.metrics")
 
 
 class State(Protocol):
@@ -49,6 +50,12 @@ class State(Protocol):
         """Return what a reader sees as of ``tick``; ``None`` if there is nothing to see."""
 
 
+class Down(tuple[Any]):
+    """A step down in a buffer, among steps up."""
+
+    __slots__ = ()
+
+
 class Metric:
     """A named series that a process records into; made by a registry.
 
@@ -59,7 +66,8 @@ class Metric:
     kind: ClassVar[str]
 
     __slots__ = (
-        "__weakref__", "_buffer", "_clock", "_folder", "_folding", "_reject", "_state", "labels", "name",
+        "__weakref__", "_bad", "_buffer", "_clock", "_folding", "_lock", "_reject", "_state",
+        "labels", "name",
     )  # fmt: skip
 
     def __init__(self, name: str, labels: Labels, clock: Clock, reject: Reject) -> None:
@@ -68,51 +76,63 @@ class Metric:
         self._clock = clock
         self._reject = reject
         self._buffer: list[Any] = []
-        self._folding = Lock()
-        self._folder = 0
+        self._bad: list[tuple[Any, str]] = []
+        self._lock = RLock()
+        self._folding = False
         self._state: State = self._initial(clock())
 
     def __repr__(self) -> str:
         labels = "".join(f", {name}={value!r}" for name, value in self.labels)
         return f"<tapes {self.kind} {self.name!r}{labels}>"
 
-    def collect(self, *, fresh: bool = True) -> State:
-        """Fold what is pending and return the state; the same object if nothing changed.
-
-        Args:
-            fresh: Whether a value that has to be asked for must be asked for now (`Gauge.collect`).
-        """
+    def collect(self) -> State:
+        """Fold what is pending and return the state; the same object if nothing changed."""
         self._fold(self._clock(), wait=True)
         return self._state
 
+    def take(self) -> State:
+        """Return the state and start again from zero, in one step: every event is in one of the two."""
+        with self._lock:
+            state = self.collect()
+            self._state = self._initial(self._clock())
+        return state
+
     def _fold(self, now: float, *, wait: bool = False) -> None:
-        folding = self._folding
-        if not folding.acquire(False):
-            if not wait or self._folder == get_ident():
-                return
-            folding.acquire()
+        if not (self._lock.acquire(timeout=_WAIT_SECONDS) if wait else self._lock.acquire(False)):
+            return
         try:
-            self._folder = get_ident()
-            taken = len(self._buffer)
-            if taken:
+            if not self._folding:
+                self._folding = True
                 try:
-                    state = self._absorb(self._buffer[:taken])
-                except Exception:
-                    _log.exception("tapes dropped %d values of %r", taken, self.name)
-                    state = self._state
-                self._state = state
-                del self._buffer[:taken]
-            self._moved_on(now)
+                    self._fold_alone(now)
+                finally:
+                    self._folding = False
         finally:
-            self._folder = 0
-            folding.release()
+            self._lock.release()
+        while self._bad:
+            self._reject(self, *self._bad.pop())
+
+    def _fold_alone(self, now: float) -> None:
+        taken = len(self._buffer)
+        if taken:
+            values = self._buffer[:taken]
+            try:
+                state = self._absorb(values)
+            except Exception:
+                state = self._state
+                self._bad += [(value, "it could not be folded") for value in values]
+            # Nothing may come between these two. From CPython 3.11 on the interpreter looks for signals at
+            # calls and backward jumps only, of which there are none here.
+            self._state = state
+            del self._buffer[:taken]
+        self._moved_on(now)
 
     def _initial(self, now: float) -> State:
         """Return the state of a metric made at ``now``."""
         raise NotImplementedError
 
     def _absorb(self, values: list[Any]) -> State:
-        """Return the state with ``values`` added; what can't be recorded goes to ``self._reject``."""
+        """Return the state with ``values`` added; what can't be recorded goes to ``self._bad``."""
         raise NotImplementedError
 
     def _moved_on(self, now: float) -> None:
@@ -120,7 +140,7 @@ class Metric:
 
     def _sift(self, values: Iterable[Any], least: float = float("-inf")) -> list[Number]:
         """Return the numbers among ``values`` and reject the others, one by one."""
-        return sift(values, lambda value, why: self._reject(self, value, why), least)
+        return sift(values, lambda value, why: self._bad.append((value, why)), least)
 
 
 def checked_number(value: Any) -> Number:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from math import isfinite
 from typing import Any, NamedTuple
 
-from tapes.metrics.base import FULL, Metric
+from tapes.metrics.base import FULL, Down, Metric
 from tapes.naming import Labels
 from tapes.snapshot import CounterSeries
 from tapes.sums import Number, Total
@@ -65,7 +65,7 @@ class Counter(Metric):
         Cost: an append. Never raises, never waits.
         """
         buffer = self._buffer
-        buffer.append((n,))
+        buffer.append(Down((n,)))
         if len(buffer) >= FULL:
             self._fold(0.0)
 
@@ -78,8 +78,8 @@ class Counter(Metric):
         total = add_up(up, values)
         if total is not None:
             return CounterState(total, down)
-        ups = [value for value in values if type(value) is not tuple]
-        downs = [value[0] for value in values if type(value) is tuple]
+        ups = [value for value in values if type(value) is not Down]
+        downs = [value[0] for value in values if type(value) is Down]
         return CounterState(self._added(up, ups), self._added(down, downs))
 
     def _added(self, total: Total, values: list[Any]) -> Total:
@@ -94,6 +94,6 @@ def add_up(total: Total, values: list[Any]) -> Total | None:
     try:
         if min(values) < 0 or not isfinite(sum(values)) or not {int, float}.issuperset(map(type, values)):
             return None
-    except (TypeError, ValueError, OverflowError, ArithmeticError):
+    except Exception:  # whatever a stranger's number raises
         return None
     return total.add(values)

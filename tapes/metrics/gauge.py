@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from math import fsum
 from types import MethodType
 from typing import Any, Callable, NamedTuple
 
 from tapes.clock import Clock
-from tapes.metrics.base import FULL, Metric, Reject, checked_number
+from tapes.metrics.base import FULL, Down, Metric, Reject, checked_number
 from tapes.naming import Labels
 from tapes.snapshot import GaugeSeries
-from tapes.sums import Number
+from tapes.sums import Number, Total
 
 __all__ = ["MERGE_MODES", "Gauge", "GaugeState", "Producer"]
 
@@ -20,8 +19,6 @@ Producer = Callable[[], Number]
 
 MERGE_MODES = ("sum", "max", "min", "mean", "last", "each")
 """How the gauges of several processes become one: ``each`` keeps one series per worker."""
-
-_PRODUCED_SECONDS = 1.0
 
 
 class GaugeState(NamedTuple):
@@ -50,17 +47,22 @@ class GaugeState(NamedTuple):
             value = values[-1] if values else None
         elif newest.mode in ("max", "min"):
             value = max(told) if newest.mode == "max" else min(told)
-        elif newest.mode == "mean":
-            value = fsum(told) / len(told)
         elif newest.mode == "last":
             value = told[-1]
         else:
-            value = sum(told) if {int}.issuperset(map(type, told)) else fsum(told)
+            value = Total().add(told).value
+            value = value / len(told) if newest.mode == "mean" else value
         return GaugeState(value, newest.mode, newest.since)
 
     def series(self, labels: Labels, tick: int) -> GaugeSeries | None:
         """Return what a reader sees; ``None`` if the producer failed."""
         return None if self.value is None else GaugeSeries(labels, self.value)
+
+
+class _Set(tuple[Any, float]):
+    """A new value and its time, among steps up."""
+
+    __slots__ = ()
 
 
 class Gauge(Metric):
@@ -77,12 +79,13 @@ class Gauge(Metric):
     """
 
     kind = "gauge"
-    __slots__ = ("_produced", "_producer", "mode")
+    __slots__ = ("_produced", "_producer", "_producing", "mode")
 
     def __init__(self, name: str, labels: Labels, clock: Clock, reject: Reject, mode: str) -> None:
         self.mode = mode
         self._producer: Callable[[], Producer | None] | None = None
         self._produced = GaugeState(None, mode, None)
+        self._producing = False
         super().__init__(name, labels, clock, reject)
 
     def produce(self, producer: Producer, *, weak: bool = False) -> None:
@@ -107,37 +110,46 @@ class Gauge(Metric):
 
     def set(self, value: Number) -> None:
         """Stand at ``value``, any finite number; a bad one is dropped, counted and logged."""
-        self._push((value, self._clock()))
+        self._push(_Set((value, self._clock())))
 
     def increment(self, n: Number = 1) -> None:
-        """Move up by ``n``, any finite number."""
+        """Move up by ``n``, any finite number; a bad one is dropped, counted and logged."""
         self._push(n)
 
     def decrement(self, n: Number = 1) -> None:
-        """Move down by ``n``, any finite number."""
-        try:
-            self._push(-n)
-        except TypeError:
-            self._push(n)  # not a number: rejected when folded
+        """Move down by ``n``, any finite number; a bad one is dropped, counted and logged."""
+        self._push(Down((n,)))
 
-    def collect(self, *, fresh: bool = True) -> GaugeState:
-        """Return the value now: produced, or as set and moved.
+    def refresh(self, max_age_seconds: float = 0.0) -> None:
+        """Run the producer, if there is one, unless its last value is younger than ``max_age_seconds``.
 
-        Args:
-            fresh: Whether to run the producer in any case; if not, its last value serves for a second.
+        A producer that is running already is not run again: it may itself be the reader.
         """
-        if self._producer is None:
-            state = super().collect()
-            assert isinstance(state, GaugeState)
-            return state
-        now = self._clock()
+        producing = self._producer
         last = self._produced
-        if fresh or last.since is None or now - last.since >= _PRODUCED_SECONDS:
-            self._produced = last = self._produce(now)
-        return last
+        now = self._clock()
+        young = last.since is not None and now - last.since < max_age_seconds
+        if producing is None or young or self._producing:
+            return
+        self._producing = True
+        try:
+            self._produced = self._produce(producing(), now)
+        finally:
+            self._producing = False
 
-    def _produce(self, now: float) -> GaugeState:
-        producer = self._producer and self._producer()
+    def collect(self) -> GaugeState:
+        """Return the value: as set and moved, or as last produced (`refresh`)."""
+        if self._producer is not None:
+            return self._produced
+        state = super().collect()
+        assert isinstance(state, GaugeState)
+        return state
+
+    def take(self) -> GaugeState:
+        """Return the value, which stays: it is not a count that could be handed over."""
+        return self.collect()
+
+    def _produce(self, producer: Producer | None, now: float) -> GaugeState:
         if producer is None:
             return GaugeState(None, self.mode, None)
         try:
@@ -159,12 +171,14 @@ class Gauge(Metric):
         state: Any = self._state
         value, _, since = state
         for step in values:
+            given = step[0] if type(step) in (_Set, Down) else step
             try:
-                if type(step) is tuple:
-                    value, since = checked_number(step[0]), step[1]
-                else:
-                    value = checked_number(value + checked_number(step))
-                    since = since if since is not None else self._clock()
+                number = checked_number(given)
+                if type(step) is _Set:
+                    value, since = number, step[1]
+                    continue
+                value = checked_number(value - number if type(step) is Down else value + number)
+                since = since if since is not None else self._clock()
             except Exception as error:
-                self._reject(self, step[0] if type(step) is tuple else step, str(error))
+                self._bad.append((given, str(error)))
         return GaugeState(value, self.mode, since)

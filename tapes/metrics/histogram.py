@@ -66,6 +66,6 @@ class Histogram(Metric):
         tick = tick_at(self._clock())
         try:
             return HistogramState(state.sketch.fold(values, tick))
-        except (TypeError, ValueError, OverflowError, ArithmeticError):
+        except Exception:  # whatever a stranger's number raises
             good = self._sift(values)
             return HistogramState(state.sketch.fold(good, tick)) if good else state

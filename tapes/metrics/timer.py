@@ -61,7 +61,8 @@ class Timer(Ticking):
         """Return a context manager, also usable as a decorator, that records how long its block took.
 
         The duration is recorded when the block ends, also by an exception. As a decorator it takes
-        functions and coroutine functions; a coroutine is timed from its first step to its end.
+        functions and coroutine functions; a coroutine is timed from its first step to its end. Each block
+        needs a ``time()`` of its own.
         """
         return Timing(self)
 
@@ -91,7 +92,7 @@ class Timer(Ticking):
             if min(values) < 0:
                 values = self._sift(values, least=0)
             sketch = state.sketch.fold(values, self._tick) if values else state.sketch
-        except (TypeError, ValueError, OverflowError, ArithmeticError):
+        except Exception:  # whatever a stranger's number raises
             values = self._sift(values, least=0)
             sketch = state.sketch.fold(values, self._tick) if values else state.sketch
         return TimerState(sketch, state.rates.mark(len(values), self._tick))
