@@ -13,7 +13,6 @@ Predicates", 1997 (expansions); ``math.fsum`` for the rounding.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterable
 from fractions import Fraction
@@ -53,7 +52,7 @@ def exact_sum(values: Iterable[Number]) -> tuple[float, ...]:
 def _expand(total: Fraction) -> tuple[float, ...]:
     """Return the canonical list of floats of an exact number, clamped to the range of floats."""
     if abs(total) > _MOST:
-        return (math.copysign(_MOST, total),)
+        return (_MOST if total > 0 else -_MOST,)
     parts: list[float] = []
     while total:
         parts.append(float(total))

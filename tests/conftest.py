@@ -8,10 +8,20 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 import tapes
 from tapes.testing import ManualClock
+
+# No deadlines: the machine may be busy. In CI the examples are the same every time.
+hypothesis.settings.register_profile(
+    "tapes",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("tapes")
 
 
 @pytest.fixture

@@ -146,7 +146,9 @@ class AggregatorConnection:
         _unsaid.setdefault(self._registry, []).append(self._outbox.farewell())
         with contextlib.suppress(AggregatorUnavailable):
             self._on_a_reader(self._say_goodbyes, deadline)
-        if idle and ended:  # nobody else uses a socket
+        while self._readers:
+            self._readers.pop().close()
+        if ended and (idle or not self._in_flight):  # nobody else uses a socket
             self._context.destroy(linger=0)
 
     def _ask(self, question: Callable[[int, Update], Message]) -> Reply:

@@ -111,6 +111,7 @@ class Publisher:
     """A daemon thread that publishes an outbox until it is stopped."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoints: Endpoints, outbox: Outbox):
+        self._context = context
         self._outbox = outbox
         self._socket = context.socket(zmq.XPUB)
         for option, value in (
@@ -123,6 +124,7 @@ class Publisher:
         self._subscribed = False
         self._keyframe_due = False
         self._failed = False
+        self._abandoned = False
         self._stop_sender, self._stop_receiver = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="tapes-publisher", daemon=True)
 
@@ -131,9 +133,14 @@ class Publisher:
         self._thread.start()
 
     def stop(self, timeout_seconds: float) -> bool:
-        """End the thread; return whether it has ended, and not been held up by a gauge's producer."""
+        """End the thread; return whether it has ended.
+
+        If it is held up, by a producer of a gauge, it is left to itself, and destroys the context at its end.
+        """
         self._stop_sender.send(b"x")
         self._thread.join(timeout_seconds)
+        if self._thread.is_alive():
+            self._abandoned = True
         if self._thread.is_alive():
             return False
         self._stop_sender.close()
@@ -162,6 +169,10 @@ class Publisher:
                     due = now + max(INTERVAL_SECONDS, _SHARE * (now - started))
         finally:
             self._socket.close()
+            if self._abandoned:  # whoever stopped it did not wait
+                self._stop_sender.close()
+                self._stop_receiver.close()
+                self._context.destroy(linger=0)
 
     def _publish(self) -> bool:
         try:

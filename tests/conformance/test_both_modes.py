@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import pytest
@@ -85,6 +86,25 @@ def test_a_failing_producer_hides_its_gauge(registry):
     snapshot = registry.snapshot()
     assert snapshot.series("bad") == ()
     assert snapshot.get("good").value == 1
+
+
+def test_a_producer_may_read_the_registry(registry):
+    """It gets an answer, and so does everybody else."""
+    registry.counter("c").increment(4)
+    registry.gauge("ratio", lambda: registry.get_stats().c.value / 2)
+    assert wait_for(lambda: registry.get_stats().get("ratio"), "it was produced").value == 2.0
+
+
+def test_extreme_values_keep_every_read_alive(registry):
+    """The largest numbers, twice, with a publication between."""
+    for _ in range(2):
+        registry.histogram("h").update(1.7e308)
+        registry.gauge("g").set(1.7e308)
+        registry.meter("m").mark(1e308)
+        registry.counter("c").increment(10**300)
+        registry.get_stats()
+    assert registry.get_stats().c.value == 2 * 10**300
+    json.loads(render(registry, "json"))
 
 
 def test_removed_series_are_gone(registry):

@@ -291,12 +291,15 @@ def reads(environ, start_response):
     return [body]
 
 
-@pytest.mark.parametrize("name", APPS)
-@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+ANSWERS_HEAD = ("no_content", "reads")  # the others would break the protocol by themselves
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, m) for name in APPS for m in ("GET", "HEAD", "POST") if m != "HEAD" or name in ANSWERS_HEAD],
+)
 def test_the_protocol_is_kept_to_the_letter(registry, name, method):
     """wsgiref's validator and webtest's lint, on both sides of the middleware."""
-    if name in ("generator", "writes", "plain", "replaces") and method == "HEAD":
-        pytest.skip("the application itself would break the protocol")
     inner = validator(APPS[name])
     wrapped = webtest.lint.middleware(validator(TapesMiddleware(inner, registry)))
     bare = webtest.TestApp(validator(APPS[name]), lint=False)

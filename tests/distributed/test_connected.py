@@ -9,14 +9,17 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 
 import msgpack
 import pytest
 import zmq
 
+import tapes
 from tapes.distributed.registry import DistributedRegistry, RegistryAggregator
 from tapes.errors import AggregatorUnavailable, InvalidArgument
+from tapes.exposition.endpoint import answer
 from tests.processes import clean_environment, free_port, get, mentions, run_python, running, wait_for
 
 SERVICE = """
@@ -176,6 +179,174 @@ def test_a_worker_that_closes_has_said_all(aggregator):
     assert reader.get_stats().c.value == 100
     assert reader.snapshot().get("g") is None
     reader.close()
+
+
+def test_leaving_and_coming_back_counts_everything_once(aggregator):
+    """close() hands over, so a second connect() starts from zero; gauges stay."""
+    address, _ = aggregator
+    registry = DistributedRegistry(address)
+    for turn in range(1, 4):
+        registry.connect()
+        registry.connect()
+        for kind, record in (("counter", "increment"), ("meter", "mark"), ("histogram", "update")):
+            getattr(getattr(registry, kind)(kind[0]), record)(5)
+        registry.timer("t").update(5)
+        registry.gauge("g").set(turn)
+        stats = registry.get_stats()
+        assert (stats.c.value, stats.m["count"], stats.h["count"], stats.t["count"]) == (
+            5 * turn, 5 * turn, turn, turn,
+        )  # fmt: skip
+        assert stats.g.value == turn
+        registry.close()
+        assert registry.get_stats().c.value == 0
+        assert registry.get_stats().g.value == turn
+
+
+def test_a_goodbye_that_nobody_heard_is_said_by_the_next_connection(aggregator):
+    """Nothing is lost, and nothing counted twice, whether the first one arrived or not."""
+    address, process = aggregator
+    registry = DistributedRegistry(address)
+    registry.connect()
+    registry.counter("c").increment(5)
+    assert registry.get_stats().c.value == 5
+    registry.counter("c").increment(2)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        registry.close()
+    finally:
+        process.send_signal(signal.SIGCONT)
+    registry.counter("c").increment(3)
+    registry.connect()
+    assert registry.get_stats().c.value == 10
+    registry.close()
+
+
+def test_connecting_from_many_threads_is_one_connection(aggregator):
+    """Not one for each, with its own copy of the counts."""
+    address, _ = aggregator
+    registry = DistributedRegistry(address)
+    registry.counter("c").increment(5)
+    barrier = threading.Barrier(8)
+
+    def connect():
+        barrier.wait()
+        registry.connect()
+
+    threads = [threading.Thread(target=connect) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert registry.get_stats().c.value == 5
+    assert sum(thread.name == "tapes-publisher" for thread in threading.enumerate()) == 1
+    registry.close()
+
+
+def test_another_address_while_connected_is_refused(aggregator, monkeypatch):
+    """Rather than ignored."""
+    address, _ = aggregator
+    monkeypatch.setattr(tapes.default_registry, "connection", None)
+    tapes.connect(address)
+    tapes.connect(address)
+    with pytest.raises(InvalidArgument, match="close"):
+        tapes.connect(address + "2")
+    tapes.close()
+
+
+def test_closing_while_others_read_gives_them_typed_errors(aggregator):
+    """An answer, or AggregatorUnavailable; afterwards the local values."""
+    address, _ = aggregator
+    registry = DistributedRegistry(address)
+    registry.connect()
+    registry.counter("c").increment()
+    started, troubles = threading.Event(), []
+
+    def read():
+        while registry.connection is not None:
+            try:
+                registry.get_stats()
+            except AggregatorUnavailable:
+                pass
+            except Exception as error:
+                troubles.append(error)
+            started.set()
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    started.wait()
+    registry.close()
+    for reader in readers:
+        reader.join()
+    assert troubles == []
+
+
+def test_an_answer_of_another_version_is_an_unavailable_aggregator(short_dir):
+    """Also for /metrics, which says 503."""
+    address = f"ipc://{short_dir}/m.ipc"
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    router.bind(address + ".read")
+    registry = DistributedRegistry(address)
+    registry.connect()
+    answer_once = threading.Thread(
+        target=lambda: router.send_multipart([router.recv_multipart()[0], msgpack.packb([2, "Reply"])])
+    )
+    answer_once.start()
+    assert answer(registry)[0] == 503
+    answer_once.join()
+    context.destroy(linger=0)
+    registry.close()
+
+
+def test_a_blocking_producer_holds_nobody_up(aggregator):
+    """Reads and the goodbye are bounded in time."""
+    address, _ = aggregator
+    registry = DistributedRegistry(address)
+    entered, released = threading.Event(), threading.Event()
+
+    def block():
+        entered.set()
+        released.wait(20)
+        return 1
+
+    registry.counter("c").increment(3)
+    registry.connect()
+    assert registry.get_stats().c.value == 3
+    registry.gauge("slow", block)
+    entered.wait(5)
+    registry.counter("c").increment()
+    started = time.monotonic()
+    assert registry.get_stats().c.value == 4
+    registry.close()
+    assert time.monotonic() - started < 2.5
+    released.set()
+    wait_for(lambda: "tapes-publisher" not in {t.name for t in threading.enumerate()}, "the thread ends")
+
+
+def test_a_child_does_not_stop_its_parents_aggregator(short_dir):
+    """stop() in a fork is nothing."""
+    done = run_python(
+        """
+import os
+from tapes.distributed.registry import DistributedRegistry, RegistryAggregator
+aggregator = RegistryAggregator([], "ipc://m.ipc")
+aggregator.start()
+if os.fork() == 0:
+    aggregator.stop()
+    os._exit(0)
+os.wait()
+registry = DistributedRegistry("ipc://m.ipc")
+registry.counter("c").increment()
+registry.connect()
+assert registry.get_stats().c.value == 1
+registry.close()
+aggregator.stop()
+""",
+        cwd=short_dir,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(short_dir.iterdir()) == []
 
 
 def test_a_process_that_just_ends_says_goodbye(aggregator, short_dir):

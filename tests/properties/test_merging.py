@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 from hypothesis import given
@@ -41,6 +42,20 @@ def test_totals_merge_to_the_total_of_all(groups):
     assert merged == together
     if all(isinstance(number, int) for group in groups for number in group):
         assert merged.value == sum(number for group in groups for number in group)
+
+
+def test_sums_beyond_the_range_on_the_way_come_back():
+    """Only a sum that is itself too large stays at the largest float."""
+    assert exact_sum([1e308, 1e308, -1e308, -1e308]) == ()
+    assert exact_sum([1e308, 1e308, -1e308, 3.0]) == (1e308, 3.0)
+    assert exact_sum([1e308, 1e308]) == (sys.float_info.max,)
+    assert exact_sum([-1e308, -1e308]) == (-sys.float_info.max,)
+
+
+def test_large_whole_numbers_stay_exact_beside_fractions():
+    """2^53 + 1 is no float, but its sum with 1.0 is."""
+    assert Total().add([2**53 + 1]).add([1.0]).value == 2.0**53 + 2
+    assert Total(10**400, (0.5,)).value == sys.float_info.max
 
 
 @given(batches, st.randoms())

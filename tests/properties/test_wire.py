@@ -49,7 +49,7 @@ messages = st.one_of(
 
 
 @given(messages)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_message_comes_back_as_it_was(message):
     """decode(encode(x)) == x, for all kinds of messages and of metrics."""
     assert decode(encode(message)) == message
@@ -82,7 +82,6 @@ def test_well_packed_nonsense_is_a_wire_error_or_a_valid_message(name, fields):
 
 
 @given(updates(), st.data())
-@settings(max_examples=100, deadline=None)
 def test_one_changed_field_is_found_or_harmless(update, data):
     """Replace any one node of a valid message: a WireError, or a message that is valid again."""
     tree = msgpack.unpackb(encode(update))

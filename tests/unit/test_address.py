@@ -13,7 +13,7 @@ from tapes.errors import AddressError, AddressInUse
 
 @pytest.mark.parametrize(
     "addr", ["", "x", "ipc://", "inproc://x", "http://127.0.0.1:1", "tcp://127.0.0.1", "tcp://127.0.0.1:x",
-             "tcp://127.0.0.1:65535", "tcp://0.0.0.0:5000", "tcp://*:5000", "tcp://10.0.0.1:5000"],
+             "tcp://127.0.0.1:65535", "tcp://127.0.0.1:²", "tcp://0.0.0.0:5000", "tcp://*:5000", "tcp://10.0.0.1:5000"],
 )  # fmt: skip
 def test_bad_addresses_are_told_with_what_was_expected(addr, monkeypatch):
     """No scheme, no port, or not this machine."""
@@ -65,6 +65,21 @@ def test_what_a_killed_aggregator_left_is_cleared(short_dir):
     lock.acquire()
     assert not os.path.exists(endpoints.path)
     lock.release()
+
+
+def test_an_address_that_is_no_text_is_told(short_dir):
+    """Not an AttributeError."""
+    with pytest.raises(AddressError, match="5"):
+        resolve(5)
+
+
+def test_a_lock_file_that_is_somebodys_is_left_alone(short_dir):
+    """It may be precious too."""
+    precious = short_dir / "m.ipc.lock"
+    precious.write_text("precious")
+    with pytest.raises(AddressError, match="somebody's"):
+        Lock(resolve(f"ipc://{short_dir}/m.ipc")).acquire()
+    assert precious.read_text() == "precious"
 
 
 def test_what_is_not_a_socket_is_not_replaced(short_dir):

@@ -78,6 +78,34 @@ def test_names_that_collide_are_reported_and_the_text_stays_valid(registry, capl
     assert "a_b" in caplog.text
 
 
+COLLISIONS = [
+    (("histogram", "a"), ("gauge", "a_count")),
+    (("timer", "a"), ("gauge", "a.seconds.sum")),
+    (("histogram", "a"), ("histogram", "a_bucket")),
+    (("counter", "a.b"), ("gauge", "a_b")),
+    (("counter", "x.y.seconds"), ("timer", "x.y")),
+]
+
+
+@pytest.mark.parametrize("pair", COLLISIONS)
+@pytest.mark.parametrize("openmetrics", [False, True])
+def test_no_family_takes_the_names_of_anothers_samples(registry, pair, openmetrics):
+    """Whatever collides, a parser accepts the rest."""
+    for kind, name in pair:
+        getattr(registry, kind)(name)
+    text = render_prometheus(registry, openmetrics=openmetrics).decode()
+    names = [s.name for f in (parse_openmetrics if openmetrics else parse_text)(text) for s in f.samples]
+    assert names
+
+
+def test_negative_values_leave_openmetrics_without_a_sum(registry):
+    """As its parser demands."""
+    registry.histogram("h").update(-5)
+    text = render_prometheus(registry, openmetrics=True).decode()
+    assert "_sum" not in text
+    list(parse_openmetrics(text))
+
+
 @pytest.mark.parametrize("name", ["5xx", "größe", "a-b c", "x/y"])
 def test_whatever_is_a_name_is_written_as_prometheus_takes_it(registry, name):
     """Every name can be exposed."""
@@ -87,10 +115,12 @@ def test_whatever_is_a_name_is_written_as_prometheus_takes_it(registry, name):
 
 
 def test_a_label_called_le_does_not_break_buckets(registry):
-    """It is renamed, as the bucket's bound has that name."""
-    registry.histogram("h", le="x").update(1)
-    (family,) = parse_text(render(registry, "prometheus").decode())
-    assert {s.labels["exported_le"] for s in family.samples} == {"x"}
+    """It gets a name that is free, as the bucket's bound has that name; elsewhere it stays."""
+    registry.histogram("h", le="x", exported_le="y").update(1)
+    registry.counter("c", le="x", exported_le="y").increment()
+    counter, histogram = parse_text(render(registry, "prometheus").decode())
+    assert {s.labels["exported_exported_le"] for s in histogram.samples} == {"x"}
+    assert counter.samples[0].labels == {"le": "x", "exported_le": "y"}
 
 
 def test_lone_surrogates_are_replaced(registry):
@@ -126,6 +156,8 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
         ("text/plain;q=0.5, application/json", "json"),
         ("application/json;q=0.5, text/plain;q=0.9", "prometheus"),
         ("text/plain;q=0", "json"),
+        ("*/*, text/plain;q=0.1", "json"),
+        ("text/*", "prometheus"),
         ("text/plain;q=x", "json"),
         (PROMETHEUS_2, "openmetrics"),
         (BROWSER, "json"),

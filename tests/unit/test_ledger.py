@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 
@@ -19,7 +20,7 @@ class Worker:
 
     def __init__(self, clock=None):
         self.registry = tapes.Registry(clock=clock or ManualClock(1000.0))
-        self.identity = next(self.numbers).to_bytes(16, "big")
+        self.identity = next(self.numbers).to_bytes(16, "little")
         self.seq = 0
 
     def update(self, base=0, only=None):
@@ -122,6 +123,42 @@ def test_each_worker_keeps_its_own_gauge_on_request():
     assert value(ledger, "g", worker=1) == 5
     ledger.retire(worker.identity)
     assert ledger.snapshot(200).series("g") == ()
+
+
+def test_workers_of_one_process_are_told_apart():
+    """Two registries of one pid are two workers, and a user's label of that name gives way."""
+    ledger, one, two = Ledger(), Worker(), Worker()
+    for number, worker in enumerate((one, two)):
+        worker.registry.gauge("g", merge="each", worker="mine").set(number)
+        ledger.apply(worker.update())
+    names = [dict(series.labels)["worker"] for series in ledger.snapshot(200).series("g")]
+    assert len(set(names)) == 2
+    assert all(name.startswith("1-") for name in names)
+
+
+def test_gauges_of_the_largest_numbers_add_up_to_a_number():
+    """Two of 1e308 do not take the read down."""
+    ledger = Ledger()
+    for mode in ("sum", "mean"):
+        for _ in range(2):
+            worker = Worker()
+            worker.registry.gauge(mode, merge=mode).set(1.5e308)
+            ledger.apply(worker.update())
+    assert value(ledger, "sum") == sys.float_info.max
+    assert value(ledger, "mean") <= 1.5e308
+
+
+def test_a_name_that_hides_another_workers_field_is_left_out_of_the_tree(caplog):
+    """a and a.value, of two workers: both are exposed, one is in the tree, and it is said."""
+    ledger, one, two = Ledger(), Worker(), Worker()
+    one.registry.counter("a").increment(3)
+    two.registry.counter("a.value").increment(4)
+    ledger.apply(one.update())
+    ledger.apply(two.update())
+    snapshot = ledger.snapshot(200)
+    assert snapshot.stats() == {"a": {"value": 3}}
+    assert (snapshot.get("a").value, snapshot.get("a.value").value) == (3, 4)
+    assert "a.value" in caplog.text
 
 
 def test_a_name_of_another_kind_is_refused_and_nothing_else():

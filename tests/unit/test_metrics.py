@@ -6,6 +6,7 @@ import asyncio
 import decimal
 import fractions
 import gc
+import inspect
 import logging
 import math
 import sys
@@ -14,7 +15,7 @@ import threading
 import pytest
 
 import tapes
-from tapes.metrics.base import FULL
+from tapes.metrics.base import FULL, Metric
 
 BAD = [math.nan, math.inf, -math.inf, "5", b"5", None, [1], 1j, 10**400, object()]
 
@@ -257,6 +258,95 @@ def test_no_event_is_lost_under_threads(kind):
     total = series.value if kind == "counter" else series.count
     assert total == each * threads * (2 if kind in ("counter", "meter") else 1)
     assert torn == []
+
+
+class Raiser:
+    """A number of a library whose conversions raise what nobody expects."""
+
+    def __float__(self):
+        raise RuntimeError("detached")
+
+    __index__ = __lt__ = __gt__ = __add__ = __radd__ = __float__
+
+
+@pytest.mark.parametrize("stranger", [Raiser(), (), (5,), (9, "x"), {}], ids=repr)
+@pytest.mark.parametrize("kind", ["counter", "meter", "histogram", "timer", "gauge"])
+def test_a_stranger_among_values_costs_only_itself(registry, kind, stranger):
+    """Also a tuple, which is no step down; the others of its batch count."""
+    metric = getattr(registry, kind)("m")
+    names = {"counter": "increment decrement", "meter": "mark", "gauge": "increment decrement set"}
+    records = names.get(kind, "update").split()
+    for _ in range(10):
+        getattr(metric, records[0])(1)
+    for record in records:
+        getattr(metric, record)(stranger)
+    series = registry.snapshot().get("m")
+    assert getattr(series, "count" if kind in ("meter", "histogram", "timer") else "value") == 10
+    assert rejected(registry) == len(records)
+
+
+def test_a_producer_that_reads_its_own_registry_is_answered(registry):
+    """With its last value, and without recursion."""
+    registry.counter("c").increment(4)
+    registry.gauge("ratio", lambda: registry.get_stats().c.value / 2)
+    assert registry.get_stats().ratio.value == 2.0
+
+
+def test_extremes_stay_finite(registry, clock):
+    """Sums, deviations and means of the largest numbers are numbers, and come back down."""
+    histogram = registry.histogram("h")
+    for value in (1.7e308, 1.7e308):
+        histogram.update(value)
+        registry.get_stats()
+    assert all(math.isfinite(value) for value in registry.get_stats().h.values())
+    clock.advance(1e7)
+    histogram.update(1)
+    assert registry.get_stats().h.mean == 1.0
+    for value in [1e154] * 100 + [0] * 100:
+        registry.histogram("wide").update(value)
+    assert all(math.isfinite(value) for value in registry.get_stats().wide.values())
+
+
+def test_the_recent_mean_forgets_an_outlier(registry, clock):
+    """1e20, and 45 minutes later 1, 2 and 3: the mean is 2."""
+    histogram = registry.histogram("h")
+    histogram.update(1e20)
+    registry.get_stats()
+    clock.advance(2700)
+    for value in (1, 2, 3):
+        histogram.update(value)
+    assert registry.get_stats().h.mean == pytest.approx(2, rel=0.004)
+
+
+@pytest.mark.parametrize(
+    "line", ["self._folding = True", "self._folding = False", "taken = len(self._buffer)"]
+)
+def test_a_read_that_interrupts_a_fold_anywhere_is_answered(registry, line):
+    """As from a signal handler, before and after each step that matters."""
+    histogram = registry.histogram("h")
+    histogram.update(1.0)
+    source, first = inspect.getsourcelines(Metric._fold)
+    alone, alone_first = inspect.getsourcelines(Metric._fold_alone)
+    lines = {first + n for n, text in enumerate(source) if line in text}
+    lines |= {alone_first + n for n, text in enumerate(alone) if line in text}
+    answers = []
+
+    def interrupt(frame, event, arg):
+        if event == "line" and frame.f_lineno in lines and "metrics/base" in frame.f_code.co_filename:
+            lines.discard(frame.f_lineno)
+            sys.settrace(None)
+            frame.f_trace = None
+            answers.append(registry.snapshot().get("h").count)
+        return interrupt
+
+    before = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        histogram.collect()
+    finally:
+        sys.settrace(before)
+    assert answers in ([0], [1])
+    assert registry.snapshot().get("h").count == 1
 
 
 def test_recording_and_reading_inside_a_fold_do_not_deadlock(registry):

@@ -175,6 +175,21 @@ def test_a_removed_metric_is_not_found_in_the_cache(registry):
     assert registry.counter("c", l="a") is not old
 
 
+def test_a_removed_name_may_become_another_kind(registry):
+    """Once all its series are gone."""
+    registry.counter("c")
+    registry.remove("c")
+    registry.gauge("c").set(2)
+    assert registry.get_stats().c.value == 2
+
+
+@pytest.mark.parametrize(("text", "unit"), [("x", 5), (None, None), (5, "s")])
+def test_descriptions_are_checked(registry, text, unit):
+    """Where they are given, not where they are written."""
+    with pytest.raises(InvalidArgument, match="describe"):
+        registry.describe("c", text, unit=unit)
+
+
 @pytest.mark.parametrize("producer", [5, "x", object()])
 def test_a_producer_must_be_callable(registry, producer):
     """A common slip: gauge(name, value)."""
