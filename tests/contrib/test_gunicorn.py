@@ -1,0 +1,311 @@
+"""Four gunicorn workers behind one port: every answer is the same, exact, and nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.processes import EXAMPLES, answers, free_port, get, mentions, running, wait_for
+
+CLASSES = {
+    "sync": ["-w", "4"],
+    "gthread": ["-w", "4", "-k", "gthread", "--threads", "4"],
+}
+REQUESTS = {  # path: requests, and the series that they are
+    "/": (6000, ("GET", "/", "200")),
+    "/articles/7": (3000, ("GET", "/articles/<int:number>", "200")),
+    "/articles/901": (4000, ("GET", "/articles/<int:number>", "404")),
+    "/old-catalogue": (3000, ("GET", "/old-catalogue", "410")),
+    "/broken": (1000, ("GET", "/broken", "500")),
+    "/no/such/page": (1500, ("GET", "<unmatched>", "404")),
+    "/nor/this?q=1": (1500, ("GET", "<unmatched>", "404")),
+}
+
+
+class Service:
+    """The example shop under gunicorn, in directories that are empty before and after."""
+
+    def __init__(self, directory: pathlib.Path, arguments: list[str], **environment: str) -> None:
+        self.directory = directory
+        self.private = directory / "tmp"
+        self.private.mkdir()
+        self.port = free_port()
+        self.command = [
+            sys.executable, "-m", "gunicorn", *arguments, "-b", f"127.0.0.1:{self.port}",
+            "--chdir", str(EXAMPLES), "-c", "python:tapes.contrib.gunicorn_conf", "flask_shop:app",
+        ]  # fmt: skip
+        self.environment = {
+            "TMPDIR": str(self.private), "XDG_RUNTIME_DIR": str(self.private), **environment
+        }  # fmt: skip
+
+    def running(self):
+        return running(self.command, cwd=self.directory, **self.environment)
+
+    def wait_until_up(self) -> None:
+        wait_for(lambda: answers(self.port) and get(self.port, "/metrics")[0] == 200, "gunicorn is up", 20)
+
+    def output(self) -> str:
+        return (self.directory / "output.log").read_text(errors="replace")
+
+    def nothing_left(self) -> bool:
+        return not mentions(str(self.directory)) and not list(self.private.iterdir())
+
+
+def counts(port: int) -> dict[tuple[str, str, str], int]:
+    """Counts of requests by method, route and status, from whichever worker answers."""
+    tree = json.loads(get(port, "/metrics")[2])["http"]["server"]["request"]["duration"]
+    pattern = re.compile(r'{method="(.*)",route="(.*)",status="(.*)"}')
+    return {pattern.fullmatch(selector).groups(): values["count"] for selector, values in tree.items()}
+
+
+@pytest.mark.needs("ab")
+@pytest.mark.parametrize("worker_class", CLASSES)
+def test_every_worker_gives_the_same_exact_counts(short_dir, worker_class):
+    """20,000 requests by ab over 200, 404, 410, an unhandled exception and unmatched paths."""
+    service = Service(short_dir, CLASSES[worker_class] + ["--log-level", "warning"])
+    expected: dict[tuple[str, str, str], int] = {}
+    with service.running() as process:
+        service.wait_until_up()
+        expected["GET", "/", "200"] = counts(service.port)["GET", "/", "200"]
+        for path, (number, series) in REQUESTS.items():
+            url = f"http://127.0.0.1:{service.port}{path}"
+            done = subprocess.run(
+                ["ab", "-q", "-n", str(number), "-c", "16", url], capture_output=True, text=True, check=True
+            )
+            assert f"Complete requests:      {number}\n" in done.stdout
+            expected[series] = expected.get(series, 0) + number
+        ended = time.monotonic()
+        wait_for(lambda: counts(service.port) == expected, "the counts are exact", 0.5)
+        assert time.monotonic() - ended < 0.5
+        for _ in range(24):  # enough to meet every worker
+            assert counts(service.port) == expected
+        stats = json.loads(get(service.port, "/metrics")[2])
+        assert stats["http"]["server"]["active_requests"]["value"] == 0
+        assert stats["shop"]["price"]["lookup"]["count"] == REQUESTS["/articles/7"][0]
+        process.terminate()
+        assert process.wait(10) == 0
+    wait_for(service.nothing_left, "no process and no file is left", 4)
+
+
+def test_reads_go_to_every_worker(short_dir):
+    """The counts above come from all four, not from one that happens to answer."""
+    service = Service(short_dir, ["-w", "4", "--log-level", "warning"])
+    with service.running():
+        service.wait_until_up()
+        seen: set[str] = set()
+        wait_for(lambda: seen.add(get(service.port, "/")[1]["X-Worker"]) or len(seen) == 4, "all answer", 20)
+
+
+@pytest.mark.needs("promtool")
+def test_promtool_finds_nothing_to_complain_of(short_dir):
+    """What a real service exposes, as Prometheus's own checker sees it."""
+    service = Service(short_dir, ["-w", "2", "--log-level", "warning"])
+    with service.running():
+        service.wait_until_up()
+        for path in REQUESTS:
+            get(service.port, path)
+        status, headers, text = get(service.port, "/metrics", Accept="text/plain")
+        assert (status, headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+        assert b"http_server_request_duration_seconds_bucket" in text
+        checked = subprocess.run(
+            ["promtool", "check", "metrics"], input=text, capture_output=True, check=False
+        )
+        assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("number", "whole_group"),
+    [
+        (signal.SIGTERM, False),
+        (signal.SIGTERM, True),
+        (signal.SIGINT, False),
+        (signal.SIGINT, True),
+        (signal.SIGQUIT, False),
+        (signal.SIGKILL, True),  # of the master alone, gunicorn's idle workers go on for 15 s
+    ],
+)
+def test_it_ends_cleanly_and_leaves_nothing(short_dir, number, whole_group):
+    """ctrl-C reaches the whole group, TERM the master, KILL too: no traceback, no process, no file."""
+    service = Service(short_dir, ["-w", "2"])
+    with service.running() as process:
+        service.wait_until_up()
+        get(service.port, "/")
+        aggregators = [pid for pid in mentions(str(service.private)) if pid not in _session(process.pid)]
+        assert len(aggregators) == 1
+        # A worker that is still in its last request would log gunicorn's own SystemExit.
+        spent = [""]
+        wait_for(lambda: spent.append(_spent(process.pid)) or spent[-1] == spent[-2], "it is idle")
+        for pid in _session(process.pid) if whole_group else [process.pid]:
+            _signal(pid, number)
+        process.wait(10)
+        wait_for(lambda: not mentions(str(short_dir)), "no process is left", 4)
+        wait_for(
+            lambda: not [p for p in service.private.iterdir() if "tapes" in p.name], "no file of ours", 4
+        )
+    assert "Traceback" not in service.output()
+
+
+def _session(leader: int) -> list[int]:
+    return [pid for pid, fields in _processes() if int(fields[3]) == leader]
+
+
+def _spent(leader: int) -> str:
+    """What the processes of a session have used of the processors."""
+    return str([(pid, fields[11:13]) for pid, fields in _processes() if int(fields[3]) == leader])
+
+
+def _processes() -> Iterator[tuple[int, list[str]]]:
+    for entry in pathlib.Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit():
+                yield int(entry.name), (entry / "stat").read_text().rpartition(")")[2].split()
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+CANNOT_START = {
+    "not a socket": "is not a socket",
+    "no directory": "a directory that exists",
+    "path too long": "at most 107",
+    "bad address": "ipc://PATH",
+}
+
+
+@pytest.mark.parametrize("case", CANNOT_START)
+def test_an_aggregator_that_cannot_start_ends_gunicorn_with_one_sentence(short_dir, case):
+    """Status 1, the sentence as the only line of ours, no traceback, nothing left."""
+    plain = short_dir / "plain"
+    plain.write_text("precious")
+    address = {
+        "not a socket": f"ipc://{plain}",
+        "no directory": f"ipc://{short_dir}/nowhere/m.ipc",
+        "path too long": "ipc:///" + "x" * 200,
+        "bad address": "here",
+    }[case]
+    service = Service(short_dir, ["-w", "2", "--log-level", "warning"], TAPES_ADDR=address)
+    with service.running() as process:
+        assert process.wait(20) == 1
+    lines = service.output().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("tapes: ")
+    assert CANNOT_START[case] in lines[0]
+    assert plain.read_text() == "precious"
+    assert service.nothing_left()
+
+
+def test_without_pyzmq_gunicorn_ends_with_what_to_install(short_dir):
+    """One sentence, not a traceback."""
+    (short_dir / "zmq.py").write_text("raise ModuleNotFoundError('zmq')\n")
+    service = Service(short_dir, ["-w", "1", "--log-level", "warning"], PYTHONPATH=str(short_dir))
+    with service.running() as process:
+        assert process.wait(20) == 1
+    (line,) = service.output().splitlines()
+    assert "pip install 'tapes[distributed]'" in line
+
+
+def test_an_aggregator_that_is_there_already_is_used(short_dir):
+    """TAPES_ADDR names the one to use: two services share it, and it outlives both."""
+    address = f"ipc://{short_dir}/m.ipc"
+    program = (
+        f"from tapes.distributed.registry import *; RegistryAggregator([], {address!r}).start(fork=False)"
+    )
+    own = short_dir / "own"
+    own.mkdir()
+    with running([sys.executable, "-c", program], cwd=own) as aggregator:
+        wait_for((short_dir / "m.ipc.read").exists, "the aggregator listens")
+        for turn in (1, 2):
+            directory = short_dir / f"s{turn}"
+            directory.mkdir()
+            service = Service(directory, ["-w", "2", "--log-level", "warning"], TAPES_ADDR=address)
+            with service.running():
+                service.wait_until_up()
+                before = counts(service.port).get(("GET", "/old-catalogue", "410"), 0)
+                get(service.port, "/old-catalogue")
+                assert counts(service.port)["GET", "/old-catalogue", "410"] == before + 1 == turn
+        assert aggregator.poll() is None
+
+
+def test_two_services_of_one_user_do_not_see_each_other(short_dir):
+    """Each has a private directory, also below the same TMPDIR."""
+    for name in ("1", "2"):
+        (short_dir / name).mkdir()
+    one, two = (Service(short_dir / name, ["-w", "2", "--log-level", "warning"]) for name in ("1", "2"))
+    two.environment.update(TMPDIR=str(one.private), XDG_RUNTIME_DIR=str(one.private))
+    with one.running(), two.running():
+        one.wait_until_up()
+        two.wait_until_up()
+        for _ in range(5):
+            get(one.port, "/old-catalogue")
+        wait_for(lambda: counts(one.port).get(("GET", "/old-catalogue", "410")) == 5, "all is counted")
+        assert ("GET", "/old-catalogue", "410") not in counts(two.port)
+
+
+def test_metrics_of_a_worker_that_is_not_connected_are_a_503(short_dir):
+    """Without our configuration: what to do, and never one worker's share; the application works."""
+    service = Service(short_dir, ["-w", "2", "--log-level", "warning"])
+    at = service.command.index("-c")
+    del service.command[at : at + 2]
+    with service.running():
+        wait_for(lambda: answers(service.port), "gunicorn is up", 20)
+        assert get(service.port, "/")[0] == 200
+        status, _, text = get(service.port, "/metrics")
+        assert status == 503
+        assert b"tapes.contrib.gunicorn_conf" in text
+
+
+def test_a_stopped_aggregator_is_a_503_in_time_and_the_application_works(short_dir):
+    """Within 1.5 s, a plain sentence; when it goes on, so do the numbers."""
+    service = Service(short_dir, ["-w", "2", "--log-level", "warning"])
+    with service.running() as process:
+        service.wait_until_up()
+        (aggregator,) = (p for p in mentions(str(service.private)) if p not in _session(process.pid))
+        _signal(aggregator, signal.SIGSTOP)
+        started = time.monotonic()
+        status, headers, text = get(service.port, "/metrics")
+        assert time.monotonic() - started < 1.5
+        assert (status, headers["Content-Type"]) == (503, "text/plain; charset=utf-8")
+        assert b"did not answer" in text
+        before = [get(service.port, "/old-catalogue")[0] for _ in range(10)]
+        assert before == [410] * 10
+        _signal(aggregator, signal.SIGCONT)
+        wait_for(lambda: get(service.port, "/metrics")[0] == 200, "it answers again")
+        wait_for(lambda: counts(service.port).get(("GET", "/old-catalogue", "410")) == 10, "all is counted")
+
+
+def test_the_spelling_without_python_works_beside_the_example_file(short_dir):
+    """`gunicorn -c tapes.contrib.gunicorn_conf`, in a directory that has the one-line file."""
+    for name in ("tapes.contrib.gunicorn_conf", "flask_shop.py"):
+        shutil.copy(EXAMPLES / name, short_dir)
+    service = Service(short_dir, ["-w", "2", "--log-level", "warning"])
+    at = service.command.index("python:tapes.contrib.gunicorn_conf")
+    service.command[at] = "tapes.contrib.gunicorn_conf"
+    with service.running():
+        service.wait_until_up()
+        get(service.port, "/old-catalogue")
+        assert counts(service.port)["GET", "/old-catalogue", "410"] == 1
+
+
+def test_ports_are_free_again(short_dir):
+    """The aggregator holds no socket of the service: a restart can bind at once."""
+    service = Service(short_dir, ["-w", "1", "--log-level", "warning"])
+    with service.running() as process:
+        service.wait_until_up()
+        process.terminate()
+        process.wait(10)
+        with socket.create_server(("127.0.0.1", service.port)):
+            pass

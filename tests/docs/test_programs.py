@@ -1,0 +1,87 @@
+"""The README's and the documentation's programs run and print what they say; so do docstrings."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+
+import pytest
+
+import tapes
+from tests.processes import EXAMPLES, ROOT, clean_environment, run_python
+
+FENCE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+
+
+def programs(text):
+    """Yield each Python block with the text block that follows it at once, if any."""
+    blocks = [(m.group(1), m.group(2), m.start(), m.end()) for m in FENCE.finditer(text)]
+    for number, (language, source, _, end) in enumerate(blocks):
+        if language == "python":
+            following = blocks[number + 1 : number + 2]
+            printed = None
+            if following and following[0][0] == "text" and not text[end : following[0][2]].strip():
+                printed = following[0][1]
+            yield source, printed
+
+
+def test_the_readmes_first_program_prints_what_it_says(tmp_path):
+    """At most 15 lines, in a process of its own."""
+    source, printed = next(programs((ROOT / "README.md").read_text()))
+    assert len(source.splitlines()) <= 15
+    done = run_python(source, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, printed, "")
+
+
+def test_the_quick_start_prints_what_it_says(tmp_path):
+    """Its programs, one after the other, in one process."""
+    blocks = list(programs((ROOT / "docs" / "quickstart.md").read_text()))
+    done = run_python("\n".join(source for source, _ in blocks), cwd=tmp_path)
+    assert done.stderr == ""
+    assert done.stdout == "".join(printed or "" for _, printed in blocks)
+
+
+def test_the_tornado_program_of_the_documentation_is_the_example():
+    """Which is run elsewhere; here, that they have not drifted apart."""
+    (source,) = (s for s, _ in programs((ROOT / "docs" / "distributed.md").read_text()) if "tornado" in s)
+    example = (EXAMPLES / "tornado_original.py").read_text()
+    for line in source.splitlines():
+        if line.strip() and not line.startswith(("ioloop", "server.bind")):
+            assert line in example
+
+
+def test_every_file_that_the_guarantees_name_is_there():
+    """A guarantee without its test is a claim."""
+    named = re.findall(r"`(tests/\S+?\.py)`", (ROOT / "docs" / "distributed.md").read_text())
+    assert named
+    for path in named:
+        assert (ROOT / path).exists()
+
+
+def modules():
+    return ["tapes", *(m.name for m in pkgutil.walk_packages(tapes.__path__, "tapes."))]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_the_examples_of_docstrings_run(name):
+    """As written."""
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.failed == 0
+
+
+def test_the_demo_agrees_and_ends_with_status_0(tmp_path):
+    """Sent and merged, route by route; nothing is left behind."""
+    done = subprocess.run(
+        [sys.executable, "demo.py"], cwd=EXAMPLES, env=clean_environment(TMPDIR=str(tmp_path)),
+        capture_output=True, text=True, timeout=90, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sent and merged agree" in done.stdout
+    assert "nothing is left behind" in done.stdout
+    for column in ("sent", "m1", "q50", "q99"):
+        assert column in done.stdout
+    assert list(tmp_path.iterdir()) == []
