@@ -27,10 +27,10 @@ RegistryAggregator(HTTPReporter(8889)).start()
 
 server = httpserver.HTTPServer(application)
 server.bind(8888, address="127.0.0.1")
-server.start(0)
 
-registry.connect()
 try:
+    server.start(0)
+    registry.connect()
     ioloop.IOLoop.current().start()
 except KeyboardInterrupt:
-    print("ended")
+    pass  # ctrl-C reaches every process; each says goodbye as it ends

@@ -241,6 +241,7 @@ def serve(address: str, owner_pid: str, directory: str, ready_fd: str) -> None:
         level=logging.INFO, stream=sys.stderr, format="[%(process)d] [%(levelname)s] %(message)s"
     )
     os.umask(0o077)
+    os.chdir("/")
     lease = Lease(int(owner_pid), patience_seconds=float("inf"))
     readiness = Readiness((-1, int(ready_fd)))
     try:

@@ -85,7 +85,8 @@ def test_an_http_reporter_gives_the_merged_values(service):
     _, port, _ = service
     merged = wait_for(lambda: (s := stats(port)).get("c", {}).get("value") == 4000 and s, "all is merged")
     assert merged["my"]["timer"]["count"] == 4000
-    assert sorted(one["value"] for one in merged["g"].values()) == [0, 1, 2, 3]
+    gauges = wait_for(lambda: len(found := stats(port)["g"]) == 4 and found, "every worker's gauge")
+    assert sorted(one["value"] for one in gauges.values()) == [0, 1, 2, 3]
     assert get(port, "/")[2].startswith(b"{")
     assert get(port, "/nothing")[0] == 404
     assert get(port, "/metrics", "HEAD")[0] == 200
@@ -535,7 +536,7 @@ stats = registry.get_stats()
 assert (stats.parent.value, stats.child.value) == (2, 3)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=short_dir, env=clean_environment(), capture_output=True,
-        text=True, timeout=20, check=False,
+        [sys.executable, "-W", "ignore", "-c", program], cwd=short_dir, env=clean_environment(),
+        capture_output=True, text=True, timeout=20, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
