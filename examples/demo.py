@@ -154,6 +154,7 @@ def compare(clients: Clients, answer: dict[Series, dict[str, float]]) -> bool:
     show(f"\n  {'':38s}        each worker's own share{'':{6 * len(workers) - 20}s}merged, from any worker\n")
     head = "".join(f"{worker:>7s}" for worker in workers)
     show(f"  {'route':38s}{'sent':>7s}{head}{'count':>9s}{'m1':>8s}{'q50':>9s}{'q99':>9s}\n")
+    show(f"  {'':52s}(m1: requests a second, averaged over a minute since the last 5 s tick)\n")
     agreed = True
     series_sent = {series for series, _ in clients.sent}
     for series in sorted(series_sent | set(answer)):

@@ -73,6 +73,10 @@ def close() -> None:
         close_registry(default_registry)
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "DistributedRegistry", "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     if name == "DistributedRegistry":
         from tapes.distributed.registry import DistributedRegistry

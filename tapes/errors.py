@@ -90,7 +90,7 @@ class MissingExtra(TapesError, ImportError):
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(
             f"{feature} needs packages that are not installed",
-            remedy=f"run: pip install 'tapes[{extra}]'",
+            remedy=f"run: pip install 'tapes[{extra}]' (in a checkout: pip install '.[{extra}]')",
         )
 
 

@@ -114,6 +114,8 @@ class Registry:
     def counter(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Counter:
         """Return the counter of this name and these labels; made if it isn't there.
 
+        A counter counts things: ``.increment()``, ``.decrement()``.
+
         Raises:
             InvalidName, InvalidLabel: If the name or a label can't be used.
             KindConflict: If the name belongs to another kind of metric.
@@ -121,17 +123,26 @@ class Registry:
         return self._get(Counter, name, labels, more_labels)
 
     def meter(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Meter:
-        """Return the meter of this name and these labels; made if it isn't there. Raises as `counter`."""
+        """Return the meter of this name and these labels; made if it isn't there. Raises as `counter`.
+
+        A meter counts events and knows how often they come: ``.mark()``.
+        """
         return self._get(Meter, name, labels, more_labels)
 
     def histogram(
         self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any
     ) -> Histogram:
-        """Return the histogram of this name and these labels; made if it isn't there. Raises as `counter`."""
+        """Return the histogram of this name and these labels; made if it isn't there. Raises as `counter`.
+
+        A histogram keeps how values are distributed: ``.update(value)``.
+        """
         return self._get(Histogram, name, labels, more_labels)
 
     def timer(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Timer:
-        """Return the timer of this name and these labels; made if it isn't there. Raises as `counter`."""
+        """Return the timer of this name and these labels; made if it isn't there. Raises as `counter`.
+
+        A timer keeps durations in seconds: ``with timer.time(): …``, ``@timer.time()``, ``.update(seconds)``.
+        """
         return self._get(Timer, name, labels, more_labels)
 
     def gauge(
@@ -145,6 +156,8 @@ class Registry:
         **more_labels: Any,
     ) -> Gauge:
         """Return the gauge of this name and these labels; made if it isn't there.
+
+        A gauge stands at a value: ``.set(value)``, ``.increment()``, ``.decrement()``, or a producer.
 
         Args:
             name: The name.

@@ -108,8 +108,8 @@ class TapesMiddleware:
             return plain(
                 503,
                 "This process is one of several and is not connected to an aggregator, so it can't answer "
-                "for the service: start gunicorn with -c python:tapes.contrib.gunicorn_conf, or call "
-                "tapes.connect() in every worker.",
+                "for the service: start gunicorn with -c python:tapes.contrib.gunicorn_conf (a post_fork "
+                "hook of your own must call ours), or call tapes.connect() in every worker.",
             )
         wanted = parse_qs(environ.get("QUERY_STRING", "")).get("format", [""])[-1]
         return answer(registry, environ.get("HTTP_ACCEPT", ""), wanted)

@@ -11,11 +11,12 @@ import atexit
 import contextlib
 import itertools
 import os
+import sys
 import threading
 import time
 import weakref
 from collections import deque
-from typing import Callable, TypeVar
+from typing import Any, Callable, TypeVar
 
 import zmq
 
@@ -106,6 +107,9 @@ class AggregatorConnection:
         """Begin to publish, and say goodbye at the end of the interpreter."""
         self._publisher.start()
         atexit.register(self.close)
+        multiprocessing_util: Any = sys.modules.get("multiprocessing.util")
+        if multiprocessing_util is not None:  # its children run no atexit functions
+            multiprocessing_util.Finalize(None, self.close, exitpriority=100)
 
     @property
     def is_of_this_process(self) -> bool:
@@ -223,7 +227,7 @@ class AggregatorConnection:
             raise AggregatorUnavailable(
                 f"the aggregator at {self.endpoints.publish} did not answer within {TIMEOUT_SECONDS:g} s",
                 remedy="see that it runs: RegistryAggregator(…).start(), or gunicorn -c "
-                "python:tapes.contrib.gunicorn_conf",
+                "python:tapes.contrib.gunicorn_conf, restarted if its aggregator was killed",
             )
 
     def _new_reader(self) -> zmq.Socket[bytes]:

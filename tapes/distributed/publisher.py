@@ -32,6 +32,8 @@ __all__ = ["Outbox", "Publisher"]
 
 INTERVAL_SECONDS = 0.1
 _SHARE = 20
+_LONELY_SECONDS = 5.0
+"""So long without an aggregator is worth a warning, once."""
 _PRODUCED_SECONDS = 1.0
 """So long a value that a gauge's producer gave is good for."""
 _QUEUE = 4
@@ -125,6 +127,7 @@ class Publisher:
         self._keyframe_due = False
         self._failed = False
         self._abandoned = False
+        self._address = endpoints.publish
         self._stop_sender, self._stop_receiver = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="tapes-publisher", daemon=True)
 
@@ -152,6 +155,7 @@ class Publisher:
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._stop_receiver, zmq.POLLIN)
         due = time.monotonic()
+        patience_ends = due + _LONELY_SECONDS
         try:
             while True:
                 wait_seconds = max(0.0, due - time.monotonic())
@@ -161,6 +165,9 @@ class Publisher:
                 if self._socket in events:
                     self._note_subscriptions()
                 started = time.monotonic()
+                if started > patience_ends and not self._subscribed:
+                    patience_ends = float("inf")
+                    _log.warning("tapes has found no aggregator at %s yet; it goes on looking", self._address)
                 if self._subscribed and (self._keyframe_due or started >= due):
                     sent = self._publish()
                     self._keyframe_due = self._keyframe_due and not sent

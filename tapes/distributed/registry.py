@@ -76,7 +76,7 @@ class RegistryAggregator:
     """Adds up what all connected registries publish, and lets reporters report the sum.
 
     Args:
-        reporter: One reporter or several; each gets the merged view as its registry.
+        reporter: One reporter or several, or ``[]``; each gets the merged view as its registry.
         socket_addr: Where to listen; see `DistributedRegistry`.
 
     Raises:
@@ -84,10 +84,16 @@ class RegistryAggregator:
     """
 
     def __init__(self, reporter: Reporter | Iterable[Reporter], socket_addr: str = DEFAULT_ADDR) -> None:
-        self.reporters = [reporter] if isinstance(reporter, Reporter) else list(reporter)
+        several = isinstance(reporter, Iterable) and not isinstance(reporter, type)
+        self.reporters: list[Any] = list(reporter) if several else [reporter]  # type: ignore[arg-type]
         for given in self.reporters:
             if not isinstance(given, Reporter):
-                raise InvalidArgument("the aggregator's reporter", got=given, expected="a Reporter")
+                raise InvalidArgument(
+                    "the aggregator's reporter",
+                    got=given,
+                    expected="a Reporter, or a list of them",
+                    remedy="give [] for none: connected registries can be read without one",
+                )
         self.socket_addr = resolve(socket_addr).publish
         self._pid = self._owner_pid = 0
         self._aggregator: Aggregator | None = None

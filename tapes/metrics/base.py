@@ -110,7 +110,7 @@ class Metric:
         finally:
             self._lock.release()
         while self._bad:
-            self._reject(self, *self._bad.pop())
+            self._reject(self, *self._bad.pop(0))
 
     def _fold_alone(self, now: float) -> None:
         taken = len(self._buffer)

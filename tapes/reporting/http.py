@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import threading
@@ -51,10 +52,12 @@ class HTTPReporter(Reporter):
         try:
             self._server = _server(self.host, self.port, self)
         except OSError as error:
-            kind = AddressInUse if error.errno == 98 else AddressError
+            kind = AddressInUse if error.errno == errno.EADDRINUSE else AddressError
             raise kind(
                 f"HTTPReporter can't listen on {self.host}:{self.port} ({error.strerror or error})",
-                remedy="choose another port, or stop what listens there",
+                remedy="choose another port, or stop what listens there"
+                if kind is AddressInUse
+                else "choose a host of this machine and a port that this user may use",
             ) from None
         self.port = self._server.server_address[1]
         self._thread = threading.Thread(

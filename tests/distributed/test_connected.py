@@ -369,6 +369,48 @@ registry.counter("c").increment(3)
     reader.close()
 
 
+def test_a_multiprocessing_child_that_returns_says_goodbye(aggregator, short_dir):
+    """Though it runs no atexit functions: 20 children that live for milliseconds."""
+    address, _ = aggregator
+    (short_dir / "children.py").write_text(f"""
+import multiprocessing
+from tapes import DistributedRegistry
+
+registry = DistributedRegistry({address!r})
+
+def work():
+    registry.connect()
+    registry.counter("c").increment(5)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=work) for _ in range(20)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+""")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "children.py"], cwd=short_dir, env=clean_environment(),
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    reader = DistributedRegistry(address)
+    reader.connect()
+    assert reader.get_stats().c.value == 100
+    reader.close()
+
+
+def test_a_missing_aggregator_is_said_once(short_dir, caplog, monkeypatch):
+    """Also if nobody reads."""
+    monkeypatch.setattr("tapes.distributed.publisher._LONELY_SECONDS", 0.05)
+    registry = DistributedRegistry(f"ipc://{short_dir}/m.ipc")
+    registry.connect()
+    wait_for(lambda: "no aggregator" in caplog.text, "the warning")
+    registry.close()
+    assert caplog.text.count("no aggregator") == 1
+
+
 def test_a_killed_worker_keeps_what_it_had_published(aggregator, short_dir):
     """Its counts are retired, its gauges leave."""
     address, _ = aggregator
@@ -506,8 +548,9 @@ with socket.create_server(("127.0.0.1", 0)) as taken:
 
 def test_reporters_are_checked():
     """A common slip: a registry, or a class."""
-    with pytest.raises(InvalidArgument, match="Reporter"):
-        RegistryAggregator([object()])
+    for wrong in ([object()], 5, RegistryAggregator, tapes.default_registry):
+        with pytest.raises(InvalidArgument, match="Reporter"):
+            RegistryAggregator(wrong)
 
 
 def test_a_fork_after_connect_is_told_what_to_do(aggregator, short_dir):

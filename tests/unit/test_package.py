@@ -53,6 +53,15 @@ def test_a_mistyped_name_is_an_attribute_error():
         tapes.conter
 
 
+def test_the_lazy_names_are_found():
+    """By dir(), and by import."""
+    assert {"DistributedRegistry", "counter", "connect"} <= set(dir(tapes))
+    assert "Any" not in dir(tapes)
+    assert (
+        tapes.DistributedRegistry is importlib.import_module("tapes.distributed.registry").DistributedRegistry
+    )
+
+
 def test_a_missing_extra_says_how_to_install_it():
     """Without pyzmq: what needs it, and the command."""
     code = """
