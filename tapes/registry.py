@@ -25,7 +25,7 @@ from tapes.metrics.gauge import Producer
 from tapes.naming import Labels, canonical_labels, check_name
 from tapes.snapshot import FIELDS, Family, Snapshot
 
-__all__ = ["REJECTED", "Connection", "Registry", "default_registry", "family_of"]
+__all__ = ["REJECTED", "Connection", "Registry", "default_registry"]
 
 M = TypeVar("M", bound=Metric)
 
@@ -248,7 +248,7 @@ class Registry:
             kinds[name] = kind
             states.setdefault(name, []).append((labels, state))
         return Snapshot(
-            family_of(name, kinds[name], self._described.get(name), group, tick)
+            Family.of(name, kinds[name], self._described.get(name), group, tick)
             for name, group in states.items()
         )
 
@@ -370,21 +370,6 @@ class Registry:
 
     def _rejected(self, metric: Metric, value: Any, why: str) -> None:
         self.reject(metric.name, metric.labels, value, why)
-
-
-def family_of(
-    name: str,
-    kind: str,
-    described: tuple[str, str | None] | None,
-    states: list[tuple[Labels, State]],
-    tick: int,
-) -> Family:
-    """Return what a reader sees of one name as of ``tick``."""
-    text, unit = described or ("", None)
-    shown = (state.series(labels, tick) for labels, state in sorted(states, key=lambda s: s[0]))
-    return Family(
-        name, kind, text, "seconds" if kind == "timer" else unit, tuple(s for s in shown if s is not None)
-    )
 
 
 def _hides(child: str, child_kind: str, segment: str, parent: str, parent_kind: str) -> KindConflict:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple, Union
+from operator import itemgetter
+from typing import Any, NamedTuple, Protocol, Union
 
 import addict
 
@@ -165,6 +166,10 @@ def _log_hidden(name: str) -> None:
     _log.warning("%r is not in the tree: another worker's metric above it has a field of that name", name)
 
 
+class _State(Protocol):
+    def series(self, labels: Labels, tick: int) -> Series | None: ...
+
+
 class Family(NamedTuple):
     """All series of one name.
 
@@ -180,6 +185,21 @@ class Family(NamedTuple):
     text: str
     unit: str | None
     series: tuple[Series, ...]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        kind: str,
+        described: tuple[str, str | None] | None,
+        states: Iterable[tuple[Labels, _State]],
+        tick: int,
+    ) -> Family:
+        """Return what a reader sees of one name, given its states by labels, as of ``tick``."""
+        text, unit = described or ("", None)
+        shown = (state.series(labels, tick) for labels, state in sorted(states, key=itemgetter(0)))
+        series = tuple(one for one in shown if one is not None)
+        return cls(name, kind, text, "seconds" if kind == "timer" else unit, series)
 
 
 class Snapshot:

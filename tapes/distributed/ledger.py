@@ -19,8 +19,7 @@ from typing import NamedTuple
 from tapes.distributed.wire import Descriptions, Item, Merged, Update
 from tapes.metrics import KINDS, GaugeState, State
 from tapes.naming import Labels
-from tapes.registry import family_of
-from tapes.snapshot import Snapshot
+from tapes.snapshot import Family, Snapshot
 
 __all__ = ["Ledger", "Worker"]
 
@@ -192,7 +191,7 @@ def snapshot_of(merged: Merged) -> Snapshot:
     for item in merged.items:
         groups.setdefault(item.name, []).append(item)
     return Snapshot(
-        family_of(
+        Family.of(
             name,
             items[0].kind,
             merged.descriptions.get(name),
