@@ -102,6 +102,7 @@ class AggregatorConnection:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._outbox = Outbox(registry)
         self._publisher = Publisher(self._context, endpoints, self._outbox)
+        self._finalizer: Any = None
 
     def start(self) -> None:
         """Begin to publish, and say goodbye at the end of the interpreter."""
@@ -109,7 +110,7 @@ class AggregatorConnection:
         atexit.register(self.close)
         multiprocessing_util: Any = sys.modules.get("multiprocessing.util")
         if multiprocessing_util is not None:  # its children run no atexit functions
-            multiprocessing_util.Finalize(None, self.close, exitpriority=100)
+            self._finalizer = multiprocessing_util.Finalize(None, self.close, exitpriority=100)
 
     @property
     def is_of_this_process(self) -> bool:
@@ -138,6 +139,8 @@ class AggregatorConnection:
         it, it is kept, and handed over by the next connection of this registry.
         """
         atexit.unregister(self.close)
+        if self._finalizer is not None:
+            self._finalizer.cancel()
         if not self.is_of_this_process:
             return
         deadline = time.monotonic() + TIMEOUT_SECONDS
@@ -206,9 +209,10 @@ class AggregatorConnection:
     def _say_goodbyes(self, reader: zmq.Socket[bytes], deadline: float) -> None:
         unsaid = _unsaid.get(self._registry, [])
         while unsaid:
-            number = next(self._correlations)
-            self._exchange(reader, number, Goodbye(number, unsaid[0]), deadline)
-            unsaid[:1] = []
+            goodbye, number = unsaid[0], next(self._correlations)
+            self._exchange(reader, number, Goodbye(number, goodbye), deadline)
+            with contextlib.suppress(ValueError):  # another reader may have said it too, which is harmless
+                unsaid.remove(goodbye)
 
     def _exchange(self, reader: zmq.Socket[bytes], number: int, message: Message, deadline: float) -> Reply:
         data = encode(message)

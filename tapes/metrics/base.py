@@ -110,7 +110,11 @@ class Metric:
         finally:
             self._lock.release()
         while self._bad:
-            self._reject(self, *self._bad.pop(0))
+            try:
+                value, why = self._bad.pop(0)
+            except IndexError:  # another thread was faster
+                return
+            self._reject(self, value, why)
 
     def _fold_alone(self, now: float) -> None:
         taken = len(self._buffer)

@@ -260,6 +260,34 @@ def test_no_event_is_lost_under_threads(kind):
     assert torn == []
 
 
+def test_bad_values_under_threads_are_all_counted():
+    """Eight threads that record nothing but bad values while they are read: exact, and nobody fails."""
+    registry = tapes.Registry()
+    histogram = registry.histogram("h")
+    failures = []
+
+    def write():
+        try:
+            for _ in range(500):
+                histogram.update(math.nan)
+                registry.snapshot()
+        except Exception as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=write) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failures == []
+    assert rejected(registry) == 4000
+
+
 class Raiser:
     """A number of a library whose conversions raise what nobody expects."""
 
