@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -134,6 +135,17 @@ def aggregator(short_dir):
         yield f"ipc://{short_dir}/m.ipc", process
 
 
+@contextlib.contextmanager
+def connected(address):
+    """A registry that is connected, and says goodbye."""
+    registry = DistributedRegistry(address)
+    registry.connect()
+    try:
+        yield registry
+    finally:
+        registry.close()
+
+
 def test_an_update_is_visible_to_others_in_time(aggregator):
     """Within 0.5 s of the event, without anybody flushing."""
     address, _ = aggregator
@@ -169,17 +181,15 @@ def test_what_was_counted_before_connect_and_before_the_aggregator_arrives(short
 def test_a_worker_that_closes_has_said_all(aggregator):
     """The goodbye carries the last values; the counts stay, the gauges leave."""
     address, _ = aggregator
-    reader = DistributedRegistry(address)
-    reader.connect()
-    for _ in range(20):
-        worker = DistributedRegistry(address)
-        worker.connect()
-        worker.counter("c").increment(5)
-        worker.gauge("g").set(1)
-        worker.close()
-    assert reader.get_stats().c.value == 100
-    assert reader.snapshot().get("g") is None
-    reader.close()
+    with connected(address) as reader:
+        for _ in range(20):
+            worker = DistributedRegistry(address)
+            worker.connect()
+            worker.counter("c").increment(5)
+            worker.gauge("g").set(1)
+            worker.close()
+        assert reader.get_stats().c.value == 100
+        assert reader.snapshot().get("g") is None
 
 
 def test_leaving_and_coming_back_counts_everything_once(aggregator):
@@ -206,20 +216,18 @@ def test_leaving_and_coming_back_counts_everything_once(aggregator):
 def test_a_goodbye_that_nobody_heard_is_said_by_the_next_connection(aggregator):
     """Nothing is lost, and nothing counted twice, whether the first one arrived or not."""
     address, process = aggregator
-    registry = DistributedRegistry(address)
-    registry.connect()
-    registry.counter("c").increment(5)
-    assert registry.get_stats().c.value == 5
-    registry.counter("c").increment(2)
-    process.send_signal(signal.SIGSTOP)
-    try:
-        registry.close()
-    finally:
-        process.send_signal(signal.SIGCONT)
-    registry.counter("c").increment(3)
-    registry.connect()
-    assert registry.get_stats().c.value == 10
-    registry.close()
+    with connected(address) as registry:
+        registry.counter("c").increment(5)
+        assert registry.get_stats().c.value == 5
+        registry.counter("c").increment(2)
+        process.send_signal(signal.SIGSTOP)
+        try:
+            registry.close()
+        finally:
+            process.send_signal(signal.SIGCONT)
+        registry.counter("c").increment(3)
+        registry.connect()
+        assert registry.get_stats().c.value == 10
 
 
 def test_connecting_from_many_threads_is_one_connection(aggregator):
@@ -257,26 +265,24 @@ def test_another_address_while_connected_is_refused(aggregator, monkeypatch):
 def test_closing_while_others_read_gives_them_typed_errors(aggregator):
     """An answer, or AggregatorUnavailable; afterwards the local values."""
     address, _ = aggregator
-    registry = DistributedRegistry(address)
-    registry.connect()
-    registry.counter("c").increment()
-    started, troubles = threading.Event(), []
+    with connected(address) as registry:
+        registry.counter("c").increment()
+        started, troubles = threading.Event(), []
 
-    def read():
-        while registry.connection is not None:
-            try:
-                registry.get_stats()
-            except AggregatorUnavailable:
-                pass
-            except Exception as error:
-                troubles.append(error)
-            started.set()
+        def read():
+            while registry.connection is not None:
+                try:
+                    registry.get_stats()
+                except AggregatorUnavailable:
+                    pass
+                except Exception as error:
+                    troubles.append(error)
+                started.set()
 
-    readers = [threading.Thread(target=read) for _ in range(3)]
-    for reader in readers:
-        reader.start()
-    started.wait()
-    registry.close()
+        readers = [threading.Thread(target=read) for _ in range(3)]
+        for reader in readers:
+            reader.start()
+        started.wait()
     for reader in readers:
         reader.join()
     assert troubles == []
@@ -288,16 +294,14 @@ def test_an_answer_of_another_version_is_an_unavailable_aggregator(short_dir):
     context = zmq.Context()
     router = context.socket(zmq.ROUTER)
     router.bind(address + ".read")
-    registry = DistributedRegistry(address)
-    registry.connect()
-    answer_once = threading.Thread(
-        target=lambda: router.send_multipart([router.recv_multipart()[0], msgpack.packb([2, "Reply"])])
-    )
-    answer_once.start()
-    assert answer(registry)[0] == 503
-    answer_once.join()
-    context.destroy(linger=0)
-    registry.close()
+    with connected(address) as registry:
+        answer_once = threading.Thread(
+            target=lambda: router.send_multipart([router.recv_multipart()[0], msgpack.packb([2, "Reply"])])
+        )
+        answer_once.start()
+        assert answer(registry)[0] == 503
+        answer_once.join()
+        context.destroy(linger=0)
 
 
 def test_a_blocking_producer_holds_nobody_up(aggregator):
@@ -363,10 +367,8 @@ registry.counter("c").increment(3)
         cwd=short_dir,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    reader = DistributedRegistry(address)
-    reader.connect()
-    assert reader.get_stats().c.value == 3
-    reader.close()
+    with connected(address) as reader:
+        assert reader.get_stats().c.value == 3
 
 
 def test_a_multiprocessing_child_that_returns_says_goodbye(aggregator, short_dir):
@@ -395,10 +397,8 @@ if __name__ == "__main__":
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    reader = DistributedRegistry(address)
-    reader.connect()
-    assert reader.get_stats().c.value == 100
-    reader.close()
+    with connected(address) as reader:
+        assert reader.get_stats().c.value == 100
 
 
 def test_a_missing_aggregator_is_said_once(short_dir, caplog, monkeypatch):
@@ -425,58 +425,52 @@ registry.get_stats()
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert run_python(program, cwd=short_dir).returncode == -signal.SIGKILL
-    reader = DistributedRegistry(address)
-    reader.connect()
-    assert reader.get_stats().c.value == 3
-    wait_for(lambda: reader.snapshot().get("g") is None, "the gauge of the dead leaves")
-    assert reader.get_stats().c.value == 3
-    reader.close()
+    with connected(address) as reader:
+        assert reader.get_stats().c.value == 3
+        wait_for(lambda: reader.snapshot().get("g") is None, "the gauge of the dead leaves")
+        assert reader.get_stats().c.value == 3
 
 
 def test_no_answer_is_an_error_within_its_timeout_and_the_next_one_works(aggregator):
     """A stopped aggregator, then one that goes on: no reader is wedged."""
     address, process = aggregator
-    registry = DistributedRegistry(address)
-    registry.connect()
-    registry.counter("c").increment()
-    assert registry.get_stats().c.value == 1
-    process.send_signal(signal.SIGSTOP)
-    try:
-        started = time.monotonic()
-        with pytest.raises(AggregatorUnavailable, match=r"did not answer within 1 s.*RegistryAggregator"):
-            registry.get_stats()
-        assert time.monotonic() - started < 1.5
-    finally:
-        process.send_signal(signal.SIGCONT)
-    registry.counter("c").increment()
-    assert registry.get_stats().c.value == 2
-    registry.close()
+    with connected(address) as registry:
+        registry.counter("c").increment()
+        assert registry.get_stats().c.value == 1
+        process.send_signal(signal.SIGSTOP)
+        try:
+            started = time.monotonic()
+            with pytest.raises(AggregatorUnavailable, match=r"did not answer within 1 s.*RegistryAggregator"):
+                registry.get_stats()
+            assert time.monotonic() - started < 1.5
+        finally:
+            process.send_signal(signal.SIGCONT)
+        registry.counter("c").increment()
+        assert registry.get_stats().c.value == 2
 
 
 def test_strangers_change_nothing_and_are_counted(aggregator):
     """Garbage, pickles and well-formed nonsense, on both sockets."""
     address, _ = aggregator
-    registry = DistributedRegistry(address)
-    registry.connect()
-    registry.counter("c").increment(5)
-    evil = pickle.dumps(os.system)
-    messages = [b"", b"\xc1", evil, os.urandom(1000), msgpack.packb([1, "Update", 1]), msgpack.packb({})]
-    context = zmq.Context()
-    publisher, dealer = context.socket(zmq.XPUB), context.socket(zmq.DEALER)
-    publisher.connect(address)
-    dealer.connect(address + ".read")
-    publisher.recv()  # the subscription: messages are not dropped on our side
-    for message in messages:
-        publisher.send(message)
-        dealer.send(message)
-        dealer.send_multipart([b"", message, b""])
-    wait_for(
-        lambda: (s := registry.snapshot().get("tapes.rejected")) and s.value == 3 * len(messages),
-        "every message is counted",
-    )
-    assert registry.get_stats().c.value == 5
-    context.destroy(linger=0)
-    registry.close()
+    with connected(address) as registry:
+        registry.counter("c").increment(5)
+        evil = pickle.dumps(os.system)
+        messages = [b"", b"\xc1", evil, os.urandom(1000), msgpack.packb([1, "Update", 1]), msgpack.packb({})]
+        context = zmq.Context()
+        publisher, dealer = context.socket(zmq.XPUB), context.socket(zmq.DEALER)
+        publisher.connect(address)
+        dealer.connect(address + ".read")
+        publisher.recv()  # the subscription: messages are not dropped on our side
+        for message in messages:
+            publisher.send(message)
+            dealer.send(message)
+            dealer.send_multipart([b"", message, b""])
+        wait_for(
+            lambda: (s := registry.snapshot().get("tapes.rejected")) and s.value == 3 * len(messages),
+            "every message is counted",
+        )
+        assert registry.get_stats().c.value == 5
+        context.destroy(linger=0)
 
 
 def test_kinds_that_differ_between_workers_break_nothing(aggregator):
