@@ -50,7 +50,7 @@ class Histogram(Metric):
     def update(self, value: Number) -> None:
         """Add ``value``, any finite number; a bad one is dropped, counted and logged.
 
-        Cost: an append, and about 0.2 µs a value when the buffer is folded. Never raises, never waits.
+        Cost: an append; `Sketch.fold` for what folding adds. Never raises, never waits.
         In the recent view a value counts as of its fold.
         """
         buffer = self._buffer

@@ -88,6 +88,14 @@ def test_a_threshold_includes_its_whole_bin():
     assert view.count_below(99.0) == 5
 
 
+def test_a_threshold_in_the_bin_of_the_maximum_counts_that_bin():
+    """What is at or below it always counts, also if the maximum is just above it."""
+    view = EMPTY.fold([0.5, 1.0, 1.001], 0).lifetime
+    assert view.count_below(1.0) == 3
+    assert view.count_below(0.9) == 1
+    assert view.fraction_below(1.0005) == 1.0
+
+
 def test_recent_weights_fall_by_dropwizards_alpha():
     """After t seconds a value weighs e^(-0.015·t)."""
     sketch = EMPTY.fold([1.0], 0).fold([2.0], 12)
