@@ -254,13 +254,8 @@ class Registry:
 
     def collect(self) -> Iterator[tuple[str, str, Labels, State]]:
         """Yield kind, name, labels and state of every series of this process."""
-        # Collecting finds bad values, so what counts them comes last.
-        for name in [*(name for name in list(self._metrics) if name != REJECTED), REJECTED]:
-            metrics = self._metrics.get(name)
-            if metrics is None:
-                continue
-            for labels, metric in list(metrics.by_labels.items()):
-                yield metrics.kind.kind, name, labels, metric.collect()
+        for name, metric in self._each():
+            yield metric.kind, name, metric.labels, metric.collect()
 
     def refresh(self, max_age_seconds: float = 0.0) -> None:
         """Run the producers of gauges whose values are older than ``max_age_seconds``."""
@@ -271,9 +266,16 @@ class Registry:
 
     def take(self) -> Iterator[tuple[str, str, Labels, State]]:
         """Yield what `collect` does and start again from zero; see `Metric.take`."""
-        for name, metrics in list(self._metrics.items()):
-            for labels, metric in list(metrics.by_labels.items()):
-                yield metrics.kind.kind, name, labels, metric.take()
+        for name, metric in self._each():
+            yield metric.kind, name, metric.labels, metric.take()
+
+    def _each(self) -> Iterator[tuple[str, Metric]]:
+        """Yield every metric; the counter of bad values last, as those are found when others are folded."""
+        for name in [*(name for name in list(self._metrics) if name != REJECTED), REJECTED]:
+            metrics = self._metrics.get(name)
+            if metrics is not None:
+                for metric in list(metrics.by_labels.values()):
+                    yield name, metric
 
     def descriptions(self) -> dict[str, tuple[str, str | None]]:
         """Return name to text and unit, as described in this process."""

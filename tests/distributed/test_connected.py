@@ -213,6 +213,18 @@ def test_leaving_and_coming_back_counts_everything_once(aggregator):
         assert registry.get_stats().g.value == turn
 
 
+def test_bad_values_found_while_leaving_are_counted(aggregator):
+    """The goodbye folds what is pending, and carries the count of what it found."""
+    address, _ = aggregator
+    with connected(address) as worker:
+        worker.histogram("h").update("bad")
+        assert worker.get_stats().tapes.rejected.value == 1
+        worker.histogram("h").update("bad again")
+        worker.meter("m").mark("bad too")
+    with connected(address) as reader:
+        assert reader.get_stats().tapes.rejected.value == 3
+
+
 def test_a_goodbye_that_nobody_heard_is_said_by_the_next_connection(aggregator):
     """Nothing is lost, and nothing counted twice, whether the first one arrived or not."""
     address, process = aggregator
