@@ -32,7 +32,7 @@ M = TypeVar("M", bound=Metric)
 REJECTED = "tapes.rejected"
 """The counter of values and messages that were dropped."""
 
-_OVERFLOW: Labels = (("overflow", "true"),)
+_OVERFLOW = ("overflow", "true")
 _log = logging.getLogger("tapes.registry")
 
 
@@ -219,7 +219,7 @@ class Registry:
         metric = metrics.by_labels.pop(key, None) if metrics else None
         if metrics is None or metric is None:
             return False
-        if _OVERFLOW[0] not in key:
+        if _OVERFLOW not in key:
             metrics.free_places.append(0)
         for found in [found for found, kept in list(self._found.items()) if kept is metric]:
             self._found.pop(found, None)
@@ -354,7 +354,7 @@ class Registry:
                 "Is a label's value unbounded, like a raw path or an id?",
                 name, self._max_series,
             )  # fmt: skip
-        return tuple(sorted({**self._labels, **dict(_OVERFLOW)}.items()))
+        return self._all_labels(dict([_OVERFLOW]), {})
 
     def _check_hiding(self, kind: str, name: str) -> None:
         """Refuse a name whose segment would hide a field of the metric above it, or the reverse."""

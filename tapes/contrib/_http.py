@@ -84,10 +84,9 @@ class RequestMetrics:
         key = (method, route, status, more)
         timer = self._timers.get(key)
         if timer is None:
-            known = method if method in METHODS else "_OTHER"
-            series = {**dict(more), "method": known, "route": route, "status": status}
+            series = {**dict(more), "method": _known(method), "route": route, "status": status}
             timer = self.registry.timer(self._duration, labels=series)
-            if known == method and dict(timer.labels).get("overflow") is None:
+            if method in METHODS and dict(timer.labels).get("overflow") is None:
                 self._timers[key] = timer
         return timer
 
@@ -99,9 +98,13 @@ class RequestMetrics:
 
     def record_sizes(self, method: str, route: str, received: int, sent: int) -> None:
         """Record the sizes of a request's and its answer's body, in bytes."""
-        labels = {"method": method if method in METHODS else "_OTHER", "route": route}
+        labels = {"method": _known(method), "route": route}
         self.registry.histogram(self._request_size, labels=labels).update(received)
         self.registry.histogram(self._response_size, labels=labels).update(sent)
+
+
+def _known(method: str) -> str:
+    return method if method in METHODS else "_OTHER"
 
 
 def paths_of(paths: str | Iterable[str] | None) -> frozenset[str]:

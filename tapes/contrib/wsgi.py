@@ -13,7 +13,6 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from http import HTTPStatus
 from typing import Any, Callable, Union
-from urllib.parse import parse_qs
 
 from tapes.contrib._http import UNMATCHED, RequestMetrics, paths_of
 from tapes.errors import InvalidArgument
@@ -111,8 +110,7 @@ class TapesMiddleware:
                 "for the service: start gunicorn with -c python:tapes.contrib.gunicorn_conf (a post_fork "
                 "hook of your own must call ours), or call tapes.connect() in every worker.",
             )
-        wanted = parse_qs(environ.get("QUERY_STRING", "")).get("format", [""])[-1]
-        return answer(registry, environ.get("HTTP_ACCEPT", ""), wanted)
+        return answer(registry, environ.get("HTTP_ACCEPT", ""), environ.get("QUERY_STRING", ""))
 
     def _may_read(self, environ: Environ) -> bool:
         try:

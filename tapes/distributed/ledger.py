@@ -36,18 +36,18 @@ class Worker(NamedTuple):
 
 
 class _Account:
-    """What is known of one worker: everything up to its update number ``known``."""
+    """What is known of one worker: everything up to its update ``known``, and which one brought a series."""
 
-    __slots__ = ("known", "states", "worker")
+    __slots__ = ("known", "seqs", "worker")
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.known = 0
-        self.states: dict[tuple[str, Labels], int] = {}
+        self.seqs: dict[tuple[str, Labels], int] = {}
 
 
 class _Entry:
-    """One series: its state by worker, with the number of the update that brought it, and the rest."""
+    """One series: its state by worker, the total of those that left, and both merged, if nothing changed."""
 
     __slots__ = ("by_worker", "kind", "merged", "retired")
 
@@ -107,7 +107,7 @@ class Ledger:
             self._left[identity] = None
             if len(self._left) > _REMEMBERED:
                 self._left.popitem(last=False)
-            for key in account.states:
+            for key in account.seqs:
                 entry = self._entries[key]
                 state = entry.by_worker.pop(identity)
                 entry.merged = None
@@ -129,13 +129,12 @@ class Ledger:
 
     def snapshot(self, tick: int) -> Snapshot:
         """Return what a reader sees of the whole service as of ``tick``."""
-        merged = self.merged(tick)
-        return snapshot_of(merged)
+        return snapshot_of(self.merged(tick))
 
     def _put(self, account: _Account, seq: int, item: Item) -> bool:
         """Take in one series of a worker; return whether its kind agrees with what is known."""
         key = (item.name, item.labels)
-        if account.states.get(key, 0) >= seq:
+        if account.seqs.get(key, 0) >= seq:
             return True
         if self._kinds.setdefault(item.name, item.kind) != item.kind:
             return False
@@ -144,15 +143,15 @@ class Ledger:
             entry = self._entries[key] = _Entry(item.kind)
         entry.by_worker[account.worker.identity] = item.state
         entry.merged = None
-        account.states[key] = seq
+        account.seqs[key] = seq
         return True
 
     def _drop_removed(self, account: _Account, keyframe: Update) -> None:
         """Forget the series that a worker's keyframe no longer has."""
         kept = {(item.name, item.labels) for item in keyframe.items}
-        for key, seq in list(account.states.items()):
+        for key, seq in list(account.seqs.items()):
             if key not in kept and seq < keyframe.seq:
-                del account.states[key]
+                del account.seqs[key]
                 entry = self._entries[key]
                 del entry.by_worker[account.worker.identity]
                 entry.merged = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import parse_qs
+
 from tapes.errors import InvalidArgument, TapesError
 from tapes.exposition import FORMS, negotiate, render
 from tapes.registry import Registry
@@ -12,14 +14,15 @@ Answer = tuple[int, dict[str, str], bytes]
 """Status, headers without ``Content-Length``, and body."""
 
 
-def answer(registry: Registry, accept: str = "", wanted: str = "") -> Answer:
+def answer(registry: Registry, accept: str = "", query: str = "") -> Answer:
     """Return the answer to a request for all values of ``registry``.
 
     Args:
         registry: Any registry; a connected one answers for the whole service.
         accept: The request's ``Accept`` header, or empty.
-        wanted: What ``?format=`` says, or empty.
+        query: The request's query string, or empty; its ``format`` wins over ``accept``.
     """
+    wanted = parse_qs(query).get("format", [""])[-1]
     try:
         form = negotiate(accept, wanted)
         body = render(registry, form)

@@ -28,7 +28,7 @@ from tapes.naming import Labels
 from tapes.snapshot import Series
 from tapes.sums import Number
 
-__all__ = ["FULL", "Down", "Metric", "Reject", "State", "checked_number", "sift"]
+__all__ = ["FULL", "Down", "Metric", "Reject", "State", "checked_number"]
 
 FULL = 1024
 """A buffer of this many values is folded by whoever fills it, so memory stays bounded with no reader."""
@@ -143,8 +143,19 @@ class Metric:
         """Note that what is recorded from here on happens at ``now`` or later."""
 
     def _sift(self, values: Iterable[Any], least: float = float("-inf")) -> list[Number]:
-        """Return the numbers among ``values`` and reject the others, one by one."""
-        return sift(values, lambda value, why: self._bad.append((value, why)), least)
+        """Return the finite numbers of at least ``least``; the others go to ``self._bad``."""
+        good: list[Number] = []
+        for value in values:
+            try:
+                number = checked_number(value)
+            except Exception as error:
+                self._bad.append((value, str(error)))
+                continue
+            if number < least:
+                self._bad.append((value, f"it is less than {least:g}"))
+            else:
+                good.append(number)
+        return good
 
 
 def checked_number(value: Any) -> Number:
@@ -165,21 +176,3 @@ def checked_number(value: Any) -> Number:
         return index(value)
     except TypeError:
         return float(value)
-
-
-def sift(
-    values: Iterable[Any], reject: Callable[[Any, str], None], least: float = float("-inf")
-) -> list[Number]:
-    """Return the finite numbers of at least ``least`` among ``values``; call ``reject`` for the others."""
-    good: list[Number] = []
-    for value in values:
-        try:
-            number = checked_number(value)
-        except Exception as error:
-            reject(value, str(error))
-            continue
-        if number < least:
-            reject(value, f"it is less than {least:g}")
-        else:
-            good.append(number)
-    return good

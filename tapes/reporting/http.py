@@ -7,7 +7,7 @@ import logging
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 from tapes.errors import AddressError, AddressInUse, InvalidArgument
 from tapes.exposition.endpoint import Answer, answer
@@ -80,8 +80,8 @@ def _server(host: str, port: int, reporter: HTTPReporter) -> ThreadingHTTPServer
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
     class Handler(_Handler):
-        def answer(self, accept: str, wanted: str) -> Answer:
-            return answer(reporter.registry, accept, wanted)
+        def answer(self, accept: str, query: str) -> Answer:
+            return answer(reporter.registry, accept, query)
 
     return Server((host, port), Handler)
 
@@ -98,8 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, headers = 404, {"Content-Type": "text/plain; charset=utf-8"}
             body = b"There is nothing here. The metrics are at /metrics.\n"
         else:
-            wanted = parse_qs(url.query).get("format", [""])[-1]
-            status, headers, body = self.answer(self.headers.get("Accept", ""), wanted)
+            status, headers, body = self.answer(self.headers.get("Accept", ""), url.query)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -110,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815 - the base class's spelling
 
-    def answer(self, accept: str, wanted: str) -> Answer:
+    def answer(self, accept: str, query: str) -> Answer:
         raise NotImplementedError
 
     def log_message(self, format: str, *args: object) -> None:
