@@ -84,9 +84,14 @@ def stats(port):
 def test_an_http_reporter_gives_the_merged_values(service):
     """Four times 1,000, in the aggregator's own process, started before the fork."""
     _, port, _ = service
-    merged = wait_for(lambda: (s := stats(port)).get("c", {}).get("value") == 4000 and s, "all is merged")
-    assert merged["my"]["timer"]["count"] == 4000
-    gauges = wait_for(lambda: len(found := stats(port)["g"]) == 4 and found, "every worker's gauge")
+
+    def complete():
+        found = stats(port)
+        timed = found.get("my", {}).get("timer", {}).get("count")
+        all_in = found.get("c", {}).get("value") == timed == 4000 and len(found.get("g", {})) == 4
+        return found if all_in else None
+
+    gauges = wait_for(complete, "all is merged")["g"]
     assert sorted(one["value"] for one in gauges.values()) == [0, 1, 2, 3]
     assert get(port, "/")[2].startswith(b"{")
     assert get(port, "/nothing")[0] == 404
