@@ -63,8 +63,9 @@ class Rates(NamedTuple):
 
     def mark(self, events: float, tick: int) -> Rates:
         """Return the state with ``events`` added in the interval that ``tick`` opened."""
-        advanced = self.advance(tick)
-        return advanced._replace(pending=min(advanced.pending + float(events), _MOST_EVENTS))
+        now = self.advance(tick)
+        events = min(now.pending + float(min(events, _MOST_EVENTS)), _MOST_EVENTS)
+        return Rates(now.tick, events, now.linear, now.first, now.first_count)
 
     def advance(self, tick: int) -> Rates:
         """Return the state as of ``tick``; itself if ``tick`` is not later."""

@@ -5,25 +5,26 @@ reads are answered by the connection, for the whole service, and what this proce
 it. That is how one class serves one process and fifty, and how metrics made at import time take part.
 
 Making is lock-free, so that a metric can be made in a signal handler and no lock has to survive a fork:
-dictionaries decide races (``setdefault``), and a family hands out its places by a counter.
+dictionaries decide races (``setdefault``). A metric that was asked for before is found by one dictionary
+look-up of its name and labels as they were spelled.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeVar, cast
 
 import addict
 
+from tapes.catalogue import Catalogue, Metrics
 from tapes.clock import Clock, monotonic, tick_at
 from tapes.errors import InvalidArgument, KindConflict
 from tapes.metrics import MERGE_MODES, Counter, Gauge, Histogram, Meter, Metric, State, Timer
 from tapes.metrics.gauge import Producer
-from tapes.naming import Labels, canonical_labels, check_name
-from tapes.snapshot import FIELDS, Family, Snapshot
+from tapes.naming import Labels, canonical_labels, check_name, label_text
+from tapes.snapshot import Family, Snapshot
 
 __all__ = ["REJECTED", "Connection", "Registry", "default_registry"]
 
@@ -33,6 +34,7 @@ REJECTED = "tapes.rejected"
 """The counter of values and messages that were dropped."""
 
 _OVERFLOW = ("overflow", "true")
+_Words = tuple[str, ...]
 _log = logging.getLogger("tapes.registry")
 
 
@@ -44,26 +46,6 @@ class Connection(Protocol):
 
     def render(self, form: str) -> bytes:
         """Return the merged view, written in the form of that name (`tapes.exposition.FORMS`)."""
-
-
-class _Metrics:
-    """All metrics of one name, and how many more there may be."""
-
-    __slots__ = ("_places", "by_labels", "free_places", "kind", "overflowing")
-
-    def __init__(self, kind: type[Metric]) -> None:
-        self.kind = kind
-        self.by_labels: dict[Labels, Metric] = {}
-        self.overflowing = False
-        self.free_places: list[int] = []
-        self._places = itertools.count()
-
-    def take_place(self) -> int:
-        """Return the number of a free place, from 0."""
-        try:
-            return self.free_places.pop()
-        except IndexError:
-            return next(self._places)
 
 
 class Registry:
@@ -103,10 +85,13 @@ class Registry:
         self._labels = dict(canonical_labels(labels, {}))
         self.clock = clock
         self._max_series = max_series
-        self._metrics: dict[str, _Metrics] = {}
-        self._below: dict[str, dict[str, str]] = {}
+        self._catalogue = Catalogue()
         self._described: dict[str, tuple[str, str | None]] = {}
-        self._found: dict[Any, Metric] = {}
+        self._counters: dict[_Words, Counter] = {}
+        self._meters: dict[_Words, Meter] = {}
+        self._histograms: dict[_Words, Histogram] = {}
+        self._timers: dict[_Words, Timer] = {}
+        self._gauges: dict[_Words, Gauge] = {}
         self._complained: set[tuple[str, Labels]] = set()
         self.connection: Connection | None = None
         self.revision = 0
@@ -120,14 +105,26 @@ class Registry:
             InvalidName, InvalidLabel: If the name or a label can't be used.
             KindConflict: If the name belongs to another kind of metric.
         """
-        return self._get(Counter, name, labels, more_labels)
+        if labels is None:  # the same lines in each maker: a call would cost as much as they do
+            words = (name, *more_labels, *more_labels.values())
+            try:
+                return self._counters[words]
+            except (KeyError, TypeError):
+                pass
+        return self._get(Counter, self._counters, name, labels, more_labels)
 
     def meter(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Meter:
         """Return the meter of this name and these labels; made if it isn't there. Raises as `counter`.
 
         A meter counts events and knows how often they come: ``.mark()``.
         """
-        return self._get(Meter, name, labels, more_labels)
+        if labels is None:
+            words = (name, *more_labels, *more_labels.values())
+            try:
+                return self._meters[words]
+            except (KeyError, TypeError):
+                pass
+        return self._get(Meter, self._meters, name, labels, more_labels)
 
     def histogram(
         self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any
@@ -136,14 +133,26 @@ class Registry:
 
         A histogram keeps how values are distributed: ``.update(value)``.
         """
-        return self._get(Histogram, name, labels, more_labels)
+        if labels is None:
+            words = (name, *more_labels, *more_labels.values())
+            try:
+                return self._histograms[words]
+            except (KeyError, TypeError):
+                pass
+        return self._get(Histogram, self._histograms, name, labels, more_labels)
 
     def timer(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Timer:
         """Return the timer of this name and these labels; made if it isn't there. Raises as `counter`.
 
         A timer keeps durations in seconds: ``with timer.time(): …``, ``@timer.time()``, ``.update(seconds)``.
         """
-        return self._get(Timer, name, labels, more_labels)
+        if labels is None:
+            words = (name, *more_labels, *more_labels.values())
+            try:
+                return self._timers[words]
+            except (KeyError, TypeError):
+                pass
+        return self._get(Timer, self._timers, name, labels, more_labels)
 
     def gauge(
         self,
@@ -173,6 +182,12 @@ class Registry:
             InvalidArgument: If ``producer`` is not callable or ``merge`` is none of the above.
             KindConflict: If the gauge is there with another mode; otherwise as `counter`.
         """
+        if labels is None and producer is None and merge == "sum" and weak is False:
+            words = (name, *more_labels, *more_labels.values())
+            try:
+                return self._gauges[words]
+            except (KeyError, TypeError):
+                pass
         if merge not in MERGE_MODES:
             raise InvalidArgument("a gauge's merge mode", got=merge, expected=" or ".join(MERGE_MODES))
         if producer is not None and not callable(producer):
@@ -186,7 +201,7 @@ class Registry:
             raise InvalidArgument(
                 "a gauge's weak=", got=weak, expected="a bool", remedy="use labels={'weak': …} for a label"
             )
-        gauge = self._get(Gauge, name, labels, more_labels, mode=merge)
+        gauge = self._get(Gauge, self._gauges, name, labels, more_labels, mode=merge)
         if merge not in (gauge.mode, "sum"):
             raise KindConflict(f"gauge {name!r} merges in another way", got=merge, expected=gauge.mode)
         if producer is not None and not gauge.has_producer:
@@ -214,15 +229,16 @@ class Registry:
         A metric object that somebody still holds goes on recording, but nobody reads it any more.
         """
         full_name = self._prefix + check_name(name)
-        metrics = self._metrics.get(full_name)
+        metrics = self._catalogue.get(full_name)
         key = self._all_labels(labels, more_labels)
         metric = metrics.by_labels.pop(key, None) if metrics else None
         if metrics is None or metric is None:
             return False
         if _OVERFLOW not in key:
             metrics.free_places.append(0)
-        for found in [found for found, kept in list(self._found.items()) if kept is metric]:
-            self._found.pop(found, None)
+        for found in (self._counters, self._meters, self._histograms, self._timers, self._gauges):
+            for words in [words for words, kept in found.copy().items() if kept is metric]:
+                found.pop(words, None)
         self.revision += 1
         return True
 
@@ -259,7 +275,7 @@ class Registry:
 
     def refresh(self, max_age_seconds: float = 0.0) -> None:
         """Run the producers of gauges whose values are older than ``max_age_seconds``."""
-        for metrics in list(self._metrics.values()):
+        for _, metrics in self._catalogue.items():
             if metrics.kind is Gauge:
                 for gauge in list(metrics.by_labels.values()):
                     cast("Gauge", gauge).refresh(max_age_seconds)
@@ -271,8 +287,8 @@ class Registry:
 
     def _each(self) -> Iterator[tuple[str, Metric]]:
         """Yield every metric; the counter of bad values last, as those are found when others are folded."""
-        for name in [*(name for name in list(self._metrics) if name != REJECTED), REJECTED]:
-            metrics = self._metrics.get(name)
+        for name in [*(name for name, _ in self._catalogue.items() if name != REJECTED), REJECTED]:
+            metrics = self._catalogue.get(name)
             if metrics is not None:
                 for metric in list(metrics.by_labels.values()):
                     yield name, metric
@@ -295,23 +311,22 @@ class Registry:
     def _get(
         self,
         kind: type[M],
+        found: dict[_Words, M],
         name: str,
         labels: Mapping[str, Any] | None,
         more_labels: dict[str, Any],
         **options: Any,
     ) -> M:
-        key = (kind, name, *more_labels.items()) if labels is None else None
-        try:
-            found: M = self._found[key]  # type: ignore[assignment]  # the key has the kind
-            return found
-        except (KeyError, TypeError):
-            pass
+        """Return a metric; remembered in ``found`` under its name and its labels, as words in given order."""
+        words = None
+        if labels is None and type(name) is str:
+            words = (name, *more_labels, *map(label_text, more_labels.values()))
+            if words in found:
+                return found[words]
         all_labels = self._all_labels(labels, more_labels)
         metric = self._make(kind, self._prefix + check_name(name), all_labels, options)
-        # Only plain strings are their own text: 1, True and 1.0 are equal keys but different labels.
-        plain = all(type(value) is str for value in more_labels.values())
-        if key is not None and plain and metric.labels == all_labels:
-            self._found[key] = metric
+        if words is not None and metric.labels == all_labels:
+            found[words] = metric
         return metric
 
     def _all_labels(self, labels: Mapping[str, Any] | None, more: Mapping[str, Any]) -> Labels:
@@ -319,20 +334,7 @@ class Registry:
         return tuple(sorted({**self._labels, **dict(given)}.items())) if self._labels else given
 
     def _make(self, kind: type[M], name: str, labels: Labels, options: dict[str, Any]) -> M:
-        metrics = self._metrics.get(name)
-        if metrics is None:
-            self._check_hiding(kind.kind, name)
-            metrics = self._metrics.setdefault(name, _Metrics(kind))
-        if metrics.kind is not kind and not metrics.by_labels:  # all its series were removed
-            self._check_hiding(kind.kind, name)
-            metrics = self._metrics[name] = _Metrics(kind)
-        if metrics.kind is not kind:
-            raise KindConflict(
-                f"{name!r} is a {metrics.kind.kind} already",
-                got=f"{kind.kind}({name!r})",
-                expected=f"{metrics.kind.kind}({name!r})",
-                remedy="choose another name for one of them",
-            )
+        metrics = self._catalogue.metrics_of(kind, name)
         metric: Any = metrics.by_labels.get(labels)
         if metric is not None:
             return cast("M", metric)
@@ -346,7 +348,7 @@ class Registry:
             metrics.free_places.append(place)
         return cast("M", metric)
 
-    def _overflow(self, name: str, metrics: _Metrics) -> Labels:
+    def _overflow(self, name: str, metrics: Metrics) -> Labels:
         if not metrics.overflowing:
             metrics.overflowing = True
             _log.warning(
@@ -356,31 +358,8 @@ class Registry:
             )  # fmt: skip
         return self._all_labels(dict([_OVERFLOW]), {})
 
-    def _check_hiding(self, kind: str, name: str) -> None:
-        """Refuse a name whose segment would hide a field of the metric above it, or the reverse."""
-        segments = name.split(".")
-        parents = [".".join(segments[:depth]) for depth in range(1, len(segments))]
-        for parent, segment in zip(parents, segments[1:]):
-            above = self._metrics.get(parent)
-            if above is not None and segment in FIELDS[above.kind.kind]:
-                raise _hides(name, kind, segment, parent, above.kind.kind)
-        for segment, child in self._below.get(name, {}).items():
-            if segment in FIELDS[kind] and child in self._metrics:
-                raise _hides(child, self._metrics[child].kind.kind, segment, name, kind)
-        for parent, segment in zip(parents, segments[1:]):
-            self._below.setdefault(parent, {})[segment] = name
-
     def _rejected(self, metric: Metric, value: Any, why: str) -> None:
         self.reject(metric.name, metric.labels, value, why)
-
-
-def _hides(child: str, child_kind: str, segment: str, parent: str, parent_kind: str) -> KindConflict:
-    return KindConflict(
-        f"{child_kind} {child!r} would hide the field {segment!r} of {parent_kind} {parent!r}",
-        got=child,
-        expected=f"a segment other than {segment!r} below {parent!r}",
-        remedy="choose another name for one of them",
-    )
 
 
 default_registry = Registry()

@@ -16,12 +16,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from fractions import Fraction
-from math import fsum, isfinite
+from math import fsum, isfinite, ulp
 from typing import NamedTuple, Union
 
-__all__ = ["Number", "Total", "exact_sum"]
+__all__ = ["Number", "Total", "exact_sum", "sum_of_batch"]
 
 _MOST = sys.float_info.max
+_FLOAT_DIGITS = 2.0**53
 
 Number = Union[int, float]
 
@@ -47,6 +48,24 @@ def exact_sum(values: Iterable[Number]) -> tuple[float, ...]:
             rest.append(-part)
     except OverflowError:
         return _expand(sum(map(Fraction, rest), Fraction(0)))
+
+
+def sum_of_batch(values: list[Number], low: Number) -> tuple[float, ...]:
+    """Return numbers that add up exactly to the sum of ``values``, none of which is below ``low``.
+
+    It needs two passes where `exact_sum` needs three. Positive floats are whole multiples of the unit in the
+    last place of the least of them, and so is what rounding leaves of their sum; with less than 2^53 such
+    units left, the rest is a float, and the second pass finds it exactly. The numbers are not canonical.
+
+    Raises:
+        ValueError, TypeError, OverflowError: If a value is NaN, infinite, or no number.
+    """
+    if low > 0:
+        near = float(sum(values))
+        rest = fsum([*values, -near])
+        if abs(rest) < ulp(low) * _FLOAT_DIGITS:
+            return (near, rest)
+    return exact_sum(values)
 
 
 def _expand(total: Fraction) -> tuple[float, ...]:

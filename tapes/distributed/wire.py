@@ -19,11 +19,14 @@ Source: MessagePack (msgpack.org); all fields are ours.
 
 from __future__ import annotations
 
+from array import array
 from math import isfinite
+from operator import lt
 from typing import Any, Callable, NamedTuple, Union
 
 import msgpack
 
+from tapes.bins import MAX_KEY
 from tapes.errors import WireError
 from tapes.ewma import Rates
 from tapes.metrics import (
@@ -37,7 +40,7 @@ from tapes.metrics import (
     TimerState,
 )
 from tapes.naming import Labels
-from tapes.sketch import EMPTY, MAX_KEY, Sketch
+from tapes.sketch import EMPTY, Sketch, counts_array
 from tapes.sums import Number, Total
 
 __all__ = [
@@ -180,11 +183,10 @@ def _plain_rates(rates: Rates) -> list[Any]:
 
 
 def _plain_sketch(sketch: Sketch) -> list[Any]:
-    weight = sketch.weights.get
+    settled = sketch.settled()
     return [
-        sketch.count, list(sketch.sum_parts), sketch.low, sketch.high,
-        list(sketch.bins), list(sketch.bins.values()), sketch.tick,
-        [weight(key, 0.0) for key in sketch.bins], sketch.recent_sum,
+        settled.count, settled.sum_parts, settled.low, settled.high, settled.keys.tolist(),
+        settled.counts.tolist(), settled.tick, settled.weights.tolist(), settled.recent_sum,
     ]  # fmt: skip
 
 
@@ -262,15 +264,16 @@ def _sketch(plain: Any) -> Sketch:
     _check({type(keys), type(counts), type(weights)} == {list}, "bins that are no lists")
     _check({*map(type, keys), *map(type, counts)} == {int}, "bins that are not whole numbers")
     _check(set(map(type, weights)) == {float}, "weights that are no numbers")
-    _check(len(keys) == len(counts) == len(weights) == len(set(keys)), "bins that do not match")
-    _check(min(keys) >= -MAX_KEY and max(keys) <= MAX_KEY, "a bin out of range")
+    _check(len(keys) == len(counts) == len(weights), "bins that do not match")
+    _check(all(map(lt, keys, keys[1:])), "bins out of order")
+    _check(keys[0] >= -MAX_KEY and keys[-1] <= MAX_KEY, "a bin out of range")
     _check(min(counts) > 0 and sum(counts) == count, "bins that do not add up to the count")
     _check(min(weights) >= 0.0 and isfinite(sum(weights)), "weights out of range")
     least, most = _float(low), _float(high)
     _check(least <= most, "a minimum above the maximum")
     return Sketch(
-        count, _floats(parts), least, most, dict(zip(keys, counts)), _whole(tick),
-        {key: weight for key, weight in zip(keys, weights) if weight}, _float(recent_sum),
+        count, _floats(parts), least, most, array("h", keys), counts_array(counts), _whole(tick),
+        array("d", weights), _float(recent_sum),
     )  # fmt: skip
 
 

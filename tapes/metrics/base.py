@@ -28,10 +28,16 @@ from tapes.naming import Labels
 from tapes.snapshot import Series
 from tapes.sums import Number
 
-__all__ = ["FULL", "Down", "Metric", "Reject", "State", "checked_number"]
+__all__ = ["DOWN", "FULL", "Metric", "Reject", "State", "checked_number"]
 
-FULL = 1024
-"""A buffer of this many values is folded by whoever fills it, so memory stays bounded with no reader."""
+FULL = 256
+"""A buffer of this many values is folded by whoever fills it, so memory stays bounded with no reader.
+
+It is also the largest number that CPython keeps ready-made: ``len(buffer)`` of a longer one would allocate.
+"""
+
+DOWN = object()
+"""In a buffer, ``(n, DOWN)`` is a step down among steps up."""
 
 _WAIT_SECONDS = 1.0
 
@@ -48,12 +54,6 @@ class State(Protocol):
 
     def series(self, labels: Labels, tick: int) -> Series | None:
         """Return what a reader sees as of ``tick``; ``None`` if there is nothing to see."""
-
-
-class Down(tuple[Any]):
-    """A step down in a buffer, among steps up."""
-
-    __slots__ = ()
 
 
 class Metric:
@@ -105,6 +105,8 @@ class Metric:
                 self._folding = True
                 try:
                     self._fold_alone(now)
+                    if wait:
+                        self._state = self._settled()
                 finally:
                     self._folding = False
         finally:
@@ -138,6 +140,10 @@ class Metric:
     def _absorb(self, values: list[Any]) -> State:
         """Return the state with ``values`` added; what can't be recorded goes to ``self._bad``."""
         raise NotImplementedError
+
+    def _settled(self) -> State:
+        """Return the state as readers want it."""
+        return self._state
 
     def _moved_on(self, now: float) -> None:
         """Note that what is recorded from here on happens at ``now`` or later."""

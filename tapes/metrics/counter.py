@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from math import isfinite
 from typing import Any, NamedTuple
 
-from tapes.metrics.base import FULL, Down, Metric
+from tapes.metrics.base import DOWN, FULL, Metric
 from tapes.naming import Labels
 from tapes.snapshot import CounterSeries
 from tapes.sums import Number, Total
@@ -65,7 +65,7 @@ class Counter(Metric):
         Cost: an append. Never raises, never waits.
         """
         buffer = self._buffer
-        buffer.append(Down((n,)))
+        buffer.append((n, DOWN))
         if len(buffer) >= FULL:
             self._fold(0.0)
 
@@ -78,8 +78,13 @@ class Counter(Metric):
         total = add_up(up, values)
         if total is not None:
             return CounterState(total, down)
-        ups = [value for value in values if type(value) is not Down]
-        downs = [value[0] for value in values if type(value) is Down]
+        ups: list[Any] = []
+        downs: list[Any] = []
+        for value in values:
+            if type(value) is tuple and len(value) == 2 and value[1] is DOWN:
+                downs.append(value[0])
+            else:
+                ups.append(value)
         return CounterState(self._added(up, ups), self._added(down, downs))
 
     def _added(self, total: Total, values: list[Any]) -> Total:
@@ -92,8 +97,13 @@ def add_up(total: Total, values: list[Any]) -> Total | None:
     if not values:
         return total
     try:
-        if min(values) < 0 or not isfinite(sum(values)) or not {int, float}.issuperset(map(type, values)):
+        if values.count(1) == len(values):
+            return Total(total.whole + len(values), total.parts)
+        least, together = min(values), sum(values)
+        if least < 0 or not isfinite(together) or not {int, float}.issuperset(map(type, values)):
             return None
     except Exception:  # whatever a stranger's number raises
         return None
+    if type(together) is int:
+        return Total(total.whole + together, total.parts)
     return total.add(values)

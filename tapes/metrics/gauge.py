@@ -8,7 +8,7 @@ from types import MethodType
 from typing import Any, Callable, NamedTuple
 
 from tapes.clock import Clock
-from tapes.metrics.base import FULL, Down, Metric, Reject, checked_number
+from tapes.metrics.base import DOWN, FULL, Metric, Reject, checked_number
 from tapes.naming import Labels
 from tapes.snapshot import GaugeSeries
 from tapes.sums import Number, Total
@@ -59,10 +59,7 @@ class GaugeState(NamedTuple):
         return None if self.value is None else GaugeSeries(labels, self.value)
 
 
-class _Set(tuple[Any, float]):
-    """A new value and its time, among steps up."""
-
-    __slots__ = ()
+_UP, _SET = object(), object()
 
 
 class Gauge(Metric):
@@ -110,15 +107,15 @@ class Gauge(Metric):
 
     def set(self, value: Number) -> None:
         """Stand at ``value``, any finite number; a bad one is dropped, counted and logged."""
-        self._push(_Set((value, self._clock())))
+        self._push((value, _SET, self._clock()))
 
     def increment(self, n: Number = 1) -> None:
         """Move up by ``n``, any finite number; a bad one is dropped, counted and logged."""
-        self._push(n)
+        self._push((n, _UP))
 
     def decrement(self, n: Number = 1) -> None:
         """Move down by ``n``, any finite number; a bad one is dropped, counted and logged."""
-        self._push(Down((n,)))
+        self._push((n, DOWN))
 
     def refresh(self, max_age_seconds: float = 0.0) -> None:
         """Run the producer, if there is one, unless its last value is younger than ``max_age_seconds``.
@@ -170,14 +167,13 @@ class Gauge(Metric):
     def _absorb(self, values: list[Any]) -> GaugeState:
         state: Any = self._state
         value, _, since = state
-        for step in values:
-            given = step[0] if type(step) in (_Set, Down) else step
+        for given, how, *when in values:
             try:
                 number = checked_number(given)
-                if type(step) is _Set:
-                    value, since = number, step[1]
+                if how is _SET:
+                    value, (since,) = number, when
                     continue
-                value = checked_number(value - number if type(step) is Down else value + number)
+                value = checked_number(value - number if how is DOWN else value + number)
                 since = since if since is not None else self._clock()
             except Exception as error:
                 self._bad.append((given, str(error)))

@@ -61,6 +61,11 @@ class Histogram(Metric):
     def _initial(self, now: float) -> HistogramState:
         return HistogramState()
 
+    def _settled(self) -> HistogramState:
+        state: Any = self._state
+        sketch = state.sketch.settled()
+        return state if sketch is state.sketch else HistogramState(sketch)
+
     def _absorb(self, values: list[Any]) -> HistogramState:
         state: Any = self._state
         tick = tick_at(self._clock())

@@ -96,5 +96,8 @@ class Meter(Ticking):
         if count is None:
             values = self._sift(values, least=0)
             count = state.count.add(values)
-        (events, *_) = exact_sum(values) or (0.0,)
+        if count.parts == state.count.parts:
+            events: Number = count.whole - state.count.whole
+        else:
+            (events, *_) = exact_sum(values) or (0.0,)
         return MeterState(count, state.rates.mark(events, self._tick))

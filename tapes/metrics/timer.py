@@ -6,8 +6,9 @@ import functools
 import inspect
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, Callable, NamedTuple, TypeVar
+from typing import Any, Callable, NamedTuple, TypeVar, cast
 
+from tapes.errors import InvalidArgument
 from tapes.ewma import Rates
 from tapes.metrics.base import FULL
 from tapes.metrics.meter import Ticking
@@ -60,11 +61,14 @@ class Timer(Ticking):
     def time(self) -> Timing:
         """Return a context manager, also usable as a decorator, that records how long its block took.
 
-        The duration is recorded when the block ends, also by an exception. As a decorator it takes
-        functions and coroutine functions; a coroutine is timed from its first step to its end. Each block
-        needs a ``time()`` of its own.
+        The duration is recorded when the block ends, also by an exception. A decorated function is timed
+        per call, nested and recursive calls each on their own. Coroutines, generators and asynchronous
+        generators are timed from their first step to their end: exhaustion, ``close()``, an exception. Each
+        block needs a ``time()`` of its own.
         """
-        return Timing(self)
+        timing = Timing()
+        timing._timer = self
+        return timing
 
     def update(self, seconds: Number) -> None:
         """Add a duration in seconds, zero or more; a bad one is dropped, counted and logged.
@@ -86,25 +90,29 @@ class Timer(Ticking):
         self._set_tick(now)
         return TimerState(EMPTY, Rates.started(self._tick))
 
+    def _settled(self) -> TimerState:
+        state: Any = self._state
+        sketch = state.sketch.settled()
+        return state if sketch is state.sketch else TimerState(sketch, state.rates)
+
     def _absorb(self, values: list[Any]) -> TimerState:
         state: Any = self._state
+        sketch = state.sketch
         try:
-            if min(values) < 0:
-                values = self._sift(values, least=0)
-            sketch = state.sketch.fold(values, self._tick) if values else state.sketch
+            sketch = sketch.fold(values, self._tick, least=0.0)
         except Exception:  # whatever a stranger's number raises
-            values = self._sift(values, least=0)
-            sketch = state.sketch.fold(values, self._tick) if values else state.sketch
+            values = self._sift(values, least=0.0)
+            sketch = sketch.fold(values, self._tick, least=0.0) if values else sketch
         return TimerState(sketch, state.rates.mark(len(values), self._tick))
 
 
 class Timing:
     """One running measurement, or a decorator that makes one per call; see `Timer.time`."""
 
+    # Made by Timer.time() alone, which sets _timer: without an __init__ that takes a third of the time.
     __slots__ = ("_start", "_timer")
-
-    def __init__(self, timer: Timer) -> None:
-        self._timer = timer
+    _timer: Timer
+    _start: float
 
     def __enter__(self) -> Timing:
         self._start = self._timer._clock()
@@ -118,25 +126,82 @@ class Timing:
     ) -> None:
         timer = self._timer
         now = timer._clock()
-        timer.record(now - self._start, now)
+        # What follows is Timer.record(); a call of it would cost as much as all of it.
+        if now >= timer._tick_end:
+            timer._fold(now)
+        buffer = timer._buffer
+        buffer.append(now - self._start)
+        if len(buffer) >= FULL:
+            timer._fold(now)
 
     def __call__(self, function: F) -> F:
-        """Return ``function`` with every call of it measured."""
-        timer = self._timer
-        wrapper: Any
-        if inspect.iscoroutinefunction(function):
+        """Return ``function`` with every call of it measured, from its first step to its last."""
+        if not callable(function):
+            raise InvalidArgument(
+                "time() as a decorator",
+                got=function,
+                expected="a function",
+                remedy="put @staticmethod and @classmethod above it",
+            )
+        wrap = next((wrap for is_one, wrap in _WRAPS if is_one(function)), _timed_function)
+        return cast("F", functools.wraps(function)(wrap(function, self._timer)))
 
-            @functools.wraps(function)
-            async def wrapper(*args: Any, **kwargs: Any) -> Any:
-                with Timing(timer):
-                    return await function(*args, **kwargs)
 
-        else:
+def _timed_function(function: Callable[..., Any], timer: Timer) -> Callable[..., Any]:
+    clock, record = timer._clock, timer.record
 
-            @functools.wraps(function)
-            def wrapper(*args: Any, **kwargs: Any) -> Any:
-                with Timing(timer):
-                    return function(*args, **kwargs)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        start = clock()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            now = clock()
+            record(now - start, now)
 
-        timed: F = wrapper
-        return timed
+    return wrapper
+
+
+def _timed_coroutine(function: Callable[..., Any], timer: Timer) -> Callable[..., Any]:
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with timer.time():
+            return await function(*args, **kwargs)
+
+    return wrapper
+
+
+def _timed_generator(function: Callable[..., Any], timer: Timer) -> Callable[..., Any]:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with timer.time():
+            return (yield from function(*args, **kwargs))
+
+    return wrapper
+
+
+def _timed_async_generator(function: Callable[..., Any], timer: Timer) -> Callable[..., Any]:
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with timer.time():
+            generator = function(*args, **kwargs)
+            step = generator.__anext__()
+            while True:
+                try:
+                    value = await step
+                except StopAsyncIteration:
+                    return
+                try:
+                    sent = yield value
+                except GeneratorExit:
+                    await generator.aclose()
+                    raise
+                except BaseException as error:  # whatever the consumer throws is the generator's to handle
+                    step = generator.athrow(error)
+                else:
+                    step = generator.asend(sent)
+
+    return wrapper
+
+
+_WRAPS: tuple[tuple[Callable[[Any], bool], Callable[..., Callable[..., Any]]], ...] = (
+    (inspect.iscoroutinefunction, _timed_coroutine),
+    (inspect.isasyncgenfunction, _timed_async_generator),
+    (inspect.isgeneratorfunction, _timed_generator),
+)

@@ -1,0 +1,97 @@
+"""The catalogue: which names there are, of which kind, and that none hides what belongs to another.
+
+Lock-free, as the registry is: dictionaries decide races, and places are handed out by a counter.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import ItemsView
+
+from tapes.errors import KindConflict
+from tapes.metrics import Metric
+from tapes.naming import Labels
+from tapes.snapshot import FIELDS
+
+__all__ = ["Catalogue", "Metrics"]
+
+
+class Metrics:
+    """All metrics of one name, and how many more there may be."""
+
+    __slots__ = ("_places", "by_labels", "free_places", "kind", "overflowing")
+
+    def __init__(self, kind: type[Metric]) -> None:
+        self.kind = kind
+        self.by_labels: dict[Labels, Metric] = {}
+        self.overflowing = False
+        self.free_places: list[int] = []
+        self._places = itertools.count()
+
+    def take_place(self) -> int:
+        """Return the number of a free place, from 0."""
+        try:
+            return self.free_places.pop()
+        except IndexError:
+            return next(self._places)
+
+
+class Catalogue:
+    """Names to their metrics."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, Metrics] = {}
+        self._below: dict[str, dict[str, str]] = {}
+
+    def get(self, name: str) -> Metrics | None:
+        """Return the metrics of ``name``, or ``None`` if there never were any."""
+        return self._metrics.get(name)
+
+    def items(self) -> ItemsView[str, Metrics]:
+        """Return all names and their metrics, as of now."""
+        return self._metrics.copy().items()  # in one step, as others may register meanwhile
+
+    def metrics_of(self, kind: type[Metric], name: str) -> Metrics:
+        """Return the metrics of ``name``; entered into the catalogue if it isn't there.
+
+        Raises:
+            KindConflict: If the name belongs to another kind, would hide a field of the metric above it, or
+                has a metric below it that would hide one of its own.
+        """
+        metrics = self._metrics.get(name)
+        if metrics is None:
+            self._check_hiding(kind.kind, name)
+            metrics = self._metrics.setdefault(name, Metrics(kind))
+        if metrics.kind is not kind and not metrics.by_labels:  # all its series were removed
+            self._check_hiding(kind.kind, name)
+            metrics = self._metrics[name] = Metrics(kind)
+        if metrics.kind is not kind:
+            raise KindConflict(
+                f"{name!r} is a {metrics.kind.kind} already",
+                got=f"{kind.kind}({name!r})",
+                expected=f"{metrics.kind.kind}({name!r})",
+                remedy="choose another name for one of them",
+            )
+        return metrics
+
+    def _check_hiding(self, kind: str, name: str) -> None:
+        segments = name.split(".")
+        parents = [".".join(segments[:depth]) for depth in range(1, len(segments))]
+        for parent, segment in zip(parents, segments[1:]):
+            above = self._metrics.get(parent)
+            if above is not None and segment in FIELDS[above.kind.kind]:
+                raise _hides(name, kind, segment, parent, above.kind.kind)
+        for segment, child in self._below.get(name, {}).items():
+            if segment in FIELDS[kind] and child in self._metrics:
+                raise _hides(child, self._metrics[child].kind.kind, segment, name, kind)
+        for parent, segment in zip(parents, segments[1:]):
+            self._below.setdefault(parent, {})[segment] = name
+
+
+def _hides(child: str, child_kind: str, segment: str, parent: str, parent_kind: str) -> KindConflict:
+    return KindConflict(
+        f"{child_kind} {child!r} would hide the field {segment!r} of {parent_kind} {parent!r}",
+        got=child,
+        expected=f"a segment other than {segment!r} below {parent!r}",
+        remedy="choose another name for one of them",
+    )

@@ -1,0 +1,94 @@
+"""tapes.bins: from values to keys and back."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tapes import bins
+from tapes.bins import MAX_KEY, bin_key, bin_keys, bin_value
+
+
+@pytest.mark.parametrize("value", [*range(-256, 257), 1024, -(2.0**-20), 0.5, 0.375])
+def test_whole_numbers_and_short_fractions_are_their_own_centres(value):
+    """Whole numbers to 256, and whatever has eight significant bits or fewer, are exact."""
+    assert bin_value(bin_key(value)) == value
+
+
+@pytest.mark.parametrize("exponent", range(-30, 31))
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_centre_is_within_four_per_mille(exponent, sign):
+    """From 1e-30 to 1e30 and for both signs a bin's centre is off by 0.4 % at most."""
+    for step in range(200):
+        value = sign * (1 + step * 0.045) * 10.0**exponent
+        assert bin_value(bin_key(value)) == pytest.approx(value, rel=0.004)
+
+
+def test_keys_ascend_with_values():
+    """A larger value never has a smaller key, across zero and both signs."""
+    values = [0.0, *(sign * 1.37**power for power in range(-200, 200) for sign in (1, -1))]
+    keys = [bin_key(value) for value in sorted(values)]
+    assert keys == sorted(keys)
+
+
+@pytest.mark.parametrize(("value", "key"), [(1e39, MAX_KEY), (-1e300, -MAX_KEY), (3.4e38, MAX_KEY)])
+def test_what_is_beyond_the_range_counts_in_the_outermost_bin(value, key):
+    """Finite values that a single can't hold are not lost."""
+    assert bin_key(value) == key
+    assert math.isfinite(bin_value(key))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-60, -1e-60])
+def test_both_zeros_and_what_is_too_small_are_zero(value):
+    """Negative zero has no bin of its own."""
+    assert bin_key(value) == 0
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(st.lists(st.one_of(finite, st.integers(-(10**30), 10**30)), min_size=1, max_size=50))
+def test_both_ways_of_computing_keys_agree(values):
+    """The big addition and the plain loop give the same key for every value, on every interpreter."""
+    largest = 2.0**128 - 2.0**104
+    clamped = [max(-largest, min(value, largest)) for value in values]
+    at_once = bins._keys_at_once(clamped, math.inf, -math.inf)
+    assert at_once == bins._keys_one_by_one(clamped, math.inf, -math.inf)
+    keys, low, high = bin_keys(values)
+    assert keys == at_once[0]
+    assert list(keys) == [bin_key(value) for value in values]
+    assert (low, high) == (float(min(values)), float(max(values)))
+
+
+@given(
+    st.lists(st.floats(1e-3, 1e3), min_size=32, max_size=80),
+    st.tuples(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3)),
+    st.sampled_from([1.0, 0.0, -0.0, -1.0, 1e-3, 1e3, 1e39]),
+)
+def test_known_extremes_change_neither_keys_nor_new_extremes(values, known, odd):
+    """Whether or not the batch lies between the extremes so far, in its bins or on their edges."""
+    values = [*values, odd, *known]
+    low, high = min(known), max(known)
+    keys, least, most = bin_keys(values, low, high)
+    assert list(keys) == [bin_key(value) for value in values]
+    assert (least, most) == (min(low, *values), max(high, *values))
+    inside = [value for value in values if low <= value <= high]
+    assert bin_keys(inside * 20, low, high) == (bin_keys(inside * 20)[0], low, high)
+
+
+@pytest.mark.parametrize("pattern", [0x3F800000, 0x3F808000, 0x3F807FFF, 0x3F818000, 0x7F7F7FFF, 0x00008000])
+def test_a_single_is_rounded_to_the_nearer_bin_and_ties_away_from_zero(pattern):
+    """At the boundary itself, just below it, and where a mantissa carries into the exponent."""
+    value = math.ldexp(pattern & 0x7FFFFF | 0x800000, (pattern >> 23) - 150) if pattern >> 23 else 2.0**-134
+    expected = (pattern + 0x8000) >> 16
+    assert bin_key(value) == expected
+    assert bin_key(-value) == -expected
+
+
+def test_no_number_is_no_key():
+    """Whatever can't be a float is refused as such."""
+    with pytest.raises(TypeError):
+        bin_keys([1.0, "2"])
