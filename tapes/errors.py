@@ -4,6 +4,7 @@
     ├── InvalidName            ValueError        a metric name that can't be used
     ├── InvalidLabel           ValueError        a label name that can't be used
     ├── InvalidArgument        ValueError        any other argument out of its range
+    ├── BadValue               ValueError        a value that can't be recorded; raised in tests only
     ├── KindConflict           TypeError         the name belongs to a metric of another kind
     ├── MissingExtra           ImportError       an optional dependency is not installed
     ├── AddressError           ValueError        an address that can't be bound or connected to
@@ -24,6 +25,7 @@ __all__ = [
     "AddressError",
     "AddressInUse",
     "AggregatorUnavailable",
+    "BadValue",
     "InvalidArgument",
     "InvalidLabel",
     "InvalidName",
@@ -73,6 +75,10 @@ class InvalidLabel(TapesError, ValueError):
 
 class InvalidArgument(TapesError, ValueError):
     """An argument other than a name or a label that is out of its range."""
+
+
+class BadValue(TapesError, ValueError):
+    """A value that can't be recorded; dropped, counted and logged, but raised by `tapes.testing.strict`."""
 
 
 class KindConflict(TapesError, TypeError):

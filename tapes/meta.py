@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from tapes.errors import InvalidArgument
 
 __all__ = ["metered_meta"]
 
@@ -11,10 +14,24 @@ __all__ = ["metered_meta"]
 def metered_meta(metrics: Iterable[tuple[str, str, Callable[[str], Any]]], base: type = type) -> type:
     """Return a metaclass that adds metrics to every class made with it, subclasses included.
 
+    The metrics are there when ``__init_subclass__`` and ``__set_name__`` run. Everything else is the base
+    metaclass's: keywords of the class statement, ``__prepare__``, ``__slots__``.
+
+    Type checkers do not follow a metaclass that is an expression. Give it a name that they leave alone, and
+    say what they can't see:
+
+        Metered: Any = metered_meta([("latency", "endpoints.{}.latency", tapes.timer)])
+
+        class Endpoint(metaclass=Metered):
+            latency: ClassVar[Timer]
+
     Args:
         metrics: Tuples of the class attribute, a template for the metric's name, in which ``{}`` stands
             for the class's name, and a callable that takes the finished name and returns a metric.
         base: The metaclass to extend, most often ``abc.ABCMeta``.
+
+    Raises:
+        InvalidArgument: If one of ``metrics`` is not such a tuple, or ``base`` is no metaclass.
 
     Example:
         >>> import abc, tapes
@@ -28,13 +45,37 @@ def metered_meta(metrics: Iterable[tuple[str, str, Callable[[str], Any]]], base:
         >>> Widgets.latency
         <tapes timer 'endpoints.Widgets.latency'>
     """
-    wanted = [(attribute, template, factory) for attribute, template, factory in metrics]
+    wanted = [_checked(metric) for metric in metrics]
+    if not (isinstance(base, type) and issubclass(base, type)):
+        raise InvalidArgument("base", got=base, expected="a metaclass, like abc.ABCMeta")
 
     def __new__(  # noqa: N807 - it becomes the metaclass's
         mcls: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any
     ) -> Any:
-        for attribute, template, factory in wanted:
-            namespace[attribute] = factory(template.format(name))
-        return base.__new__(mcls, name, bases, namespace, **kwargs)
+        made = {attribute: factory(template.format(name)) for attribute, template, factory in wanted}
+        if type(namespace) is dict:
+            return base.__new__(mcls, name, bases, {**namespace, **made}, **kwargs)
+        # A namespace of another type gives meaning to what is put in: an enumeration makes it a member.
+        cls: Any = base.__new__(mcls, name, bases, namespace, **kwargs)
+        for attribute, metric in made.items():
+            setattr(cls, attribute, metric)
+        return cls
 
-    return type(f"Metered{base.__name__.capitalize()}", (base,), {"__new__": __new__})
+    def fill(namespace: dict[str, Any]) -> None:
+        namespace["__new__"] = __new__
+
+    return types.new_class(f"Metered{base.__name__.capitalize()}", (base,), {}, fill)
+
+
+def _checked(metric: Any) -> tuple[str, str, Callable[[str], Any]]:
+    try:
+        attribute, template, factory = metric
+        if isinstance(attribute, str) and isinstance(template.format(""), str) and callable(factory):
+            return attribute, template, factory
+    except (TypeError, ValueError, AttributeError, LookupError):
+        pass
+    raise InvalidArgument(
+        "one of the metrics of metered_meta()",
+        got=metric,
+        expected="(attribute, template, factory), like ('latency', 'endpoints.{}.latency', tapes.timer)",
+    )

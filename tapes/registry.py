@@ -268,6 +268,11 @@ class Registry:
             for name, group in states.items()
         )
 
+    def metrics(self) -> Iterator[Metric]:
+        """Yield every metric of this process."""
+        for _, metric in self._each():
+            yield metric
+
     def collect(self) -> Iterator[tuple[str, str, Labels, State]]:
         """Yield kind, name, labels and state of every series of this process."""
         for name, metric in self._each():

@@ -1,14 +1,30 @@
-"""What tests need, yours and ours."""
+"""What helps to test code that records, yours and ours.
+
+`strict` makes what production drops and counts an exception where it happens; `assert_recorded` compares
+what was recorded and shows all of it when that differs; `ManualClock` stands still until it is told to move.
+With pytest there are fixtures, in every project that has tapes installed:
+
+    def test_a_job_is_counted(tapes_registry):
+        run_job()
+        assert_recorded("jobs.done", value=1)
+"""
 
 from __future__ import annotations
 
-from tapes.errors import InvalidArgument
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["ManualClock"]
+from tapes.errors import BadValue, InvalidArgument
+from tapes.metrics import Metric
+from tapes.naming import Labels, canonical_labels, selector
+from tapes.registry import Registry, default_registry
+
+__all__ = ["ManualClock", "assert_recorded", "strict"]
 
 
 class ManualClock:
-    """A clock that stands still until it is told to advance; give it to ``Registry(clock=…)``.
+    """A clock for tests: it shows what it is told to.
 
     Args:
         start_seconds: What it shows first.
@@ -36,3 +52,132 @@ class ManualClock:
         if seconds < 0:
             raise InvalidArgument("advance(seconds)", got=seconds, expected="zero or more")
         self._now_seconds += seconds
+
+
+@contextmanager
+def strict(registry: Registry = default_registry) -> Iterator[Registry]:
+    """Let bad values raise where they are recorded, and begin and end with nothing recorded.
+
+    Within the block a value that would be dropped and counted raises `BadValue` from the very call that
+    records it, and a gauge's failing producer raises it from the read. What was recorded before is forgotten,
+    what is recorded within is forgotten at the end; gauges keep what they were set to. Metrics made before
+    the block take part. For tests only: recording is slow, and the registry must not be connected.
+
+    Args:
+        registry: By default the one behind ``tapes.counter()`` and its siblings.
+
+    Raises:
+        InvalidArgument: If the registry is connected.
+
+    Example:
+        >>> import tapes
+        >>> from tapes.testing import strict
+        >>> with strict(tapes.Registry()) as registry:
+        ...     registry.histogram("mail.size").update("12 kB")
+        Traceback (most recent call last):
+        ...
+        tapes.errors.BadValue: 'mail.size' can't record it: got '12 kB', expected a finite number
+    """
+    if registry.connection is not None:
+        raise InvalidArgument(
+            "strict()", got="a connected registry", expected="a local one", remedy="close() it first"
+        )
+    ordinary = type(registry)
+    _forget(registry, lambda metric: [])
+    registry.__class__ = type(f"Strict{ordinary.__name__}", (_Strict, ordinary), {})
+    try:
+        _forget(registry, _CheckedBuffer)
+        yield registry
+    finally:
+        registry.__class__ = ordinary
+        _forget(registry, lambda metric: [])
+
+
+def _forget(registry: Registry, make_buffer: Callable[[Metric], list[Any]]) -> None:
+    """Let every metric start again from zero, with a new buffer."""
+    for _ in registry.take():
+        pass
+    for metric in registry.metrics():
+        metric._buffer = make_buffer(metric)
+
+
+class _Strict(Registry):
+    """What a registry does otherwise in a strict block."""
+
+    def _make(self, *args: Any) -> Any:
+        metric = super()._make(*args)
+        if type(metric._buffer) is list:
+            metric._buffer = _CheckedBuffer(metric)
+        return metric
+
+    def reject(self, name: str, labels: Labels, value: Any, why: str) -> None:
+        raise BadValue(f"{name + selector(labels)!r} can't record it", got=value, expected=_expected(why))
+
+
+def _expected(why: str) -> str:
+    return {"it is not a finite number": "a finite number", "it is less than 0": "zero or more"}.get(why, why)
+
+
+class _CheckedBuffer(list[Any]):
+    """A buffer that is folded with every value, so that a bad one is found by who brought it."""
+
+    def __init__(self, metric: Metric) -> None:
+        super().__init__()
+        self._metric = metric
+
+    def append(self, value: Any) -> None:
+        super().append(value)
+        self._metric._fold(self._metric._clock(), wait=True)
+
+
+def assert_recorded(
+    name: str,
+    labels: Mapping[str, Any] | None = None,
+    *,
+    registry: Registry = default_registry,
+    **fields: Any,
+) -> None:
+    """Assert that a series was recorded and that its fields are as given.
+
+    Args:
+        name: The metric's name.
+        labels: Exactly the labels of the series; none by default.
+        registry: By default the one behind ``tapes.counter()`` and its siblings.
+        **fields: What to compare, by the names of ``get_stats()``: ``value=3``, ``count=2``, ``q50=0.25``.
+            Each is compared by ``==``, so ``pytest.approx(…)`` will do. Without any, the series must exist.
+
+    Raises:
+        AssertionError: If not; it tells what differs and everything that was recorded.
+
+    Example:
+        >>> import tapes
+        >>> from tapes.testing import assert_recorded
+        >>> registry = tapes.Registry()
+        >>> registry.counter("jobs.done", queue="mail").increment()
+        >>> assert_recorded("jobs.done", {"queue": "mail"}, value=1, registry=registry)
+        >>> assert_recorded("jobs.done", {"queue": "mail"}, value=2, registry=registry)
+        Traceback (most recent call last):
+        ...
+        AssertionError: jobs.done{queue="mail"}: value is 1, expected 2
+        recorded:
+          jobs.done{queue="mail"}: value=1
+    """
+    snapshot = registry.snapshot()
+    wanted = name + selector(canonical_labels(labels, {}))
+    series = snapshot.get(name, labels=labels)
+    recorded = {} if series is None else series.fields()
+    differences = [
+        f"{field} is {recorded[field]!r}, expected {value!r}"
+        if field in recorded
+        else f"there is no {field}, expected {value!r}"
+        for field, value in fields.items()
+        if field not in recorded or recorded[field] != value
+    ]
+    if series is not None and not differences:
+        return
+    lines = [f"{wanted}: {', '.join(differences)}" if series else f"{wanted} was not recorded", "recorded:"]
+    for family in snapshot:
+        for one in family.series:
+            shown = ", ".join(f"{field}={value!r}" for field, value in one.fields().items())
+            lines.append(f"  {family.name}{selector(one.labels)}: {shown}")
+    raise AssertionError("\n".join(lines if len(lines) > 2 else [*lines, "  nothing"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from math import isfinite
 from types import MethodType
 from typing import Any, Callable, NamedTuple
 
@@ -107,15 +108,15 @@ class Gauge(Metric):
 
     def set(self, value: Number) -> None:
         """Stand at ``value``, any finite number; a bad one is dropped, counted and logged."""
-        self._push((value, _SET, self._clock()))
+        self._push(value, _SET, self._clock())
 
     def increment(self, n: Number = 1) -> None:
         """Move up by ``n``, any finite number; a bad one is dropped, counted and logged."""
-        self._push((n, _UP))
+        self._push(n, _UP)
 
     def decrement(self, n: Number = 1) -> None:
         """Move down by ``n``, any finite number; a bad one is dropped, counted and logged."""
-        self._push((n, DOWN))
+        self._push(n, DOWN)
 
     def refresh(self, max_age_seconds: float = 0.0) -> None:
         """Run the producer, if there is one, unless its last value is younger than ``max_age_seconds``.
@@ -155,9 +156,9 @@ class Gauge(Metric):
             self._reject(self, producer, f"its producer failed: {error!r}")
             return GaugeState(None, self.mode, now)
 
-    def _push(self, step: Any) -> None:
+    def _push(self, value: Any, how: object, when: float | None = None) -> None:
         buffer = self._buffer
-        buffer.append(step)
+        buffer.append((value, how, when))
         if len(buffer) >= FULL:
             self._fold(0.0)
 
@@ -167,11 +168,11 @@ class Gauge(Metric):
     def _absorb(self, values: list[Any]) -> GaugeState:
         state: Any = self._state
         value, _, since = state
-        for given, how, *when in values:
+        for given, how, when in values:
             try:
-                number = checked_number(given)
+                number = given if type(given) is float and isfinite(given) else checked_number(given)
                 if how is _SET:
-                    value, (since,) = number, when
+                    value, since = number, when
                     continue
                 value = checked_number(value - number if how is DOWN else value + number)
                 since = since if since is not None else self._clock()

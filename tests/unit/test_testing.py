@@ -1,0 +1,116 @@
+"""tapes.testing: what helps to test code that records."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+import tapes
+from tapes.errors import BadValue
+from tapes.testing import ManualClock, assert_recorded, strict
+
+pytest_plugins = ["pytester"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "bad"),
+    [
+        ("counter", "increment", -1), ("counter", "decrement", "x"), ("meter", "mark", None),
+        ("histogram", "update", math.nan), ("timer", "update", -0.5), ("gauge", "set", "12"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_raises_from_the_call_that_records_it(registry, kind, record, bad):
+    """With what, got and expected; and what is good beside it still counts."""
+    before = getattr(registry, kind)("before", queue="mail")
+    with strict(registry):
+        for metric in (before, getattr(registry, kind)("within", queue="mail")):
+            getattr(metric, record)(2)
+            with pytest.raises(BadValue, match=r"queue=.*can't record it: got .*, expected "):
+                getattr(metric, record)(bad)
+            getattr(metric, record)(2)
+            fields = registry.snapshot().get(metric.name, queue="mail").fields()
+            assert fields.get("value", fields.get("count")) in (4, 2, -4)
+    getattr(before, record)(bad)
+    assert_recorded("tapes.rejected", value=1, registry=registry)
+
+
+def test_a_failing_producer_raises_from_the_read(registry):
+    """With what it raised."""
+    registry.gauge("g", lambda: 1 / 0)
+    with strict(registry), pytest.raises(BadValue, match="ZeroDivisionError"):
+        registry.snapshot()
+
+
+def test_a_strict_block_begins_and_ends_with_nothing_recorded(registry):
+    """Metrics made before it take part."""
+    counter = registry.counter("c")
+    timer = registry.timer("t")
+    counter.increment(5)
+    with strict(registry) as same:
+        assert same is registry
+        assert_recorded("c", value=0, registry=registry)
+        counter.increment()
+        with timer.time():
+            registry.clock.advance(0.5)
+        assert_recorded("c", value=1, registry=registry)
+        assert_recorded("t", count=1, sum=0.5, q50=0.5, registry=registry)
+    assert_recorded("c", value=0, registry=registry)
+    assert type(registry) is tapes.Registry
+    counter.increment(2)
+    assert_recorded("c", value=2, registry=registry)
+
+
+def test_a_connected_registry_is_refused(registry):
+    """Its numbers are not of this process alone."""
+    registry.connection = object()
+    with pytest.raises(tapes.TapesError, match="close"), strict(registry):
+        pass
+
+
+def test_a_failed_assertion_says_what_was_recorded(registry):
+    """What differs, and all there is."""
+    registry.counter("jobs.done", queue="mail").increment(2)
+    registry.gauge("pool.size").set(3)
+    with pytest.raises(AssertionError) as caught:
+        assert_recorded("jobs.done", {"queue": "mail"}, value=3, total=2, registry=registry)
+    assert str(caught.value).splitlines() == [
+        'jobs.done{queue="mail"}: value is 2, expected 3, there is no total, expected 2',
+        "recorded:",
+        '  jobs.done{queue="mail"}: value=2',
+        "  pool.size: value=3",
+    ]
+    with pytest.raises(AssertionError, match=r"jobs.done was not recorded"):
+        assert_recorded("jobs.done", registry=registry)
+    with pytest.raises(AssertionError, match=r"nothing"):
+        assert_recorded("jobs.done", registry=tapes.Registry())
+
+
+def test_a_manual_clock_does_not_go_back():
+    """Time is monotonic."""
+    clock = ManualClock(3)
+    clock.advance(0)
+    with pytest.raises(tapes.TapesError, match="zero or more"):
+        clock.advance(-1)
+    assert clock() == 3.0
+
+
+def test_the_fixture_is_there_for_every_project(pytester):
+    """A project's own test: from the default registry, zeroed, strict, and quiet afterwards."""
+    pytester.makepyfile(
+        """
+        import pytest, tapes
+        from tapes.testing import assert_recorded
+
+        jobs = tapes.counter("jobs.done")
+        jobs.increment(7)
+
+        @pytest.mark.parametrize("turn", [1, 2])
+        def test_a_job_is_counted(tapes_registry, turn):
+            jobs.increment()
+            assert_recorded("jobs.done", value=1)
+            with pytest.raises(tapes.TapesError):
+                jobs.increment("one")
+        """
+    )
+    pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider").assert_outcomes(passed=2)
