@@ -3,6 +3,7 @@
 #   make demo     four gunicorn workers, real requests, one right answer   (SERVE=1: stay up)
 #   make test     linters, types, floors and all tests; what CI runs
 #   make check    linters, types and floors alone
+#   make bench    speed and memory beside prometheus_client and others; writes docs/benchmarks.md
 #   make docs     the documentation, in docs/_build/html
 
 PYTHON ?= python3
@@ -10,9 +11,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_STAMP := $(VENV)/.demo-installed
 DEV_STAMP := $(VENV)/.dev-installed
+BENCH_STAMP := $(VENV)/.bench-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check bench docs clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_STAMP)
@@ -27,6 +29,9 @@ check: $(DEV_STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: $(BENCH_STAMP)
+	$(BIN)/python benchmarks/run.py
+
 docs: $(DEV_STAMP)
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build/html
 
@@ -38,6 +43,10 @@ $(BIN)/python:
 
 $(DEMO_STAMP): pyproject.toml | $(BIN)/python
 	$(PIP) --editable '.[distributed,flask]' gunicorn
+	@touch $@
+
+$(BENCH_STAMP): pyproject.toml | $(BIN)/python
+	$(PIP) --editable '.[bench]'
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml | $(BIN)/python

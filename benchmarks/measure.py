@@ -15,7 +15,7 @@ import statistics
 import time
 from typing import Any, Callable, NamedTuple
 
-__all__ = ["Figure", "Statement", "latencies", "measure", "ratio_of_times"]
+__all__ = ["Figure", "Statement", "latencies", "measure", "medians_of"]
 
 SLICE_SECONDS = 0.008
 BATCH = 1000
@@ -72,9 +72,7 @@ class _Timed:
 def measure(statements: dict[str, Statement], rounds: int = 15) -> dict[str, Figure]:
     """Return what each statement costs; see the module for how."""
     nothing = _Timed(Statement("pass", {}))
-    empty = _Timed(Statement("empty()", {"empty": _Empty().call}))
     empty_method = _Timed(Statement("o.call()", {"o": _Empty()}))
-    del empty
     timed = {name: _Timed(statement) for name, statement in statements.items()}
     ratios: dict[str, list[float]] = {name: [] for name in timed}
     empties = []
@@ -97,7 +95,7 @@ def measure(statements: dict[str, Statement], rounds: int = 15) -> dict[str, Fig
     return {name: Figure(value, value * nanoseconds) for name, value in medians.items()}
 
 
-def ratio_of_times(works: dict[str, Callable[[], object]], rounds: int = 9) -> dict[str, float]:
+def medians_of(works: dict[str, Callable[[], object]], rounds: int = 9) -> dict[str, float]:
     """Return the median seconds of works that take milliseconds each, interleaved."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds):

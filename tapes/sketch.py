@@ -24,20 +24,20 @@ from __future__ import annotations
 
 import sys
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
-from itertools import accumulate, compress
-from math import ceil, exp, fsum, inf, sqrt
+from itertools import compress
+from math import exp, fsum, inf
 from typing import NamedTuple
 
 from tapes.bins import bin_key, bin_keys, bin_value
 from tapes.clock import TICK_SECONDS
-from tapes.errors import InvalidArgument
 from tapes.sums import Number, exact_sum, sum_of_batch
+from tapes.view import Bins, View
 
-__all__ = ["EMPTY", "PENDING", "Sketch", "View", "counts_array"]
+__all__ = ["EMPTY", "PENDING", "Sketch", "counts_array"]
 
 PENDING = 4096
 """So many pending keys are counted at once, and two more for each fresh count that is there already."""
@@ -47,107 +47,6 @@ _FORGOTTEN = 1e-15
 """A recent weight below this is dropped: one value, 38 minutes after it was the newest."""
 _RECENT = 0.01
 """The least weight that counts for the recent minimum and maximum: one value, about five minutes old."""
-
-_HALF_BIN = 2.0**-8
-
-
-class View:
-    """A distribution to ask questions of: bins with weights, in the order of their values.
-
-    Attributes:
-        count: How many values it holds; a whole number for the lifetime view, a sum of weights for the
-            recent one.
-        sum: The sum of the values, weighted likewise.
-        min, max: The smallest and the largest value; 0.0 when empty.
-    """
-
-    __slots__ = ("_cumulative", "_keys", "_weights", "count", "max", "min", "sum")
-
-    def __init__(
-        self, keys: Sequence[int], weights: Sequence[Number], total: float, low: float, high: float
-    ) -> None:
-        self._keys = keys
-        self._weights = weights
-        self._cumulative = list(accumulate(weights))
-        self.count: Number = self._cumulative[-1] if self._cumulative else 0
-        self.sum = total
-        self.min = low if self.count else 0.0
-        self.max = high if self.count else 0.0
-
-    @property
-    def mean(self) -> float:
-        """The mean of the values, within 0.4 % of their magnitudes and mostly exact; 0.0 when empty.
-
-        A weighted sum keeps what rounding left of values that have long been outweighed; so it is held
-        against the bins, which forget.
-        """
-        if not self.count:
-            return 0.0
-        products = [weight * bin_value(key) for key, weight in zip(self._keys, self._weights)]
-        try:
-            by_bins, slack = fsum(products), fsum(map(abs, products)) * _HALF_BIN
-        except OverflowError:
-            return self._clamp(self.sum / self.count)
-        return self._clamp(min(max(self.sum, by_bins - slack), by_bins + slack) / self.count)
-
-    @property
-    def stddev(self) -> float:
-        """The standard deviation of the values' bins; 0.0 when empty."""
-        scale = max(abs(self.min), abs(self.max))
-        if not self.count or not scale:
-            return 0.0
-        mean = self.mean / scale
-        squares = (
-            weight * (self._clamp(bin_value(key)) / scale - mean) ** 2
-            for key, weight in zip(self._keys, self._weights)
-        )
-        return min(scale * sqrt(fsum(squares) / self.count), sys.float_info.max)
-
-    def quantile(self, q: float) -> float:
-        """Return the value at quantile ``q`` by nearest rank, within 0.4 %; 0.0 when empty.
-
-        Args:
-            q: From 0.0 (the exact minimum) to 1.0 (the exact maximum).
-
-        Raises:
-            InvalidArgument: If ``q`` is not in that range.
-        """
-        if not 0.0 <= q <= 1.0:
-            raise InvalidArgument(
-                "a quantile", got=q, expected="a number from 0 to 1", remedy="0.99 is the 99th percentile"
-            )
-        if not self.count or q == 0.0:
-            return self.min
-        if q == 1.0:
-            return self.max
-        rank = q * self.count
-        if isinstance(self.count, int):
-            rank = max(1, ceil(rank - 1e-9 * rank))
-        index = min(bisect_left(self._cumulative, rank), len(self._keys) - 1)
-        return self._clamp(bin_value(self._keys[index]))
-
-    def fraction_below(self, x: float) -> float:
-        """Return the share of values at or below ``x``, from 0.0 to 1.0; 0.0 when empty.
-
-        The whole bin of ``x`` counts: what is at or below ``x`` always, what is up to 0.8 % above may.
-        """
-        return self.count_below(x) / self.count if self.count else 0.0
-
-    def count_below(self, x: float) -> Number:
-        """Return how many values are at or below ``x``, counting the whole bin of ``x``."""
-        if not self.count or x < self.min:
-            return 0
-        if x >= self.max:
-            return self.count
-        below = bisect_right(self._keys, bin_key(x))
-        return self._cumulative[below - 1] if below else 0
-
-    def bins(self) -> list[tuple[float, Number]]:
-        """Return ``(centre, weight)`` of every bin that has a value, in ascending order."""
-        return [(bin_value(key), weight) for key, weight in zip(self._keys, self._weights)]
-
-    def _clamp(self, value: float) -> float:
-        return min(max(value, self.min), self.max)
 
 
 def _within_floats(total: float) -> float:
@@ -225,6 +124,11 @@ class Sketch(NamedTuple):
         few = len(folded.pending) < PENDING + 2 * len(folded.fresh_keys)
         return folded if few else folded._counted()
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether all values are in their bins."""
+        return not self.pending and not self.fresh_keys
+
     def _fresh(self) -> Counter[int]:
         """Return the keys of all values that are not in the bins, and how many there are of each."""
         fresh = Counter(dict(zip(self.fresh_keys, self.fresh_counts)))
@@ -241,7 +145,7 @@ class Sketch(NamedTuple):
 
     def settled(self) -> Sketch:
         """Return the same with all values in their bins."""
-        if not self.pending and not self.fresh_keys:
+        if self.is_settled:
             return self
         fresh = self._fresh()
         keys, counts, weights = self.keys.tolist(), self.counts.tolist(), self.weights.tolist()
@@ -316,22 +220,28 @@ class Sketch(NamedTuple):
     @property
     def lifetime(self) -> View:
         """Every value since the start."""
-        settled = self.settled()
-        total = settled.sum_parts[0] if settled.sum_parts else 0.0
-        return View(settled.keys, settled.counts, total, self.low, self.high)
+        return View(self._lifetime)
 
     @property
     def recent(self) -> View:
         """The same with weights that fall by e^(-0.015·t), as of the newest value."""
+        return View(self._recent)
+
+    def _lifetime(self) -> Bins:
+        settled = self.settled()
+        total = settled.sum_parts[0] if settled.sum_parts else 0.0
+        return Bins(settled.keys, settled.counts, total, settled.low, settled.high)
+
+    def _recent(self) -> Bins:
         settled = self.settled()
         keys = array("h", compress(settled.keys, settled.weights))
         weights = array("d", filter(None, settled.weights))
         noticed = [key for key, weight in zip(keys, weights) if weight >= _RECENT]
-        low, high = self.low, self.high
+        low, high = settled.low, settled.high
         if noticed:
             low = low if bin_key(low) == noticed[0] else bin_value(noticed[0])
             high = high if bin_key(high) == noticed[-1] else bin_value(noticed[-1])
-        return View(keys, weights, self.recent_sum, low, high)
+        return Bins(keys, weights, settled.recent_sum, low, high)
 
 
 def counts_array(counts: list[int]) -> array[int]:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, Protocol, Union
 import addict
 
 from tapes.naming import Labels, canonical_labels, selector
-from tapes.sketch import View
 from tapes.sums import Number
+from tapes.view import View
 
 __all__ = [
     "FIELDS",

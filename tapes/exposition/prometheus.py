@@ -138,6 +138,7 @@ def _sample(name: str, labels: Labels, value: Number) -> str:
     return f"{name}{{{pairs}}} {_number(value)}" if pairs else f"{name} {_number(value)}"
 
 
+@lru_cache(maxsize=1 << 14)
 def _label_pairs(labels: Labels) -> str:
     return ",".join([f'{name}="{escape_label_value(value)}"' for name, value in labels])
 

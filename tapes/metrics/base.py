@@ -87,7 +87,10 @@ class Metric:
 
     def collect(self) -> State:
         """Fold what is pending and return the state; the same object if nothing changed."""
-        self._fold(self._clock(), wait=True)
+        if (
+            self._buffer or not self._is_settled()
+        ):  # values leave the buffer only after they came to the state
+            self._fold(self._clock(), wait=True)
         return self._state
 
     def take(self) -> State:
@@ -140,6 +143,10 @@ class Metric:
     def _absorb(self, values: list[Any]) -> State:
         """Return the state with ``values`` added; what can't be recorded goes to ``self._bad``."""
         raise NotImplementedError
+
+    def _is_settled(self) -> bool:
+        """Return whether the state is as readers want it."""
+        return True
 
     def _settled(self) -> State:
         """Return the state as readers want it."""

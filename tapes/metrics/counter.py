@@ -31,8 +31,10 @@ class CounterState(NamedTuple):
     def series(self, labels: Labels, tick: int) -> CounterSeries:
         """Return what a reader sees."""
         up, down = self.up.value, self.down.value
+        if not down:
+            return CounterSeries(labels, up, up, False)
         net = Total.merge((self.up, Total(-self.down.whole, tuple(-p for p in self.down.parts))))
-        return CounterSeries(labels, net.value, up, bool(down))
+        return CounterSeries(labels, net.value, up, True)
 
 
 class Counter(Metric):

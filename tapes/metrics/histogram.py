@@ -61,10 +61,13 @@ class Histogram(Metric):
     def _initial(self, now: float) -> HistogramState:
         return HistogramState()
 
+    def _is_settled(self) -> bool:
+        state: Any = self._state
+        return state.sketch.is_settled  # type: ignore[no-any-return]
+
     def _settled(self) -> HistogramState:
         state: Any = self._state
-        sketch = state.sketch.settled()
-        return state if sketch is state.sketch else HistogramState(sketch)
+        return state if state.sketch.is_settled else HistogramState(state.sketch.settled())
 
     def _absorb(self, values: list[Any]) -> HistogramState:
         state: Any = self._state

@@ -90,10 +90,13 @@ class Timer(Ticking):
         self._set_tick(now)
         return TimerState(EMPTY, Rates.started(self._tick))
 
+    def _is_settled(self) -> bool:
+        state: Any = self._state
+        return state.sketch.is_settled  # type: ignore[no-any-return]
+
     def _settled(self) -> TimerState:
         state: Any = self._state
-        sketch = state.sketch.settled()
-        return state if sketch is state.sketch else TimerState(sketch, state.rates)
+        return state if state.sketch.is_settled else TimerState(state.sketch.settled(), state.rates)
 
     def _absorb(self, values: list[Any]) -> TimerState:
         state: Any = self._state
