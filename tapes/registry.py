@@ -347,6 +347,9 @@ class Registry:
         within = place < self._max_series
         if not within and labels not in metrics.by_labels:  # another thread may have made it meanwhile
             labels = self._overflow(name, metrics)
+            metric = metrics.by_labels.get(labels)
+            if metric is not None:
+                return cast("M", metric)
         made = kind(name, labels, self.clock, self._rejected, **options)
         metric = metrics.by_labels.setdefault(labels, made)
         if within and metric is not made:

@@ -238,9 +238,10 @@ class Sketch(NamedTuple):
         weights = array("d", filter(None, settled.weights))
         noticed = [key for key, weight in zip(keys, weights) if weight >= _RECENT]
         low, high = settled.low, settled.high
-        if noticed:
-            low = low if bin_key(low) == noticed[0] else bin_value(noticed[0])
-            high = high if bin_key(high) == noticed[-1] else bin_value(noticed[-1])
+        if noticed:  # a centre may be beyond the exact extreme in the same bin
+            least, most = (min(max(bin_value(key), low), high) for key in (noticed[0], noticed[-1]))
+            low = low if bin_key(low) == noticed[0] else least
+            high = high if bin_key(high) == noticed[-1] else most
         return Bins(keys, weights, settled.recent_sum, low, high)
 
 

@@ -23,6 +23,7 @@ __all__ = ["Number", "Total", "exact_sum", "sum_of_batch"]
 
 _MOST = sys.float_info.max
 _FLOAT_DIGITS = 2.0**53
+_LARGE = 1e308
 
 Number = Union[int, float]
 
@@ -60,8 +61,9 @@ def sum_of_batch(values: list[Number], low: Number) -> tuple[float, ...]:
     Raises:
         ValueError, TypeError, OverflowError: If a value is NaN, infinite, or no number.
     """
-    if low > 0:
-        near = float(sum(values))
+    near = sum(values) if low > 0 else 0.0
+    if 0.0 < near < _LARGE:
+        near = float(near)
         rest = fsum([*values, -near])
         if abs(rest) < ulp(low) * _FLOAT_DIGITS:
             return (near, rest)

@@ -12,14 +12,17 @@ handler's reads get the last complete state. Nothing is logged while the lock is
 may itself record.
 
 What can't be recorded (NaN, infinities, things that are no numbers) is found at fold time, at the speed of a
-batch, and handed to the registry, which counts and logs it.
+batch: a batch that can't be absorbed as it is, is sifted value by value, and what is bad is handed to the
+registry, which counts and logs it. If sifting changes nothing, the values were not at fault, and the
+exception is somebody else's: a signal handler may raise anywhere, and what it raises is not ours to keep. The
+batch is absorbed, and the exception goes on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from math import isfinite
-from operator import index
+from math import inf, isfinite
+from operator import index, is_
 from threading import RLock
 from typing import Any, ClassVar, Protocol
 
@@ -40,6 +43,8 @@ DOWN = object()
 """In a buffer, ``(n, DOWN)`` is a step down among steps up."""
 
 _WAIT_SECONDS = 1.0
+_MANY = 1 << 1000
+"""Whole numbers below have a float."""
 
 Reject = Callable[["Metric", Any, str], None]
 """Told of every bad value: the metric, the value and why it can't be recorded."""
@@ -64,6 +69,7 @@ class Metric:
     """
 
     kind: ClassVar[str]
+    _least: ClassVar[float] = -inf
 
     __slots__ = (
         "__weakref__", "_bad", "_buffer", "_clock", "_folding", "_lock", "_reject", "_state",
@@ -125,15 +131,25 @@ class Metric:
         taken = len(self._buffer)
         if taken:
             values = self._buffer[:taken]
+            interruption: Exception | None = None
             try:
                 state = self._absorb(values)
-            except Exception:
-                state = self._state
-                self._bad += [(value, "it could not be folded") for value in values]
+            except Exception as error:
+                good, bad = self._sift(values)
+                try:
+                    state = self._absorb(good) if good else self._state
+                except Exception:  # nobody's fault but ours: rather lose the batch than the user's request
+                    state, good = self._state, []
+                    bad = [(value, "it could not be folded") for value in values]
+                if not bad and all(map(is_, good, values)):
+                    interruption = error
+                self._bad += bad
             # Nothing may come between these two. From CPython 3.11 on the interpreter looks for signals at
             # calls and backward jumps only, of which there are none here.
             self._state = state
             del self._buffer[:taken]
+            if interruption is not None:
+                raise interruption
         self._moved_on(now)
 
     def _initial(self, now: float) -> State:
@@ -141,7 +157,7 @@ class Metric:
         raise NotImplementedError
 
     def _absorb(self, values: list[Any]) -> State:
-        """Return the state with ``values`` added; what can't be recorded goes to ``self._bad``."""
+        """Return the state with ``values`` added; raises anything if one of them can't be, as it is."""
         raise NotImplementedError
 
     def _is_settled(self) -> bool:
@@ -155,20 +171,29 @@ class Metric:
     def _moved_on(self, now: float) -> None:
         """Note that what is recorded from here on happens at ``now`` or later."""
 
-    def _sift(self, values: Iterable[Any], least: float = float("-inf")) -> list[Number]:
-        """Return the finite numbers of at least ``least``; the others go to ``self._bad``."""
-        good: list[Number] = []
+    def _sift(self, values: list[Any]) -> tuple[list[Any], list[tuple[Any, str]]]:
+        """Return the values that can be absorbed, converted where need be, and the others with reasons."""
+        good: list[Any] = []
+        bad: list[tuple[Any, str]] = []
         for value in values:
+            # What an int or a float may raise is known, all else is somebody else's.
+            theirs = (ValueError,) if type(value) in (int, float) else (Exception,)
             try:
-                number = checked_number(value)
-            except Exception as error:
-                self._bad.append((value, str(error)))
-                continue
-            if number < least:
-                self._bad.append((value, f"it is less than {least:g}"))
-            else:
-                good.append(number)
-        return good
+                good.append(self._checked(value))
+            except theirs as error:
+                bad.append((value, str(error)))
+        return good, bad
+
+    def _checked(self, value: Any) -> Any:
+        """Return ``value`` as it can be absorbed; itself if it can be as it is.
+
+        Raises:
+            ValueError: If it can't be recorded.
+        """
+        number = checked_number(value)
+        if number < self._least:
+            raise ValueError(f"it is less than {self._least:g}")
+        return number
 
 
 def checked_number(value: Any) -> Number:
@@ -178,6 +203,8 @@ def checked_number(value: Any) -> Number:
         ValueError: If it is NaN, infinite, too large for a float, or no number.
     """
     if type(value) is float and isfinite(value):
+        return value
+    if type(value) is int and -_MANY < value < _MANY:
         return value
     try:
         finite = isfinite(value)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import isfinite
 from typing import Any, NamedTuple
 
-from tapes.metrics.base import DOWN, FULL, Metric
+from tapes.metrics.base import DOWN, FULL, Metric, checked_number
 from tapes.naming import Labels
 from tapes.snapshot import CounterSeries
 from tapes.sums import Number, Total
 
 __all__ = ["Counter", "CounterState", "add_up"]
+
+
+_LARGE = 1e308
+"""A sum below it has only finite summands."""
 
 
 class CounterState(NamedTuple):
@@ -49,6 +52,7 @@ class Counter(Metric):
     """
 
     kind = "counter"
+    _least = 0.0
     __slots__ = ()
 
     def increment(self, n: Number = 1) -> None:
@@ -77,35 +81,37 @@ class Counter(Metric):
     def _absorb(self, values: list[Any]) -> CounterState:
         state: Any = self._state
         up, down = state
-        total = add_up(up, values)
-        if total is not None:
-            return CounterState(total, down)
-        ups: list[Any] = []
-        downs: list[Any] = []
-        for value in values:
-            if type(value) is tuple and len(value) == 2 and value[1] is DOWN:
-                downs.append(value[0])
-            else:
-                ups.append(value)
-        return CounterState(self._added(up, ups), self._added(down, downs))
+        if values.count(1) == len(values):
+            return CounterState(Total(up.whole + len(values), up.parts), down)
+        if tuple not in map(type, values):
+            return CounterState(add_up(up, values), down)
+        ups = [value for value in values if type(value) is not tuple]
+        downs = [value[0] for value in values if type(value) is tuple and value[1] is DOWN]
+        if len(ups) + len(downs) < len(values):
+            raise TypeError("a tuple is not a number")
+        return CounterState(add_up(up, ups), add_up(down, downs))
 
-    def _added(self, total: Total, values: list[Any]) -> Total:
-        added = add_up(total, values)
-        return total.add(self._sift(values, least=0)) if added is None else added
+    def _checked(self, value: Any) -> Any:
+        if type(value) is tuple and len(value) == 2 and value[1] is DOWN:
+            number = super()._checked(value[0])
+            return value if number is value[0] else (number, DOWN)
+        return super()._checked(value)
 
 
-def add_up(total: Total, values: list[Any]) -> Total | None:
-    """Return ``total`` with ``values`` added, or ``None`` if they are not all plain numbers of 0 or more."""
+def add_up(total: Total, values: list[Any]) -> Total:
+    """Return ``total`` with ``values`` added.
+
+    Raises:
+        ValueError: If they are not all plain finite numbers of 0 or more; or what a stranger's number raises.
+    """
     if not values:
         return total
-    try:
-        if values.count(1) == len(values):
-            return Total(total.whole + len(values), total.parts)
-        least, together = min(values), sum(values)
-        if least < 0 or not isfinite(together) or not {int, float}.issuperset(map(type, values)):
-            return None
-    except Exception:  # whatever a stranger's number raises
-        return None
+    together = sum(values)
+    if min(values) < 0 or not {int, float}.issuperset(map(type, values)):
+        raise ValueError("not all are plain numbers of 0 or more")
+    if not together < _LARGE:  # or one of them is not finite
+        for value in values:
+            checked_number(value)
     if type(together) is int:
         return Total(total.whole + together, total.parts)
     return total.add(values)

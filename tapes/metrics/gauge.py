@@ -162,20 +162,26 @@ class Gauge(Metric):
         if len(buffer) >= FULL:
             self._fold(0.0)
 
+    def _checked(self, value: Any) -> Any:
+        given, how, when = value
+        number = super()._checked(given)
+        return value if number is given else (number, how, when)
+
     def _initial(self, now: float) -> GaugeState:
         return GaugeState(0, self.mode, None)
 
     def _absorb(self, values: list[Any]) -> GaugeState:
         state: Any = self._state
         value, _, since = state
-        for given, how, when in values:
+        for number, how, when in values:
+            if type(number) not in (int, float) or not isfinite(number):
+                raise ValueError("not all are plain finite numbers")
+            if how is _SET:
+                value, since = number, when
+                continue
             try:
-                number = given if type(given) is float and isfinite(given) else checked_number(given)
-                if how is _SET:
-                    value, since = number, when
-                    continue
                 value = checked_number(value - number if how is DOWN else value + number)
                 since = since if since is not None else self._clock()
-            except Exception as error:
-                self._bad.append((given, str(error)))
+            except ValueError:
+                self._bad.append((number, "the gauge would not be finite"))
         return GaugeState(value, self.mode, since)

@@ -71,9 +71,4 @@ class Histogram(Metric):
 
     def _absorb(self, values: list[Any]) -> HistogramState:
         state: Any = self._state
-        tick = tick_at(self._clock())
-        try:
-            return HistogramState(state.sketch.fold(values, tick))
-        except Exception:  # whatever a stranger's number raises
-            good = self._sift(values)
-            return HistogramState(state.sketch.fold(good, tick)) if good else state
+        return HistogramState(state.sketch.fold(values, tick_at(self._clock())))

@@ -71,6 +71,7 @@ class Meter(Ticking):
     """
 
     kind = "meter"
+    _least = 0.0
     __slots__ = ()
 
     def mark(self, n: Number = 1) -> None:
@@ -92,10 +93,10 @@ class Meter(Ticking):
 
     def _absorb(self, values: list[Any]) -> MeterState:
         state: Any = self._state
-        count = add_up(state.count, values)
-        if count is None:
-            values = self._sift(values, least=0)
-            count = state.count.add(values)
+        if values.count(1) == len(values):
+            count = Total(state.count.whole + len(values), state.count.parts)
+        else:
+            count = add_up(state.count, values)
         if count.parts == state.count.parts:
             events: Number = count.whole - state.count.whole
         else:

@@ -56,6 +56,7 @@ class Timer(Ticking):
     """
 
     kind = "timer"
+    _least = 0.0
     __slots__ = ()
 
     def time(self) -> Timing:
@@ -100,12 +101,7 @@ class Timer(Ticking):
 
     def _absorb(self, values: list[Any]) -> TimerState:
         state: Any = self._state
-        sketch = state.sketch
-        try:
-            sketch = sketch.fold(values, self._tick, least=0.0)
-        except Exception:  # whatever a stranger's number raises
-            values = self._sift(values, least=0.0)
-            sketch = sketch.fold(values, self._tick, least=0.0) if values else sketch
+        sketch = state.sketch.fold(values, self._tick, self._least)
         return TimerState(sketch, state.rates.mark(len(values), self._tick))
 
 

@@ -392,3 +392,16 @@ def test_recording_and_reading_inside_a_fold_do_not_deadlock(registry):
     registry.snapshot()
     assert seen
     assert registry.snapshot().get("h").count >= 2
+
+
+@pytest.mark.parametrize("kind", ["counter", "meter", "histogram", "timer", "gauge"])
+def test_numbers_whose_sum_is_beyond_all_floats_are_no_bad_values(registry, kind):
+    """The sum stays at the largest float, and nothing is raised or dropped."""
+    metric = getattr(registry, kind)("m")
+    record = getattr(metric, {"counter": "increment", "meter": "mark", "gauge": "set"}.get(kind, "update"))
+    for value in (1.7e308, 1.7e308, 10**308, 10**308):
+        record(value)
+    fields = registry.snapshot().get("m").fields()
+    assert all(math.isfinite(value) for value in fields.values() if type(value) is float)
+    assert fields.get("count", 4) in (4, sys.float_info.max)
+    assert rejected(registry) == 0

@@ -87,3 +87,12 @@ def test_a_bad_quantile_is_refused():
     """A quantile is a fraction, not a percentage."""
     with pytest.raises(ValueError, match="from 0 to 1"):
         EMPTY.lifetime.quantile(50)
+
+
+@pytest.mark.parametrize("values", [(0.0, 257.0), (1e6, 259.0)])
+def test_recent_extremes_in_one_bin_do_not_cross(values):
+    """An extreme that is known only by its bin's centre stays on its side of one that is known exactly."""
+    first, last = values
+    recent = EMPTY.fold([first], 0).fold([last], 800).recent
+    assert recent.min <= recent.quantile(0.5) <= recent.max
+    assert (recent.min, recent.max) == pytest.approx((last, last), rel=0.004)
