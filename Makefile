@@ -3,6 +3,7 @@
 #   make demo     four gunicorn workers, real requests, one right answer   (SERVE=1: stay up)
 #   make test     linters, types, floors and all tests; what CI runs
 #   make check    linters, types and floors alone
+#   make pythons  the tests of the core on every Python on the machine, CPython and PyPy
 #   make bench    speed and memory beside prometheus_client and others; writes docs/benchmarks.md
 #   make docs     the documentation, in docs/_build/html
 
@@ -14,7 +15,7 @@ DEV_STAMP := $(VENV)/.dev-installed
 BENCH_STAMP := $(VENV)/.bench-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check pythons bench docs clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_STAMP)
@@ -29,6 +30,9 @@ check: $(DEV_STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+pythons:
+	@$(PYTHON) tests/interpreters.py
+
 bench: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/run.py
 
@@ -36,7 +40,7 @@ docs: $(DEV_STAMP)
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build/html
 
 clean:
-	rm -rf $(VENV) .pytest_tmp docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .interpreters .pytest_tmp docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""Who is measured beside tapes: for each library the names that its statements use, and one statement per row.
+"""Who is measured: for each library the names that its statements use, and one statement per row.
 
 In a statement, ``v`` is a latency in seconds.
 """

@@ -85,7 +85,7 @@ class Metric:
         self._bad: list[tuple[Any, str]] = []
         self._lock = RLock()
         self._folding = False
-        self._state: State = self._initial(clock())
+        self._state: Any = self._initial(clock())
 
     def __repr__(self) -> str:
         labels = "".join(f", {name}={value!r}" for name, value in self.labels)
@@ -97,7 +97,8 @@ class Metric:
             self._buffer or not self._is_settled()
         ):  # values leave the buffer only after they came to the state
             self._fold(self._clock(), wait=True)
-        return self._state
+        state: State = self._state
+        return state
 
     def take(self) -> State:
         """Return the state and start again from zero, in one step: every event is in one of the two."""
@@ -152,11 +153,11 @@ class Metric:
                 raise interruption
         self._moved_on(now)
 
-    def _initial(self, now: float) -> State:
+    def _initial(self, now: float) -> Any:
         """Return the state of a metric made at ``now``."""
         raise NotImplementedError
 
-    def _absorb(self, values: list[Any]) -> State:
+    def _absorb(self, values: list[Any]) -> Any:
         """Return the state with ``values`` added; raises anything if one of them can't be, as it is."""
         raise NotImplementedError
 
@@ -164,7 +165,7 @@ class Metric:
         """Return whether the state is as readers want it."""
         return True
 
-    def _settled(self) -> State:
+    def _settled(self) -> Any:
         """Return the state as readers want it."""
         return self._state
 

@@ -79,7 +79,7 @@ class Counter(Metric):
         return CounterState()
 
     def _absorb(self, values: list[Any]) -> CounterState:
-        state: Any = self._state
+        state = self._state
         up, down = state
         if values.count(1) == len(values):
             return CounterState(Total(up.whole + len(values), up.parts), down)

@@ -60,7 +60,19 @@ class GaugeState(NamedTuple):
         return None if self.value is None else GaugeSeries(labels, self.value)
 
 
-_UP, _SET = object(), object()
+_UP = object()
+_LARGE = 1e308
+
+
+class _Standing(NamedTuple):
+    """A gauge's state, and the value set last that it is based on.
+
+    Setting replaces; it needs no buffer. A step up or down says which value it started from: steps from an
+    earlier one were overtaken.
+    """
+
+    state: GaugeState
+    base: tuple[Number, float | None] | None
 
 
 class Gauge(Metric):
@@ -77,13 +89,14 @@ class Gauge(Metric):
     """
 
     kind = "gauge"
-    __slots__ = ("_produced", "_producer", "_producing", "mode")
+    __slots__ = ("_produced", "_producer", "_producing", "_set", "mode")
 
     def __init__(self, name: str, labels: Labels, clock: Clock, reject: Reject, mode: str) -> None:
         self.mode = mode
         self._producer: Callable[[], Producer | None] | None = None
         self._produced = GaugeState(None, mode, None)
         self._producing = False
+        self._set: tuple[Number, float | None] | None = None
         super().__init__(name, labels, clock, reject)
 
     def produce(self, producer: Producer, *, weak: bool = False) -> None:
@@ -107,16 +120,28 @@ class Gauge(Metric):
         return self._producer is not None and self._producer() is not None
 
     def set(self, value: Number) -> None:
-        """Stand at ``value``, any finite number; a bad one is dropped, counted and logged."""
-        self._push(value, _SET, self._clock())
+        """Stand at ``value``, any finite number; a bad one is dropped, counted and logged.
+
+        Cost: a comparison and a store. Never raises, never waits.
+        """
+        if type(value) in (int, float) and -_LARGE < value < _LARGE:  # which NaN is not
+            self._set = (value, self._clock() if self.mode == "last" else None)
+        else:
+            self._set_unusual(value)
 
     def increment(self, n: Number = 1) -> None:
         """Move up by ``n``, any finite number; a bad one is dropped, counted and logged."""
-        self._push(n, _UP)
+        buffer = self._buffer
+        buffer.append((n, _UP, self._set))
+        if len(buffer) >= FULL:
+            self._fold(0.0)
 
     def decrement(self, n: Number = 1) -> None:
         """Move down by ``n``, any finite number; a bad one is dropped, counted and logged."""
-        self._push(n, DOWN)
+        buffer = self._buffer
+        buffer.append((n, DOWN, self._set))
+        if len(buffer) >= FULL:
+            self._fold(0.0)
 
     def refresh(self, max_age_seconds: float = 0.0) -> None:
         """Run the producer, if there is one, unless its last value is younger than ``max_age_seconds``.
@@ -139,8 +164,8 @@ class Gauge(Metric):
         """Return the value: as set and moved, or as last produced (`refresh`)."""
         if self._producer is not None:
             return self._produced
-        state = super().collect()
-        assert isinstance(state, GaugeState)
+        super().collect()
+        state: GaugeState = self._state.state
         return state
 
     def take(self) -> GaugeState:
@@ -156,32 +181,40 @@ class Gauge(Metric):
             self._reject(self, producer, f"its producer failed: {error!r}")
             return GaugeState(None, self.mode, now)
 
-    def _push(self, value: Any, how: object, when: float | None = None) -> None:
-        buffer = self._buffer
-        buffer.append((value, how, when))
-        if len(buffer) >= FULL:
-            self._fold(0.0)
+    def _set_unusual(self, value: Any) -> None:
+        try:
+            self._set = (checked_number(value), self._clock())
+        except Exception as error:
+            self._reject(self, value, str(error))
 
     def _checked(self, value: Any) -> Any:
-        given, how, when = value
+        given, how, base = value
         number = super()._checked(given)
-        return value if number is given else (number, how, when)
+        return value if number is given else (number, how, base)
 
-    def _initial(self, now: float) -> GaugeState:
-        return GaugeState(0, self.mode, None)
+    def _initial(self, now: float) -> _Standing:
+        return _Standing(GaugeState(0, self.mode, None), None)
 
-    def _absorb(self, values: list[Any]) -> GaugeState:
-        state: Any = self._state
-        value, _, since = state
-        for number, how, when in values:
+    def _is_settled(self) -> bool:
+        return self._state.base is self._set
+
+    def _settled(self) -> _Standing:
+        return self._absorb([])
+
+    def _absorb(self, values: list[Any]) -> _Standing:
+        (value, _, since), before = self._state
+        base = self._set  # read after the values were taken, so none of them is newer
+        if base is not None and base is not before:
+            value, since = base
+        for number, how, its_base in values:
             if type(number) not in (int, float) or not isfinite(number):
                 raise ValueError("not all are plain finite numbers")
-            if how is _SET:
-                value, since = number, when
+            if its_base is not base:
                 continue
             try:
                 value = checked_number(value - number if how is DOWN else value + number)
-                since = since if since is not None else self._clock()
             except ValueError:
                 self._bad.append((number, "the gauge would not be finite"))
-        return GaugeState(value, self.mode, since)
+        if since is None and (values or base is not None):
+            since = self._clock()
+        return _Standing(GaugeState(value, self.mode, since), base)

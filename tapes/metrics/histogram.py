@@ -62,13 +62,13 @@ class Histogram(Metric):
         return HistogramState()
 
     def _is_settled(self) -> bool:
-        state: Any = self._state
-        return state.sketch.is_settled  # type: ignore[no-any-return]
+        settled: bool = self._state.sketch.is_settled
+        return settled
 
     def _settled(self) -> HistogramState:
-        state: Any = self._state
+        state = self._state
         return state if state.sketch.is_settled else HistogramState(state.sketch.settled())
 
     def _absorb(self, values: list[Any]) -> HistogramState:
-        state: Any = self._state
+        state = self._state
         return HistogramState(state.sketch.fold(values, tick_at(self._clock())))

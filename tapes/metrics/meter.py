@@ -92,7 +92,7 @@ class Meter(Ticking):
         return MeterState(Total(), Rates.started(self._tick))
 
     def _absorb(self, values: list[Any]) -> MeterState:
-        state: Any = self._state
+        state = self._state
         if values.count(1) == len(values):
             count = Total(state.count.whole + len(values), state.count.parts)
         else:

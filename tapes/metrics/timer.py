@@ -92,15 +92,15 @@ class Timer(Ticking):
         return TimerState(EMPTY, Rates.started(self._tick))
 
     def _is_settled(self) -> bool:
-        state: Any = self._state
-        return state.sketch.is_settled  # type: ignore[no-any-return]
+        settled: bool = self._state.sketch.is_settled
+        return settled
 
     def _settled(self) -> TimerState:
-        state: Any = self._state
+        state = self._state
         return state if state.sketch.is_settled else TimerState(state.sketch.settled(), state.rates)
 
     def _absorb(self, values: list[Any]) -> TimerState:
-        state: Any = self._state
+        state = self._state
         sketch = state.sketch.fold(values, self._tick, self._least)
         return TimerState(sketch, state.rates.mark(len(values), self._tick))
 

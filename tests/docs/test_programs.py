@@ -37,9 +37,10 @@ def test_the_readmes_first_program_prints_what_it_says(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, printed, "")
 
 
-def test_the_quick_start_prints_what_it_says(tmp_path):
+@pytest.mark.parametrize("page", ["quickstart.md", "testing.md"])
+def test_a_page_prints_what_it_says(tmp_path, page):
     """Its programs, one after the other, in one process."""
-    blocks = list(programs((ROOT / "docs" / "quickstart.md").read_text()))
+    blocks = list(programs((ROOT / "docs" / page).read_text()))
     done = run_python("\n".join(source for source, _ in blocks), cwd=tmp_path)
     assert done.stderr == ""
     assert done.stdout == "".join(printed or "" for _, printed in blocks)
