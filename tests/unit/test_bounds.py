@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 import random
-import tracemalloc
 
 import pytest
 
@@ -26,6 +25,8 @@ def latencies(count, seed=1):
 
 def kept_by(fill):
     """Return the bytes that stay allocated after ``fill(registry)``, without the registry's own."""
+    import tracemalloc  # which PyPy has not
+
     fill(tapes.Registry())  # what is made once and for all
     registry = tapes.Registry()
     registry.snapshot()
