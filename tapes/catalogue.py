@@ -79,11 +79,12 @@ class Catalogue:
         parents = [".".join(segments[:depth]) for depth in range(1, len(segments))]
         for parent, segment in zip(parents, segments[1:]):
             above = self._metrics.get(parent)
-            if above is not None and segment in FIELDS[above.kind.kind]:
+            if above is not None and above.by_labels and segment in FIELDS[above.kind.kind]:
                 raise _hides(name, kind, segment, parent, above.kind.kind)
         for segment, child in self._below.get(name, {}).items():
-            if segment in FIELDS[kind] and child in self._metrics:
-                raise _hides(child, self._metrics[child].kind.kind, segment, name, kind)
+            below = self._metrics.get(child)
+            if segment in FIELDS[kind] and below is not None and below.by_labels:
+                raise _hides(child, below.kind.kind, segment, name, kind)
         for parent, segment in zip(parents, segments[1:]):
             self._below.setdefault(parent, {})[segment] = name
 

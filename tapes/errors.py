@@ -33,6 +33,8 @@ __all__ = [
     "MissingExtra",
     "TapesError",
     "WireError",
+    "safe_text",
+    "short_repr",
 ]
 
 _UNSET: Any = object()
@@ -58,7 +60,7 @@ class TapesError(Exception):
         self.remedy = remedy
         details = []
         if got is not _UNSET:
-            details.append(f"got {_short(got)}")
+            details.append(f"got {short_repr(got)}")
         if expected:
             details.append(f"expected {expected}")
         message = what + (": " + ", ".join(details) if details else "")
@@ -116,9 +118,18 @@ class WireError(TapesError, ValueError):
     """A message that is not one of ours."""
 
 
-def _short(value: Any) -> str:
+def short_repr(value: Any) -> str:
+    """Return what ``repr`` says, 120 characters at most; never raises."""
     try:
         text = repr(value)
     except Exception:  # a broken __repr__ must not hide the error that is being reported
         text = f"<{type(value).__name__} with a failing repr>"
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def safe_text(error: BaseException) -> str:
+    """Return the message of an exception; never raises."""
+    try:
+        return str(error)
+    except Exception:  # likewise
+        return f"<{type(error).__name__} with a failing str>"

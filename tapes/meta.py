@@ -52,17 +52,20 @@ def metered_meta(metrics: Iterable[tuple[str, str, Callable[[str], Any]]], base:
     ) -> Any:
         made = {attribute: factory(template.format(name)) for attribute, template, factory in wanted}
         if type(namespace) is dict:
-            return base.__new__(mcls, name, bases, {**namespace, **made}, **kwargs)
+            return super(metaclass, mcls).__new__(mcls, name, bases, {**namespace, **made}, **kwargs)
         # A namespace of another type gives meaning to what is put in: an enumeration makes it a member.
-        cls: Any = base.__new__(mcls, name, bases, namespace, **kwargs)
+        cls: Any = super(metaclass, mcls).__new__(mcls, name, bases, namespace, **kwargs)
         for attribute, metric in made.items():
             setattr(cls, attribute, metric)
         return cls
 
     def fill(namespace: dict[str, Any]) -> None:
-        namespace["__new__"] = __new__
+        namespace.update(__new__=__new__, __module__=__name__)
 
-    return types.new_class(f"Metered{base.__name__.capitalize()}", (base,), {}, fill)
+    metaclass: Any = types.new_class(
+        f"Metered{base.__name__[:1].upper()}{base.__name__[1:]}", (base,), {}, fill
+    )
+    return metaclass  # type: ignore[no-any-return]
 
 
 def _checked(metric: Any) -> tuple[str, str, Callable[[str], Any]]:

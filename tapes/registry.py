@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeVar, cast
 
@@ -20,7 +22,7 @@ import addict
 
 from tapes.catalogue import Catalogue, Metrics
 from tapes.clock import Clock, monotonic, tick_at
-from tapes.errors import InvalidArgument, KindConflict
+from tapes.errors import InvalidArgument, KindConflict, short_repr
 from tapes.metrics import MERGE_MODES, Counter, Gauge, Histogram, Meter, Metric, State, Timer
 from tapes.metrics.gauge import Producer
 from tapes.naming import Labels, canonical_labels, check_name, label_text
@@ -95,6 +97,7 @@ class Registry:
         self._complained: set[tuple[str, Labels]] = set()
         self.connection: Connection | None = None
         self.revision = 0
+        _registries.add(self)
 
     def counter(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Counter:
         """Return the counter of this name and these labels; made if it isn't there.
@@ -197,6 +200,8 @@ class Registry:
                 expected="a callable without arguments",
                 remedy="use .set(value) for a plain value",
             )
+        if weak is True and producer is not None:
+            _check_weak(producer)
         if not isinstance(weak, bool):
             raise InvalidArgument(
                 "a gauge's weak=", got=weak, expected="a bool", remedy="use labels={'weak': …} for a label"
@@ -234,6 +239,7 @@ class Registry:
         metric = metrics.by_labels.pop(key, None) if metrics else None
         if metrics is None or metric is None:
             return False
+        self._complained.discard((full_name, key))
         if _OVERFLOW not in key:
             metrics.free_places.append(0)
         for found in (self._counters, self._meters, self._histograms, self._timers, self._gauges):
@@ -308,10 +314,11 @@ class Registry:
             self._make(Counter, REJECTED, (), {}).increment()
         if (name, labels) not in self._complained:
             self._complained.add((name, labels))
-            _log.warning(
-                "tapes dropped %.120r for %r: %s (further ones are counted in %s)",
-                value, name, why, REJECTED,
-            )  # fmt: skip
+            with contextlib.suppress(Exception):  # whatever logging is made to do, it is not the request's
+                _log.warning(
+                    "tapes dropped %s for %r: %s (further ones are counted in %s)",
+                    short_repr(value), name, why, REJECTED,
+                )  # fmt: skip
 
     def _get(
         self,
@@ -332,6 +339,9 @@ class Registry:
         metric = self._make(kind, self._prefix + check_name(name), all_labels, options)
         if words is not None and metric.labels == all_labels:
             found[words] = metric
+            metrics = self._catalogue.get(metric.name)
+            if metrics is None or metrics.by_labels.get(all_labels) is not metric:  # removed meanwhile
+                found.pop(words, None)
         return metric
 
     def _all_labels(self, labels: Mapping[str, Any] | None, more: Mapping[str, Any]) -> Labels:
@@ -359,16 +369,39 @@ class Registry:
     def _overflow(self, name: str, metrics: Metrics) -> Labels:
         if not metrics.overflowing:
             metrics.overflowing = True
-            _log.warning(
-                "%r has reached %d label sets; further ones are recorded as overflow=\"true\". "
-                "Is a label's value unbounded, like a raw path or an id?",
-                name, self._max_series,
-            )  # fmt: skip
+            with contextlib.suppress(Exception):  # likewise
+                _log.warning(
+                    "%r has reached %d label sets; further ones are recorded as overflow=\"true\". "
+                    "Is a label's value unbounded, like a raw path or an id?",
+                    name, self._max_series,
+                )  # fmt: skip
         return self._all_labels(dict([_OVERFLOW]), {})
 
     def _rejected(self, metric: Metric, value: Any, why: str) -> None:
         self.reject(metric.name, metric.labels, value, why)
 
+
+def _check_weak(producer: Producer) -> None:
+    try:
+        weakref.ref(getattr(producer, "__self__", producer))
+    except TypeError:
+        raise InvalidArgument(
+            "a gauge's producer with weak=True",
+            got=producer,
+            expected="a callable, or a method of an object, that can be weakly referenced",
+        ) from None
+
+
+def _renew_locks() -> None:
+    """Free a forked child from locks whose holders it has not."""
+    for registry in list(_registries):
+        for metric in registry.metrics():
+            metric.renew_lock()
+
+
+_registries: weakref.WeakSet[Registry] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 default_registry = Registry()
 """The registry behind ``tapes.counter()`` and its siblings."""

@@ -86,16 +86,18 @@ class View:
 
     @property
     def mean(self) -> float:
-        """The mean of the values, within 0.4 % of their magnitudes and mostly exact; 0.0 when empty.
+        """The mean of the values; 0.0 when empty.
 
-        A weighted sum keeps what rounding left of values that have long been outweighed; so it is held
-        against the bins, which forget.
+        Exact over the lifetime. A recent sum keeps what rounding left of values that have long been
+        outweighed; so it is held against the bins, which forget: within 0.4 % of the values' magnitudes.
         """
         bins, cumulative = self._bins()
         if not cumulative:
             return 0.0
-        products = [weight * bin_value(key) for key, weight in zip(bins.keys, bins.weights)]
         total, count = bins.total, cumulative[-1]
+        if isinstance(count, int):
+            return bins.clamp(total / count)
+        products = [weight * bin_value(key) for key, weight in zip(bins.keys, bins.weights)]
         with suppress(OverflowError):
             by_bins, slack = fsum(products), fsum(map(abs, products)) * _HALF_BIN
             total = min(max(total, by_bins - slack), by_bins + slack)
@@ -133,9 +135,9 @@ class View:
             return self.min
         if q == 1.0:
             return self.max
-        rank = q * cumulative[-1]
+        rank = q * cumulative[-1] * (1 - 1e-9)  # what a product of floats may be too large by
         if isinstance(cumulative[-1], int):
-            rank = max(1, ceil(rank - 1e-9 * rank))
+            rank = max(1, ceil(rank))
         index = min(bisect_left(cumulative, rank), len(cumulative) - 1)
         return bins.clamp(bin_value(bins.keys[index]))
 

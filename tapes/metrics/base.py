@@ -8,8 +8,9 @@ state and removes those n values. Whoever reads the state meanwhile holds the on
 One thread folds at a time. A recorder that finds the buffer full tries, and leaves it to the other if
 someone is folding already; so recording never waits. A reader waits for another thread, a second at most. The
 lock is re-entrant and a flag tells a fold that is interrupted by a signal handler of its own thread: the
-handler's reads get the last complete state. Nothing is logged while the lock is held, as a logging handler
-may itself record.
+handler's reads get the last complete state. A fold that finds its state replaced meanwhile does its batch
+again. Nothing is logged while the lock is held, as a logging handler may itself record. A lock that a fork
+left held by a thread that does not exist in the child is replaced.
 
 What can't be recorded (NaN, infinities, things that are no numbers) is found at fold time, at the speed of a
 batch: a batch that can't be absorbed as it is, is sifted value by value, and what is bad is handed to the
@@ -20,13 +21,15 @@ batch is absorbed, and the exception goes on.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from math import inf, isfinite
 from operator import index, is_
 from threading import RLock
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 from tapes.clock import Clock
+from tapes.errors import safe_text
 from tapes.naming import Labels
 from tapes.snapshot import Series
 from tapes.sums import Number
@@ -43,6 +46,10 @@ DOWN = object()
 """In a buffer, ``(n, DOWN)`` is a step down among steps up."""
 
 _WAIT_SECONDS = 1.0
+_BATCH = 4 * FULL
+"""A buffer that has grown longer, as its folder was slow, is folded in such parts."""
+_OURS = (ValueError, TypeError, ArithmeticError)
+"""What arithmetic with bad values raises."""
 _MANY = 1 << 1000
 """Whole numbers below have a float."""
 
@@ -65,14 +72,15 @@ class Metric:
     """A named series that a process records into; made by a registry.
 
     Thread and fork safety: recording and reading are safe from any thread, from signal handlers and from
-    destructors.
+    destructors. A forked child goes on with what its parent had recorded, whatever the parent's threads were
+    about.
     """
 
     kind: ClassVar[str]
     _least: ClassVar[float] = -inf
 
     __slots__ = (
-        "__weakref__", "_bad", "_buffer", "_clock", "_folding", "_lock", "_reject", "_state",
+        "__weakref__", "_bad", "_buffer", "_clock", "_folding", "_lock", "_pid", "_reject", "_state",
         "labels", "name",
     )  # fmt: skip
 
@@ -83,8 +91,7 @@ class Metric:
         self._reject = reject
         self._buffer: list[Any] = []
         self._bad: list[tuple[Any, str]] = []
-        self._lock = RLock()
-        self._folding = False
+        self.renew_lock()
         self._state: Any = self._initial(clock())
 
     def __repr__(self) -> str:
@@ -93,34 +100,51 @@ class Metric:
 
     def collect(self) -> State:
         """Fold what is pending and return the state; the same object if nothing changed."""
-        if (
-            self._buffer or not self._is_settled()
-        ):  # values leave the buffer only after they came to the state
+        # Values leave the buffer only after they came to the state.
+        if self._buffer or self._bad or not self._is_settled():
             self._fold(self._clock(), wait=True)
         state: State = self._state
         return state
 
     def take(self) -> State:
         """Return the state and start again from zero, in one step: every event is in one of the two."""
-        with self._lock:
-            state = self.collect()
-            self._state = self._initial(self._clock())
-        return state
+        self.collect()
+        initial = self._initial(self._clock())
+        with self._lock:  # this thread's own fold, if this call interrupts it, will notice
+            state, self._state = self._state, initial
+        return cast("State", state)
+
+    def renew_lock(self) -> None:
+        """Forget who is folding: in a forked child that thread does not exist."""
+        self._pid = os.getpid()
+        self._folding = False
+        self._lock = RLock()
 
     def _fold(self, now: float, *, wait: bool = False) -> None:
-        if not (self._lock.acquire(timeout=_WAIT_SECONDS) if wait else self._lock.acquire(False)):
-            return
+        lock = self._lock
+        # A signal handler may raise as soon as a call returns. So the lock is taken within the block that
+        # releases it, and releasing what was not taken is no error.
         try:
-            if not self._folding:
+            if not lock.acquire(False):
+                if self._pid != os.getpid():  # forked by a server in C, which runs no hooks
+                    self.renew_lock()
+                    lock = self._lock
+                if not (lock.acquire(timeout=_WAIT_SECONDS) if wait else lock.acquire(False)):
+                    return
+            if self._folding:
+                return
+            try:
                 self._folding = True
-                try:
-                    self._fold_alone(now)
-                    if wait:
-                        self._state = self._settled()
-                finally:
-                    self._folding = False
+                self._fold_alone(now)
+                if wait:
+                    self._settle()
+            finally:
+                self._folding = False
         finally:
-            self._lock.release()
+            try:  # noqa: SIM105 - suppress() is a call, after which a handler may raise
+                lock.release()
+            except RuntimeError:
+                pass
         while self._bad:
             try:
                 value, why = self._bad.pop(0)
@@ -129,29 +153,51 @@ class Metric:
             self._reject(self, value, why)
 
     def _fold_alone(self, now: float) -> None:
-        taken = len(self._buffer)
-        if taken:
-            values = self._buffer[:taken]
-            interruption: Exception | None = None
-            try:
-                state = self._absorb(values)
-            except Exception as error:
-                good, bad = self._sift(values)
+        pending = len(self._buffer)
+        while pending > 0:
+            values = self._buffer[: min(pending, _BATCH)]
+            taken = len(values)
+            while True:
+                before = self._state
+                bad: list[tuple[Any, str]] = []
+                interruption: BaseException | None = None
                 try:
-                    state = self._absorb(good) if good else self._state
-                except Exception:  # nobody's fault but ours: rather lose the batch than the user's request
-                    state, good = self._state, []
-                    bad = [(value, "it could not be folded") for value in values]
-                if not bad and all(map(is_, good, values)):
-                    interruption = error
-                self._bad += bad
-            # Nothing may come between these two. From CPython 3.11 on the interpreter looks for signals at
-            # calls and backward jumps only, of which there are none here.
-            self._state = state
-            del self._buffer[:taken]
+                    state = self._absorb(values)
+                except BaseException as error:
+                    state, bad, interruption = self._absorb_sifted(values, error)
+                # Nothing may come between what follows. From CPython 3.11 on the interpreter looks for
+                # signals at calls and backward jumps only, of which there are none here.
+                if self._state is before:
+                    self._state = state
+                    del self._buffer[:taken]
+                    break
+            self._bad += bad
             if interruption is not None:
                 raise interruption
+            pending -= taken
         self._moved_on(now)
+
+    def _absorb_sifted(
+        self, values: list[Any], error: BaseException
+    ) -> tuple[Any, list[tuple[Any, str]], BaseException | None]:
+        """Return the state with the good ``values``, the bad ones, and ``error`` if it is not theirs."""
+        good, bad, raised = self._sift(values)
+        try:
+            state = self._absorb(good) if good else self._state
+        except Exception:  # nobody's fault but ours: rather lose the batch than the user's request
+            return self._state, [(self._given(value), "it could not be folded") for value in values], None
+        unchanged = not bad and all(map(is_, good, values))
+        theirs = not unchanged and (isinstance(error, _OURS) or type(error) in raised)
+        return state, bad, None if theirs else error
+
+    def _settle(self) -> None:
+        """Bring the state into the form that readers want."""
+        while True:
+            before = self._state
+            state = self._settled()
+            if self._state is before:
+                self._state = state
+                return
 
     def _initial(self, now: float) -> Any:
         """Return the state of a metric made at ``now``."""
@@ -172,18 +218,28 @@ class Metric:
     def _moved_on(self, now: float) -> None:
         """Note that what is recorded from here on happens at ``now`` or later."""
 
-    def _sift(self, values: list[Any]) -> tuple[list[Any], list[tuple[Any, str]]]:
-        """Return the values that can be absorbed, converted where need be, and the others with reasons."""
+    def _sift(self, values: list[Any]) -> tuple[list[Any], list[tuple[Any, str]], set[type]]:
+        """Return the values that can be absorbed, converted where need be, and the others with reasons.
+
+        The third is what numbers that are not ours raised.
+        """
         good: list[Any] = []
         bad: list[tuple[Any, str]] = []
+        raised: set[type] = set()
         for value in values:
-            # What an int or a float may raise is known, all else is somebody else's.
-            theirs = (ValueError,) if type(value) in (int, float) else (Exception,)
+            ours = type(self._given(value)) in (int, float)
+            theirs: type[BaseException] = ValueError if ours else BaseException
             try:
                 good.append(self._checked(value))
             except theirs as error:
-                bad.append((value, str(error)))
-        return good, bad
+                bad.append((self._given(value), safe_text(error)))
+                if not ours:
+                    raised.add(type(error))
+        return good, bad, raised
+
+    def _given(self, value: Any) -> Any:
+        """Return what the user gave, of what is in the buffer."""
+        return value
 
     def _checked(self, value: Any) -> Any:
         """Return ``value`` as it can be absorbed; itself if it can be as it is.

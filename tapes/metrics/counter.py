@@ -85,17 +85,22 @@ class Counter(Metric):
             return CounterState(Total(up.whole + len(values), up.parts), down)
         if tuple not in map(type, values):
             return CounterState(add_up(up, values), down)
-        ups = [value for value in values if type(value) is not tuple]
-        downs = [value[0] for value in values if type(value) is tuple and value[1] is DOWN]
-        if len(ups) + len(downs) < len(values):
-            raise TypeError("a tuple is not a number")
+        ups = [value for value in values if not _is_down(value)]
+        downs = [value[0] for value in values if _is_down(value)]
         return CounterState(add_up(up, ups), add_up(down, downs))
 
     def _checked(self, value: Any) -> Any:
-        if type(value) is tuple and len(value) == 2 and value[1] is DOWN:
-            number = super()._checked(value[0])
-            return value if number is value[0] else (number, DOWN)
-        return super()._checked(value)
+        if not _is_down(value):
+            return super()._checked(value)
+        number = super()._checked(value[0])
+        return value if number is value[0] else (number, DOWN)
+
+    def _given(self, value: Any) -> Any:
+        return value[0] if _is_down(value) else value
+
+
+def _is_down(value: Any) -> bool:
+    return type(value) is tuple and len(value) == 2 and value[1] is DOWN
 
 
 def add_up(total: Total, values: list[Any]) -> Total:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterable
 from math import isfinite
@@ -9,6 +10,7 @@ from types import MethodType
 from typing import Any, Callable, NamedTuple
 
 from tapes.clock import Clock
+from tapes.errors import safe_text, short_repr
 from tapes.metrics.base import DOWN, FULL, Metric, Reject, checked_number
 from tapes.naming import Labels
 from tapes.snapshot import GaugeSeries
@@ -95,7 +97,7 @@ class Gauge(Metric):
         self.mode = mode
         self._producer: Callable[[], Producer | None] | None = None
         self._produced = GaugeState(None, mode, None)
-        self._producing = False
+        self._producing = 0
         self._set: tuple[Number, float | None] | None = None
         super().__init__(name, labels, clock, reject)
 
@@ -152,13 +154,13 @@ class Gauge(Metric):
         last = self._produced
         now = self._clock()
         young = last.since is not None and now - last.since < max_age_seconds
-        if producing is None or young or self._producing:
+        if producing is None or young or self._producing == os.getpid():
             return
-        self._producing = True
+        self._producing = os.getpid()  # in a forked child whoever was running it is not there
         try:
             self._produced = self._produce(producing(), now)
         finally:
-            self._producing = False
+            self._producing = 0
 
     def collect(self) -> GaugeState:
         """Return the value: as set and moved, or as last produced (`refresh`)."""
@@ -178,19 +180,22 @@ class Gauge(Metric):
         try:
             return GaugeState(checked_number(producer()), self.mode, now)
         except Exception as error:
-            self._reject(self, producer, f"its producer failed: {error!r}")
+            self._reject(self, producer, f"its producer failed: {short_repr(error)}")
             return GaugeState(None, self.mode, now)
 
     def _set_unusual(self, value: Any) -> None:
         try:
             self._set = (checked_number(value), self._clock())
         except Exception as error:
-            self._reject(self, value, str(error))
+            self._reject(self, value, safe_text(error))
 
     def _checked(self, value: Any) -> Any:
         given, how, base = value
         number = super()._checked(given)
         return value if number is given else (number, how, base)
+
+    def _given(self, value: Any) -> Any:
+        return value[0]
 
     def _initial(self, now: float) -> _Standing:
         return _Standing(GaugeState(0, self.mode, None), None)

@@ -142,7 +142,8 @@ class Timing:
                 expected="a function",
                 remedy="put @staticmethod and @classmethod above it",
             )
-        wrap = next((wrap for is_one, wrap in _WRAPS if is_one(function)), _timed_function)
+        call = type(function).__call__  # of an object that is no function
+        wrap = next((wrap for is_one, wrap in _WRAPS if is_one(function) or is_one(call)), _timed_function)
         return cast("F", functools.wraps(function)(wrap(function, self._timer)))
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tapes
 from tapes.ewma import Rates
+from tapes.metrics import KINDS, MERGE_MODES, GaugeState
 from tapes.sketch import EMPTY, Sketch
-from tapes.sums import Total, exact_sum
+from tapes.sums import Total, exact_sum, sum_of_batch
+from tapes.testing import ManualClock
 
 finite = st.floats(allow_nan=False, allow_infinity=False, min_value=-1e300, max_value=1e300)
 batches = st.lists(st.tuples(st.lists(finite, min_size=1, max_size=30), st.integers(0, 50)), max_size=8)
@@ -32,6 +37,16 @@ def test_an_exact_sum_does_not_depend_on_the_order(values, rng):
     grouped = exact_sum(exact_sum(values[:cut]) + exact_sum(values[cut:]))
     assert exact_sum(values) == exact_sum(shuffled) == grouped
     assert (exact_sum(values) or (0.0,))[0] == math.fsum(values)
+
+
+sizes = st.one_of(st.floats(5e-324, 1e300), st.floats(5e-324, 1e-300), st.integers(1, 10**20), st.just(0))
+
+
+@given(st.lists(sizes, min_size=1, max_size=40))
+def test_the_sum_of_a_batch_is_exact(values):
+    """Also of subnormal numbers, of zeros, and where they span hundreds of decades."""
+    values = [float(value) for value in values]
+    assert sum(map(Fraction, sum_of_batch(values, min(values)))) == sum(map(Fraction, values))
 
 
 @given(st.lists(st.lists(numbers, max_size=10), max_size=6))
@@ -111,3 +126,88 @@ def test_rates_of_workers_are_the_rate_of_one_that_saw_all(events, starts):
     merged = Rates.merge(workers.values())
     for tick in (40, 41, 100):
         assert merged.read(tick) == pytest.approx(one.read(tick), rel=1e-12, abs=1e-12)
+
+
+steps = st.lists(
+    st.tuples(
+        st.integers(0, 2),
+        st.lists(st.one_of(st.just(1), st.integers(0, 300), st.floats(0, 300)), min_size=1, max_size=3),
+        st.booleans(),
+        st.integers(0, 9),
+    ),
+    max_size=20,
+)
+
+
+def plain(numbers):
+    """Return the sum of ``numbers``, rounded once."""
+    return float(sum(map(Fraction, numbers)))
+
+
+@given(steps)
+def test_metrics_of_workers_merge_to_those_of_one_that_saw_all(steps):
+    """All kinds but gauges, however often they were read on the way, and both are what plain sums give."""
+    clock = ManualClock(1000.0)
+    registries = [tapes.Registry(clock=clock) for _ in range(4)]
+    kinds = ["counter", "meter", "histogram", "timer"]
+    metrics = [[getattr(registry, kind)("m" + kind) for kind in kinds] for registry in registries]
+    rates, seen, taken = Rates.started(200), [], []
+    for worker, given_numbers, is_read, seconds in steps:
+        for number in given_numbers:
+            for counter, meter, histogram, timer in (metrics[worker], metrics[3]):
+                counter.increment(number)
+                meter.mark(number)
+                histogram.update(-number)
+                timer.update(number)
+            seen.append(number)
+            rates = rates.mark(number, int(clock() // 5))
+        if is_read:
+            for counter, *_ in (metrics[worker], metrics[3]):
+                counter.decrement(given_numbers[0])
+            taken.append(given_numbers[0])
+            for metric in itertools.chain.from_iterable(metrics):
+                metric.collect()
+        clock.advance(seconds)
+    tick = int(clock() // 5)
+    series = []
+    for kind, one, *workers in zip(kinds, metrics[3], *metrics[:3]):
+        merged = KINDS[kind].merge(metric.collect() for metric in workers).series((), tick)
+        alone = one.collect().series((), tick)
+        assert merged.fields() == pytest.approx(alone.fields(), rel=1e-9, abs=1e-9)
+        series.append(merged)
+    counter, meter, histogram, timer = series
+    assert (counter.total, counter.decremented) == (plain(seen), any(taken))
+    assert counter.value == plain([*seen, *(-number for number in taken)])
+    assert isinstance(counter.total, int) or not all(isinstance(number, int) for number in seen)
+    assert meter.count == plain(seen)
+    assert meter[2:] == pytest.approx(rates.read(tick), rel=1e-9)
+    assert (histogram.count, timer.count) == (len(seen), len(seen))
+    assert (histogram.sum, timer.sum) == (-plain(seen), plain(seen))
+    extremes = [edge(map(float, seen or [0])) for edge in (min, max)]
+    assert [timer.lifetime.min, timer.lifetime.max] == extremes
+    assert [-histogram.lifetime.max, -histogram.lifetime.min] == extremes
+
+
+@given(
+    st.sampled_from(MERGE_MODES),
+    st.lists(st.one_of(st.none(), st.integers(-99, 99), st.floats(-99, 99)), min_size=1, max_size=6),
+    st.lists(st.booleans(), min_size=6, max_size=6),
+    st.randoms(),
+)
+def test_gauges_merge_in_any_order_as_the_newest_mode_says(mode, values, are_told, rng):
+    """Over those that were ever set and have a value; of others any value stands in, if there is one."""
+    times = [float(second) if is_told else None for second, is_told in zip(range(len(values)), are_told)]
+    newest = max((time for time in times if time is not None), default=None)
+    states = [
+        GaugeState(value, mode if time == newest else "max", time) for value, time in zip(values, times)
+    ]
+    told = [state.value for state in states if state.value is not None and state.since is not None]
+    rng.shuffle(states)
+    merged = GaugeState.merge(iter(states))
+    assert (merged.mode, merged.since) == (mode, newest)
+    if not told:
+        assert merged.value in (set(values) - {None} or {None})
+    else:
+        total = sum(map(Fraction, told))
+        expected = {"max": max(told), "min": min(told), "mean": total / len(told), "last": told[-1]}
+        assert merged.value == pytest.approx(float(expected.get(mode, total)), rel=1e-12)

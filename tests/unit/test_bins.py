@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 
 import pytest
 from hypothesis import given
@@ -34,11 +35,19 @@ def test_keys_ascend_with_values():
     assert keys == sorted(keys)
 
 
+def test_every_bin_holds_its_own_centre():
+    """Key to centre to key, and centres ascend with their keys: all bins of both signs."""
+    every = range(-MAX_KEY, MAX_KEY + 1)
+    centres = [bin_value(key) for key in every]
+    assert list(bin_keys(centres)[0]) == list(every)
+    assert centres == sorted(centres)
+
+
 @pytest.mark.parametrize(("value", "key"), [(1e39, MAX_KEY), (-1e300, -MAX_KEY), (3.4e38, MAX_KEY)])
 def test_what_is_beyond_the_range_counts_in_the_outermost_bin(value, key):
     """Finite values that a single can't hold are not lost."""
     assert bin_key(value) == key
-    assert math.isfinite(bin_value(key))
+    assert bin_value(key) == math.copysign(255 * 2.0**120, value)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-60, -1e-60])
@@ -61,6 +70,22 @@ def test_both_ways_of_computing_keys_agree(values):
     assert keys == at_once[0]
     assert list(keys) == [bin_key(value) for value in values]
     assert (low, high) == (float(min(values)), float(max(values)))
+    assert {type(extreme) for extreme in (low, high, *at_once[1:])} == {float}
+
+
+@given(
+    st.lists(st.one_of(finite, st.integers(-(10**30), 10**30)), min_size=1, max_size=40),
+    st.sampled_from([[], [1e39], [-1e300], [3.4028235677973366e38, -3.4028235677973366e38]]),
+)
+def test_a_struct_that_refuses_what_a_single_cannot_hold_changes_nothing(values, beyond):
+    """Native packing makes it infinite, standard packing raises: the same keys and extremes."""
+    values, known = [*values, *beyond], (-1e301, 1e301)
+    expected, expected_known = bin_keys(values), bin_keys(values, *known)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bins, "pack", lambda layout, *numbers: struct.pack(f"={layout}", *numbers))
+        got, got_known = bin_keys(values), bin_keys(values, *known)
+    assert (got, got_known) == (expected, expected_known)
+    assert {type(extreme) for extreme in got[1:]} == {float}
 
 
 @given(
@@ -79,6 +104,27 @@ def test_known_extremes_change_neither_keys_nor_new_extremes(values, known, odd)
     assert bin_keys(inside * 20, low, high) == (bin_keys(inside * 20)[0], low, high)
 
 
+@given(
+    st.lists(st.floats(2.0, 500.0), min_size=32, max_size=80),
+    st.sampled_from([1.0, 1.001, 1.5, 1e-3]),
+    st.sampled_from([600.0, 1e3, 3e38]),
+    st.lists(
+        st.sampled_from(
+            [0.0, -0.0, -0.5, -1.0, -600.0, -1e3, -3e38, 1e-60, 1e-3, 0.999, 1.0, 1.0005, 1.002, 601.0, 1e39]
+        ),
+        max_size=2,
+    ),
+    st.randoms(),
+)
+def test_a_batch_within_the_known_bins_is_answered_as_any_other(values, low, high, odd, rng):
+    """All keys between the known ones, but for a few below, above, on the edges or of the other sign."""
+    values = [*values, *odd]
+    rng.shuffle(values)
+    keys, least, most = bin_keys(values, low, high)
+    assert list(keys) == [bin_key(value) for value in values]
+    assert (least, most) == (min(low, *values), max(high, *values))
+
+
 @pytest.mark.parametrize("pattern", [0x3F800000, 0x3F808000, 0x3F807FFF, 0x3F818000, 0x7F7F7FFF, 0x00008000])
 def test_a_single_is_rounded_to_the_nearer_bin_and_ties_away_from_zero(pattern):
     """At the boundary itself, just below it, and where a mantissa carries into the exponent."""
@@ -86,6 +132,7 @@ def test_a_single_is_rounded_to_the_nearer_bin_and_ties_away_from_zero(pattern):
     expected = (pattern + 0x8000) >> 16
     assert bin_key(value) == expected
     assert bin_key(-value) == -expected
+    assert list(bins._keys_one_by_one([value, -value], 0.0, 0.0)[0]) == [expected, -expected]
 
 
 def test_no_number_is_no_key():

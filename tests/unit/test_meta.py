@@ -127,3 +127,21 @@ def test_a_base_that_is_no_metaclass_is_refused():
     """A plain class is a common mistake."""
     with pytest.raises(tapes.TapesError, match="a metaclass"):
         tapes.metered_meta([], base=dict)
+
+
+def test_a_metered_metaclass_can_be_combined_with_others(registry):
+    """Cooperatively: every metaclass of the order makes its part."""
+
+    class Combined(tapes.metered_meta([("hits", "hits.{}", registry.meter)]), abc.ABCMeta):
+        pass
+
+    class Base(metaclass=Combined):
+        @abc.abstractmethod
+        def work(self):
+            pass
+
+    assert isinstance(object(), Base) is False
+    assert Base.hits.name == "hits.Base"
+    with pytest.raises(TypeError):
+        Base()
+    assert tapes.metered_meta([], base=abc.ABCMeta).__name__ == "MeteredABCMeta"

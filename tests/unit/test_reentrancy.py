@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import signal
 import sys
@@ -106,6 +107,12 @@ def test_a_handler_that_raises_loses_no_event_and_counts_none_twice(interrupted,
     stop()
     assert raised == 150
     assert completed <= total(registry, kind) <= attempts
+    free = []
+    lock = next(registry.metrics())._lock
+    other = threading.Thread(target=lambda: free.append(lock.acquire(timeout=1)))
+    other.start()
+    other.join()
+    assert free == [True]  # a lock that is left held would stop every other thread
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -145,3 +152,109 @@ def test_destructors_may_record_during_a_collection(kind):
         gc.collect()
     assert registry.snapshot().get("gone").value == made * threads
     assert total(registry, kind) == 2 * made * threads
+
+
+def interrupt(metric, interruption):
+    """Let ``interruption(metric)`` run at the end of the first batch that ``metric`` absorbs."""
+    absorb, done = type(metric)._absorb, []
+
+    def interrupted(self, values):
+        state = absorb(self, values)
+        if not done:
+            done.append(True)
+            interruption(self)
+        return state
+
+    metric.__class__ = type("Interrupted", (type(metric),), {"__slots__": (), "_absorb": interrupted})
+
+
+class TimedOut(Exception):
+    pass
+
+
+@pytest.mark.parametrize("bad", [None, "x", float("nan"), True], ids=repr)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_handlers_exception_goes_on_whatever_is_in_the_batch(kind, bad):
+    """Beside a bad value too; the good ones count once, the bad one is dropped."""
+    registry = tapes.Registry()
+    metric = getattr(registry, kind)("m")
+    absorb, calls = type(metric)._absorb, []
+
+    def interrupted(self, values):
+        calls.append(values)
+        if len(calls) == 1:
+            raise TimedOut
+        return absorb(self, values)
+
+    metric.__class__ = type("Interrupted", (type(metric),), {"__slots__": (), "_absorb": interrupted})
+    for value in (1, 1, bad, 1):
+        getattr(metric, KINDS[kind])(value)
+    with pytest.raises(TimedOut):
+        metric.collect()
+    assert total(registry, kind) == (4 if bad is True else 3)
+    assert len(registry.snapshot().series("tapes.rejected")) == (0 if bad is True else 1)
+
+
+@pytest.mark.parametrize("kind", ["counter", "meter", "histogram", "timer"])
+def test_taking_from_within_a_fold_takes_each_event_once(kind):
+    """As a signal handler may that says goodbye: what is taken and what is left add up."""
+    registry = tapes.Registry()
+    metric = getattr(registry, kind)("m")
+    taken = []
+    interrupt(metric, lambda metric: taken.append(metric.take()))
+    for _ in range(300):
+        getattr(metric, KINDS[kind])(1)
+    metric.collect()
+    both = [state.series((), 0).fields() for state in (taken[0], metric.collect())]
+    assert sum(fields.get("count", fields.get("value")) for fields in both) == 300
+
+
+class Slow:
+    """A number that is being folded until it is told to go on."""
+
+    def __init__(self):
+        self.folding, self.go_on = threading.Event(), threading.Event()
+
+    def __float__(self):
+        self.folding.set()
+        self.go_on.wait(30)
+        return 1.0
+
+
+@pytest.fixture
+def folding():
+    """Return a histogram whose lock is held by another thread."""
+    histogram, slow = tapes.Registry().histogram("h"), Slow()
+    histogram.update(slow)
+    thread = threading.Thread(target=histogram.collect)
+    thread.start()
+    assert slow.folding.wait(30)
+    yield histogram
+    slow.go_on.set()
+    thread.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_child_forked_while_another_thread_folds_records_and_reads(folding):
+    """The lock of a thread that the child has not is no obstacle."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            del folding._buffer[:]
+            for _ in range(1000):
+                folding.update(2.0)
+            status = 0 if folding.collect().sketch.count == 1000 else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_lock_of_another_process_is_replaced_by_whoever_finds_it(folding):
+    """Servers that fork in C run no hooks of Python."""
+    folding._pid = -1
+    del folding._buffer[:]
+    for _ in range(1000):
+        folding.update(2.0)
+    assert len(folding._buffer) < 1000

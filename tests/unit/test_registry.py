@@ -242,3 +242,14 @@ def test_a_full_snapshot_answers_by_name_and_labels(registry):
     assert snapshot.get("c") is None
     assert snapshot.series("nothing") == ()
     assert [family.name for family in snapshot] == ["c"]
+
+
+@pytest.mark.parametrize(("first", "second"), [("a.value", "a"), ("a", "a.value")])
+def test_a_removed_name_blocks_nobody(registry, first, second):
+    """Neither above nor below it."""
+    registry.counter(first)
+    with pytest.raises(tapes.TapesError, match="hide"):
+        registry.counter(second)
+    assert registry.remove(first)
+    registry.counter(second).increment()
+    assert registry.snapshot().get(second).value == 1

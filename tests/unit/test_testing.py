@@ -114,3 +114,29 @@ def test_the_fixture_is_there_for_every_project(pytester):
         """
     )
     pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider").assert_outcomes(passed=2)
+
+
+def test_strict_blocks_nest(registry):
+    """The fixture, and a block in the test: both are strict, before, within and after the inner one."""
+    counter = registry.counter("c")
+    with strict(registry):
+        counter.increment(3)
+        with strict(registry):
+            assert_recorded("c", value=0, registry=registry)
+            with pytest.raises(BadValue):
+                counter.increment("bad")
+        with pytest.raises(BadValue):
+            counter.increment("bad")
+        assert_recorded("c", value=0, registry=registry)
+    counter.increment("bad")
+    assert registry.get_stats().tapes.rejected.value == 1
+
+
+def test_without_fields_something_must_have_been_recorded(registry):
+    """A metric that was only made is not enough."""
+    counter = registry.counter("c")
+    with pytest.raises(AssertionError, match="c was not recorded"):
+        assert_recorded("c", registry=registry)
+    assert_recorded("c", value=0, registry=registry)
+    counter.increment()
+    assert_recorded("c", registry=registry)

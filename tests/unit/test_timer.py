@@ -261,3 +261,16 @@ def test_a_clock_that_goes_back_makes_a_bad_value_and_no_exception(registry):
         timing._start += 5
     assert durations(registry) == []
     assert registry.get_stats().tapes.rejected.value == 1
+
+
+def test_a_callable_object_with_a_coroutine_is_timed_to_its_end(registry, clock):
+    """Not only to the making of the coroutine."""
+
+    class Handler:
+        async def __call__(self):
+            await asyncio.sleep(0)
+            clock.advance(2)
+
+    handler = registry.timer("t").time()(Handler())
+    asyncio.run(handler())
+    assert durations(registry) == [(2.0, 1)]
