@@ -23,8 +23,8 @@ import addict
 from tapes.catalogue import Catalogue, Metrics
 from tapes.clock import Clock, monotonic, tick_at
 from tapes.errors import InvalidArgument, KindConflict, short_repr
-from tapes.metrics import MERGE_MODES, Counter, Gauge, Histogram, Meter, Metric, State, Timer
-from tapes.metrics.gauge import Producer
+from tapes.metrics import Counter, Gauge, Histogram, Meter, Metric, State, Timer
+from tapes.metrics.gauge import Producer, check_gauge
 from tapes.naming import Labels, canonical_labels, check_name, label_text
 from tapes.snapshot import Family, Snapshot
 
@@ -191,21 +191,7 @@ class Registry:
                 return self._gauges[words]
             except (KeyError, TypeError):
                 pass
-        if merge not in MERGE_MODES:
-            raise InvalidArgument("a gauge's merge mode", got=merge, expected=" or ".join(MERGE_MODES))
-        if producer is not None and not callable(producer):
-            raise InvalidArgument(
-                "a gauge's producer",
-                got=producer,
-                expected="a callable without arguments",
-                remedy="use .set(value) for a plain value",
-            )
-        if weak is True and producer is not None:
-            _check_weak(producer)
-        if not isinstance(weak, bool):
-            raise InvalidArgument(
-                "a gauge's weak=", got=weak, expected="a bool", remedy="use labels={'weak': …} for a label"
-            )
+        check_gauge(producer, merge, weak)
         gauge = self._get(Gauge, self._gauges, name, labels, more_labels, mode=merge)
         if merge not in (gauge.mode, "sum"):
             raise KindConflict(f"gauge {name!r} merges in another way", got=merge, expected=gauge.mode)
@@ -379,17 +365,6 @@ class Registry:
 
     def _rejected(self, metric: Metric, value: Any, why: str) -> None:
         self.reject(metric.name, metric.labels, value, why)
-
-
-def _check_weak(producer: Producer) -> None:
-    try:
-        weakref.ref(getattr(producer, "__self__", producer))
-    except TypeError:
-        raise InvalidArgument(
-            "a gauge's producer with weak=True",
-            got=producer,
-            expected="a callable, or a method of an object, that can be weakly referenced",
-        ) from None
 
 
 def _renew_locks() -> None:

@@ -85,8 +85,13 @@ class Counter(Metric):
             return CounterState(Total(up.whole + len(values), up.parts), down)
         if tuple not in map(type, values):
             return CounterState(add_up(up, values), down)
-        ups = [value for value in values if not _is_down(value)]
-        downs = [value[0] for value in values if _is_down(value)]
+        ups: list[Any] = []
+        downs: list[Any] = []
+        for value in values:
+            if type(value) is tuple and len(value) == 2 and value[1] is DOWN:
+                downs.append(value[0])
+            else:
+                ups.append(value)
         return CounterState(add_up(up, ups), add_up(down, downs))
 
     def _checked(self, value: Any) -> Any:

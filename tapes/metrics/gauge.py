@@ -10,18 +10,49 @@ from types import MethodType
 from typing import Any, Callable, NamedTuple
 
 from tapes.clock import Clock
-from tapes.errors import safe_text, short_repr
+from tapes.errors import InvalidArgument, safe_text, short_repr
 from tapes.metrics.base import DOWN, FULL, Metric, Reject, checked_number
 from tapes.naming import Labels
 from tapes.snapshot import GaugeSeries
 from tapes.sums import Number, Total
 
-__all__ = ["MERGE_MODES", "Gauge", "GaugeState", "Producer"]
+__all__ = ["MERGE_MODES", "Gauge", "GaugeState", "Producer", "check_gauge"]
 
 Producer = Callable[[], Number]
 
 MERGE_MODES = ("sum", "max", "min", "mean", "last", "each")
 """How the gauges of several processes become one: ``each`` keeps one series per worker."""
+
+
+def check_gauge(producer: Any, merge: Any, weak: Any) -> None:
+    """Check what a gauge is made with.
+
+    Raises:
+        InvalidArgument: If ``producer`` is not callable, or can't be weakly referenced where it should be,
+            ``merge`` is none of `MERGE_MODES`, or ``weak`` is no bool.
+    """
+    if merge not in MERGE_MODES:
+        raise InvalidArgument("a gauge's merge mode", got=merge, expected=" or ".join(MERGE_MODES))
+    if producer is not None and not callable(producer):
+        raise InvalidArgument(
+            "a gauge's producer",
+            got=producer,
+            expected="a callable without arguments",
+            remedy="use .set(value) for a plain value",
+        )
+    if not isinstance(weak, bool):
+        raise InvalidArgument(
+            "a gauge's weak=", got=weak, expected="a bool", remedy="use labels={'weak': …} for a label"
+        )
+    if weak and producer is not None:
+        try:
+            weakref.ref(getattr(producer, "__self__", producer))
+        except TypeError:
+            raise InvalidArgument(
+                "a gauge's producer with weak=True",
+                got=producer,
+                expected="a callable, or a method of an object, that can be weakly referenced",
+            ) from None
 
 
 class GaugeState(NamedTuple):
