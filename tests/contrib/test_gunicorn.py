@@ -209,7 +209,7 @@ def test_an_aggregator_that_cannot_start_ends_gunicorn_with_one_sentence(short_d
     assert lines[0].startswith("tapes: ")
     assert CANNOT_START[case] in lines[0]
     assert plain.read_text() == "precious"
-    assert service.nothing_left()
+    wait_for(service.nothing_left, "nothing is left", 4)
 
 
 def test_without_pyzmq_gunicorn_ends_with_what_to_install(short_dir):
