@@ -70,7 +70,7 @@ def picture(figures: dict[tuple[str, str], Figure]) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("nanoseconds per call, folding included (less is better)")
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.3, 1), ncols=len(libraries))
     axes.spines[["top", "right"]].set_visible(False)
     plot.tight_layout()
     plot.savefig(DOCS / "benchmarks.svg", metadata={"Date": None})

@@ -77,7 +77,7 @@ def _keys_at_once(values: Sequence[Number], low: float, high: float) -> _Binned:
         signs, past_low, to_high = _limits(size, low, high)
         if not lanes & signs and not (lanes + to_high) & signs:
             if (lanes + past_low) & signs != signs:
-                low = float(min(low, *values))
+                low = float(min(low, min(values)))
             return keys, low, high
     lowest, highest = min(values), max(values)
     if highest >= _OUTERMOST or lowest < 0 or (lowest == 0 and _NEGATIVE_ZERO in keys):
