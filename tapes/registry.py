@@ -367,16 +367,16 @@ class Registry:
         self.reject(metric.name, metric.labels, value, why)
 
 
-def _renew_locks() -> None:
+def _after_fork() -> None:
     """Free a forked child from locks whose holders it has not."""
     for registry in list(_registries):
         for metric in registry.metrics():
-            metric.renew_lock()
+            metric.after_fork()
 
 
 _registries: weakref.WeakSet[Registry] = weakref.WeakSet()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks)
+    os.register_at_fork(after_in_child=_after_fork)
 
 default_registry = Registry()
 """The registry behind ``tapes.counter()`` and its siblings."""

@@ -91,7 +91,7 @@ class Metric:
         self._reject = reject
         self._buffer: list[Any] = []
         self._bad: list[tuple[Any, str]] = []
-        self.renew_lock()
+        self._renew_lock()
         self._state: Any = self._initial(clock())
 
     def __repr__(self) -> str:
@@ -108,14 +108,28 @@ class Metric:
 
     def take(self) -> State:
         """Return the state and start again from zero, in one step: every event is in one of the two."""
-        self.collect()
+        self._fold(self._clock(), wait=True)
         initial = self._initial(self._clock())
-        with self._lock:  # this thread's own fold, if this call interrupts it, will notice
+        lock = self._lock
+        try:  # as in _fold; a fold that this call interrupts notices that its state was taken
+            lock.acquire(timeout=_WAIT_SECONDS)
             state, self._state = self._state, initial
+        finally:
+            try:  # noqa: SIM105
+                lock.release()
+            except RuntimeError:
+                pass
         return cast("State", state)
 
-    def renew_lock(self) -> None:
-        """Forget who is folding: in a forked child that thread does not exist."""
+    def after_fork(self) -> None:
+        """Go on in a forked child: replace the lock if a thread holds it that is not there."""
+        if self._lock.acquire(False):
+            self._pid = os.getpid()
+            self._lock.release()
+        else:
+            self._renew_lock()
+
+    def _renew_lock(self) -> None:
         self._pid = os.getpid()
         self._folding = False
         self._lock = RLock()
@@ -127,7 +141,7 @@ class Metric:
         try:
             if not lock.acquire(False):
                 if self._pid != os.getpid():  # forked by a server in C, which runs no hooks
-                    self.renew_lock()
+                    self._renew_lock()
                     lock = self._lock
                 if not (lock.acquire(timeout=_WAIT_SECONDS) if wait else lock.acquire(False)):
                     return
@@ -135,6 +149,7 @@ class Metric:
                 return
             try:
                 self._folding = True
+                self._pid = os.getpid()
                 self._fold_alone(now)
                 if wait:
                     self._settle()

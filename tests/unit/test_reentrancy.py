@@ -258,3 +258,24 @@ def test_a_lock_of_another_process_is_replaced_by_whoever_finds_it(folding):
     for _ in range(1000):
         folding.update(2.0)
     assert len(folding._buffer) < 1000
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_from_within_a_fold_counts_each_event_once_in_both():
+    """As a signal handler may that starts a process: parent and child both end their fold."""
+    counter = tapes.Registry().counter("c")
+    pids = []
+
+    def fork(metric):
+        pids.append(os.fork())
+        if pids == [0]:
+            for _ in range(500):
+                metric.increment()
+
+    interrupt(counter, fork)
+    for _ in range(100):
+        counter.increment()
+    total = counter.collect().up.value
+    if pids == [0]:
+        os._exit(0 if counter.collect().up.value == 600 else 1)
+    assert (total, os.waitpid(pids[0], 0)[1]) == (100, 0)
