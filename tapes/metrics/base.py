@@ -91,7 +91,9 @@ class Metric:
         self._reject = reject
         self._buffer: list[Any] = []
         self._bad: list[tuple[Any, str]] = []
-        self._renew_lock()
+        self._lock = RLock()
+        self._folding = False
+        self._pid = os.getpid()
         self._state: Any = self._initial(clock())
 
     def __repr__(self) -> str:
@@ -130,9 +132,9 @@ class Metric:
             self._renew_lock()
 
     def _renew_lock(self) -> None:
-        self._pid = os.getpid()
-        self._folding = False
         self._lock = RLock()
+        self._folding = False
+        self._pid = os.getpid()
 
     def _fold(self, now: float, *, wait: bool = False) -> None:
         lock = self._lock
