@@ -287,6 +287,6 @@ def checked_number(value: Any) -> Number:
     if not finite:
         raise ValueError("it is not a finite number")
     try:
-        return index(value)
+        return int(index(value))  # before Python 3.10, index(True) is True
     except TypeError:
         return float(value)
