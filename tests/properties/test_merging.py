@@ -8,7 +8,7 @@ import sys
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tapes
@@ -43,10 +43,12 @@ sizes = st.one_of(st.floats(5e-324, 1e300), st.floats(5e-324, 1e-300), st.intege
 
 
 @given(st.lists(sizes, min_size=1, max_size=40))
+@example([2.0**53, 1.5, 2.0**-60])  # the rest is below zero and no float
+@example([2**53, 1])
 def test_the_sum_of_a_batch_is_exact(values):
-    """Also of subnormal numbers, of zeros, and where they span hundreds of decades."""
-    values = [float(value) for value in values]
-    assert sum(map(Fraction, sum_of_batch(values, min(values)))) == sum(map(Fraction, values))
+    """Also of subnormal numbers, of zeros, of large whole ones, and where they span hundreds of decades."""
+    parts = sum_of_batch(values, min(values))
+    assert sum(map(Fraction, parts)) == sum(Fraction(float(value)) for value in values)
 
 
 @given(st.lists(st.lists(numbers, max_size=10), max_size=6))
@@ -54,7 +56,10 @@ def test_totals_merge_to_the_total_of_all(groups):
     """Whole numbers stay whole; the merged total is that of one stream."""
     merged = Total.merge(Total().add(group) for group in groups)
     together = Total().add([number for group in groups for number in group])
-    assert merged == together
+    one = Total()
+    for group in groups:
+        one = one.add(group)
+    assert merged == together == one
     if all(isinstance(number, int) for group in groups for number in group):
         assert merged.value == sum(number for group in groups for number in group)
 
@@ -71,6 +76,7 @@ def test_large_whole_numbers_stay_exact_beside_fractions():
     """2^53 + 1 is no float, but its sum with 1.0 is."""
     assert Total().add([2**53 + 1]).add([1.0]).value == 2.0**53 + 2
     assert Total(10**400, (0.5,)).value == sys.float_info.max
+    assert Total(-(2**53), (2.0**53,)).value == 0.0
 
 
 @given(batches, st.randoms())

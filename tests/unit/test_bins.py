@@ -54,6 +54,7 @@ def test_what_is_beyond_the_range_counts_in_the_outermost_bin(value, key):
 def test_both_zeros_and_what_is_too_small_are_zero(value):
     """Negative zero has no bin of its own."""
     assert bin_key(value) == 0
+    assert math.copysign(1.0, bin_value(0)) == 1.0
 
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -104,25 +105,19 @@ def test_known_extremes_change_neither_keys_nor_new_extremes(values, known, odd)
     assert bin_keys(inside * 20, low, high) == (bin_keys(inside * 20)[0], low, high)
 
 
-@given(
-    st.lists(st.floats(2.0, 500.0), min_size=32, max_size=80),
-    st.sampled_from([1.0, 1.001, 1.5, 1e-3]),
-    st.sampled_from([600.0, 1e3, 3e38]),
-    st.lists(
-        st.sampled_from(
-            [0.0, -0.0, -0.5, -1.0, -600.0, -1e3, -3e38, 1e-60, 1e-3, 0.999, 1.0, 1.0005, 1.002, 601.0, 1e39]
-        ),
-        max_size=2,
-    ),
-    st.randoms(),
-)
-def test_a_batch_within_the_known_bins_is_answered_as_any_other(values, low, high, odd, rng):
-    """All keys between the known ones, but for a few below, above, on the edges or of the other sign."""
-    values = [*values, *odd]
-    rng.shuffle(values)
-    keys, least, most = bin_keys(values, low, high)
-    assert list(keys) == [bin_key(value) for value in values]
-    assert (least, most) == (min(low, *values), max(high, *values))
+@pytest.mark.parametrize("scale", [2.0**-30, 1.0, 2.0**30])
+@pytest.mark.parametrize("low", [1.0, 0.9985, 1.0038])
+@pytest.mark.parametrize("high", [600.0, 598.1, 601.9])
+def test_a_batch_within_the_known_bins_is_answered_as_any_other(scale, low, high):
+    """But for one value below, above, in the bins of the known extremes, between all others or negative."""
+    many = [2.0 + 8.37 * step for step in range(60)]
+    low, high, sizes = low * scale, high * scale, [0.0, 1e-60, 1e-3, 0.99, 0.9981, 0.999, 1.0, 1.003, 1.0037]
+    sizes += [1.0039, 1.0041, 1.5, 300.0, 597.9, 598.05, 598.5, 599.0, 600.0, 601.0, 601.95, 602.1, 1e3, 1e25]
+    for odd in (sign * size for size in sizes for sign in (1, -1)):
+        values = [value * scale for value in (*many, odd, 2.5)]
+        keys, least, most = bin_keys(values, low, high)
+        assert list(keys) == [bin_key(value) for value in values]
+        assert (least, most) == (min(low, *values), max(high, *values))
 
 
 @pytest.mark.parametrize("pattern", [0x3F800000, 0x3F808000, 0x3F807FFF, 0x3F818000, 0x7F7F7FFF, 0x00008000])
