@@ -19,11 +19,12 @@ from fractions import Fraction
 from math import fsum, isfinite, ulp
 from typing import NamedTuple, Union
 
-__all__ = ["Number", "Total", "exact_sum", "sum_of_batch"]
+__all__ = ["LARGE", "Number", "Total", "exact_sum", "sum_of_batch"]
 
 _MOST = sys.float_info.max
 _FLOAT_DIGITS = 2.0**53
-_LARGE = 1e308
+LARGE = 1e308
+"""A number between it and its negative is finite; a sum of positive ones below it has only such summands."""
 
 Number = Union[int, float]
 
@@ -62,7 +63,7 @@ def sum_of_batch(values: list[Number], low: Number) -> tuple[float, ...]:
         ValueError, TypeError, OverflowError: If a value is NaN, infinite, or no number.
     """
     near = sum(values) if low > 0 else 0.0
-    if 0.0 < near < _LARGE:
+    if 0.0 < near < LARGE:
         near = float(near)
         rest = fsum([*values, -near])
         if abs(rest) < ulp(low) * _FLOAT_DIGITS:

@@ -32,7 +32,7 @@ from tapes.clock import Clock
 from tapes.errors import safe_text
 from tapes.naming import Labels
 from tapes.snapshot import Series
-from tapes.sums import Number
+from tapes.sums import LARGE, Number
 
 __all__ = ["DOWN", "FULL", "Metric", "Reject", "State", "checked_number"]
 
@@ -50,8 +50,6 @@ _BATCH = 4 * FULL
 """A buffer that has grown longer, as its folder was slow, is folded in such parts."""
 _OURS = (ValueError, TypeError, ArithmeticError)
 """What arithmetic with bad values raises."""
-_MANY = 1 << 1000
-"""Whole numbers below have a float."""
 
 Reject = Callable[["Metric", Any, str], None]
 """Told of every bad value: the metric, the value and why it can't be recorded."""
@@ -276,10 +274,9 @@ def checked_number(value: Any) -> Number:
     Raises:
         ValueError: If it is NaN, infinite, too large for a float, or no number.
     """
-    if type(value) is float and isfinite(value):
-        return value
-    if type(value) is int and -_MANY < value < _MANY:
-        return value
+    if type(value) in (int, float) and -LARGE < value < LARGE:  # which NaN is not
+        number: Number = value
+        return number
     try:
         finite = isfinite(value)
     except (TypeError, ValueError, OverflowError):

@@ -8,13 +8,9 @@ from typing import Any, NamedTuple
 from tapes.metrics.base import DOWN, FULL, Metric, checked_number
 from tapes.naming import Labels
 from tapes.snapshot import CounterSeries
-from tapes.sums import Number, Total
+from tapes.sums import LARGE, Number, Total
 
 __all__ = ["Counter", "CounterState", "add_up"]
-
-
-_LARGE = 1e308
-"""A sum below it has only finite summands."""
 
 
 class CounterState(NamedTuple):
@@ -119,7 +115,7 @@ def add_up(total: Total, values: list[Any]) -> Total:
     together = sum(values)
     if min(values) < 0 or not {int, float}.issuperset(map(type, values)):
         raise ValueError("not all are plain numbers of 0 or more")
-    if not together < _LARGE:  # or one of them is not finite
+    if not together < LARGE:  # or one of them is not finite
         for value in values:
             checked_number(value)
     if type(together) is int:

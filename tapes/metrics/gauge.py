@@ -14,7 +14,7 @@ from tapes.errors import InvalidArgument, safe_text, short_repr
 from tapes.metrics.base import DOWN, FULL, Metric, Reject, checked_number
 from tapes.naming import Labels
 from tapes.snapshot import GaugeSeries
-from tapes.sums import Number, Total
+from tapes.sums import LARGE, Number, Total
 
 __all__ = ["MERGE_MODES", "Gauge", "GaugeState", "Producer", "check_gauge"]
 
@@ -94,7 +94,6 @@ class GaugeState(NamedTuple):
 
 
 _UP = object()
-_LARGE = 1e308
 
 
 class _Standing(NamedTuple):
@@ -157,7 +156,7 @@ class Gauge(Metric):
 
         Cost: a comparison and a store. Never raises, never waits.
         """
-        if type(value) in (int, float) and -_LARGE < value < _LARGE:  # which NaN is not
+        if type(value) in (int, float) and -LARGE < value < LARGE:  # which NaN is not
             self._set = (value, self._clock() if self.mode == "last" else None)
         else:
             self._set_unusual(value)
