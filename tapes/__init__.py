@@ -2,16 +2,21 @@
 
 Any worker answers for the whole service, exactly, for little more than a method call.
 
-The functions of this module use one default registry. It is local until `connect` attaches it to a running
-aggregator; from then on `get_stats` answers for every connected process. Everything here is safe from any
-thread. Adapters, reporters and the aggregator are in modules of their own, imported when they are used.
+The functions of this module use one default registry. It is local until `join` or `connect` attaches it to an
+aggregator; from then on `get_stats` answers for every connected process. Where ``TAPES_ADDR`` is set, and in
+processes that a connected one forks or spawns, it connects by itself when its first metric is made or it is
+first read. Everything here is safe from any thread. Adapters, reporters and the aggregator are in modules of
+their own, imported when they are used.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from tapes.errors import TapesError
+from tapes.forks import connected_parent
 from tapes.meta import metered_meta
 from tapes.registry import Registry, default_registry
 
@@ -29,6 +34,7 @@ __all__ = [
     "gauge",
     "get_stats",
     "histogram",
+    "join",
     "meter",
     "metered_meta",
     "timer",
@@ -46,7 +52,7 @@ timer = default_registry.timer
 
 
 def connect(addr: str | None = None) -> None:
-    """Connect the default registry to a running aggregator; call it after a fork, not before.
+    """Connect the default registry to a running aggregator; children that it is forked into do so too.
 
     Args:
         addr: Where the aggregator listens; by default ``TAPES_ADDR`` from the environment, or
@@ -61,12 +67,37 @@ def connect(addr: str | None = None) -> None:
     connect_registry(default_registry, addr)
 
 
+def join(addr: str | None = None) -> None:
+    """Connect the default registry to the aggregator of its service, and start one if none is there.
+
+    Whoever comes first starts it: a process of its own, which lives as long as any process of the service
+    and leaves 2 s after the last. Sets ``TAPES_ADDR`` for the processes that this one starts.
+
+    ``TAPES_AUTOSTART=0`` forbids to start one, ``TAPES_DISABLED=1`` makes this do nothing;
+    ``TAPES_HTTP=PORT`` has the aggregator answer over HTTP.
+
+    Args:
+        addr: Where to meet; by default ``TAPES_ADDR`` from the environment, or else a private directory that
+            all processes of the service find: those of one gunicorn, uWSGI, multiprocessing parent, or forked
+            from one process.
+
+    Raises:
+        MissingExtra: If pyzmq or msgpack is not installed.
+        AddressError: If the address can't be used.
+        AggregatorUnavailable: If the aggregator can't be started.
+    """
+    from tapes.distributed.joining import join as join_registry
+
+    join_registry(default_registry, addr)
+
+
 def close() -> None:
     """Hand the default registry's last values to the aggregator and disconnect; nothing if not connected.
 
     What was handed over is counted there, so the registry starts again from zero; gauges stay. Takes 1 s at
     most, if the aggregator doesn't answer.
     """
+    default_registry.connect_when_used = None
     if default_registry.connection is not None:
         from tapes.distributed.connection import close as close_registry
 
@@ -83,3 +114,24 @@ def __getattr__(name: str) -> Any:
 
         return DistributedRegistry
     raise AttributeError(f"module 'tapes' has no attribute {name!r}")
+
+
+def _address_told() -> str:
+    """Return where the environment says that the default registry is to connect; empty if nowhere."""
+    return os.environ.get("TAPES_ADDR") or next(iter(connected_parent()), "")
+
+
+def _connect_as_told() -> None:
+    address = _address_told()
+    if address:
+        try:
+            connect(address)
+        except TapesError as error:
+            _log.warning("tapes can't connect as TAPES_ADDR says: %s", error)
+
+
+_log = logging.getLogger("tapes")
+
+default_registry.connect_in_children = _connect_as_told
+if _address_told():
+    default_registry.connect_when_used = _connect_as_told

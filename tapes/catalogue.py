@@ -5,15 +5,25 @@ Lock-free, as the registry is: dictionaries decide races, and places are handed 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 from collections.abc import ItemsView
+from typing import Callable
 
 from tapes.errors import KindConflict
 from tapes.metrics import Metric
 from tapes.naming import Labels
 from tapes.snapshot import FIELDS
 
-__all__ = ["Catalogue", "Metrics"]
+__all__ = ["MAX_SERIES", "OVERFLOW", "Catalogue", "Metrics", "warn_of_overflow"]
+
+MAX_SERIES = 2000
+"""So many label sets a name has, unless told otherwise."""
+OVERFLOW = ("overflow", "true")
+"""The label of the series that takes what has no place of its own."""
+
+_log = logging.getLogger("tapes.registry")
 
 
 class Metrics:
@@ -74,6 +84,48 @@ class Catalogue:
             )
         return metrics
 
+    def find_or_make(
+        self,
+        name: str,
+        labels: Labels,
+        kind: type[Metric],
+        build: Callable[[Labels], Metric],
+        max_series: int,
+        overflow: Labels,
+    ) -> Metric:
+        """Return the metric of these labels; built if it isn't there, unless all places are taken.
+
+        Args:
+            name: The full name.
+            labels: The labels.
+            kind: The kind of metric.
+            build: Makes one, given its labels.
+            max_series: How many places a name has.
+            overflow: The labels of the metric that takes what has no place.
+
+        Raises:
+            KindConflict: As `metrics_of`.
+        """
+        metrics = self.metrics_of(kind, name)
+        metric = metrics.by_labels.get(labels)
+        if metric is not None:
+            return metric
+        place = metrics.take_place()
+        within = place < max_series
+        if not within and labels not in metrics.by_labels:  # another thread may have made it meanwhile
+            if not metrics.overflowing:
+                metrics.overflowing = True
+                warn_of_overflow(name, max_series)
+            labels = overflow
+            metric = metrics.by_labels.get(labels)
+            if metric is not None:
+                return metric
+        made = build(labels)
+        metric = metrics.by_labels.setdefault(labels, made)
+        if within and metric is not made:
+            metrics.free_places.append(place)
+        return metric
+
     def _check_hiding(self, kind: str, name: str) -> None:
         segments = name.split(".")
         parents = [".".join(segments[:depth]) for depth in range(1, len(segments))]
@@ -87,6 +139,16 @@ class Catalogue:
                 raise _hides(child, below.kind.kind, segment, name, kind)
         for parent, segment in zip(parents, segments[1:]):
             self._below.setdefault(parent, {})[segment] = name
+
+
+def warn_of_overflow(name: str, max_series: int) -> None:
+    """Log that a name has no place for further label sets."""
+    with contextlib.suppress(Exception):  # whatever logging is made to do, it is not the request's
+        _log.warning(
+            "%r has reached %d label sets; further ones are recorded as overflow=\"true\". "
+            "Is a label's value unbounded, like a raw path or an id?",
+            name, max_series,
+        )  # fmt: skip
 
 
 def _hides(child: str, child_kind: str, segment: str, parent: str, parent_kind: str) -> KindConflict:

@@ -2,7 +2,8 @@
 
 A registry knows nothing of other processes. A *connection* may be attached to it from above; while it is,
 reads are answered by the connection, for the whole service, and what this process recorded is collected by
-it. That is how one class serves one process and fifty, and how metrics made at import time take part.
+it. That is how one class serves one process and fifty, and how metrics made at import time take part. After a
+fork `tapes.forks` calls the registries: a child begins from zero, under another identity.
 
 Making is lock-free, so that a metric can be made in a signal handler and no lock has to survive a fork:
 dictionaries decide races (``setdefault``). A metric that was asked for before is found by one dictionary
@@ -14,13 +15,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Callable, TypeVar, cast
 
 import addict
 
-from tapes.catalogue import Catalogue, Metrics
+from tapes import forks
+from tapes.catalogue import MAX_SERIES, OVERFLOW, Catalogue
 from tapes.clock import Clock, monotonic, tick_at
 from tapes.errors import InvalidArgument, KindConflict, short_repr
 from tapes.metrics import Counter, Gauge, Histogram, Meter, Metric, State, Timer
@@ -35,19 +36,40 @@ M = TypeVar("M", bound=Metric)
 REJECTED = "tapes.rejected"
 """The counter of values and messages that were dropped."""
 
-_OVERFLOW = ("overflow", "true")
 _Words = tuple[str, ...]
 _log = logging.getLogger("tapes.registry")
 
 
-class Connection(Protocol):
+class Connection:
     """What answers for the whole service while it is attached to a registry."""
 
     def snapshot(self) -> Snapshot:
         """Return the merged view."""
+        raise NotImplementedError
 
     def render(self, form: str) -> bytes:
         """Return the merged view, written in the form of that name (`tapes.exposition.FORMS`)."""
+        raise NotImplementedError
+
+    def request_ended(self) -> None:
+        """Called by adapters at the end of a request: publishes, if nothing else does."""
+
+    def published(self, series: tuple[str, Labels]) -> State | None:
+        """Return the state of a series that others have been told, ``None`` if none was."""
+        return None
+
+    def published_version(self) -> int:
+        """Return when, as `tapes.forks.stamp`; 0 if nothing was."""
+        return 0
+
+    def before_fork(self) -> None:
+        """Hold still: nothing of it may be under way in another thread."""
+
+    def go_on(self) -> None:
+        """Go on in the parent."""
+
+    def begin_anew(self) -> None:
+        """In the child, attach another one in its own place, as nothing of it can be used there."""
 
 
 class Registry:
@@ -79,14 +101,14 @@ class Registry:
         prefix: str = "",
         labels: Mapping[str, Any] | None = None,
         clock: Clock = monotonic,
-        max_series: int = 2000,
+        max_series: int = MAX_SERIES,
     ) -> None:
         if not isinstance(max_series, int) or max_series < 1:
             raise InvalidArgument("max_series", got=max_series, expected="a whole number of at least 1")
         self._prefix = check_name(prefix) + "." if prefix else ""
         self._labels = dict(canonical_labels(labels, {}))
         self.clock = clock
-        self._max_series = max_series
+        self.max_series = max_series
         self._catalogue = Catalogue()
         self._described: dict[str, tuple[str, str | None]] = {}
         self._counters: dict[_Words, Counter] = {}
@@ -95,9 +117,26 @@ class Registry:
         self._timers: dict[_Words, Timer] = {}
         self._gauges: dict[_Words, Gauge] = {}
         self._complained: set[tuple[str, Labels]] = set()
-        self.connection: Connection | None = None
         self.revision = 0
-        _registries.add(self)
+        self.identity = os.urandom(16)
+        self.ancestors: tuple[forks.Ancestor, ...] = ()
+        self.connect_when_used: Callable[[], None] | None = None
+        self.connect_in_children: Callable[[], None] | None = None
+        self._connection: Connection | None = None
+        forks.add(self)
+
+    @property
+    def connection(self) -> Connection | None:
+        """What answers for the whole service, if anything does."""
+        if self.connect_when_used is not None:
+            connect, self.connect_when_used = self.connect_when_used, None
+            connect()
+        return self._connection
+
+    @connection.setter
+    def connection(self, connection: Connection | None) -> None:
+        self.connect_when_used = None
+        self._connection = connection
 
     def counter(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Counter:
         """Return the counter of this name and these labels; made if it isn't there.
@@ -226,7 +265,7 @@ class Registry:
         if metrics is None or metric is None:
             return False
         self._complained.discard((full_name, key))
-        if _OVERFLOW not in key:
+        if OVERFLOW not in key:
             metrics.free_places.append(0)
         for found in (self._counters, self._meters, self._histograms, self._timers, self._gauges):
             for words in [words for words, kept in found.copy().items() if kept is metric]:
@@ -246,15 +285,16 @@ class Registry:
 
     def snapshot(self) -> Snapshot:
         """Return one consistent, frozen cut of all series; raises as `get_stats`."""
-        if self.connection is not None:
-            return self.connection.snapshot()
+        connection = self.connection
+        if connection is not None:
+            return connection.snapshot()
         self.refresh()
         tick = tick_at(self.clock())
         states: dict[str, list[tuple[Labels, State]]] = {}
         kinds: dict[str, str] = {}
-        for kind, name, labels, state in self.collect():
-            kinds[name] = kind
-            states.setdefault(name, []).append((labels, state))
+        for name, metric in self._each():
+            kinds[name] = metric.kind
+            states.setdefault(name, []).append((metric.labels, metric.whole()))
         return Snapshot(
             Family.of(name, kinds[name], self._described.get(name), group, tick)
             for name, group in states.items()
@@ -266,9 +306,14 @@ class Registry:
             yield metric
 
     def collect(self) -> Iterator[tuple[str, str, Labels, State]]:
-        """Yield kind, name, labels and state of every series of this process."""
+        """Yield kind, name, labels and state of every series of this process, without what it inherited."""
         for name, metric in self._each():
             yield metric.kind, name, metric.labels, metric.collect()
+
+    def states(self) -> Iterator[tuple[str, str, Labels, State]]:
+        """Yield what `collect` does, as of the last folding; takes no lock and logs nothing."""
+        for name, metric in self._each():
+            yield metric.kind, name, metric.labels, metric.state
 
     def refresh(self, max_age_seconds: float = 0.0) -> None:
         """Run the producers of gauges whose values are older than ``max_age_seconds``."""
@@ -278,9 +323,43 @@ class Registry:
                     cast("Gauge", gauge).refresh(max_age_seconds)
 
     def take(self) -> Iterator[tuple[str, str, Labels, State]]:
-        """Yield what `collect` does and start again from zero; see `Metric.take`."""
+        """Yield what `collect` does and start again from zero, under another identity; see `Metric.take`."""
+        self.ancestors = ()
+        self.identity = os.urandom(16)
         for name, metric in self._each():
             yield metric.kind, name, metric.labels, metric.take()
+
+    def before_fork(self) -> None:
+        """Called before this process forks; see `tapes.forks`."""
+        if self._connection is not None:
+            self._connection.before_fork()
+
+    def go_on(self) -> None:
+        """Called in the parent after a fork."""
+        if self._connection is not None:
+            self._connection.go_on()
+
+    def forked(self, parent: forks.Process, version: int) -> None:
+        """Called in a forked child: begin from zero, and keep what the parent had not told as its record."""
+        connection = self._connection
+        untold = []
+        for name, metric in self._each():
+            metric.after_fork()
+            aside = metric.set_aside()
+            told = None if connection is None else connection.published((name, metric.labels))
+            if aside is not None and not aside.is_at(told):
+                untold.append(aside)
+        if untold:
+            base = connection.published_version() if connection is not None else 0
+            self.ancestors += (forks.Ancestor(self.identity, parent, version, base, untold),)
+        self.identity = os.urandom(16)
+        if connection is not None:
+            connection.begin_anew()
+        elif self.connect_in_children is not None:
+            if next(self.metrics(), None) is None:
+                self.connect_when_used = self.connect_in_children
+            else:
+                self.connect_in_children()
 
     def _each(self) -> Iterator[tuple[str, Metric]]:
         """Yield every metric; the counter of bad values last, as those are found when others are folded."""
@@ -297,7 +376,7 @@ class Registry:
     def reject(self, name: str, labels: Labels, value: Any, why: str) -> None:
         """Count something that can't be recorded in `REJECTED`, and log it once per series."""
         with contextlib.suppress(KindConflict):
-            self._make(Counter, REJECTED, (), {}).increment()
+            self.own(Counter, REJECTED).increment()
         if (name, labels) not in self._complained:
             self._complained.add((name, labels))
             with contextlib.suppress(Exception):  # whatever logging is made to do, it is not the request's
@@ -305,6 +384,11 @@ class Registry:
                     "tapes dropped %s for %r: %s (further ones are counted in %s)",
                     short_repr(value), name, why, REJECTED,
                 )  # fmt: skip
+
+    def own(self, kind: type[M], name: str, **labels: str) -> M:
+        """Return a metric about tapes itself: it has none of the prefix and the labels of this registry."""
+        options = {"mode": "sum"} if kind is Gauge else {}
+        return self._make(kind, name, canonical_labels(labels, {}), options)
 
     def _get(
         self,
@@ -335,48 +419,19 @@ class Registry:
         return tuple(sorted({**self._labels, **dict(given)}.items())) if self._labels else given
 
     def _make(self, kind: type[M], name: str, labels: Labels, options: dict[str, Any]) -> M:
-        metrics = self._catalogue.metrics_of(kind, name)
-        metric: Any = metrics.by_labels.get(labels)
-        if metric is not None:
-            return cast("M", metric)
-        place = metrics.take_place()
-        within = place < self._max_series
-        if not within and labels not in metrics.by_labels:  # another thread may have made it meanwhile
-            labels = self._overflow(name, metrics)
-            metric = metrics.by_labels.get(labels)
-            if metric is not None:
-                return cast("M", metric)
-        made = kind(name, labels, self.clock, self._rejected, **options)
-        metric = metrics.by_labels.setdefault(labels, made)
-        if within and metric is not made:
-            metrics.free_places.append(place)
-        return cast("M", metric)
+        if self.connect_when_used is not None:
+            _ = self.connection  # makes it
 
-    def _overflow(self, name: str, metrics: Metrics) -> Labels:
-        if not metrics.overflowing:
-            metrics.overflowing = True
-            with contextlib.suppress(Exception):  # likewise
-                _log.warning(
-                    "%r has reached %d label sets; further ones are recorded as overflow=\"true\". "
-                    "Is a label's value unbounded, like a raw path or an id?",
-                    name, self._max_series,
-                )  # fmt: skip
-        return self._all_labels(dict([_OVERFLOW]), {})
+        def build(labels: Labels) -> M:
+            return kind(name, labels, self.clock, self._rejected, **options)
+
+        overflow = self._all_labels(dict([OVERFLOW]), {})
+        found = self._catalogue.find_or_make(name, labels, kind, build, self.max_series, overflow)
+        return cast("M", found)
 
     def _rejected(self, metric: Metric, value: Any, why: str) -> None:
         self.reject(metric.name, metric.labels, value, why)
 
-
-def _after_fork() -> None:
-    """Free a forked child from locks whose holders it has not."""
-    for registry in list(_registries):
-        for metric in registry.metrics():
-            metric.after_fork()
-
-
-_registries: weakref.WeakSet[Registry] = weakref.WeakSet()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 default_registry = Registry()
 """The registry behind ``tapes.counter()`` and its siblings."""

@@ -96,6 +96,12 @@ class RequestMetrics:
         """Log, once for each complaint."""
         _log.warning("tapes records requests without further labels: %s", what)
 
+    def request_ended(self) -> None:
+        """Publish what was recorded, where no thread does."""
+        connection = self.registry.connection
+        if connection is not None:
+            connection.request_ended()
+
     def record_sizes(self, method: str, route: str, received: int, sent: int) -> None:
         """Record the sizes of a request's and its answer's body, in bytes."""
         labels = {"method": _known(method), "route": route}

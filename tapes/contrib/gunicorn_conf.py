@@ -2,33 +2,51 @@
 
     gunicorn -w 4 -c python:tapes.contrib.gunicorn_conf app:app
 
-It starts an aggregator beside gunicorn's master, connects every worker to it, and says goodbye when a worker
-exits; the aggregator leaves by itself when master and workers are gone. To have settings of your own, write a
-configuration that imports these hooks::
+It starts an aggregator for gunicorn's master, connects every worker to it, and says goodbye when a worker
+exits; the aggregator leaves by itself when masters and workers are gone. As root with ``--user`` it runs as
+that user. To have settings of your own, write a configuration that imports these hooks; a hook of your own
+with the name of one of these goes beside it by `with_tapes`::
 
     from tapes.contrib.gunicorn_conf import *
 
     bind = "127.0.0.1:8000"
 
+    @with_tapes
+    def post_fork(server, worker):
+        server.log.info("worker %s is ready", worker.pid)
+
 gunicorn takes every public global of this module that is named like a setting as a setting: so helpers
 start with an underscore.
 """
 
+import functools as _functools
 import os as _os
 import sys as _sys
 from typing import Any as _Any
+from typing import Callable as _Callable
 
 import tapes as _tapes
 
-__all__ = ["on_starting", "post_fork", "worker_exit"]
+__all__ = ["on_starting", "post_fork", "with_tapes", "worker_exit"]
+
+_tapes.default_registry.connect_when_used = None  # the master is no worker, whatever TAPES_ADDR says
 
 
 def on_starting(server: _Any) -> None:
-    """Start the aggregator; if that can't be done, end gunicorn with a sentence that says why."""
-    try:
-        from tapes.distributed.lease import launch
+    """Start the aggregator, or join the one of the master that this one replaces.
 
-        _os.environ["TAPES_ADDR"] = launch(_os.getpid())
+    If that can't be done, end gunicorn with a sentence that says why.
+    """
+    try:
+        from tapes.distributed.connection import is_disabled
+        from tapes.distributed.directory import User
+        from tapes.distributed.joining import Supervisor, meet
+        from tapes.forks import this_process
+
+        if is_disabled() or _os.environ.get("TAPES_AUTOSTART") == "0":
+            return
+        user = User(server.cfg.uid, server.cfg.gid) if _os.geteuid() == 0 else User.ourselves()
+        meet(Supervisor(this_process(), f"gunicorn (pid {_os.getpid()})"), user=user)
     except _tapes.TapesError as error:
         if server.pidfile is not None:
             server.pidfile.unlink()
@@ -43,3 +61,35 @@ def post_fork(server: _Any, worker: _Any) -> None:
 def worker_exit(server: _Any, worker: _Any) -> None:
     """Hand the worker's last counts to the aggregator."""
     _tapes.close()
+
+
+def with_tapes(hook: _Callable[..., None]) -> _Callable[..., None]:
+    """Return ``hook`` together with the hook of tapes of the same name; as a decorator.
+
+    At a start tapes comes first, at an end last, so that what ``hook`` records is counted.
+
+    Raises:
+        InvalidArgument: If tapes has no hook of that name, so that ``hook`` can stand alone.
+    """
+    name = getattr(hook, "__name__", "")
+    ours: _Any = {"on_starting": on_starting, "post_fork": post_fork, "worker_exit": worker_exit}.get(name)
+    if ours is None:
+        from tapes.errors import InvalidArgument
+
+        raise InvalidArgument(
+            "with_tapes", got=name, expected="a hook named on_starting, post_fork or worker_exit",
+            remedy="leave it out: tapes has no hook of that name",
+        )  # fmt: skip
+
+    @_functools.wraps(hook)
+    def both(server: _Any, worker: _Any = None) -> None:
+        arguments = (server,) if name == "on_starting" else (server, worker)
+        if name != "worker_exit":
+            ours(*arguments)
+        try:
+            hook(*arguments)
+        finally:
+            if name == "worker_exit":
+                ours(*arguments)
+
+    return both

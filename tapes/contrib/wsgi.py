@@ -17,6 +17,7 @@ from typing import Any, Callable, Union
 from tapes.contrib._http import UNMATCHED, RequestMetrics, paths_of
 from tapes.errors import InvalidArgument
 from tapes.exposition.endpoint import Answer, answer, plain
+from tapes.forks import check as check_fork
 from tapes.naming import canonical_labels
 from tapes.registry import Registry
 
@@ -77,6 +78,7 @@ class TapesMiddleware:
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Answer a request, as PEP 3333 says."""
+        check_fork()
         path = environ.get("PATH_INFO", "")
         if path in self._metrics_paths:
             return self._answer(environ, start_response)
@@ -175,6 +177,7 @@ class _Request:
                 metrics.record_sizes(method, route, received, self._sent)
         except Exception:
             _log.exception("tapes could not record a request")
+        metrics.request_ended()
 
     def _more_labels(self, labels: Callable[[Environ], Mapping[str, Any]]) -> Mapping[str, Any] | None:
         try:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from tapes.errors import AddressError, AddressInUse
 
-__all__ = ["DEFAULT_ADDR", "Endpoints", "Lock", "resolve"]
+__all__ = ["DEFAULT_ADDR", "Endpoints", "Lock", "is_served", "resolve"]
 
 
 class _DefaultAddress(str):
@@ -31,6 +31,9 @@ DEFAULT_ADDR: str = _DefaultAddress("ipc://tapes_metrics.ipc")
 
 _MAX_PATH_BYTES = 107
 """What fits into ``sockaddr_un``; Linux has 108 bytes, one of them for the final zero."""
+
+
+_LOCK = ".lock"
 
 
 class Endpoints(NamedTuple):
@@ -112,6 +115,23 @@ def _tcp(addr: str, rest: str) -> Endpoints:
     return Endpoints(addr, f"tcp://{host}:{int(port) + 1}", None)
 
 
+def is_served(endpoints: Endpoints) -> bool:
+    """Return whether an aggregator lives there, as its lock tells; ``False`` where there is no file."""
+    if endpoints.path is None:
+        return False
+    try:
+        fd = os.open(endpoints.path + _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 class Lock:
     """Held by the one aggregator that serves an address; gone with it, however it ends.
 
@@ -121,7 +141,7 @@ class Lock:
 
     def __init__(self, endpoints: Endpoints) -> None:
         self._endpoints = endpoints
-        self._path = endpoints.path + ".lock" if endpoints.path else None
+        self._path = endpoints.path + _LOCK if endpoints.path else None
         self._fd = -1
 
     def acquire(self) -> None:

@@ -3,7 +3,8 @@
 Publications are taken in before reads are answered, so that an answer has whatever arrived before the
 question. A message that is not one of ours is dropped, counted and logged; nothing a client sends ends the
 loop. Reporters run in threads of their own and read the ledger through an ordinary registry, which also holds
-the aggregator's own metrics.
+the aggregator's own metrics: ``tapes.workers`` {state}, ``tapes.messages``, ``tapes.rejected``,
+``tapes.publish.lag`` (from the making of a publication to its arrival) and ``tapes.aggregator.memory``.
 """
 
 from __future__ import annotations
@@ -11,21 +12,28 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Callable
 
 import zmq
 
+from tapes import forks
 from tapes.clock import monotonic, tick_at
+from tapes.distributed import directory
 from tapes.distributed.address import Endpoints, Lock
-from tapes.distributed.lease import Lease, ProcessWatch
+from tapes.distributed.lease import Lease
 from tapes.distributed.ledger import Ledger
+from tapes.distributed.processes import ProcessWatch
+from tapes.distributed.wills import Wills
 from tapes.distributed.wire import (
     MAX_BYTES,
     Goodbye,
+    Hello,
     Item,
     Read,
     Reply,
@@ -35,7 +43,8 @@ from tapes.distributed.wire import (
 )
 from tapes.errors import AddressError, AddressInUse, WireError
 from tapes.exposition import FORMS, write
-from tapes.registry import Registry
+from tapes.metrics import Counter, Gauge, Timer
+from tapes.registry import Connection, Registry
 from tapes.reporting import Reporter
 from tapes.snapshot import Snapshot
 
@@ -47,11 +56,12 @@ _AT_ONCE = 200
 _LAST_WORDS_SECONDS = 2.0
 """So long after its death a worker's messages may still arrive."""
 _OURSELVES = bytes(16)
+_WORKERS, _MEMORY = "tapes.workers", "tapes.aggregator.memory"
 
 _log = logging.getLogger("tapes.distributed")
 
 
-class _MergedView:
+class _MergedView(Connection):
     """The connection of the registry that reporters read: it answers from the ledger."""
 
     def __init__(self, ledger: Ledger, registry: Registry) -> None:
@@ -59,6 +69,16 @@ class _MergedView:
         self._registry = registry
         self._seq = 0
         self._lock = threading.Lock()
+        self._live, self._retired = (registry.own(Gauge, _WORKERS, state=s) for s in ("live", "retired"))
+        self._memory = registry.own(Gauge, _MEMORY)
+        registry.describe(
+            _WORKERS, "Worker processes that live, and that have left, since the aggregator began."
+        )
+        registry.describe(_MEMORY, "Resident memory of the aggregator.", unit="bytes")
+        registry.describe("tapes.messages", "Messages that the aggregator received.")
+        registry.describe("tapes.rejected", "Values and messages that were dropped.")
+        registry.describe("tapes.publish.lag", "From the making of a publication to its arrival.")
+        registry.describe("tapes.publish.duration", "What a worker spends on a publication.")
 
     def snapshot(self) -> Snapshot:
         self.include_ourselves()
@@ -73,25 +93,36 @@ class _MergedView:
     def include_ourselves(self) -> None:
         """Enter the aggregator's own metrics into the ledger."""
         with self._lock:
+            self._live.set(self._ledger.living - (self._seq > 0))  # it is in the ledger itself
+            self._retired.set(self._ledger.retired)
+            self._memory.set(_resident_bytes())
             self._seq += 1
             items = [Item(*series) for series in self._registry.collect()]
-            self._ledger.apply(Update(_OURSELVES, os.getpid(), "", self._seq, 0, items, {}))
+            described = self._registry.descriptions() if self._seq == 1 else {}
+            self._ledger.apply(Update(_OURSELVES, forks.this_process(), "", self._seq, 0, items, described))
 
 
 class Aggregator:
     """Listens at ``endpoints``, lets ``reporters`` report the sum, and lives as long as ``lease`` says."""
 
-    def __init__(self, endpoints: Endpoints, reporters: Sequence[Reporter], lease: Lease) -> None:
+    def __init__(
+        self, endpoints: Endpoints, reporters: Sequence[Reporter], lease: Lease, *, reason: str = ""
+    ) -> None:
         self._endpoints = endpoints
         self._reporters = reporters
         self._lease = lease
+        self._reason = reason
         self._ledger = Ledger()
+        self._wills = Wills(endpoints)
         self._registry = Registry()
         self._view = _MergedView(self._ledger, self._registry)
         self._registry.connection = self._view
         self._watches: dict[bytes, ProcessWatch] = {}
         self._dead: dict[bytes, float] = {}
+        self._messages = self._registry.own(Counter, "tapes.messages")
+        self._lag = self._registry.own(Timer, "tapes.publish.lag")
         self._host = socket.gethostname()
+        self._clearing = contextlib.ExitStack()
         self._wake_sender, self._wake_receiver = socket.socketpair()
         self._wake_sender.setblocking(False)
 
@@ -107,11 +138,11 @@ class Aggregator:
         with contextlib.ExitStack() as stack:
             stack.callback(self._wake_receiver.close)
             stack.callback(self._wake_sender.close)
+            directory.restore(self._endpoints, directory.User.ourselves())
             lock = Lock(self._endpoints)
             lock.acquire()
-            stack.callback(lock.release)
+            stack.callback(self._clear_away, lock)
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-            stack.callback(self._remove_sockets)
             stack.callback(context.destroy, linger=0)
             updates, questions = self._bind(context)
             stack.enter_context(self._signals())
@@ -119,9 +150,15 @@ class Aggregator:
                 reporter.registry = self._registry
                 reporter.start()
                 stack.callback(_stop, reporter)
-            _log.info("tapes aggregator %d listens at %s", os.getpid(), self._endpoints.publish)
+            _log.info(
+                "tapes aggregator %d listens at %s%s",
+                os.getpid(), self._endpoints.publish, self._reason and f", started for {self._reason}",
+            )  # fmt: skip
             ready()
-            self._serve(updates, questions)
+            while True:
+                self._serve(updates, questions)
+                if self._leave(updates, questions):
+                    return
 
     def stop(self) -> None:
         """Ask the loop to end, from any thread or a signal handler."""
@@ -154,10 +191,34 @@ class Aggregator:
             os.umask(umask)
         return updates, questions
 
-    def _remove_sockets(self) -> None:
+    def _leave(self, updates: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> bool:
+        """Return whether it may leave: nobody is joining, and nobody has since the lease was over."""
+        ourselves = directory.User.ourselves()
+        with contextlib.ExitStack() as stack:
+            try:
+                if not stack.enter_context(directory.start_lock(self._endpoints, ourselves, wait=False)):
+                    return False
+            except AddressError:  # the directory is gone: nobody can join
+                return True
+            while questions.poll(0):
+                self._answer(questions)
+            while not self._take_in(updates):
+                pass
+            now = monotonic()
+            if not self._lease.expired(now, self._living(now)):
+                return False
+            # Until the directory is cleared away nobody can join: the lock goes last.
+            self._clearing = stack.pop_all()
+            return True
+
+    def _clear_away(self, lock: Lock) -> None:
+        """Remove everything that it has made."""
         for path in self._endpoints.files:
             with contextlib.suppress(OSError):
                 os.unlink(path)
+        lock.release()
+        with self._clearing:
+            directory.clear(self._endpoints)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -198,6 +259,7 @@ class Aggregator:
             now = monotonic()
             if now - looked >= _TURN_MILLISECONDS / 1000:
                 looked = now
+                self._read_wills()
                 if self._lease.expired(now, self._living(now)):
                     return
 
@@ -208,6 +270,7 @@ class Aggregator:
                 data = updates.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return True
+            self._messages.increment()
             try:
                 update = decode(data)
                 if not isinstance(update, Update):
@@ -216,6 +279,7 @@ class Aggregator:
                 self._reject(data, str(error))
             else:
                 self._apply(update)
+                self._lag.update(max(0.0, (forks.stamp() - update.seq) / 1e9))
         return False
 
     def _answer(self, questions: zmq.Socket[bytes]) -> None:
@@ -223,10 +287,11 @@ class Aggregator:
             *route, data = questions.recv_multipart(zmq.NOBLOCK)
         except zmq.Again:
             return
+        self._messages.increment()
         try:
             question = decode(data)
-            if not isinstance(question, (Read, Goodbye)):
-                raise WireError("a question", got=type(question).__name__, expected="Read or Goodbye")
+            if not isinstance(question, (Read, Hello, Goodbye)):
+                raise WireError("a question", got=type(question).__name__, expected="Read, Hello or Goodbye")
         except WireError as error:
             self._reject(data, str(error))
             reply = Reply(0, "error", f"it refused the question: {error}".encode())
@@ -235,8 +300,12 @@ class Aggregator:
         with contextlib.suppress(zmq.ZMQError):
             questions.send_multipart([*route, encode(reply)], zmq.NOBLOCK)
 
-    def _reply(self, question: Read | Goodbye) -> Reply:
+    def _reply(self, question: Read | Hello | Goodbye) -> Reply:
         number = question.correlation
+        if isinstance(question, Hello):
+            for process in question.processes if question.host == self._host else ():
+                self._lease.stay_for(process)
+            return Reply(number, "ok", b"")
         if not self._apply(question.update):
             return Reply(number, "behind", b"")
         if isinstance(question, Goodbye):
@@ -259,18 +328,30 @@ class Aggregator:
     def _reject(self, data: bytes, why: str) -> None:
         self._registry.reject("the aggregator", (), data[:40], why)
 
+    def _read_wills(self) -> None:
+        for will, data in self._wills.take_in():
+            if isinstance(will, Goodbye):
+                self._apply(will.update)
+                self._retire(will.update.identity)
+            else:
+                self._reject(data, str(will))
+
     def _living(self, now: float) -> int:
         """Retire workers that have ended; return how many live."""
         workers = {w.identity: w for w in self._ledger.workers if w.identity != _OURSELVES}
+        ended = set()
         for identity, worker in workers.items():
             if identity not in self._watches and worker.host == self._host:
-                self._watches[identity] = ProcessWatch(worker.pid)
+                self._watches[identity] = ProcessWatch(worker.process)
             watch = self._watches.get(identity)
-            if watch is None or not watch.ended():
-                continue
+            if watch is not None and watch.ended():
+                ended.add(identity)
+        spoken_of = self._ledger.ancestors() if ended else set()
+        for identity in ended - spoken_of:
+            self._ledger.bury(identity)
             if now - self._dead.setdefault(identity, now) >= _LAST_WORDS_SECONDS:
                 self._retire(identity)
-        return len(workers.keys() - self._dead.keys())
+        return len(workers.keys() - ended)
 
     def _retire(self, identity: bytes) -> None:
         self._ledger.retire(identity)
@@ -285,3 +366,11 @@ def _stop(reporter: Reporter) -> None:
         reporter.stop()
     except Exception:
         _log.exception("tapes: %s failed to stop", type(reporter).__name__)
+
+
+def _resident_bytes() -> int:
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -3,6 +3,12 @@
 A read carries what this process holds, as a separate publication could be overtaken by it. It presumes that
 the aggregator has everything published before; if some of that is still under way, the aggregator says so
 and gets a keyframe. So a reader always sees its own events.
+
+Leaving is a request too: the last values, acknowledged. If nobody answers they are left as a will beside the
+socket. Every end of the interpreter leaves, and that of a child of multiprocessing, which runs no ``atexit``.
+
+At a fork the parent holds still, so that no thread and no socket is in the middle of anything; the child
+attaches a connection of its own.
 """
 
 from __future__ import annotations
@@ -10,24 +16,28 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
+import multiprocessing
+import multiprocessing.util
 import os
-import sys
+import socket
 import threading
 import time
 import weakref
 from collections import deque
-from typing import Any, Callable, TypeVar
+from typing import Callable, TypeVar, Union
 
 import zmq
 
+from tapes import forks, threads
+from tapes.distributed import wills
 from tapes.distributed.address import Endpoints, resolve
 from tapes.distributed.ledger import snapshot_of
 from tapes.distributed.publisher import Outbox, Publisher
 from tapes.distributed.wire import (
     MAX_BYTES,
     Goodbye,
+    Hello,
     Merged,
-    Message,
     Read,
     Reply,
     Update,
@@ -35,20 +45,33 @@ from tapes.distributed.wire import (
     encode,
 )
 from tapes.errors import AggregatorUnavailable, InvalidArgument, WireError
-from tapes.registry import Registry
+from tapes.metrics import State
+from tapes.naming import Labels
+from tapes.registry import Connection, Registry, default_registry
 from tapes.snapshot import Snapshot
 
-__all__ = ["AggregatorConnection", "close", "connect"]
+__all__ = ["AggregatorConnection", "close", "connect", "is_disabled", "stay_for"]
 
 T = TypeVar("T")
+Question = Union[Read, Hello, Goodbye]
 
 TIMEOUT_SECONDS = 1.0
 """So long a read or a goodbye waits for the aggregator."""
+_HOLD_SECONDS = 0.25
+
+
+def is_disabled() -> bool:
+    """Return whether the environment turns tapes off."""
+    return os.environ.get("TAPES_DISABLED", "0") not in ("", "0")
 
 
 def connect(registry: Registry, addr: str | None) -> None:
     """Attach a connection to ``registry``; nothing if this process has attached the same already."""
     endpoints = resolve(addr)
+    if is_disabled():
+        return
+    forks.check()
+    registry.connect_when_used = None
     with _connecting:
         connection = registry.connection
         if isinstance(connection, AggregatorConnection) and connection.is_of_this_process:
@@ -58,9 +81,7 @@ def connect(registry: Registry, addr: str | None) -> None:
                     remedy="call close() first",
                 )  # fmt: skip
             return
-        connection = AggregatorConnection(registry, endpoints)
-        registry.connection = connection
-        connection.start()
+        _attach(registry, endpoints)
 
 
 def close(registry: Registry) -> None:
@@ -69,53 +90,98 @@ def close(registry: Registry) -> None:
     if isinstance(connection, AggregatorConnection):
         connection.close()
         registry.connection = None
+        _attached.discard(connection)
+        _tell_spawned()
+
+
+def _attach(registry: Registry, endpoints: Endpoints) -> None:
+    connection = AggregatorConnection(registry, endpoints)
+    registry.connection = connection
+    connection.start()
+    _attached.add(connection)
+    _tell_spawned()
+
+
+def _tell_spawned() -> None:
+    """Tell processes that this one will spawn; the address of the default registry comes first."""
+    alive = [connection for connection in _attached if connection.is_of_this_process]
+    default = [c.endpoints.publish for c in alive if c.registry is default_registry]
+    others = [c.endpoints.publish for c in alive if c.registry is not default_registry]
+    if alive:
+        os.environ[forks.CONNECTED] = "\n".join([str(os.getpid()), *(default or [""]), *others])
+    else:
+        os.environ.pop(forks.CONNECTED, None)
+
+
+def _leave() -> None:
+    for connection in list(_attached):
+        if connection.is_of_this_process:
+            close(connection.registry)
+
+
+def _leave_at_the_end_of_this_child(_: object = None) -> None:
+    multiprocessing.util.Finalize(None, _leave, exitpriority=100)
+
+
+def _renew_lock() -> None:
+    global _connecting
+    _connecting = threading.Lock()
 
 
 _connecting = threading.Lock()
+os.register_at_fork(after_in_child=_renew_lock)
+_attached: set[AggregatorConnection] = set()
+_abandoned: list[AggregatorConnection] = []
+"""Those of the parent, in a child: kept, as letting go of their sockets would touch what the parent uses."""
 _unsaid: weakref.WeakKeyDictionary[Registry, list[Update]] = weakref.WeakKeyDictionary()
-"""Goodbyes of earlier connections of a registry that nobody has acknowledged."""
+
+atexit.register(_leave)
+# In a child of multiprocessing finalizers are cleared after the fork's hooks, and before these.
+multiprocessing.util.register_after_fork(_leave, _leave_at_the_end_of_this_child)
+if multiprocessing.parent_process() is not None:
+    _leave_at_the_end_of_this_child()
 
 
-def _after_fork() -> None:
-    """Start afresh in a forked child: what is unsaid is its parent's to say, and its lock may be held."""
-    global _connecting
-    _connecting = threading.Lock()
-    _unsaid.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-class AggregatorConnection:
-    """Publishes a registry and reads the merged view; belongs to the process that made it."""
+class AggregatorConnection(Connection):
+    """Publishes a registry to the aggregator at ``endpoints`` and asks that for the merged view."""
 
     def __init__(self, registry: Registry, endpoints: Endpoints) -> None:
         self.endpoints = endpoints
-        self._registry = registry
+        self.registry = registry
         self._pid = os.getpid()
-        self._closing = False
-        self._in_flight = 0
         self._changed = threading.Condition()
+        self._in_flight = 0
+        self._closing = False
+        self._held = False
         self._correlations = itertools.count(1)
         self._readers: deque[zmq.Socket[bytes]] = deque()
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._outbox = Outbox(registry)
-        self._publisher = Publisher(self._context, endpoints, self._outbox)
-        self._finalizer: Any = None
+        self._open()
+
+    def _open(self) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._publisher = Publisher(self._context, self.endpoints, self._outbox)
 
     def start(self) -> None:
-        """Begin to publish, and say goodbye at the end of the interpreter."""
+        """Begin to publish."""
         self._publisher.start()
-        atexit.register(self.close)
-        multiprocessing_util: Any = sys.modules.get("multiprocessing.util")
-        if multiprocessing_util is not None:  # its children run no atexit functions
-            self._finalizer = multiprocessing_util.Finalize(None, self.close, exitpriority=100)
 
     @property
     def is_of_this_process(self) -> bool:
         """Whether this process made it, and not one that this one was forked from."""
         return self._pid == os.getpid()
+
+    def published(self, series: tuple[str, Labels]) -> State | None:
+        """Return the state of a series that was published last, ``None`` if none was."""
+        return self._outbox.published(series)
+
+    def published_version(self) -> int:
+        """Return the number of the last publication."""
+        return self._outbox.published_seq
+
+    def request_ended(self) -> None:
+        """Publish at the end of a request, where no thread can do it."""
+        self._publisher.request_ended()
 
     def snapshot(self) -> Snapshot:
         """Return the merged view.
@@ -130,17 +196,15 @@ class AggregatorConnection:
 
     def render(self, form: str) -> bytes:
         """Return the merged view, written by the aggregator; raises as `snapshot`."""
-        return self._ask(lambda number, update: Read(number, form, update)).payload
+        self._publisher.await_producers()
+        return self._ask(self._read_of(form)).payload
 
     def close(self) -> None:
         """Stop publishing, and hand over the last values; takes 1 s at most if nobody answers.
 
         What was handed over is no longer here: the registry starts again from zero. If nobody acknowledges
-        it, it is kept, and handed over by the next connection of this registry.
+        it, it is left as a will, kept, and handed over by the next connection of this registry.
         """
-        atexit.unregister(self.close)
-        if self._finalizer is not None:
-            self._finalizer.cancel()
         if not self.is_of_this_process:
             return
         deadline = time.monotonic() + TIMEOUT_SECONDS
@@ -150,36 +214,91 @@ class AggregatorConnection:
             self._closing = True
             idle = self._changed.wait_for(lambda: not self._in_flight, TIMEOUT_SECONDS)
         ended = self._publisher.stop(max(0.0, deadline - time.monotonic()))
-        _unsaid.setdefault(self._registry, []).append(self._outbox.farewell())
-        with contextlib.suppress(AggregatorUnavailable):
+        _unsaid.setdefault(self.registry, []).append(self._outbox.farewell())
+        try:
             self._on_a_reader(self._say_goodbyes, deadline)
+        except AggregatorUnavailable:
+            for update in _unsaid.get(self.registry, []):
+                wills.leave(self.endpoints, Goodbye(0, update))
+        self._shut(ended and (idle or not self._in_flight))
+
+    def before_fork(self) -> None:
+        """Hold still: end the thread and close the sockets, unless somebody is using them."""
+        with self._changed:
+            if self._closing or self._held or not self.is_of_this_process or self._publisher.is_me():
+                return
+            self._held = self._changed.wait_for(lambda: not self._in_flight, _HOLD_SECONDS)
+            if self._held:
+                self._held = self._publisher.stop(_HOLD_SECONDS)
+            if self._held:
+                self._shut(True)
+
+    def go_on(self) -> None:
+        """Open again what `before_fork` closed."""
+        with self._changed:
+            if self._held:
+                self._open()
+                self.start()
+                self._held = False
+                self._changed.notify_all()
+
+    def begin_anew(self) -> None:
+        """In a forked child, attach a connection of its own to the registry."""
+        _abandoned.append(self)
+        _attached.discard(self)
+        _attach(self.registry, self.endpoints)
+
+    def _shut(self, is_unused: bool) -> None:
         while self._readers:
             self._readers.pop().close()
-        if ended and (idle or not self._in_flight):  # nobody else uses a socket
+        if is_unused:
             self._context.destroy(linger=0)
 
-    def _ask(self, question: Callable[[int, Update], Message]) -> Reply:
+    def _read_of(self, form: str) -> Callable[[int, zmq.Socket[bytes], float], Reply]:
+        def ask(number: int, reader: zmq.Socket[bytes], deadline: float) -> Reply:
+            self._say_goodbyes(reader, deadline)
+            reply = Reply(0, "behind", b"")
+            for keyframe in (False, True):
+                update = self._outbox.update(keyframe=keyframe)
+                reply = self._exchange(reader, Read(number, form, update), deadline)
+                if reply.status != "behind":
+                    break
+            return reply
+
+        return ask
+
+    def _ask(self, question: Callable[[int, zmq.Socket[bytes], float], Reply]) -> Reply:
+        forks.check()
         if not self.is_of_this_process:
             raise AggregatorUnavailable(
                 "this process was forked after its registry was connected",
                 remedy="call connect() after the fork, in every worker",
             )
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         with self._changed:
-            if self._closing:
+            self._changed.wait_for(lambda: not self._held, TIMEOUT_SECONDS)
+            if self._closing or self._held:
                 raise AggregatorUnavailable("the connection is being closed")
             self._in_flight += 1
         try:
-            deadline = time.monotonic() + TIMEOUT_SECONDS
-            return self._on_a_reader(lambda reader, end: self._put(question, reader, end), deadline)
+            number = next(self._correlations)
+            reply = threads.aside(
+                lambda: self._on_a_reader(lambda reader, end: question(number, reader, end), deadline)
+            )
         finally:
             with self._changed:
                 self._in_flight -= 1
                 self._changed.notify_all()
+        if reply.status != "ok":
+            raise AggregatorUnavailable(
+                f"the aggregator could not answer ({reply.payload.decode(errors='replace')})"
+            )
+        return reply
 
     def _on_a_reader(self, talk: Callable[[zmq.Socket[bytes], float], T], deadline: float) -> T:
         """Return what ``talk`` returns, given a socket that nobody else uses."""
         try:
-            reader = self._readers.pop() if self._readers else self._new_reader()
+            reader = self._readers.pop() if self._readers else _new_reader(self._context, self.endpoints)
             try:
                 result = talk(reader, deadline)
             except BaseException:
@@ -190,56 +309,66 @@ class AggregatorConnection:
         self._readers.append(reader)
         return result
 
-    def _put(
-        self, question: Callable[[int, Update], Message], reader: zmq.Socket[bytes], deadline: float
-    ) -> Reply:
-        self._say_goodbyes(reader, deadline)
-        for keyframe in (False, True):
-            number = next(self._correlations)
-            message = question(number, self._outbox.update(keyframe=keyframe))
-            reply = self._exchange(reader, number, message, deadline)
-            if reply.status != "behind":
-                break
-        if reply.status != "ok":
-            raise AggregatorUnavailable(
-                f"the aggregator could not answer ({reply.payload.decode(errors='replace')})"
-            )
-        return reply
-
     def _say_goodbyes(self, reader: zmq.Socket[bytes], deadline: float) -> None:
-        unsaid = _unsaid.get(self._registry, [])
+        unsaid = _unsaid.get(self.registry, [])
         while unsaid:
-            goodbye, number = unsaid[0], next(self._correlations)
-            self._exchange(reader, number, Goodbye(number, goodbye), deadline)
+            update = unsaid[0]
+            goodbye = Goodbye(next(self._correlations), update)
+            self._exchange(reader, goodbye, deadline)
+            wills.withdraw(self.endpoints, goodbye)
             with contextlib.suppress(ValueError):  # another reader may have said it too, which is harmless
-                unsaid.remove(goodbye)
+                unsaid.remove(update)
 
-    def _exchange(self, reader: zmq.Socket[bytes], number: int, message: Message, deadline: float) -> Reply:
-        data = encode(message)
-        self._await(reader, zmq.POLLOUT, deadline)
-        reader.send(data, zmq.NOBLOCK)
-        while True:
-            self._await(reader, zmq.POLLIN, deadline)
-            reply = decode(reader.recv(zmq.NOBLOCK))
-            # A question that could not be read is answered with number 0.
-            if isinstance(reply, Reply) and reply.correlation in (number, 0):
-                return reply
+    def _exchange(self, reader: zmq.Socket[bytes], question: Question, deadline: float) -> Reply:
+        return _exchange(self.endpoints, reader, question, deadline)
 
-    def _await(self, reader: zmq.Socket[bytes], event: int, deadline: float) -> None:
-        left_seconds = max(0.0, deadline - time.monotonic())
-        if not reader.poll(int(left_seconds * 1000) + 1, event):
-            raise AggregatorUnavailable(
-                f"the aggregator at {self.endpoints.publish} did not answer within {TIMEOUT_SECONDS:g} s",
-                remedy="see that it runs: RegistryAggregator(…).start(), or gunicorn -c "
-                "python:tapes.contrib.gunicorn_conf, restarted if its aggregator was killed",
-            )
 
-    def _new_reader(self) -> zmq.Socket[bytes]:
-        reader = self._context.socket(zmq.DEALER)
-        for option, value in (
-            (zmq.IMMEDIATE, 1), (zmq.LINGER, 0), (zmq.MAXMSGSIZE, MAX_BYTES),
-        ):  # fmt: skip
-            reader.setsockopt(option, value)
-        reader.setsockopt(zmq.IPV6, int("[" in self.endpoints.read))
-        reader.connect(self.endpoints.read)
-        return reader
+def stay_for(endpoints: Endpoints, *processes: forks.Process) -> bool:
+    """Ask the aggregator to live as long as ``processes``; return whether it said that it will."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        hello = Hello(1, socket.gethostname(), processes)
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        return _exchange(endpoints, _new_reader(context, endpoints), hello, deadline).status == "ok"
+    except (AggregatorUnavailable, WireError, zmq.ZMQError):
+        return False
+    finally:
+        context.destroy(linger=0)
+
+
+def _new_reader(context: zmq.Context[zmq.Socket[bytes]], endpoints: Endpoints) -> zmq.Socket[bytes]:
+    reader = context.socket(zmq.DEALER)
+    for option, value in (
+        (zmq.IMMEDIATE, 1), (zmq.LINGER, 0), (zmq.MAXMSGSIZE, MAX_BYTES),
+    ):  # fmt: skip
+        reader.setsockopt(option, value)
+    reader.setsockopt(zmq.IPV6, int("[" in endpoints.read))
+    reader.connect(endpoints.read)
+    return reader
+
+
+def _exchange(endpoints: Endpoints, reader: zmq.Socket[bytes], question: Question, deadline: float) -> Reply:
+    """Return the answer to ``question``.
+
+    Raises:
+        AggregatorUnavailable: If there is none by ``deadline``.
+    """
+    data = encode(question)
+    _await(endpoints, reader, zmq.POLLOUT, deadline)
+    reader.send(data, zmq.NOBLOCK)
+    while True:
+        _await(endpoints, reader, zmq.POLLIN, deadline)
+        reply = decode(reader.recv(zmq.NOBLOCK))
+        # A question that could not be read is answered with number 0.
+        if isinstance(reply, Reply) and reply.correlation in (question.correlation, 0):
+            return reply
+
+
+def _await(endpoints: Endpoints, reader: zmq.Socket[bytes], event: int, deadline: float) -> None:
+    left_seconds = max(0.0, deadline - time.monotonic())
+    if not reader.poll(int(left_seconds * 1000) + 1, event):
+        raise AggregatorUnavailable(
+            f"the aggregator at {endpoints.publish} did not answer within {TIMEOUT_SECONDS:g} s",
+            remedy="see that it runs: tapes.join(), RegistryAggregator(…).start(), tapes run, or gunicorn -c "
+            "python:tapes.contrib.gunicorn_conf start one",
+        )

@@ -6,6 +6,10 @@ the retired total once and its identity remembered, so that late words of it cha
 with their worker. Merging is done per series when somebody reads, and kept until an update touches it:
 memory and the cost of a read depend on live workers and series, not on how many workers have lived.
 
+What a worker says of its ancestors is entered as if they had said it themselves: they are accounts like any
+other, only silent ones. A name has at most as many label sets as its most generous worker allows; what comes
+after them is added up in one series labelled ``overflow="true"``, apart for each worker that still lives.
+
 The ledger does no I/O and knows no clock. One lock makes it safe to read from reporters' threads.
 """
 
@@ -13,47 +17,58 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from threading import RLock
 from typing import NamedTuple
 
+from tapes.catalogue import MAX_SERIES, OVERFLOW, warn_of_overflow
 from tapes.distributed.wire import Descriptions, Item, Merged, Update
+from tapes.forks import Process
 from tapes.metrics import KINDS, GaugeState, State
 from tapes.naming import Labels
 from tapes.snapshot import Family, Snapshot
+from tapes.threads import RLock
 
 __all__ = ["Ledger", "Worker"]
 
 _REMEMBERED = 100_000
 """So many identities of workers that have left are kept; late words come within seconds."""
 
+_Key = tuple[str, Labels]
+
 
 class Worker(NamedTuple):
-    """Who a live worker is."""
+    """Who a live worker is; a silent one is known only by what its descendants say of it."""
 
     identity: bytes
-    pid: int
+    process: Process
     host: str
+    silent: bool
 
 
 class _Account:
     """What is known of one worker: everything up to its update ``known``, and which one brought a series."""
 
-    __slots__ = ("known", "seqs", "worker")
+    __slots__ = ("ancestors", "dead", "known", "places", "seqs", "worker")
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.known = 0
-        self.seqs: dict[tuple[str, Labels], int] = {}
+        self.dead = False
+        self.seqs: dict[_Key, int] = {}
+        self.places: dict[_Key, _Key] = {}
+        self.ancestors: frozenset[bytes] = frozenset()
 
 
 class _Entry:
-    """One series: its state by worker, the total of those that left, and both merged, if nothing changed."""
+    """One series: its state by worker, the total of those that left, and both merged, if nothing changed.
+
+    States are kept by worker and the labels that it gave: an overflowing series has several of one worker.
+    """
 
     __slots__ = ("by_worker", "kind", "merged", "retired")
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.by_worker: dict[bytes, State] = {}
+        self.by_worker: dict[tuple[bytes, Labels], State] = {}
         self.retired: State | None = None
         self.merged: State | None = None
 
@@ -64,16 +79,32 @@ class Ledger:
     def __init__(self) -> None:
         self._lock = RLock()
         self._accounts: dict[bytes, _Account] = {}
-        self._entries: dict[tuple[str, Labels], _Entry] = {}
+        self._entries: dict[_Key, _Entry] = {}
         self._kinds: dict[str, str] = {}
+        self._sizes: Counter[str] = Counter()
+        self._overflowing: set[str] = set()
+        self._max_series = MAX_SERIES
         self._descriptions: Descriptions = {}
         self._left: OrderedDict[bytes, None] = OrderedDict()
+        self.retired = 0
 
     @property
     def workers(self) -> list[Worker]:
         """The workers that have not left."""
         with self._lock:
             return [account.worker for account in self._accounts.values()]
+
+    @property
+    def living(self) -> int:
+        """How many workers live, as far as is known, and speak for themselves."""
+        with self._lock:
+            return sum(not a.dead and not a.worker.silent for a in self._accounts.values())
+
+    def ancestors(self) -> set[bytes]:
+        """Return the identities that living workers speak of as their ancestors."""
+        with self._lock:
+            living = (account.ancestors for account in self._accounts.values() if not account.dead)
+            return set().union(*living)
 
     def apply(self, update: Update) -> tuple[bool, list[str]]:
         """Take in a worker's update.
@@ -83,20 +114,21 @@ class Ledger:
             they belong to another kind of metric.
         """
         with self._lock:
-            if update.identity in self._left:
-                return True, []
-            account = self._accounts.get(update.identity)
-            if account is None:
-                worker = Worker(update.identity, update.pid, update.host)
-                account = self._accounts[update.identity] = _Account(worker)
-            refused = [item.name for item in update.items if not self._put(account, update.seq, item)]
-            self._descriptions.update(update.descriptions)
-            if update.base == 0:
-                self._drop_removed(account, update)
-            complete = update.base <= account.known
-            if complete:
-                account.known = max(account.known, update.seq)
-            return complete, refused
+            refused: list[str] = []
+            for ancestor in update.ancestors:
+                refused += self._apply(ancestor, silent=True)[1]
+            complete, own = self._apply(update, silent=False)
+            return complete, refused + own
+
+    def bury(self, identity: bytes) -> None:
+        """Let the gauges of a worker that died leave; its counts can still be replaced by last words."""
+        with self._lock:
+            account = self._accounts.get(identity)
+            if account is not None and not account.dead:
+                account.dead = True
+                for key, place in list(account.places.items()):
+                    if self._entries[place].kind == "gauge":
+                        self._drop(account, key)
 
     def retire(self, identity: bytes) -> None:
         """Add what a worker counted to the retired total; nothing if it is not known, or left already."""
@@ -104,17 +136,17 @@ class Ledger:
             account = self._accounts.pop(identity, None)
             if account is None:
                 return
+            self.retired += not account.worker.silent
             self._left[identity] = None
             if len(self._left) > _REMEMBERED:
                 self._left.popitem(last=False)
-            for key in account.seqs:
-                entry = self._entries[key]
-                state = entry.by_worker.pop(identity)
-                entry.merged = None
+            for key in list(account.places):
+                entry = self._entries[account.places[key]]
                 if entry.kind != "gauge":
+                    state = entry.by_worker[identity, key[1]]
                     before = () if entry.retired is None else (entry.retired,)
                     entry.retired = KINDS[entry.kind].merge((*before, state))
-                self._forget_if_empty(key, entry)
+                self._drop(account, key)
 
     def merged(self, tick: int) -> Merged:
         """Return the states of the whole service."""
@@ -131,43 +163,83 @@ class Ledger:
         """Return what a reader sees of the whole service as of ``tick``."""
         return snapshot_of(self.merged(tick))
 
+    def _apply(self, update: Update, *, silent: bool) -> tuple[bool, list[str]]:
+        if update.identity in self._left:
+            return True, []
+        account = self._accounts.get(update.identity)
+        if account is None or (account.worker.silent and not silent):
+            worker = Worker(update.identity, update.process, update.host, silent)
+            account = account or self._accounts.setdefault(update.identity, _Account(worker))
+            account.worker = worker
+        if silent:
+            account.dead = False  # a living child speaks of it
+        else:
+            account.ancestors |= {ancestor.identity for ancestor in update.ancestors}
+            self._max_series = max(self._max_series, update.max_series)
+        refused = [item.name for item in update.items if not self._put(account, update.seq, item)]
+        self._descriptions.update(update.descriptions)
+        if update.base == 0 and not silent:
+            self._drop_removed(account, update)
+        complete = update.base <= account.known
+        if complete:
+            account.known = max(account.known, update.seq)
+        return complete, refused
+
     def _put(self, account: _Account, seq: int, item: Item) -> bool:
         """Take in one series of a worker; return whether its kind agrees with what is known."""
         key = (item.name, item.labels)
-        if account.seqs.get(key, 0) >= seq:
+        if account.seqs.get(key, 0) >= seq or (account.dead and item.kind == "gauge"):
             return True
         if self._kinds.setdefault(item.name, item.kind) != item.kind:
             return False
-        entry = self._entries.get(key)
-        if entry is None:
-            entry = self._entries[key] = _Entry(item.kind)
-        entry.by_worker[account.worker.identity] = item.state
+        place = account.places.get(key)
+        if place is None:
+            place = account.places[key] = self._place(key, item.kind)
+        entry = self._entries[place]
+        entry.by_worker[account.worker.identity, item.labels] = item.state
         entry.merged = None
         account.seqs[key] = seq
         return True
+
+    def _place(self, key: _Key, kind: str) -> _Key:
+        """Return where a series is kept: in its own place, or with all that have none."""
+        name, labels = key
+        if key not in self._entries:
+            if self._sizes[name] < self._max_series or OVERFLOW in labels:
+                self._sizes[name] += OVERFLOW not in labels
+            else:
+                if name not in self._overflowing:
+                    self._overflowing.add(name)
+                    warn_of_overflow(name, self._max_series)
+                key = (name, (OVERFLOW,))
+            self._entries.setdefault(key, _Entry(kind))
+        return key
 
     def _drop_removed(self, account: _Account, keyframe: Update) -> None:
         """Forget the series that a worker's keyframe no longer has."""
         kept = {(item.name, item.labels) for item in keyframe.items}
         for key, seq in list(account.seqs.items()):
             if key not in kept and seq < keyframe.seq:
-                del account.seqs[key]
-                entry = self._entries[key]
-                del entry.by_worker[account.worker.identity]
-                entry.merged = None
-                self._forget_if_empty(key, entry)
+                self._drop(account, key)
 
-    def _forget_if_empty(self, key: tuple[str, Labels], entry: _Entry) -> None:
+    def _drop(self, account: _Account, key: _Key) -> None:
+        """Forget one series of a worker, and the place that nobody needs any more."""
+        place = account.places.pop(key)
+        del account.seqs[key]
+        entry = self._entries[place]
+        del entry.by_worker[account.worker.identity, key[1]]
+        entry.merged = None
         if not entry.by_worker and entry.retired is None:
-            del self._entries[key]
+            del self._entries[place]
+            self._sizes[place[0]] -= OVERFLOW not in place[1]
 
     def _worker_names(self) -> dict[bytes, str]:
         """Return what to call each worker: its pid, with some of its identity where that is not enough."""
-        pids = Counter(account.worker.pid for account in self._accounts.values())
+        pids = Counter(account.worker.process.pid for account in self._accounts.values())
         return {
-            identity: str(account.worker.pid)
-            if pids[account.worker.pid] == 1
-            else f"{account.worker.pid}-{identity.hex()[:8]}"
+            identity: str(account.worker.process.pid)
+            if pids[account.worker.process.pid] == 1
+            else f"{account.worker.process.pid}-{identity.hex()[:8]}"
             for identity, account in self._accounts.items()
         }
 
@@ -177,8 +249,8 @@ def _merged_items(name: str, labels: Labels, entry: _Entry, workers: dict[bytes,
         retired = () if entry.retired is None else (entry.retired,)
         entry.merged = KINDS[entry.kind].merge((*retired, *entry.by_worker.values()))
     if isinstance(entry.merged, GaugeState) and entry.merged.mode == "each":
-        for identity, state in entry.by_worker.items():
-            own = {**dict(labels), "worker": workers[identity]}
+        for (identity, given), state in entry.by_worker.items():
+            own = {**dict(given), "worker": workers[identity]}
             yield Item(entry.kind, name, tuple(sorted(own.items())), state)
     else:
         yield Item(entry.kind, name, labels, entry.merged)

@@ -2,7 +2,10 @@
 
 A thread sends an update at most every 0.1 s, and a keyframe whenever a subscription arrives, so at every
 start or restart of an aggregator. It limits itself to a twentieth of its time. It never blocks the
-application: a full queue means that what changed is sent next time, with what changed since.
+application: a full queue means that what changed is sent next time, with what changed since. Where no thread
+runs (uWSGI without ``--enable-threads``) the end of every request sends.
+
+The thread also runs the producers of gauges, each at most once a second, so that no request waits for one.
 
 0MQ settings, and why: ``IMMEDIATE``, as otherwise an XPUB that connects notices neither the death nor the
 return of its subscriber; ``XPUB_NODROP`` and a short queue, as otherwise a full queue drops the newest
@@ -11,6 +14,7 @@ message without a word; ``XPUB_VERBOSE``, so that a second subscription is seen 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -20,15 +24,19 @@ from typing import TYPE_CHECKING, Callable
 
 import zmq
 
+from tapes import forks, threads
 from tapes.distributed.wire import Item, Update, encode
-from tapes.metrics import State
+from tapes.metrics import Gauge, State, Timer
 from tapes.naming import Labels
 from tapes.registry import Registry
 
 if TYPE_CHECKING:
     from tapes.distributed.address import Endpoints
 
-__all__ = ["Outbox", "Publisher"]
+__all__ = ["DURATION", "Outbox", "Publisher"]
+
+DURATION = "tapes.publish.duration"
+"""The timer of publications; by itself it is no reason for another one."""
 
 INTERVAL_SECONDS = 0.1
 _SHARE = 20
@@ -36,7 +44,11 @@ _LONELY_SECONDS = 5.0
 """So long without an aggregator is worth a warning, once."""
 _PRODUCED_SECONDS = 1.0
 """So long a value that a gauge's producer gave is good for."""
+_PRODUCERS_WAIT_SECONDS = 0.2
+"""So long a read waits for a producer that never ran yet."""
+_SUBSCRIPTION_MILLISECONDS = 100
 _QUEUE = 4
+_STOP, _REFRESH = b"s", b"r"
 
 _log = logging.getLogger("tapes.distributed")
 
@@ -45,72 +57,100 @@ class Outbox:
     """What a worker has to say: its series, and which of them changed since the last publication.
 
     States are immutable and a series that was not touched keeps its state object, so "changed" is "another
-    object than was published".
+    object than was published". What is pending is folded before the lock is taken, as folding may log; under
+    the lock nothing waits.
     """
 
     def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        self._identity = os.urandom(16)
-        self._pid = os.getpid()
-        self._host = socket.gethostname()
-        self._lock = threading.Lock()
+        self.registry = registry
+        self.host = socket.gethostname()
+        self.published_seq = 0
+        self._identity = registry.identity
+        self._process = forks.this_process()
+        self._lock = threads.RLock()
         self._seq = 0
-        self._published_seq = 0
         self._published: dict[tuple[str, Labels], State] = {}
         self._revision = -1
+
+    def published(self, series: tuple[str, Labels]) -> State | None:
+        """Return the state of a series that was published last, ``None`` if none was."""
+        return self._published.get(series)
 
     def update(self, *, keyframe: bool = False) -> Update:
         """Return what changed since the last publication, or everything.
 
-        Sequence numbers are drawn under the lock that states are collected under, so that the higher
-        number always has the newer state.
+        Sequence numbers are drawn under the lock that states are read under, so that the higher number
+        always has the newer state.
         """
-        self._registry.refresh(_PRODUCED_SECONDS)
+        self._fold()
         with self._lock:
             return self._update(keyframe)
 
     def publish(self, send: Callable[[Update], bool], *, keyframe: bool = False) -> bool:
         """Pass ``send`` what changed, if anything; it counts as published if that returns ``True``."""
-        self._registry.refresh(_PRODUCED_SECONDS)
+        started = time.monotonic()
+        self._fold()
         with self._lock:
-            revision = self._registry.revision
+            revision = self.registry.revision
             update = self._update(keyframe or revision != self._revision)
-            if update.base and not update.items:
+            if update.base and all(item.name == DURATION for item in update.items):
                 return True
             if not send(update):
                 return False
             if not update.base:
                 self._published.clear()
             self._published.update(((item.name, item.labels), item.state) for item in update.items)
-            self._published_seq = update.seq
+            self.published_seq = update.seq
             self._revision = revision
-            return True
+        self.registry.own(Timer, DURATION).update(time.monotonic() - started)
+        return True
 
     def farewell(self) -> Update:
         """Return everything as the last update; the registry starts again from zero."""
         with self._lock:
-            self._seq += 1
-            items = [Item(*series) for series in self._registry.take()]
-            return self._message(0, items)
+            ancestors = self._ancestors()
+            items = [Item(*series) for series in self.registry.take()]
+            return self._message(0, items, ancestors)
+
+    def _fold(self) -> None:
+        for metric in self.registry.metrics():
+            metric.collect()
 
     def _update(self, keyframe: bool) -> Update:
-        base = 0 if keyframe else self._published_seq
+        base = 0 if keyframe else self.published_seq
         published = self._published.get if base else lambda key: None
-        self._seq += 1
         items = [
             Item(kind, name, labels, state)
-            for kind, name, labels, state in self._registry.collect()
+            for kind, name, labels, state in self.registry.states()
             if published((name, labels)) is not state
         ]
-        return self._message(base, items)
+        return self._message(base, items, () if base else self._ancestors())
 
-    def _message(self, base: int, items: list[Item]) -> Update:
-        described = {} if base else self._registry.descriptions()
-        return Update(self._identity, self._pid, self._host, self._seq, base, items, described)
+    def _message(self, base: int, items: list[Item], ancestors: tuple[Update, ...]) -> Update:
+        self._seq = max(self._seq + 1, forks.stamp())
+        described = {} if base else self.registry.descriptions()
+        return Update(
+            self._identity, self._process, self.host, self._seq, base, items, described, ancestors,
+            self.registry.max_series,
+        )  # fmt: skip
+
+    def _ancestors(self) -> tuple[Update, ...]:
+        return tuple(
+            Update(
+                ancestor.identity, ancestor.process, self.host, ancestor.version, ancestor.base,
+                [
+                    Item(metric.kind, metric.name, metric.labels, state)
+                    for metric in ancestor.metrics
+                    if not (state := metric.collect()).is_empty
+                ],
+                {},
+            )
+            for ancestor in self.registry.ancestors
+        )  # fmt: skip
 
 
 class Publisher:
-    """A daemon thread that publishes an outbox until it is stopped."""
+    """Publishes an outbox: a daemon thread of its own does, or the end of every request."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoints: Endpoints, outbox: Outbox):
         self._context = context
@@ -128,46 +168,95 @@ class Publisher:
         self._failed = False
         self._abandoned = False
         self._address = endpoints.publish
-        self._stop_sender, self._stop_receiver = socket.socketpair()
-        self._thread = threading.Thread(target=self._run, name="tapes-publisher", daemon=True)
+        self._receiver, self._sender = os.pipe()
+        self._produced = threading.Event()
+        self._thread: threads.Worker | None = threads.Worker(self._run, "tapes-publisher")
+        self._alone = threading.Lock()
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start the thread, if threads run here."""
+        try:
+            if threads.can_run() and self._thread is not None:
+                self._thread.start()
+                return
+        except RuntimeError:
+            _log.info("tapes publishes at the end of every request, as no thread can be started")
+        self._thread = None
+
+    def is_me(self) -> bool:
+        """Return whether it is the publisher's thread that asks."""
+        return self._thread is not None and self._thread.is_me()
 
     def stop(self, timeout_seconds: float) -> bool:
         """End the thread; return whether it has ended.
 
         If it is held up, by a producer of a gauge, it is left to itself, and destroys the context at its end.
         """
-        self._stop_sender.send(b"x")
-        self._thread.join(timeout_seconds)
-        if self._thread.is_alive():
+        if self._thread is None:
+            self._close()
+            return True
+        os.write(self._sender, _STOP)
+        if not self._thread.join(timeout_seconds):
             self._abandoned = True
-        if self._thread.is_alive():
-            return False
-        self._stop_sender.close()
-        self._stop_receiver.close()
+            if not self._thread.join(0.0):
+                return False
+        os.close(self._sender)
+        os.close(self._receiver)
         return True
+
+    def request_ended(self) -> None:
+        """Publish what changed, where no thread does."""
+        if self._thread is not None or not self._alone.acquire(False):
+            return
+        try:
+            if not self._subscribed:
+                self._socket.poll(_SUBSCRIPTION_MILLISECONDS)
+            self._note_subscriptions()
+            if self._subscribed:
+                self._outbox.registry.refresh(_PRODUCED_SECONDS)
+                self._keyframe_due = not self._publish() and self._keyframe_due
+        finally:
+            self._alone.release()
+
+    def await_producers(self) -> None:
+        """Have producers of gauges run that never did; takes 0.2 s at most."""
+        registry = self._outbox.registry
+        if self._thread is None:
+            registry.refresh(_PRODUCED_SECONDS)
+        elif any(isinstance(metric, Gauge) and metric.awaits_producer for metric in registry.metrics()):
+            self._produced.clear()
+            with contextlib.suppress(OSError):
+                os.write(self._sender, _REFRESH)
+            self._produced.wait(_PRODUCERS_WAIT_SECONDS)
+
+    def _close(self) -> None:
+        self._socket.close()
+        os.close(self._sender)
+        os.close(self._receiver)
 
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._stop_receiver, zmq.POLLIN)
+        poller.register(self._receiver, zmq.POLLIN)
         due = time.monotonic()
         patience_ends = due + _LONELY_SECONDS
         try:
             while True:
                 wait_seconds = max(0.0, due - time.monotonic())
                 events = dict(poller.poll(int(wait_seconds * 1000) + 1))
-                if self._stop_receiver.fileno() in events:
-                    return
+                if self._receiver in events:
+                    if _STOP in os.read(self._receiver, 1000):
+                        return
+                    self._outbox.registry.refresh(_PRODUCED_SECONDS)
+                    self._produced.set()
                 if self._socket in events:
                     self._note_subscriptions()
                 started = time.monotonic()
                 if started > patience_ends and not self._subscribed:
                     patience_ends = float("inf")
                     _log.warning("tapes has found no aggregator at %s yet; it goes on looking", self._address)
+                if started >= due:
+                    self._outbox.registry.refresh(_PRODUCED_SECONDS)
                 if self._subscribed and (self._keyframe_due or started >= due):
                     sent = self._publish()
                     self._keyframe_due = self._keyframe_due and not sent
@@ -177,8 +266,8 @@ class Publisher:
         finally:
             self._socket.close()
             if self._abandoned:  # whoever stopped it did not wait
-                self._stop_sender.close()
-                self._stop_receiver.close()
+                os.close(self._sender)
+                os.close(self._receiver)
                 self._context.destroy(linger=0)
 
     def _publish(self) -> bool:

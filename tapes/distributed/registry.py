@@ -15,11 +15,14 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from tapes import forks
+from tapes.catalogue import MAX_SERIES
 from tapes.clock import Clock, monotonic
 from tapes.distributed import connection
 from tapes.distributed.address import DEFAULT_ADDR, resolve
 from tapes.distributed.aggregator import Aggregator
-from tapes.distributed.lease import Lease, Readiness
+from tapes.distributed.launch import Readiness
+from tapes.distributed.lease import Lease
 from tapes.errors import InvalidArgument, TapesError
 from tapes.registry import Registry
 from tapes.reporting import Reporter
@@ -51,15 +54,18 @@ class DistributedRegistry(Registry):
         prefix: str = "",
         labels: Mapping[str, Any] | None = None,
         clock: Clock = monotonic,
-        max_series: int = 2000,
+        max_series: int = MAX_SERIES,
     ) -> None:
         super().__init__(prefix=prefix, labels=labels, clock=clock, max_series=max_series)
         self.socket_addr = resolve(socket_addr).publish
+        if self.socket_addr in forks.connected_parent():
+            self.connect_when_used = self.connect  # the process that spawned this one was
 
     def connect(self) -> None:
         """Connect to the aggregator; call it in every worker, after the fork.
 
-        Returns at once, also if the aggregator isn't there yet. Nothing if connected already.
+        Returns at once, also if the aggregator isn't there yet. Nothing if connected already. Processes that
+        this one forks or spawns connect by themselves.
         """
         connection.connect(self, self.socket_addr)
 
@@ -111,24 +117,25 @@ class RegistryAggregator:
             AddressInUse, AddressError: If it can't bind its address, or a reporter can't bind its own.
             AggregatorUnavailable: If it can't be started for another reason.
         """
+        if connection.is_disabled():
+            return
         if self._pid or self._aggregator:
             raise InvalidArgument("start() was called before", expected="one start() for each stop()")
         if not fork:
-            lease = Lease(owner_pid=None)
-            self._aggregator = Aggregator(resolve(self.socket_addr), self.reporters, lease)
+            self._aggregator = Aggregator(resolve(self.socket_addr), self.reporters, Lease())
             try:
                 self._aggregator.run()
             finally:
                 self._aggregator = None
             return
         readiness = Readiness()
-        owner_pid = os.getpid()
+        owner = forks.this_process()
         sys.stdout.flush()
         sys.stderr.flush()
-        self._pid = os.fork()
+        self._pid = forks.fork_unnoticed()
         if self._pid == 0:
-            self._run_in_child(owner_pid, readiness)
-        self._owner_pid = owner_pid
+            self._run_in_child(owner, readiness)
+        self._owner_pid = owner.pid
         try:
             readiness.wait()
         except TapesError:
@@ -153,13 +160,12 @@ class RegistryAggregator:
                     os.kill(pid, signal.SIGKILL)
                 time.sleep(0.01)
 
-    def _run_in_child(self, owner_pid: int, readiness: Readiness) -> None:
+    def _run_in_child(self, owner: forks.Process, readiness: Readiness) -> None:
         """Never returns: the child must not run what belongs to its parent."""
         status = 1
         try:
             os.setsid()
-            lease = Lease(owner_pid=owner_pid)
-            aggregator = Aggregator(resolve(self.socket_addr), self.reporters, lease)
+            aggregator = Aggregator(resolve(self.socket_addr), self.reporters, Lease(owner))
             status = readiness.run(aggregator)
         finally:
             with contextlib.suppress(Exception):

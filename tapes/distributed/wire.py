@@ -4,12 +4,15 @@ A message is one MessagePack array: wire version, type, fields. Workers send
 
     Update    what a worker's series stand at: all of them, or those that changed since an earlier update
     Read      a question, with an update of what the asker holds
+    Hello     which processes to stay for
     Goodbye   a worker's last update
 
 and get a `Reply`. A `Merged` is the payload of a reply to a reader that wants the states themselves.
 
 An update has a sequence number, and says after which earlier one it continues (``base``; 0 for a *keyframe*,
-which has every series). States are cumulative, so the newest of a series supersedes all before it.
+which has every series). States are cumulative, so the newest of a series supersedes all before it. Numbers
+are moments of the host's monotonic clock in nanoseconds, so that what a forked child says of its parent (an
+*ancestor*) is in order with what the parent says itself.
 
 `decode` returns a valid message or raises `WireError`, whatever it is given: every field is checked for type
 and range, and what belongs together must agree (the counts of a sketch's bins add up to its count).
@@ -27,8 +30,10 @@ from typing import Any, Callable, NamedTuple, Union
 import msgpack
 
 from tapes.bins import MAX_KEY
+from tapes.catalogue import MAX_SERIES
 from tapes.errors import WireError
 from tapes.ewma import Rates
+from tapes.forks import Process
 from tapes.metrics import (
     KINDS,
     MERGE_MODES,
@@ -44,7 +49,7 @@ from tapes.sketch import EMPTY, Sketch, counts_array
 from tapes.sums import Number, Total
 
 __all__ = [
-    "MAX_BYTES", "VERSION", "Descriptions", "Goodbye", "Item", "Merged", "Message", "Read", "Reply",
+    "MAX_BYTES", "VERSION", "Descriptions", "Goodbye", "Hello", "Item", "Merged", "Message", "Read", "Reply",
     "Update", "decode", "encode",
 ]  # fmt: skip
 
@@ -69,19 +74,25 @@ class Update(NamedTuple):
     """What a worker's series stand at.
 
     Attributes:
-        identity: Sixteen random bytes, drawn at connect; a reused pid is a new worker.
-        pid, host: Whose death to watch for.
+        identity: Sixteen random bytes; a reused pid is a new worker.
+        process, host: Whose death to watch for.
         seq: The number of this update, from 1.
         base: The update that this one continues; 0 for a keyframe, which has every series.
+        items: The series.
+        descriptions: In keyframes.
+        ancestors: In keyframes: what processes that this one descends from had recorded when they forked.
+        max_series: How many label sets of a name the worker allows.
     """
 
     identity: bytes
-    pid: int
+    process: Process
     host: str
     seq: int
     base: int
     items: list[Item]
     descriptions: Descriptions
+    ancestors: tuple[Update, ...] = ()
+    max_series: int = MAX_SERIES
 
 
 class Read(NamedTuple):
@@ -90,6 +101,14 @@ class Read(NamedTuple):
     correlation: int
     what: str
     update: Update
+
+
+class Hello(NamedTuple):
+    """A request to stay for as long as one of these processes of ``host`` lives."""
+
+    correlation: int
+    host: str
+    processes: tuple[Process, ...]
 
 
 class Goodbye(NamedTuple):
@@ -122,7 +141,7 @@ class Merged(NamedTuple):
     descriptions: Descriptions
 
 
-Message = Union[Update, Read, Goodbye, Reply, Merged]
+Message = Union[Update, Read, Hello, Goodbye, Reply, Merged]
 
 
 def encode(message: Message) -> bytes:
@@ -155,7 +174,7 @@ def decode(data: bytes) -> Message:
 
 
 def _plain_field(value: Any) -> Any:
-    if isinstance(value, Update):
+    if isinstance(value, tuple):
         return [_plain_field(field) for field in value]
     if isinstance(value, list):
         return [[item.kind, item.name, item.labels, _PLAIN[item.kind](item.state)] for item in value]
@@ -333,17 +352,33 @@ def _descriptions(plain: Any) -> Descriptions:
 
 
 def _update(*fields: Any) -> Update:
-    identity, pid, host, seq, base, items, descriptions = fields
+    identity, process, host, seq, base, items, descriptions, ancestors, max_series = fields
     _check(len(_bytes(identity)) == 16, "an identity that is not sixteen bytes")
     _check(_whole(base) < _whole(seq, 1), "an update that continues itself")
     return Update(
-        identity, _whole(pid, 1), _text(host), seq, base, _items(items), _descriptions(descriptions)
-    )
+        identity, _process(process), _text(host), seq, base, _items(items), _descriptions(descriptions),
+        tuple(_ancestor(ancestor) for ancestor in _list(ancestors)), _whole(max_series, 1),
+    )  # fmt: skip
+
+
+def _ancestor(plain: Any) -> Update:
+    fields = _list(plain)
+    _check(len(fields) == 9 and fields[7] == [], "an ancestor with ancestors")
+    return _update(*fields)
+
+
+def _process(plain: Any) -> Process:
+    pid, started = _list(plain)
+    _check(_whole(pid, 1) < 1 << 31, "a pid out of range")
+    return Process(pid, _whole(started))
 
 
 _MESSAGES: dict[str, Callable[..., Message]] = {
     "Update": _update,
     "Read": lambda correlation, what, update: Read(_whole(correlation), _text(what), _update(*_list(update))),
+    "Hello": lambda correlation, host, processes: Hello(
+        _whole(correlation), _text(host), tuple(map(_process, _list(processes)))
+    ),
     "Goodbye": lambda correlation, update: Goodbye(_whole(correlation), _update(*_list(update))),
     "Reply": lambda correlation, status, payload: Reply(_whole(correlation), _text(status), _bytes(payload)),
     "Merged": lambda tick, items, descriptions: Merged(

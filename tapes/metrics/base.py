@@ -21,11 +21,11 @@ batch is absorbed, and the exception goes on.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable
 from math import inf, isfinite
 from operator import index, is_
-from threading import RLock
 from typing import Any, ClassVar, Protocol, cast
 
 from tapes.clock import Clock
@@ -33,6 +33,7 @@ from tapes.errors import safe_text
 from tapes.naming import Labels
 from tapes.snapshot import Series
 from tapes.sums import LARGE, Number
+from tapes.threads import RLock
 
 __all__ = ["DOWN", "FULL", "Metric", "Reject", "State", "checked_number"]
 
@@ -62,6 +63,10 @@ class State(Protocol):
     def merge(states: Iterable[Any]) -> Any:
         """Return the state of all streams together; at least one is needed."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was recorded."""
+
     def series(self, labels: Labels, tick: int) -> Series | None:
         """Return what a reader sees as of ``tick``; ``None`` if there is nothing to see."""
 
@@ -70,16 +75,16 @@ class Metric:
     """A named series that a process records into; made by a registry.
 
     Thread and fork safety: recording and reading are safe from any thread, from signal handlers and from
-    destructors. A forked child goes on with what its parent had recorded, whatever the parent's threads were
-    about.
+    destructors. A forked child counts from zero, whatever its parent's threads were about; what it
+    inherited is set aside, as several processes have it and it counts once.
     """
 
     kind: ClassVar[str]
     _least: ClassVar[float] = -inf
 
     __slots__ = (
-        "__weakref__", "_bad", "_buffer", "_clock", "_folding", "_lock", "_pid", "_reject", "_state",
-        "labels", "name",
+        "__weakref__", "_bad", "_buffer", "_clock", "_folding", "_inherited", "_lock", "_pid", "_reject",
+        "_state", "labels", "name",
     )  # fmt: skip
 
     def __init__(self, name: str, labels: Labels, clock: Clock, reject: Reject) -> None:
@@ -92,6 +97,7 @@ class Metric:
         self._lock = RLock()
         self._folding = False
         self._pid = os.getpid()
+        self._inherited: Metric | None = None
         self._state: Any = self._initial(clock())
 
     def __repr__(self) -> str:
@@ -99,21 +105,62 @@ class Metric:
         return f"<tapes {self.kind} {self.name!r}{labels}>"
 
     def collect(self) -> State:
-        """Fold what is pending and return the state; the same object if nothing changed."""
+        """Fold what is pending and return what this process recorded; the same object if nothing changed."""
         # Values leave the buffer only after they came to the state.
         if self._buffer or self._bad or not self._is_settled():
             self._fold(self._clock(), wait=True)
         state: State = self._state
         return state
 
+    @property
+    def state(self) -> State:
+        """What `collect` returned last, or what was folded since."""
+        state: State = self._state
+        return state
+
+    def whole(self) -> State:
+        """Return the state with what was inherited from processes that this one was forked from."""
+        state, inherited = self.collect(), self._inherited
+        if inherited is None:
+            return state
+        whole: State = type(state).merge((inherited.whole(), state))
+        return whole
+
+    def set_aside(self) -> Metric | None:
+        """Begin from zero in a forked child; return a metric of what is there now, ``None`` if nothing is.
+
+        Folds nothing, so no number of a stranger can hold up a fork. What the other one holds counts as
+        inherited here.
+        """
+        if not self._holds_something():
+            return None
+        aside = copy.copy(self)
+        aside._lock, aside._folding = RLock(), False
+        aside._bad, aside._reject = [], _keep_quiet  # the parent counts them
+        self._inherited = aside
+        self._buffer = []
+        self._state = self._initial(self._clock())
+        return aside
+
+    def _holds_something(self) -> bool:
+        return bool(self._buffer) or not self._state.is_empty
+
+    def is_at(self, state: State | None) -> bool:
+        """Return whether ``state`` is all there is, with nothing to be folded."""
+        return self.state is state and not self._buffer
+
     def take(self) -> State:
-        """Return the state and start again from zero, in one step: every event is in one of the two."""
+        """Return the state and start again from zero, in one step: every event is in one of the two.
+
+        What was inherited is forgotten.
+        """
         self._fold(self._clock(), wait=True)
         initial = self._initial(self._clock())
         lock = self._lock
         try:  # as in _fold; a fold that this call interrupts notices that its state was taken
             lock.acquire(timeout=_WAIT_SECONDS)
             state, self._state = self._state, initial
+            self._inherited = None
         finally:
             try:  # noqa: SIM105
                 lock.release()
@@ -168,9 +215,10 @@ class Metric:
             self._reject(self, value, why)
 
     def _fold_alone(self, now: float) -> None:
-        pending = len(self._buffer)
+        buffer = self._buffer
+        pending = len(buffer)
         while pending > 0:
-            values = self._buffer[: min(pending, _BATCH)]
+            values = buffer[: min(pending, _BATCH)]
             taken = len(values)
             while True:
                 before = self._state
@@ -184,8 +232,11 @@ class Metric:
                 # signals at calls and backward jumps only, of which there are none here.
                 if self._state is before:
                     self._state = state
-                    del self._buffer[:taken]
+                    del buffer[:taken]
                     break
+                if self._buffer is not buffer:  # forked meanwhile, and in the child all was set aside
+                    self._fold_alone(now)
+                    return
             self._bad += bad
             if interruption is not None:
                 raise interruption
@@ -266,6 +317,10 @@ class Metric:
         if number < self._least:
             raise ValueError(f"it is less than {self._least:g}")
         return number
+
+
+def _keep_quiet(metric: Metric, value: Any, why: str) -> None:
+    """Reject for nobody to know."""
 
 
 def checked_number(value: Any) -> Number:

@@ -27,6 +27,11 @@ class CounterState(NamedTuple):
             Total.merge(state.up for state in every), Total.merge(state.down for state in every)
         )
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was counted."""
+        return self == CounterState()
+
     def series(self, labels: Labels, tick: int) -> CounterSeries:
         """Return what a reader sees."""
         up, down = self.up.value, self.down.value

@@ -88,6 +88,11 @@ class GaugeState(NamedTuple):
             value = value / len(told) if newest.mode == "mean" else value
         return GaugeState(value, newest.mode, newest.since)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it was never set."""
+        return self.since is None
+
     def series(self, labels: Labels, tick: int) -> GaugeSeries | None:
         """Return what a reader sees; ``None`` if the producer failed."""
         return None if self.value is None else GaugeSeries(labels, self.value)
@@ -151,6 +156,11 @@ class Gauge(Metric):
         """Whether the value is produced by a callable that is still there."""
         return self._producer is not None and self._producer() is not None
 
+    @property
+    def awaits_producer(self) -> bool:
+        """Whether its producer has yet to run."""
+        return self.has_producer and self._produced.since is None
+
     def set(self, value: Number) -> None:
         """Stand at ``value``, any finite number; a bad one is dropped, counted and logged.
 
@@ -200,9 +210,36 @@ class Gauge(Metric):
         state: GaugeState = self._state.state
         return state
 
+    @property
+    def state(self) -> GaugeState:
+        """What `collect` returned last, or what was folded since."""
+        state: GaugeState = self._produced if self._producer is not None else self._state.state
+        return state
+
+    def whole(self) -> GaugeState:
+        """Return the value with what was inherited: steps go on from there, setting replaces it."""
+        own, inherited = self.collect(), self._inherited
+        if inherited is None or self._producer is not None or self._set is not None:
+            return own
+        before: Any = inherited.whole()
+        since = before.since if own.since is None else own.since
+        return GaugeState(before.value + own.value, self.mode, since)
+
+    def set_aside(self) -> Metric | None:
+        """Stand at nothing of its own in a forked child; return a gauge of the value, if it was ever set."""
+        if self._producer is not None:
+            self._produced = GaugeState(None, self.mode, None)
+            return None
+        aside = super().set_aside()
+        self._set = None
+        return aside
+
     def take(self) -> GaugeState:
         """Return the value, which stays: it is not a count that could be handed over."""
         return self.collect()
+
+    def _holds_something(self) -> bool:
+        return bool(self._buffer) or self._set is not None or not self._state.state.is_empty
 
     def _produce(self, producer: Producer | None, now: float) -> GaugeState:
         if producer is None:

@@ -25,6 +25,11 @@ class HistogramState(NamedTuple):
         """Return the state of one histogram that saw all streams."""
         return HistogramState(Sketch.merge(state.sketch for state in states))
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no value was recorded."""
+        return self.sketch.count == 0
+
     def series(self, labels: Labels, tick: int) -> HistogramSeries:
         """Return what a reader sees."""
         return HistogramSeries(labels, self.sketch.lifetime, self.sketch.recent)

@@ -31,6 +31,11 @@ class MeterState(NamedTuple):
             Rates.merge(state.rates for state in every),
         )
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was marked."""
+        return self.count == Total()
+
     def series(self, labels: Labels, tick: int) -> MeterSeries:
         """Return what a reader sees as of ``tick``."""
         return MeterSeries(labels, self.count.value, *self.rates.read(tick))

@@ -37,6 +37,11 @@ class TimerState(NamedTuple):
             Rates.merge(state.rates for state in every),
         )
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no value was recorded."""
+        return self.sketch.count == 0
+
     def series(self, labels: Labels, tick: int) -> TimerSeries:
         """Return what a reader sees as of ``tick``."""
         m1, m5, m15 = self.rates.read(tick)

@@ -562,35 +562,3 @@ def test_reporters_are_checked():
     for wrong in ([object()], 5, RegistryAggregator, tapes.default_registry):
         with pytest.raises(InvalidArgument, match="Reporter"):
             RegistryAggregator(wrong)
-
-
-def test_a_fork_after_connect_is_told_what_to_do(aggregator, short_dir):
-    """No hang, no stolen socket: an error with the remedy, and connect() in the child helps."""
-    address, _ = aggregator
-    program = f"""
-import os
-from tapes import DistributedRegistry, TapesError
-registry = DistributedRegistry({address!r})
-registry.connect()
-pid = os.fork()
-if pid == 0:
-    try:
-        registry.get_stats()
-    except TapesError as error:
-        assert "after the fork" in str(error)
-        registry.connect()
-        registry.counter("child").increment(3)
-        assert registry.get_stats().child.value == 3
-        registry.close()
-        os._exit(0)
-    os._exit(1)
-assert os.waitpid(pid, 0)[1] == 0
-registry.counter("parent").increment(2)
-stats = registry.get_stats()
-assert (stats.parent.value, stats.child.value) == (2, 3)
-"""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], cwd=short_dir, env=clean_environment(),
-        capture_output=True, text=True, timeout=20, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")

@@ -10,8 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tapes
-from tapes.distributed.wire import VERSION, Goodbye, Item, Merged, Read, Reply, Update, decode, encode
+from tapes.distributed.wire import (
+    VERSION,
+    Goodbye,
+    Hello,
+    Item,
+    Merged,
+    Read,
+    Reply,
+    Update,
+    decode,
+    encode,
+)  # fmt: skip
 from tapes.errors import WireError
+from tapes.forks import Process
 from tapes.metrics import MERGE_MODES
 from tapes.testing import ManualClock
 
@@ -19,8 +31,11 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 text = st.text(max_size=12)
 
 
+processes = st.builds(Process, st.integers(1, 2**31 - 1), st.integers(0, 2**60))
+
+
 @st.composite
-def updates(draw):
+def updates(draw, ancestors=1):
     """An update of a registry that recorded something in every kind of metric."""
     clock = ManualClock(draw(st.integers(0, 10**6)))
     registry = tapes.Registry(clock=clock)
@@ -36,12 +51,17 @@ def updates(draw):
     items = [Item(*series) for series in registry.collect()]
     described = {name: (draw(text), draw(st.one_of(st.none(), text))) for name in draw(st.sets(text))}
     base = draw(st.integers(0, 5))
-    return Update(draw(st.binary(min_size=16, max_size=16)), 7, "host", base + 1, base, items, described)
+    before = draw(st.lists(updates(ancestors=0), max_size=2)) if ancestors else []
+    return Update(
+        draw(st.binary(min_size=16, max_size=16)), draw(processes), "host", base + 1, base, items, described,
+        tuple(before), draw(st.integers(1, 10**6)),
+    )  # fmt: skip
 
 
 messages = st.one_of(
     updates(),
     st.builds(Read, st.integers(0, 99), text, updates()),
+    st.builds(Hello, st.integers(0, 99), text, st.lists(processes, max_size=3).map(tuple)),
     st.builds(Goodbye, st.integers(0, 99), updates()),
     st.builds(Reply, st.integers(0, 99), text, st.binary()),
     st.builds(lambda update: Merged(3, update.items, update.descriptions), updates()),
@@ -110,7 +130,7 @@ def test_a_sketch_whose_bins_do_not_add_up_is_refused():
     """What belongs together must agree."""
     registry = tapes.Registry()
     registry.histogram("h").update(1)
-    update = Update(bytes(16), 1, "", 1, 0, [Item(*s) for s in registry.collect()], {})
+    update = Update(bytes(16), Process(1, 0), "", 1, 0, [Item(*s) for s in registry.collect()], {})
     tree = msgpack.unpackb(encode(update))
     tree[7][0][3][0] = 2
     with pytest.raises(WireError, match="add up"):
@@ -135,7 +155,7 @@ def test_a_nan_is_refused():
     """Nothing that would poison a sum gets in."""
     registry = tapes.Registry()
     registry.gauge("g").set(1)
-    update = Update(bytes(16), 1, "", 1, 0, [Item(*s) for s in registry.collect()], {})
+    update = Update(bytes(16), Process(1, 0), "", 1, 0, [Item(*s) for s in registry.collect()], {})
     tree = msgpack.unpackb(encode(update))
     tree[7][0][3][0] = math.nan
     with pytest.raises(WireError, match="finite"):

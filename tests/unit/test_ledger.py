@@ -10,6 +10,7 @@ import pytest
 import tapes
 from tapes.distributed.ledger import Ledger
 from tapes.distributed.wire import Item, Update
+from tapes.forks import Process
 from tapes.testing import ManualClock
 
 
@@ -26,7 +27,16 @@ class Worker:
     def update(self, base=0, only=None):
         self.seq += 1
         items = [Item(*s) for s in self.registry.collect() if only is None or s[1] in only]
-        return Update(self.identity, 1, "h", self.seq, base, items, self.registry.descriptions())
+        return Update(
+            self.identity,
+            Process(1, 0),
+            "h",
+            self.seq,
+            base,
+            items,
+            self.registry.descriptions(),
+            max_series=2000,
+        )
 
 
 def value(ledger, name="c", **labels):

@@ -1,0 +1,5 @@
+"""``python -m tapes`` is ``tapes``."""
+
+from tapes.cli import main
+
+main()

@@ -1,0 +1,65 @@
+"""The command line: ``tapes run [options] -- COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+
+import tapes
+from tapes.errors import TapesError
+
+__all__ = ["main"]
+
+_NOT_FOUND, _NOT_RUNNABLE = 127, 126  # as shells say it
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; ends the process, or becomes another."""
+    parser = argparse.ArgumentParser(prog="tapes", description=tapes.__doc__.partition("\n")[0])
+    parser.add_argument("--version", action="version", version=f"tapes {tapes.__version__}")
+    commands = parser.add_subparsers(dest="action", required=True)
+    run = commands.add_parser(
+        "run",
+        help="run a command whose processes answer for each other",
+        description="Start an aggregator and become COMMAND: every process that it starts and that uses "
+        "tapes connects by itself. The aggregator leaves 2 s after the last of them.",
+        usage="tapes run [--http [HOST:]PORT] [--addr ADDR] -- COMMAND [ARGUMENT ...]",
+    )
+    run.add_argument(
+        "--http", metavar="[HOST:]PORT", help="have the aggregator answer over HTTP; on loopback"
+    )
+    run.add_argument("--addr", help="where to meet (default: TAPES_ADDR, or a private directory)")
+    run.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    command = given.command[1:] if given.command[:1] == ["--"] else given.command
+    if not command:
+        run.error("there is no command to run: tapes run -- COMMAND")
+    _run(command, given.http, given.addr)
+
+
+def _run(command: list[str], http: str | None, addr: str | None) -> None:
+    program = shutil.which(command[0])
+    if program is None:
+        sys.stderr.write(f"tapes: there is no command {command[0]!r}\n")
+        sys.exit(_NOT_FOUND)
+    if http is not None:
+        os.environ["TAPES_HTTP"] = http
+    try:
+        from tapes.distributed.connection import is_disabled
+        from tapes.distributed.joining import Supervisor, meet
+        from tapes.forks import this_process
+
+        if not is_disabled():
+            meet(Supervisor(this_process(), f"tapes run (pid {os.getpid()})"), addr)
+    except TapesError as error:
+        sys.exit(f"tapes: {error}")
+    os.environ.pop("TAPES_HTTP", None)  # it answers there already
+    try:
+        # To become the command, and not to be its parent, passes on every signal and its exit status.
+        os.execv(program, command)  # noqa: S606 - the command is the user's own
+    except OSError as error:
+        sys.stderr.write(f"tapes: {command[0]} can't be run ({error.strerror})\n")
+        sys.exit(_NOT_RUNNABLE)

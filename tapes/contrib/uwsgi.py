@@ -1,0 +1,52 @@
+"""Every uWSGI worker answers for the whole service; one line in the application's module.
+
+    import tapes.contrib.uwsgi
+
+Workers join when they have been forked, or at once where uWSGI loads the application after the fork
+(``lazy-apps``), and say goodbye when uWSGI ends them. The aggregator lives as long as uWSGI's master, through
+reloads. Works with and without ``enable-threads``: where no Python thread runs, the end of every request
+publishes. Nothing happens outside uWSGI.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, Callable
+
+import tapes
+from tapes import forks
+
+__all__: list[str] = []
+
+_log = logging.getLogger("tapes.contrib.uwsgi")
+
+
+def _join() -> None:
+    forks.check()  # uWSGI forks in C, where no hook of Python runs
+    try:
+        tapes.join()
+    except tapes.TapesError as error:
+        _log.error("tapes: this worker can't join: %s", error)
+
+
+def _after(before: Callable[[], Any] | None, ours: Callable[[], None]) -> Callable[[], None]:
+    def both() -> None:
+        if before is not None:
+            before()
+        ours()
+
+    return both
+
+
+def _install(uwsgi: Any) -> None:
+    uwsgi.atexit = _after(getattr(uwsgi, "atexit", None), tapes.close)
+    if uwsgi.worker_id():
+        _join()
+    else:
+        tapes.default_registry.connect_when_used = None  # the master is no worker
+        uwsgi.post_fork_hook = _after(getattr(uwsgi, "post_fork_hook", None), _join)
+
+
+if "uwsgi" in sys.modules:
+    _install(sys.modules["uwsgi"])

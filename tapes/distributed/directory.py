@@ -1,0 +1,199 @@
+"""The private directory of a service: where it is, who may use it, and how it goes.
+
+It is named after the supervisor of the service, by pid and start, so that all its processes find it without a
+word, and nobody else does; mode 0700. It holds the aggregator's sockets, its locks and wills, and is removed
+with them. What a service leaves that was killed outright, the next one to start sweeps away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tapes.distributed.address import Endpoints, resolve
+from tapes.distributed.processes import lives
+from tapes.errors import AddressError, AggregatorUnavailable
+from tapes.forks import Process
+
+__all__ = ["User", "clear", "find", "restore", "start_lock", "sweep"]
+
+_NAME = re.compile(r"tapes-(\d+)-(\d+)")
+_SOCKET = "metrics.ipc"
+_SHORTEST = "/tmp"  # noqa: S108 - where other directories are too long for a socket; ours in it is private
+_START_LOCK = ".start"
+
+
+class User(NamedTuple):
+    """Whom the files of a service belong to."""
+
+    uid: int
+    gid: int
+
+    @classmethod
+    def ourselves(cls) -> User:
+        """Return the user of this process."""
+        return cls(os.geteuid(), os.getegid())
+
+
+def find(supervisor: Process, user: User) -> Endpoints:
+    """Return where the service of ``supervisor`` meets; the directory is made if need be.
+
+    Raises:
+        AggregatorUnavailable: If there is no place for it.
+    """
+    name = f"tapes-{supervisor.pid}-{supervisor.started}"
+    reasons = []
+    for parent in _parents():
+        directory = os.path.join(parent, name)
+        if user.uid != os.geteuid() and not _open_to_all(parent):
+            reasons.append(f"{parent} is closed to user {user.uid}")
+            continue
+        try:
+            endpoints = resolve(f"ipc://{directory}/{_SOCKET}")
+            with contextlib.suppress(FileExistsError):
+                _make(directory, user)
+            found = os.lstat(directory)
+        except (OSError, AddressError) as error:
+            reasons.append(str(error))
+            continue
+        if _is_private(found, user.uid):
+            return endpoints
+        reasons.append(f"{directory} is not ours alone")
+    raise AggregatorUnavailable(
+        f"there is no directory for the aggregator's sockets ({'; '.join(reasons)})",
+        remedy="set TMPDIR to a directory that can be written to, or TAPES_ADDR to an address",
+    )
+
+
+def _owned(endpoints: Endpoints) -> str | None:
+    """Return the directory of ``endpoints`` if it is of the kind that this module makes, there or not."""
+    if endpoints.path is not None:
+        directory, name = os.path.split(endpoints.path)
+        if name == _SOCKET and _NAME.fullmatch(os.path.basename(directory)):
+            return directory
+    return None
+
+
+def restore(endpoints: Endpoints, user: User) -> None:
+    """Make the private directory of ``endpoints`` again if it is one, and gone."""
+    directory = _owned(endpoints)
+    if directory is not None:
+        with contextlib.suppress(FileExistsError):
+            _make(directory, user)
+
+
+def _make(directory: str, user: User) -> None:
+    os.mkdir(directory, 0o700)
+    if user != User.ourselves():
+        os.chown(directory, *user)
+
+
+def clear(endpoints: Endpoints) -> None:
+    """Remove the start lock of ``endpoints``, and the directory if it is a private one; hold that lock."""
+    if endpoints.path is not None:
+        with contextlib.suppress(OSError):
+            os.unlink(endpoints.path + _START_LOCK)
+    private = _owned(endpoints)
+    if private is not None:
+        _remove(private)
+
+
+def _remove(directory: str) -> None:
+    with contextlib.suppress(OSError):
+        for name in os.listdir(directory):
+            if name.startswith(_SOCKET):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(directory, name))
+        os.rmdir(directory)
+
+
+@contextlib.contextmanager
+def start_lock(endpoints: Endpoints, user: User, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of those who start or end the aggregator at ``endpoints``; yield whether it is held.
+
+    Where there is no file, as for TCP, there is no lock either: the kernel lets one aggregator bind.
+    """
+    if endpoints.path is None:
+        yield True
+        return
+    path = endpoints.path + _START_LOCK
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError:  # removed with its directory by an aggregator that left meanwhile
+            if not wait or _owned(endpoints) is None:
+                raise AddressError(
+                    f"there is no directory for {endpoints.publish}",
+                    remedy="choose a directory that exists and can be written to",
+                ) from None
+            restore(endpoints, user)
+            continue
+        except OSError as error:
+            raise AddressError(
+                f"the aggregator can't be started at {endpoints.publish} ({error.strerror or error})",
+                remedy="choose a directory that exists and can be written to",
+            ) from None
+        try:
+            if user != User.ourselves():
+                os.fchown(fd, *user)
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(fd), os.stat(path)):
+                    yield True
+                    return
+        except BlockingIOError:
+            yield False
+            return
+        finally:
+            os.close(fd)
+
+
+def sweep(uids: set[int]) -> None:
+    """Remove what is left of services of these users that have ended with nobody to clean up."""
+    for parent in _parents():
+        with contextlib.suppress(OSError):
+            for entry in list(os.scandir(parent)):
+                match = _NAME.fullmatch(entry.name)
+                if match is None or lives(Process(int(match[1]), int(match[2]))):
+                    continue
+                with contextlib.suppress(OSError):
+                    if any(_is_private(os.lstat(entry.path), uid) for uid in uids):
+                        _sweep(entry.path)
+
+
+def _sweep(directory: str) -> None:
+    fds = []
+    try:
+        for name in os.listdir(directory):
+            if name.endswith((".lock", _START_LOCK)):
+                fds.append(os.open(os.path.join(directory, name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC))
+                fcntl.flock(fds[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if an aggregator lives there
+        _remove(directory)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _parents() -> list[str]:
+    given = (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), _SHORTEST)
+    return list(dict.fromkeys(os.path.abspath(parent) for parent in given if parent))
+
+
+def _open_to_all(directory: str) -> bool:
+    """Return whether every user can reach what is in ``directory``."""
+    while True:
+        if not os.stat(directory).st_mode & stat.S_IXOTH:
+            return False
+        if directory == os.path.dirname(directory):
+            return True
+        directory = os.path.dirname(directory)
+
+
+def _is_private(found: os.stat_result, uid: int) -> bool:
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == uid and not found.st_mode & 0o077

@@ -1,0 +1,107 @@
+"""Joining a service: whose it is, where it meets, and who starts its aggregator.
+
+The first comer starts it, under a lock, and everybody tells it whom to stay for while holding that lock; the
+aggregator takes the same lock when it leaves. So nobody joins one that is about to go.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NamedTuple
+
+from tapes import forks
+from tapes.distributed import directory
+from tapes.distributed.address import DEFAULT_ADDR, Endpoints, is_served, resolve
+from tapes.distributed.connection import AggregatorConnection, connect, is_disabled, stay_for
+from tapes.distributed.launch import launch
+from tapes.errors import TapesError
+from tapes.forks import Process
+from tapes.registry import Registry
+
+__all__ = ["Supervisor", "join", "meet", "supervisor"]
+
+
+class Supervisor(NamedTuple):
+    """The process that a service is known by, and what it is."""
+
+    process: Process
+    what: str
+
+
+def join(registry: Registry, addr: str | None = None) -> None:
+    """Connect ``registry`` to the aggregator of its service, and start one if none is there.
+
+    Raises:
+        AddressError, AggregatorUnavailable: If that can't be done.
+        InvalidArgument: If ``registry`` is connected elsewhere.
+    """
+    if is_disabled():
+        return
+    if os.environ.get("TAPES_AUTOSTART") == "0":
+        connect(registry, addr)
+        return
+    connection = registry.connection
+    if isinstance(connection, AggregatorConnection) and connection.is_of_this_process:
+        connect(registry, connection.endpoints.publish if addr is None else addr)  # or says what is wrong
+        addr = connection.endpoints.publish
+    connect(registry, meet(supervisor(), addr).publish)
+
+
+def meet(
+    whom: Supervisor,
+    addr: str | None = None,
+    *,
+    user: directory.User | None = None,
+) -> Endpoints:
+    """Have an aggregator that stays for ``whom`` and for this process, and return where it is.
+
+    Sets ``TAPES_ADDR`` for the processes that this one will start.
+
+    Args:
+        whom: The service's supervisor.
+        addr: Where to meet; by default ``TAPES_ADDR``, or a private directory of the service.
+        user: Whom a new aggregator is to be run by; the user of this process if not given.
+
+    Raises:
+        AddressError, AggregatorUnavailable, InvalidArgument: If that can't be done.
+    """
+    user = directory.User.ourselves() if user is None else user
+    if addr is None and not os.environ.get("TAPES_ADDR"):
+        endpoints = directory.find(whom.process, user)
+    else:
+        endpoints = resolve(DEFAULT_ADDR if addr is None else addr)
+        directory.restore(endpoints, user)
+    met = (forks.this_process(), endpoints)
+    if met in _met and is_served(endpoints):
+        return endpoints
+    with directory.start_lock(endpoints, user):
+        if not is_served(endpoints):
+            try:
+                launch(endpoints, whom.process, whom.what, user)
+            except TapesError:
+                directory.clear(endpoints)
+                raise
+        if stay_for(endpoints, *{forks.this_process(), whom.process}):
+            _met.add(met)
+    os.environ["TAPES_ADDR"] = endpoints.publish
+    return endpoints
+
+
+_met: set[tuple[Process, Endpoints]] = set()
+
+
+def supervisor() -> Supervisor:
+    """Return the process that all workers of this service have in common, as far as can be seen from here."""
+    uwsgi: Any = sys.modules.get("uwsgi")
+    if uwsgi is not None and uwsgi.masterpid():
+        return Supervisor(forks.process_of(uwsgi.masterpid()), "uWSGI")
+    multiprocessing: Any = sys.modules.get("multiprocessing.process")
+    parent = multiprocessing and multiprocessing.parent_process()
+    if parent is not None:
+        return Supervisor(forks.process_of(parent.pid), "multiprocessing")
+    if forks.origin() != forks.this_process():
+        return Supervisor(forks.origin(), "the process that it was forked from")
+    if os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn/"):
+        return Supervisor(forks.process_of(os.getppid()), "gunicorn")
+    return Supervisor(forks.this_process(), "the process itself")

@@ -1,0 +1,213 @@
+"""Starting an aggregator in a process of its own, and being one.
+
+The process is detached: a session of its own, and no child of the starter, so that no server reaps, signals
+or restarts it. It says on a pipe when it is ready, or why it can't be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from tapes.distributed import directory
+from tapes.distributed.address import Endpoints, resolve
+from tapes.distributed.lease import Lease
+from tapes.errors import AddressError, AddressInUse, AggregatorUnavailable, InvalidArgument, TapesError
+from tapes.forks import Process
+from tapes.reporting import Reporter
+from tapes.reporting.http import HTTPReporter
+
+if TYPE_CHECKING:
+    from tapes.distributed.aggregator import Aggregator
+
+__all__ = ["Readiness", "launch", "reporters_from", "serve"]
+
+_READY_SECONDS = 10.0
+_NOT_HANDED_ON = (
+    "GUNICORN_FD", "GUNICORN_PID", "LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET",
+    "TAPES_ADDR", "TAPES_CONNECTED",
+)  # fmt: skip
+
+_log = logging.getLogger("tapes.distributed")
+
+
+class Readiness:
+    """A pipe on which an aggregator that is being started says that it is ready, or why it can't be."""
+
+    def __init__(self, fds: tuple[int, int] | None = None) -> None:
+        self._receiver, self._sender = os.pipe() if fds is None else fds
+
+    @property
+    def sender(self) -> int:
+        """The descriptor that the starting process needs."""
+        return self._sender
+
+    def run(self, aggregator: Aggregator) -> int:
+        """Run ``aggregator`` to its end, telling the other side how it started; return the exit status."""
+        if self._receiver >= 0:
+            os.close(self._receiver)
+        try:
+            aggregator.run(lambda: self.tell("ready"))
+        except TapesError as error:
+            self.tell(f"{type(error).__name__}\n{error}")
+            return 1
+        except Exception as error:
+            _log.exception("tapes: the aggregator ended by an unexpected error")
+            self.tell(f"AggregatorUnavailable\nthe aggregator failed ({error!r})")
+            return 1
+        return 0
+
+    def wait(self) -> None:
+        """Return when the aggregator is ready.
+
+        Raises:
+            AddressError, AggregatorUnavailable, InvalidArgument: With the reason why it can't be started.
+        """
+        os.close(self._sender)
+        said = b""
+        try:
+            while select.select([self._receiver], [], [], _READY_SECONDS)[0]:
+                piece = os.read(self._receiver, 65536)
+                said += piece
+                if not piece:
+                    break
+        finally:
+            os.close(self._receiver)
+        kind, _, sentence = said.decode(errors="replace").partition("\n")
+        if kind != "ready":
+            failure = _FAILURES.get(kind, AggregatorUnavailable)
+            raise failure(sentence or f"the aggregator was not ready within {_READY_SECONDS:g} s")
+
+    def tell(self, text: str) -> None:
+        """Say ``text``, once."""
+        if self._sender >= 0:
+            with contextlib.suppress(OSError):
+                os.write(self._sender, text.encode())
+                os.close(self._sender)
+            self._sender = -1
+
+
+def _failures(root: type[TapesError]) -> dict[str, type[TapesError]]:
+    found = {root.__name__: root}
+    for child in root.__subclasses__():
+        found.update(_failures(child))
+    return found
+
+
+_FAILURES = {**_failures(AddressError), **_failures(AggregatorUnavailable), **_failures(InvalidArgument)}
+
+
+def launch(endpoints: Endpoints, owner: Process, reason: str, user: directory.User) -> None:
+    """Start a detached aggregator that serves ``owner`` and its workers; nothing if one is there.
+
+    Args:
+        endpoints: Where it listens.
+        owner: The process for which it lives.
+        reason: Why it is started, for the log.
+        user: Whom it is to be run by.
+
+    Raises:
+        AddressError, AggregatorUnavailable, InvalidArgument: If it can't be started.
+    """
+    directory.sweep({os.geteuid(), user.uid})
+    readiness = Readiness()
+    environment = {name: text for name, text in os.environ.items() if name not in _NOT_HANDED_ON}
+    try:
+        subprocess.run(
+            [
+                _python(), "-c", _BOOTSTRAP, os.pathsep.join(filter(None, sys.path)), endpoints.publish,
+                str(owner.pid), str(owner.started), reason, str(user.uid), str(user.gid),
+                str(readiness.sender),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[readiness.sender],
+            start_new_session=True,
+            env=environment,
+            check=False,
+        )  # fmt: skip
+    except OSError as error:
+        raise AggregatorUnavailable(f"the aggregator can't be started ({error})") from None
+    with contextlib.suppress(AddressInUse):  # the one that is there is the one to use
+        readiness.wait()
+
+
+# The working directory is taken off the path before anything is imported, so that no file in it can
+# stand in for a module of the library.
+_BOOTSTRAP = """\
+import sys; sys.path[:1] = []; argv = sys.argv[1:]
+sys.path += [path for path in argv.pop(0).split(__import__("os").pathsep) if path not in sys.path]
+from tapes.distributed.launch import serve; serve(*argv)
+"""
+
+
+def serve(address: str, pid: str, started: str, reason: str, uid: str, gid: str, ready_fd: str) -> None:
+    """Be the aggregator that `launch` starts; the calling process returns at once."""
+    if os.fork():
+        os._exit(0)
+    from tapes.distributed.aggregator import Aggregator
+
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="[%(process)d] [%(levelname)s] %(message)s"
+    )
+    _become(directory.User(int(uid), int(gid)))
+    os.umask(0o077)
+    os.chdir("/")
+    readiness = Readiness((-1, int(ready_fd)))
+    endpoints = resolve(address)
+    try:
+        reporters = reporters_from(os.environ)
+    except TapesError as error:
+        readiness.tell(f"{type(error).__name__}\n{error}")
+        sys.exit(1)
+    lease = Lease.joined(Process(int(pid), int(started)))
+    sys.exit(readiness.run(Aggregator(endpoints, reporters, lease, reason=reason)))
+
+
+def reporters_from(environment: os._Environ[str] | dict[str, str]) -> list[Reporter]:
+    """Return the reporters that the environment asks for: ``TAPES_HTTP=[HOST:]PORT``.
+
+    Raises:
+        InvalidArgument: If a variable can't be understood.
+    """
+    reporters: list[Reporter] = []
+    http = environment.get("TAPES_HTTP", "")
+    if http:
+        host, _, port = http.rpartition(":")
+        if not (port.isascii() and port.isdigit()):
+            raise InvalidArgument("TAPES_HTTP", got=http, expected="PORT or HOST:PORT")
+        reporters.append(HTTPReporter(int(port), host=host.strip("[]") or "127.0.0.1"))
+    return reporters
+
+
+def _become(user: directory.User) -> None:
+    if user != directory.User.ourselves():
+        os.setgroups([])
+        os.setgid(user.gid)
+        os.setuid(user.uid)
+
+
+def _python() -> str:
+    """Return an interpreter of this version; servers that embed Python call themselves ``sys.executable``."""
+    if os.path.basename(sys.executable or "").startswith(("python", "pypy")):
+        return sys.executable
+    name = (
+        "pypy3" if sys.implementation.name == "pypy" else f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    )
+    for prefix in (sys.exec_prefix, sys.base_exec_prefix):
+        for found in (os.path.join(prefix, "bin", name), os.path.join(prefix, "bin", "python3")):
+            if os.access(found, os.X_OK):
+                return found
+    found_on_path = shutil.which(name)
+    if found_on_path is None:
+        raise AggregatorUnavailable(
+            "no Python was found to start the aggregator with",
+            remedy=f"put {name} on the PATH, or start the service by: tapes run -- COMMAND",
+        )
+    return found_on_path

@@ -1,0 +1,63 @@
+"""Processes: whether they still live, whatever becomes of their pids.
+
+A pidfd reports every kind of death at once. Where there are none (macOS), the pid is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+
+from tapes.forks import Process, process_of
+
+__all__ = ["ProcessWatch", "lives"]
+
+
+class ProcessWatch:
+    """Tells when a process has ended."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._fd = -1
+        self._over = False
+        try:
+            self._fd = os.pidfd_open(process.pid)
+        except ProcessLookupError:
+            self._over = True
+        except (AttributeError, OSError):
+            pass  # no pidfds on this system, or no descriptors left: ended() asks for the pid
+        if not self._over and not _is_still(process):  # the pid is another process's by now
+            self._over = True
+
+    def ended(self) -> bool:
+        """Return whether it has ended."""
+        if not self._over:
+            if self._fd >= 0:
+                poll = select.poll()
+                poll.register(self._fd, select.POLLIN)
+                self._over = bool(poll.poll(0))
+            else:
+                self._over = not lives(self._process)
+        return self._over
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def lives(process: Process) -> bool:
+    """Return whether ``process`` lives, and not another one with its pid."""
+    try:
+        os.kill(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return _is_still(process)
+
+
+def _is_still(process: Process) -> bool:
+    started = process_of(process.pid).started
+    return not (started and process.started) or started == process.started

@@ -1,0 +1,87 @@
+"""Wills: the last words of workers that left while no aggregator answered.
+
+A will is a goodbye in a file beside the socket, written whole or not at all, and removed by the aggregator
+that takes it in. The identity in its name makes it harmless to read one twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from tapes.distributed.address import Endpoints
+from tapes.distributed.wire import MAX_BYTES, Goodbye, decode, encode
+from tapes.errors import WireError
+
+__all__ = ["MARK", "Wills", "leave", "withdraw"]
+
+MARK = ".will-"
+
+
+def leave(endpoints: Endpoints, goodbye: Goodbye) -> bool:
+    """Write a will; return whether that could be done."""
+    if endpoints.path is None:
+        return False
+    path = _path(endpoints.path, goodbye)
+    draft = f"{path}.{os.getpid()}"
+    try:
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:
+            file.write(encode(goodbye))
+        os.replace(draft, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        return False
+    return True
+
+
+def withdraw(endpoints: Endpoints, goodbye: Goodbye) -> None:
+    """Remove a will, if there is one: what it says was said."""
+    if endpoints.path is not None:
+        with contextlib.suppress(OSError):
+            os.unlink(_path(endpoints.path, goodbye))
+
+
+def _path(socket_path: str, goodbye: Goodbye) -> str:
+    return socket_path + MARK + goodbye.update.identity.hex()
+
+
+class Wills:
+    """The wills beside a socket, as its aggregator sees them; looks again only if the directory changed."""
+
+    def __init__(self, endpoints: Endpoints) -> None:
+        self._directory, _, name = (endpoints.path or "").rpartition("/")
+        self._start = name + MARK
+        self._looked: int | None = None
+
+    def take_in(self) -> Iterator[tuple[Goodbye | WireError, bytes]]:
+        """Yield each new will, or what is wrong with it, and its bytes; it is removed after that."""
+        if not self._directory:
+            return
+        with contextlib.suppress(OSError):
+            changed = os.stat(self._directory).st_mtime_ns
+            if changed == self._looked:
+                return
+            self._looked = changed
+            for entry in list(os.scandir(self._directory)):
+                if entry.name.startswith(self._start) and "." not in entry.name[len(self._start) :]:
+                    yield from self._open(entry.path)
+
+    def _open(self, path: str) -> Iterator[tuple[Goodbye | WireError, bytes]]:
+        data = b""
+        with contextlib.suppress(OSError):
+            with open(
+                os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb"
+            ) as file:
+                data = file.read(MAX_BYTES)
+            try:
+                message = decode(data)
+                if not isinstance(message, Goodbye):
+                    raise WireError("a will", got=type(message).__name__, expected="Goodbye")
+            except WireError as error:
+                yield error, data
+            else:
+                yield message, data
+            os.unlink(path)

@@ -1,0 +1,168 @@
+"""Forks: which process this is, and what the processes before it had counted when they forked.
+
+Theory. A forked child has a copy of everything that its parent had recorded. Were both to tell it, it would
+count twice; were neither, not at all. So at a fork a child begins from zero under an identity of its own, and
+keeps what it found as a record of its *ancestor*: the ancestor's identity, what it stood at, and when. Every
+child tells its ancestors' records beside its own, and so does the ancestor if it speaks for itself; of all
+that is told under one identity the newest counts, once. Nothing has to be known of who lives.
+
+Time orders the records: `stamp` reads the host's monotonic clock in nanoseconds, which all processes share.
+
+Python's hooks tell of forks. A server that forks in C runs none of them, so adapters `check` the pid when a
+request starts; the moment is then that at which the kernel started the child.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from typing import Any, Callable, NamedTuple
+
+__all__ = [
+    "CONNECTED", "Ancestor", "Process", "add", "check", "connected_parent", "fork_unnoticed", "origin",
+    "process_of", "stamp", "this_process",
+]  # fmt: skip
+
+
+CONNECTED = "TAPES_CONNECTED"
+"""The variable that tells processes that this one spawns where its registries are connected."""
+
+
+class Process(NamedTuple):
+    """A process of this host, told from a later one with the same pid.
+
+    Attributes:
+        pid: The pid.
+        started: When it started, in the kernel's clock ticks since boot; 0 if that is not known.
+    """
+
+    pid: int
+    started: int
+
+
+class Ancestor(NamedTuple):
+    """What a process had recorded when it forked, as far as it had not told it itself.
+
+    Attributes:
+        identity: Under which it recorded.
+        process: Which one it is.
+        version: When, as `stamp`.
+        base: The version that this continues; 0 if it is everything.
+        metrics: Metrics that hold it; nobody records into them.
+    """
+
+    identity: bytes
+    process: Process
+    version: int
+    base: int
+    metrics: list[Any]
+
+
+def stamp() -> int:
+    """Return the time, comparable with that of every process of this host."""
+    return time.monotonic_ns()
+
+
+def process_of(pid: int) -> Process:
+    """Return the process that has ``pid`` now."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return Process(pid, int(file.read().rpartition(b")")[2].split()[19]))
+    except (OSError, IndexError, ValueError):
+        return Process(pid, 0)
+
+
+def this_process() -> Process:
+    """Return this process; notices a fork, as `check`."""
+    check()
+    return _here.process
+
+
+def origin() -> Process:
+    """Return the process that this one descends from by forks, and that imported tapes; maybe this one."""
+    check()
+    return _here.origin
+
+
+def connected_parent() -> list[str]:
+    """Return where the process that forked or spawned this one has its registries connected.
+
+    The address of its default registry comes first; empty if that was not connected.
+    """
+    pid, *addresses = os.environ.get(CONNECTED, "").split("\n")
+    return [] if pid == str(os.getpid()) else addresses
+
+
+def add(registry: Any) -> None:
+    """Have ``registry.before_fork()``, ``.forked(process, version)`` and ``.go_on()`` called at forks.
+
+    Before the fork, in the child, and in the parent after it.
+    """
+    _registries.add(registry)
+
+
+def check() -> None:
+    """Notice a fork of which no hook told; cheap enough for every request."""
+    if os.getpid() != _here.process.pid:
+        _here.noticed_late()
+
+
+def fork_unnoticed() -> int:
+    """Fork a child that is no worker: in it, and in those it forks, registries stay as they are."""
+    _here.is_worker, before = False, _here.is_worker
+    pid = -1
+    try:
+        pid = os.fork()
+    finally:
+        if pid != 0:
+            _here.is_worker = before
+    return pid
+
+
+class _Here:
+    """What is known of this process."""
+
+    def __init__(self) -> None:
+        self.process = self.origin = process_of(os.getpid())
+        self.is_worker = True
+        self._version = 0
+        self._lock = threading.Lock()
+
+    def before(self) -> None:
+        if self.is_worker:
+            _each(lambda registry: registry.before_fork())
+            self._version = stamp()
+
+    def in_parent(self) -> None:
+        if self.is_worker:
+            _each(lambda registry: registry.go_on())
+
+    def in_child(self) -> None:
+        self._lock = threading.Lock()
+        self._change(self._version)
+
+    def noticed_late(self) -> None:
+        with self._lock:
+            if os.getpid() != self.process.pid:
+                # The clock of process starts counts suspended time too, and is coarser.
+                started = process_of(os.getpid()).started / os.sysconf("SC_CLK_TCK")
+                ago = max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started) if started else 0.0
+                self._change(stamp() - int(ago * 1e9))
+
+    def _change(self, version: int) -> None:
+        parent, self.process = self.process, process_of(os.getpid())
+        if self.is_worker:
+            _each(lambda registry: registry.forked(parent, version))
+
+
+def _each(action: Callable[[Any], None]) -> None:
+    for registry in list(_registries):
+        action(registry)
+
+
+_registries: weakref.WeakSet[Any] = weakref.WeakSet()
+_here = _Here()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_here.before, after_in_parent=_here.in_parent, after_in_child=_here.in_child)
