@@ -329,7 +329,8 @@ def stay_for(endpoints: Endpoints, *processes: forks.Process) -> bool:
     try:
         hello = Hello(1, socket.gethostname(), processes)
         deadline = time.monotonic() + TIMEOUT_SECONDS
-        return _exchange(endpoints, _new_reader(context, endpoints), hello, deadline).status == "ok"
+        with contextlib.closing(_new_reader(context, endpoints)) as reader:
+            return _exchange(endpoints, reader, hello, deadline).status == "ok"
     except (AggregatorUnavailable, WireError, zmq.ZMQError):
         return False
     finally:

@@ -1,0 +1,238 @@
+"""A service that starts its own aggregator: one of them, as long as it is needed, and nothing after."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.processes import clean_environment, free_port, get, mentions, running, wait_for
+
+
+class Home:
+    """Directories that a service may use, empty before and after."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.directory = directory
+        self.private = directory / "run"
+        self.private.mkdir(exist_ok=True)
+        self.environment = {"TMPDIR": str(self.private), "XDG_RUNTIME_DIR": str(self.private)}
+
+    def run(self, program: str, *, status: int = 0, **more: str) -> tuple[str, str]:
+        """Run a program; return what it and its aggregator said, without waiting for the latter's end."""
+        (self.directory / "program.py").write_text(program)
+        with (self.directory / "errors.log").open("w+") as errors:
+            done = subprocess.run(
+                [sys.executable, "-W", "error", "program.py"], cwd=self.directory, stdout=subprocess.PIPE,
+                stderr=errors, text=True, env=clean_environment(**self.environment, **more), timeout=20,
+                check=False,
+            )  # fmt: skip
+            said = (self.directory / "errors.log").read_text()
+        assert done.returncode == status, said
+        return done.stdout, said
+
+    def running(self, program: str, **more: str):
+        (self.directory / "program.py").write_text(program)
+        command = [sys.executable, "-W", "error", "program.py"]
+        return running(command, cwd=self.directory, **self.environment, **more)
+
+    def services(self) -> list[pathlib.Path]:
+        return list(self.private.glob("tapes-*"))
+
+    def nothing_left(self) -> bool:
+        return not mentions(str(self.directory)) and not list(self.private.iterdir())
+
+
+@pytest.fixture
+def home(short_dir):
+    """Where a service runs; nothing of it is left within 4 s."""
+    home = Home(short_dir)
+    yield home
+    wait_for(home.nothing_left, "nothing is left", 4)
+
+
+JOIN = """
+import os, signal, sys, tapes
+children = []
+for number in range(8):
+    pid = os.fork()
+    if pid == 0:
+        tapes.join()
+        tapes.counter("c").increment(10)
+        sys.exit(0)
+    children.append(pid)
+for pid in children:
+    assert os.waitpid(pid, 0)[1] == 0
+tapes.join()
+tapes.counter("c").increment(3)
+stats = tapes.get_stats()
+print(stats.c.value, *(stats.tapes.workers[f'{{state="{state}"}}'].value for state in ("live", "retired")))
+"""
+
+
+def test_whoever_comes_first_starts_the_aggregator(home):
+    """Eight children race for it, their parent joins last: one aggregator, one line of log."""
+    done = home.run(JOIN)
+    assert done[0] == "83 1 8\n"
+    (line,) = done[1].splitlines()
+    assert "[INFO] tapes aggregator " in line
+    assert "started for the process that it was forked from" in line
+
+
+def test_spawned_children_and_their_parent_meet(home):
+    """Whoever of them joins first: they find each other by their parent."""
+    done = home.run("""
+import multiprocessing, tapes
+
+def work():
+    tapes.join()
+    tapes.counter("c").increment(10)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    children = [context.Process(target=work) for _ in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    tapes.join()
+    print(tapes.get_stats().c.value)
+""")
+    assert done[0] == "40\n"
+    assert done[1].count("tapes aggregator") == 1
+
+
+def test_programs_that_a_service_starts_join_it(home):
+    """By TAPES_ADDR, which they inherit; joining again is nothing."""
+    done = home.run("""
+import subprocess, sys, tapes
+tapes.join()
+tapes.join()
+for joining in ("", "tapes.join();"):
+    program = f"import tapes; {joining} tapes.counter('c').increment(5)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+print(tapes.get_stats().c.value)
+""")
+    assert done[0] == "10\n"
+    assert done[1].count("tapes aggregator") == 1
+
+
+WAIT = """
+import os, signal, sys, tapes
+tapes.join()
+tapes.counter("c").increment()
+tapes.get_stats()
+print("up", flush=True)
+signal.pause()
+"""
+
+
+def test_an_aggregator_does_not_mind_signals_while_it_is_needed(home):
+    """Service managers signal the whole group; it goes when the last of the service has gone."""
+    with home.running(WAIT) as process:
+        log = home.directory / "output.log"
+        wait_for(lambda: "up" in log.read_text(), "the service is up")
+        (service,) = home.services()
+        pid = int((service / "metrics.ipc.lock").read_text())
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            os.kill(pid, number)
+        # It answers after it has got them all.
+        home.run(f"import tapes; print(tapes.join('ipc://{service}/metrics.ipc'), tapes.get_stats().c.value)")
+        assert process.poll() is None
+        process.kill()
+
+
+def test_what_was_killed_outright_is_swept_by_the_next_start(home):
+    """The whole service at once; the next one starts from zero, and finds its own."""
+    with home.running(WAIT) as process:
+        log = home.directory / "output.log"
+        wait_for(lambda: "up" in log.read_text(), "the service is up")
+        (service,) = home.services()
+        for pid in (int((service / "metrics.ipc.lock").read_text()), process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    assert home.services() == [service]
+    assert home.run("""
+import tapes
+tapes.join()
+tapes.counter("c").increment(5)
+print(tapes.get_stats().c.value)
+""")[0] == "5\n"  # fmt: skip
+    assert not service.exists()
+
+
+def test_a_directory_that_is_in_use_is_not_swept(home):
+    """Two services side by side: the second leaves the first alone, and neither sees the other."""
+    with home.running(WAIT):
+        log = home.directory / "output.log"
+        wait_for(lambda: "up" in log.read_text(), "the service is up")
+        (service,) = home.services()
+        other = (
+            "import tapes; tapes.join(); tapes.counter('c').increment(5); print(tapes.get_stats().c.value)"
+        )
+        assert home.run(other)[0] == "5\n"
+        assert (service / "metrics.ipc").exists()
+
+
+def test_a_service_may_be_told_where_to_meet(home):
+    """An explicit address; processes with nothing in common but that."""
+    address = f"ipc://{home.directory}/here.ipc"
+    for expected in ("5\n", "10\n"):  # the aggregator outlives the first by its grace period
+        program = f"""
+import tapes
+tapes.join({address!r})
+tapes.counter("c").increment(5)
+print(tapes.get_stats().c.value)
+"""
+        assert home.run(program)[0] == expected
+    wait_for(lambda: not list(home.directory.glob("here*")), "no file is left", 4)
+
+
+def test_starting_one_can_be_forbidden_and_tapes_turned_off(home):
+    """TAPES_AUTOSTART=0: reads say what is missing. TAPES_DISABLED=1: a registry of one process."""
+    program = """
+import tapes
+tapes.join()
+tapes.counter("c").increment(5)
+print(tapes.get_stats().c.value)
+tapes.close()
+"""
+    done = home.run(program, status=1, TAPES_AUTOSTART="0", TAPES_ADDR=f"ipc://{home.directory}/m.ipc")
+    assert "did not answer" in done[1]
+    (will,) = home.directory.glob("m.ipc.will-*")
+    will.unlink()
+    done = home.run(program, TAPES_DISABLED="1", TAPES_ADDR=f"ipc://{home.directory}/m.ipc")
+    assert done == ("5\n", "")
+
+
+def test_reporters_come_from_the_environment(home):
+    """TAPES_HTTP answers for the whole service; what can't be understood is an error that says so."""
+    port = free_port()
+    with home.running(WAIT, TAPES_HTTP=str(port)):
+        log = home.directory / "output.log"
+        wait_for(lambda: "up" in log.read_text(), "the service is up")
+        assert b'"c": {"value": 1}' in get(port, "/metrics")[2]
+    wait_for(home.nothing_left, "nothing is left", 4)
+    done = home.run("import tapes; tapes.join()", status=1, TAPES_HTTP="eighty")
+    assert "TAPES_HTTP: got 'eighty', expected PORT or HOST:PORT" in done[1]
+
+
+def test_what_can_not_be_started_says_why(home):
+    """A typed error, and nothing left."""
+    for address, words in (("ipc:///nowhere/m.ipc", "a directory that exists"), ("here", "ipc://PATH")):
+        done = home.run(f"import tapes; tapes.join({address!r})", status=1)
+        assert "AddressError" in done[1]
+        assert words in done[1]
+    (home.directory / "plain").write_text("precious")
+    done = home.run("import tapes; tapes.join('ipc://plain')", status=1)
+    assert "is not a socket" in done[1]
+    assert sorted(path.name for path in home.directory.iterdir()) == [
+        "errors.log",
+        "plain",
+        "program.py",
+        "run",
+    ]

@@ -1,0 +1,92 @@
+"""Workers that come and go: what they leave behind is bounded, and reads stay as they were."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tapes.distributed.registry import DistributedRegistry
+from tests.processes import run_python, running, wait_for
+
+AGGREGATOR = (
+    "from tapes.distributed.registry import *; RegistryAggregator([], 'ipc://m.ipc').start(fork=False)"
+)
+
+WORKERS = """
+import sys, tapes
+from tapes import DistributedRegistry
+for number in range({first}, {last}):
+    worker = DistributedRegistry({address!r})
+    worker.connect()
+    for own in range(20):
+        worker.counter("own", worker=number, n=own).increment()
+        worker.histogram("size", n=own).update(number)
+    worker.gauge("g", worker=number).set(1)
+    worker.close()
+"""
+
+
+@pytest.fixture
+def service(short_dir):
+    """An aggregator, and a registry that reads."""
+    address = f"ipc://{short_dir}/m.ipc"
+    with running([sys.executable, "-c", AGGREGATOR], cwd=short_dir):
+        wait_for((short_dir / "m.ipc.read").exists, "the aggregator listens")
+        reader = DistributedRegistry(address)
+        reader.connect()
+        yield reader, address, short_dir
+        reader.close()
+
+
+def test_a_thousand_workers_with_label_sets_of_their_own(service):
+    """Every event counts; a name keeps its number of label sets, memory stays, and no file is written."""
+    reader, address, short_dir = service
+    files = sorted(path.name for path in short_dir.iterdir())
+
+    def live(first, last):
+        done = run_python(WORKERS.format(first=first, last=last, address=address), cwd=short_dir, seconds=100)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    live(0, 200)
+    before = reader.get_stats().tapes.aggregator.memory.value
+    live(200, 1000)
+    snapshot = reader.snapshot()
+    own = snapshot.series("own")
+    assert len(own) == 2001
+    assert sum(series.value for series in own) == 20_000
+    assert snapshot.get("own", overflow="true").value == 18_000
+    assert [series.lifetime.count for series in snapshot.series("size")] == [1000] * 20
+    assert snapshot.series("g") == ()
+    stats = reader.get_stats()
+    assert stats.tapes.workers['{state="retired"}'].value == 1000
+    assert stats.tapes.workers['{state="live"}'].value == 1
+    assert stats.tapes.aggregator.memory.value < before + 10 * 2**20
+    assert sorted(path.name for path in short_dir.iterdir()) == files
+
+
+def test_label_sets_that_overflow_while_their_workers_live(service):
+    """Each worker's are replaced by its newer ones, and added up when it leaves."""
+    reader, address, _ = service
+    workers = [DistributedRegistry(address) for _ in range(3)]
+    for number, worker in enumerate(workers):
+        worker.connect()
+        for label in range(1000):
+            worker.counter("c", w=number, label=label).increment()
+        worker.get_stats()
+        for label in range(1000):
+            worker.counter("c", w=number, label=label).increment()
+        worker.get_stats()
+    assert len(reader.snapshot().series("c")) == 2001
+    assert reader.snapshot().get("c", overflow="true").value == 2000
+    for worker in workers:
+        worker.close()
+    assert sum(series.value for series in reader.snapshot().series("c")) == 6000
+    assert len(reader.snapshot().series("c")) == 2001
+    # More are allowed as soon as one worker allows more.
+    generous = DistributedRegistry(address, max_series=5000)
+    generous.connect()
+    for label in range(3000):
+        generous.counter("d", label=label).increment()
+    assert len(generous.snapshot().series("d")) == 3000
+    generous.close()
