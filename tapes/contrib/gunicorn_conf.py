@@ -46,7 +46,9 @@ def on_starting(server: _Any) -> None:
         if is_disabled() or _os.environ.get("TAPES_AUTOSTART") == "0":
             return
         user = User(server.cfg.uid, server.cfg.gid) if _os.geteuid() == 0 else User.ourselves()
-        meet(Supervisor(this_process(), f"gunicorn (pid {_os.getpid()})"), user=user)
+        endpoints = meet(Supervisor(this_process(), f"gunicorn (pid {_os.getpid()})"), user=user)
+        # A master that replaces this one (USR2) is given the environment that this one began with.
+        getattr(server.cfg, "env_orig", {})["TAPES_ADDR"] = endpoints.publish
     except _tapes.TapesError as error:
         if server.pidfile is not None:
             server.pidfile.unlink()

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import pathlib
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 import pytest
 
-from tests.processes import EXAMPLES, answers, free_port, get, mentions, running, wait_for
+from tests.contrib.services import Service, counts, gone, session, signal_to, spent
+from tests.processes import EXAMPLES, answers, get, mentions, running, wait_for
 
 CLASSES = {
     "sync": ["-w", "4"],
@@ -32,49 +28,6 @@ REQUESTS = {  # path: requests, and the series that they are
     "/no/such/page": (1500, ("GET", "<unmatched>", "404")),
     "/nor/this?q=1": (1500, ("GET", "<unmatched>", "404")),
 }
-
-
-class Service:
-    """The example shop under gunicorn, in directories that are empty before and after."""
-
-    def __init__(self, directory: pathlib.Path, arguments: list[str], **environment: str) -> None:
-        self.directory = directory
-        self.private = directory / "tmp"
-        self.private.mkdir()
-        self.port = free_port()
-        self.command = [
-            sys.executable, "-m", "gunicorn", *arguments, "-b", f"127.0.0.1:{self.port}",
-            "--chdir", str(EXAMPLES), "-c", "python:tapes.contrib.gunicorn_conf", "flask_shop:app",
-        ]  # fmt: skip
-        self.environment = {
-            "TMPDIR": str(self.private), "XDG_RUNTIME_DIR": str(self.private), **environment
-        }  # fmt: skip
-
-    def running(self):
-        return running(self.command, cwd=self.directory, **self.environment)
-
-    def wait_until_up(self) -> None:
-        # Asked by a request that is not counted itself.
-        wait_for(lambda: answers(self.port, "/metrics"), "gunicorn is up", 20)
-        assert get(self.port, "/metrics")[0] == 200
-
-    def output(self) -> str:
-        return (self.directory / "output.log").read_text(errors="replace")
-
-    def nothing_left(self) -> bool:
-        return not mentions(str(self.directory)) and not list(self.private.iterdir())
-
-
-def counts(port: int) -> dict[tuple[str, str, str], int]:
-    """Counts of requests by method, route and status, from whichever worker answers."""
-    tree = json.loads(get(port, "/metrics")[2])["http"]["server"].get("request", {}).get("duration", {})
-    pattern = re.compile(r'{method="(.*)",route="(.*)",status="(.*)"}')
-    return {pattern.fullmatch(selector).groups(): values["count"] for selector, values in tree.items()}
-
-
-def gone(port: int) -> int:
-    """How often ``/old-catalogue`` was asked for; another worker may know it 0.1 s later."""
-    return counts(port).get(("GET", "/old-catalogue", "410"), 0)
 
 
 @pytest.mark.needs("ab")
@@ -146,40 +99,19 @@ def test_it_ends_cleanly_and_leaves_nothing(short_dir, number, whole_group):
     with service.running() as process:
         service.wait_until_up()
         get(service.port, "/")
-        aggregators = [pid for pid in mentions(str(service.private)) if pid not in _session(process.pid)]
+        aggregators = [pid for pid in mentions(str(service.private)) if pid not in session(process.pid)]
         assert len(aggregators) == 1
         # A worker that is still in its last request would log gunicorn's own SystemExit.
-        spent = [""]
-        wait_for(lambda: spent.append(_spent(process.pid)) or spent[-1] == spent[-2], "it is idle")
-        for pid in _session(process.pid) if whole_group else [process.pid]:
-            _signal(pid, number)
+        seen = [""]
+        wait_for(lambda: seen.append(spent(process.pid)) or seen[-1] == seen[-2], "it is idle")
+        for pid in session(process.pid) if whole_group else [process.pid]:
+            signal_to(pid, number)
         process.wait(10)
         wait_for(lambda: not mentions(str(short_dir)), "no process is left", 4)
         wait_for(
             lambda: not [p for p in service.private.iterdir() if "tapes" in p.name], "no file of ours", 4
         )
     assert "Traceback" not in service.output()
-
-
-def _session(leader: int) -> list[int]:
-    return [pid for pid, fields in _processes() if int(fields[3]) == leader]
-
-
-def _spent(leader: int) -> str:
-    """What the processes of a session have used of the processors."""
-    return str([(pid, fields[11:13]) for pid, fields in _processes() if int(fields[3]) == leader])
-
-
-def _processes() -> Iterator[tuple[int, list[str]]]:
-    for entry in pathlib.Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit():
-                yield int(entry.name), (entry / "stat").read_text().rpartition(")")[2].split()
-
-
-def _signal(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
 
 
 CANNOT_START = {
@@ -279,8 +211,8 @@ def test_a_stopped_aggregator_is_a_503_in_time_and_the_application_works(short_d
     service = Service(short_dir, ["-w", "2", "--log-level", "warning"])
     with service.running() as process:
         service.wait_until_up()
-        (aggregator,) = (p for p in mentions(str(service.private)) if p not in _session(process.pid))
-        _signal(aggregator, signal.SIGSTOP)
+        (aggregator,) = (p for p in mentions(str(service.private)) if p not in session(process.pid))
+        signal_to(aggregator, signal.SIGSTOP)
         started = time.monotonic()
         status, headers, text = get(service.port, "/metrics")
         assert time.monotonic() - started < 1.5
@@ -288,7 +220,7 @@ def test_a_stopped_aggregator_is_a_503_in_time_and_the_application_works(short_d
         assert b"did not answer" in text
         before = [get(service.port, "/old-catalogue")[0] for _ in range(10)]
         assert before == [410] * 10
-        _signal(aggregator, signal.SIGCONT)
+        signal_to(aggregator, signal.SIGCONT)
         wait_for(lambda: get(service.port, "/metrics")[0] == 200, "it answers again")
         wait_for(lambda: gone(service.port) == 10, "all is counted")
 

@@ -1,0 +1,117 @@
+"""Real services under real servers, and what they count."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import pathlib
+import re
+import sys
+import threading
+from collections.abc import Iterator
+
+from tests.processes import EXAMPLES, answers, free_port, get, mentions, running, wait_for
+
+
+class Service:
+    """The example shop under gunicorn, in directories that are empty before and after."""
+
+    def __init__(self, directory: pathlib.Path, arguments: list[str], **environment: str) -> None:
+        self.directory = directory
+        self.private = directory / "tmp"
+        self.private.mkdir()
+        self.port = free_port()
+        self.command = [
+            str(pathlib.Path(sys.executable).with_name("gunicorn")), *arguments,
+            "-b", f"127.0.0.1:{self.port}",
+            "--chdir", str(EXAMPLES), "-c", "python:tapes.contrib.gunicorn_conf", "flask_shop:app",
+        ]  # fmt: skip
+        self.environment = {
+            "TMPDIR": str(self.private), "XDG_RUNTIME_DIR": str(self.private), **environment
+        }  # fmt: skip
+
+    def running(self):
+        return running(self.command, cwd=self.directory, **self.environment)
+
+    def wait_until_up(self) -> None:
+        # Asked by a request that is not counted itself.
+        wait_for(lambda: answers(self.port, "/metrics"), "gunicorn is up", 20)
+        assert get(self.port, "/metrics")[0] == 200
+
+    def output(self) -> str:
+        return (self.directory / "output.log").read_text(errors="replace")
+
+    def nothing_left(self) -> bool:
+        return not mentions(str(self.directory)) and not list(self.private.iterdir())
+
+
+def counts(port: int) -> dict[tuple[str, str, str], int]:
+    """Counts of requests by method, route and status, from whichever worker answers."""
+    tree = json.loads(get(port, "/metrics")[2])["http"]["server"].get("request", {}).get("duration", {})
+    pattern = re.compile(r'{method="(.*)",route="(.*)",status="(.*)"}')
+    return {pattern.fullmatch(selector).groups(): values["count"] for selector, values in tree.items()}
+
+
+def gone(port: int) -> int:
+    """How often ``/old-catalogue`` was asked for; another worker may know it 0.1 s later."""
+    return counts(port).get(("GET", "/old-catalogue", "410"), 0)
+
+
+def session(leader: int) -> list[int]:
+    """Return the pids of a session."""
+    return [pid for pid, fields in _processes() if int(fields[3]) == leader]
+
+
+def spent(leader: int) -> str:
+    """What the processes of a session have used of the processors."""
+    return str([(pid, fields[11:13]) for pid, fields in _processes() if int(fields[3]) == leader])
+
+
+def _processes() -> Iterator[tuple[int, list[str]]]:
+    for entry in pathlib.Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit():
+                yield int(entry.name), (entry / "stat").read_text().rpartition(")")[2].split()
+
+
+def signal_to(pid: int, number: int) -> None:
+    """Send a signal to a process that may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+class Load:
+    """Clients that ask for one path, each request on a connection of its own, until they are stopped."""
+
+    def __init__(self, port: int, path: str, clients: int = 4) -> None:
+        self.answered = 0
+        self.sent = 0
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(port, path)) for _ in range(clients)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def go_on(self, requests: int = 300, seconds: float = 20.0) -> None:
+        """Return when so many more requests were answered."""
+        goal = self.answered + requests
+        wait_for(lambda: self.answered >= goal, "requests are answered", seconds)
+
+    def _ask(self, port: int, path: str) -> None:
+        while not self._stop.is_set():
+            with self._lock:
+                self.sent += 1
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                get(port, path)
+                with self._lock:
+                    self.answered += 1

@@ -1,0 +1,116 @@
+"""uWSGI forks in C, with and without Python threads; its workers answer for each other all the same."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import signal
+import sys
+
+import pytest
+
+from tests.contrib.services import Load
+from tests.processes import answers, free_port, get, mentions, running, wait_for
+
+UWSGI = str(pathlib.Path(sys.executable).with_name("uwsgi"))
+
+APPLICATION = """
+import tapes
+import tapes.contrib.uwsgi
+from flask import Flask
+from tapes.contrib.flask import TapesMiddleware
+
+tapes.counter("seven").increment(7)
+app = Flask(__name__)
+app.wsgi_app = TapesMiddleware(app.wsgi_app)
+
+@app.get("/")
+def index():
+    return "here"
+"""
+
+MODES = {
+    "no threads": [],
+    "threads": ["--enable-threads"],
+    "lazy": ["--lazy-apps"],
+    "lazy, threads": ["--lazy-apps", "--threads", "2"],
+}
+
+pytestmark = pytest.mark.needs(UWSGI)
+
+
+class Service:
+    """The application above under uWSGI."""
+
+    def __init__(self, directory: pathlib.Path, *arguments: str) -> None:
+        self.directory = directory
+        self.private = directory / "tmp"
+        self.private.mkdir()
+        self.port = free_port()
+        (directory / "shop.py").write_text(APPLICATION)
+        self.fifo = directory / "fifo"
+        self.command = [
+            UWSGI, "--http-socket", f"127.0.0.1:{self.port}", "--master", "--processes", "3",
+            "--virtualenv", sys.prefix, "--module", "shop:app", "--die-on-term", "--disable-logging",
+            "--master-fifo", str(self.fifo), "--worker-reload-mercy", "5", *arguments,
+        ]  # fmt: skip
+        self.environment = {"TMPDIR": str(self.private), "XDG_RUNTIME_DIR": str(self.private)}
+
+    def running(self):
+        return running(self.command, cwd=self.directory, **self.environment)
+
+    def wait_until_up(self) -> None:
+        wait_for(lambda: answers(self.port, "/metrics"), "uWSGI is up", 20)
+
+    def stats(self):
+        return json.loads(get(self.port, "/metrics")[2])
+
+    def counted(self) -> int:
+        timers = self.stats()["http"]["server"].get("request", {}).get("duration", {})
+        return timers.get('{method="GET",route="/",status="200"}', {}).get("count", 0)
+
+    def nothing_left(self) -> bool:
+        return not mentions(str(self.directory)) and not list(self.private.iterdir())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_reloads_under_load(short_dir, mode):
+    """By HUP and by the master's fifo: every answered request counts once, and what was counted at import."""
+    service = Service(short_dir, *MODES[mode])
+    with service.running() as process:
+        service.wait_until_up()
+        with Load(service.port, "/") as load:
+            load.go_on()
+            for reload in (lambda: process.send_signal(signal.SIGHUP), lambda: service.fifo.write_text("r")):
+                workers = service.stats()["tapes"]["workers"]
+                before = workers['{state="retired"}']["value"]
+                reload()
+                wait_for(
+                    lambda b=before: answers(service.port, "/metrics")
+                    and service.stats()["tapes"]["workers"]['{state="retired"}']["value"] >= b + 3,
+                    "the workers are new", 20,
+                )  # fmt: skip
+                load.go_on()
+        wait_for(lambda: service.counted() >= load.answered, f"{load.answered} are counted")
+        assert load.answered <= service.counted() <= load.sent
+        lives = 3 if "lazy" not in mode else 9  # imports of the application
+        assert service.stats()["seven"]["value"] == 7 * lives
+        process.terminate()
+        process.wait(10)
+    wait_for(service.nothing_left, "nothing is left", 4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_workers_that_are_recycled_and_killed(short_dir, mode):
+    """max-requests: exact; all workers give the same answer at once; KILL of everything leaves no process."""
+    service = Service(short_dir, "--max-requests", "100", *MODES[mode])
+    with service.running() as process:
+        service.wait_until_up()
+        with Load(service.port, "/") as load:
+            load.go_on(2000)
+        assert load.answered == load.sent
+        wait_for(lambda: service.counted() == load.answered, f"{load.answered} are counted")
+        assert [service.counted() for _ in range(12)] == [load.answered] * 12
+        process.terminate()
+        process.wait(10)
+    wait_for(service.nothing_left, "nothing is left", 4)
