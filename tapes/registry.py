@@ -51,8 +51,13 @@ class Connection:
         """Return the merged view, written in the form of that name (`tapes.exposition.FORMS`)."""
         raise NotImplementedError
 
-    def request_ended(self) -> None:
-        """Called by adapters at the end of a request: publishes, if nothing else does."""
+    def request_ended(self) -> bool:
+        """Called by adapters at the end of a request: publishes, if nothing else does.
+
+        Returns:
+            Whether what was recorded is or will be told; not if it is being closed.
+        """
+        return True
 
     def published(self, series: tuple[str, Labels]) -> State | None:
         """Return the state of a series that others have been told, ``None`` if none was."""
@@ -122,6 +127,7 @@ class Registry:
         self.ancestors: tuple[forks.Ancestor, ...] = ()
         self.connect_when_used: Callable[[], None] | None = None
         self.connect_in_children: Callable[[], None] | None = None
+        self.say_late_words: Callable[[], None] | None = None
         self._connection: Connection | None = None
         forks.add(self)
 

@@ -11,7 +11,7 @@ import sys
 import threading
 from typing import Any, Callable, TypeVar
 
-__all__ = ["RLock", "Worker", "aside", "can_run", "is_patched", "real"]
+__all__ = ["RLock", "Worker", "aside", "can_be_relied_on", "is_patched", "real"]
 
 T = TypeVar("T")
 
@@ -91,11 +91,12 @@ class Worker:
             self._ended.release()
 
 
-def can_run() -> bool:
-    """Return whether threads run here: uWSGI stops them between requests unless told otherwise."""
+def can_be_relied_on() -> bool:
+    """Return whether a thread of ours runs here, and a hook at the end of the process does.
+
+    uWSGI stops threads between requests without ``enable-threads``; with several ``threads`` it runs no hook
+    at the end of a worker of which one thread is in a request.
+    """
     uwsgi: Any = sys.modules.get("uwsgi")
-    options = getattr(uwsgi, "opt", None)
-    return options is None or any(name in options for name in _UWSGI_THREADS)
-
-
-_UWSGI_THREADS = ("enable-threads", "threads", b"enable-threads", b"threads")
+    options = {name.decode() if isinstance(name, bytes) else name for name in getattr(uwsgi, "opt", ())}
+    return uwsgi is None or ("enable-threads" in options and "threads" not in options)

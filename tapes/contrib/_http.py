@@ -99,8 +99,9 @@ class RequestMetrics:
     def request_ended(self) -> None:
         """Publish what was recorded, where no thread does."""
         connection = self.registry.connection
-        if connection is not None:
-            connection.request_ended()
+        told = connection is not None and connection.request_ended()
+        if not told and self.registry.say_late_words is not None:
+            self.registry.say_late_words()
 
     def record_sizes(self, method: str, route: str, received: int, sent: int) -> None:
         """Record the sizes of a request's and its answer's body, in bytes."""

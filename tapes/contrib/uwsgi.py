@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from typing import Any, Callable
 
 import tapes
@@ -30,6 +31,22 @@ def _join() -> None:
         _log.error("tapes: this worker can't join: %s", error)
 
 
+def _leave() -> None:
+    # Other threads of this worker go on to answer requests until the process is gone.
+    tapes.default_registry.say_late_words = _say_late_words
+    with _late:
+        tapes.close()
+
+
+def _say_late_words() -> None:
+    with _late:
+        tapes.connect()
+        tapes.close()
+
+
+_late = threading.Lock()
+
+
 def _after(before: Callable[[], Any] | None, ours: Callable[[], None]) -> Callable[[], None]:
     def both() -> None:
         if before is not None:
@@ -40,7 +57,7 @@ def _after(before: Callable[[], Any] | None, ours: Callable[[], None]) -> Callab
 
 
 def _install(uwsgi: Any) -> None:
-    uwsgi.atexit = _after(getattr(uwsgi, "atexit", None), tapes.close)
+    uwsgi.atexit = _after(getattr(uwsgi, "atexit", None), _leave)
     if uwsgi.worker_id():
         _join()
     else:

@@ -179,9 +179,12 @@ class AggregatorConnection(Connection):
         """Return the number of the last publication."""
         return self._outbox.published_seq
 
-    def request_ended(self) -> None:
+    def request_ended(self) -> bool:
         """Publish at the end of a request, where no thread can do it."""
+        if self._closing:
+            return False
         self._publisher.request_ended()
+        return True
 
     def snapshot(self) -> Snapshot:
         """Return the merged view.

@@ -3,7 +3,7 @@
 A thread sends an update at most every 0.1 s, and a keyframe whenever a subscription arrives, so at every
 start or restart of an aggregator. It limits itself to a twentieth of its time. It never blocks the
 application: a full queue means that what changed is sent next time, with what changed since. Where no thread
-runs (uWSGI without ``--enable-threads``) the end of every request sends.
+can be relied on (uWSGI without ``enable-threads``, or with ``threads``) the end of every request sends.
 
 The thread also runs the producers of gauges, each at most once a second, so that no request waits for one.
 
@@ -172,11 +172,12 @@ class Publisher:
         self._produced = threading.Event()
         self._thread: threads.Worker | None = threads.Worker(self._run, "tapes-publisher")
         self._alone = threading.Lock()
+        self._request_ended = False
 
     def start(self) -> None:
         """Start the thread, if threads run here."""
         try:
-            if threads.can_run() and self._thread is not None:
+            if threads.can_be_relied_on() and self._thread is not None:
                 self._thread.start()
                 return
         except RuntimeError:
@@ -206,17 +207,20 @@ class Publisher:
 
     def request_ended(self) -> None:
         """Publish what changed, where no thread does."""
-        if self._thread is not None or not self._alone.acquire(False):
+        if self._thread is not None:
             return
-        try:
-            if not self._subscribed:
-                self._socket.poll(_SUBSCRIPTION_MILLISECONDS)
-            self._note_subscriptions()
-            if self._subscribed:
-                self._outbox.registry.refresh(_PRODUCED_SECONDS)
-                self._keyframe_due = not self._publish() and self._keyframe_due
-        finally:
-            self._alone.release()
+        self._request_ended = True
+        while self._request_ended and self._alone.acquire(False):  # else another thread publishes it
+            try:
+                self._request_ended = False
+                if not self._subscribed:
+                    self._socket.poll(_SUBSCRIPTION_MILLISECONDS)
+                self._note_subscriptions()
+                if self._subscribed:
+                    self._outbox.registry.refresh(_PRODUCED_SECONDS)
+                    self._keyframe_due = not self._publish() and self._keyframe_due
+            finally:
+                self._alone.release()
 
     def await_producers(self) -> None:
         """Have producers of gauges run that never did; takes 0.2 s at most."""
