@@ -123,6 +123,7 @@ class Registry:
         self._gauges: dict[_Words, Gauge] = {}
         self._complained: set[tuple[str, Labels]] = set()
         self.revision = 0
+        self.made = 0
         self.identity = os.urandom(16)
         self.ancestors: tuple[forks.Ancestor, ...] = ()
         self.connect_when_used: Callable[[], None] | None = None
@@ -316,11 +317,6 @@ class Registry:
         for name, metric in self._each():
             yield metric.kind, name, metric.labels, metric.collect()
 
-    def states(self) -> Iterator[tuple[str, str, Labels, State]]:
-        """Yield what `collect` does, as of the last folding; takes no lock and logs nothing."""
-        for name, metric in self._each():
-            yield metric.kind, name, metric.labels, metric.state
-
     def refresh(self, max_age_seconds: float = 0.0) -> None:
         """Run the producers of gauges whose values are older than ``max_age_seconds``."""
         for _, metrics in self._catalogue.items():
@@ -429,10 +425,15 @@ class Registry:
             _ = self.connection  # makes it
 
         def build(labels: Labels) -> M:
-            return kind(name, labels, self.clock, self._rejected, **options)
+            made.append(kind(name, labels, self.clock, self._rejected, **options))
+            return made[0]
+
+        made: list[M] = []
 
         overflow = self._all_labels(dict([OVERFLOW]), {})
         found = self._catalogue.find_or_make(name, labels, kind, build, self.max_series, overflow)
+        if made:
+            self.made += 1  # after it can be found
         return cast("M", found)
 
     def _rejected(self, metric: Metric, value: Any, why: str) -> None:

@@ -109,8 +109,9 @@ class TapesMiddleware:
             return plain(
                 503,
                 "This process is one of several and is not connected to an aggregator, so it can't answer "
-                "for the service: start gunicorn with -c python:tapes.contrib.gunicorn_conf (a post_fork "
-                "hook of your own must call ours), or call tapes.connect() in every worker.",
+                "for the service: start gunicorn with -c python:tapes.contrib.gunicorn_conf (a hook of your "
+                "own goes beside ours by with_tapes), import tapes.contrib.uwsgi, or start any other server "
+                "by tapes run -- COMMAND.",
             )
         return answer(registry, environ.get("HTTP_ACCEPT", ""), environ.get("QUERY_STRING", ""))
 

@@ -26,7 +26,7 @@ import zmq
 
 from tapes import forks, threads
 from tapes.distributed.wire import Item, Update, encode
-from tapes.metrics import Gauge, State, Timer
+from tapes.metrics import Gauge, Metric, State, Timer
 from tapes.naming import Labels
 from tapes.registry import Registry
 
@@ -53,6 +53,17 @@ _STOP, _REFRESH = b"s", b"r"
 _log = logging.getLogger("tapes.distributed")
 
 
+class _Series:
+    """A metric, and the state of it that was published last."""
+
+    __slots__ = ("key", "metric", "told")
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        self.key = (metric.name, metric.labels)
+        self.told: State | None = None
+
+
 class Outbox:
     """What a worker has to say: its series, and which of them changed since the last publication.
 
@@ -69,12 +80,14 @@ class Outbox:
         self._process = forks.this_process()
         self._lock = threads.RLock()
         self._seq = 0
-        self._published: dict[tuple[str, Labels], State] = {}
         self._revision = -1
+        self._made = (-1, -1)
+        self._series: dict[tuple[str, Labels], _Series] = {}
 
     def published(self, series: tuple[str, Labels]) -> State | None:
         """Return the state of a series that was published last, ``None`` if none was."""
-        return self._published.get(series)
+        found = self._series.get(series)
+        return None if found is None else found.told
 
     def update(self, *, keyframe: bool = False) -> Update:
         """Return what changed since the last publication, or everything.
@@ -89,7 +102,8 @@ class Outbox:
     def publish(self, send: Callable[[Update], bool], *, keyframe: bool = False) -> bool:
         """Pass ``send`` what changed, if anything; it counts as published if that returns ``True``."""
         started = time.monotonic()
-        self._fold()
+        if not self._fold() and not keyframe and self.registry.revision == self._revision:
+            return True
         with self._lock:
             revision = self.registry.revision
             update = self._update(keyframe or revision != self._revision)
@@ -97,9 +111,8 @@ class Outbox:
                 return True
             if not send(update):
                 return False
-            if not update.base:
-                self._published.clear()
-            self._published.update(((item.name, item.labels), item.state) for item in update.items)
+            for item in update.items:
+                self._series[item.name, item.labels].told = item.state
             self.published_seq = update.seq
             self._revision = revision
         self.registry.own(Timer, DURATION).update(time.monotonic() - started)
@@ -112,17 +125,37 @@ class Outbox:
             items = [Item(*series) for series in self.registry.take()]
             return self._message(0, items, ancestors)
 
-    def _fold(self) -> None:
-        for metric in self.registry.metrics():
-            metric.collect()
+    def _fold(self) -> bool:
+        """Fold what is pending; return whether anything changed since the last publication."""
+        changed = False
+        while True:
+            made, revision = self.registry.made, self.registry.revision
+            if (made, revision) != self._made:
+                self._look_again()
+                self._made = (made, revision)
+            for series in self._series.values():
+                if not series.metric.is_at(series.told):
+                    series.metric.collect()
+                    changed = True
+            if made == self.registry.made:  # else folding has found the first bad value
+                return changed
+
+    def _look_again(self) -> None:
+        """Take notice of metrics that were made and removed."""
+        with self._lock:
+            found = {}
+            for metric in self.registry.metrics():
+                series = _Series(metric)
+                known = self._series.get(series.key)
+                found[series.key] = series if known is None or known.metric is not metric else known
+            self._series = found
 
     def _update(self, keyframe: bool) -> Update:
         base = 0 if keyframe else self.published_seq
-        published = self._published.get if base else lambda key: None
         items = [
-            Item(kind, name, labels, state)
-            for kind, name, labels, state in self.registry.states()
-            if published((name, labels)) is not state
+            Item(series.metric.kind, *series.key, state)
+            for series in self._series.values()
+            if (state := series.metric.state) is not series.told or not base
         ]
         return self._message(base, items, () if base else self._ancestors())
 

@@ -147,7 +147,7 @@ class Metric:
 
     def is_at(self, state: State | None) -> bool:
         """Return whether ``state`` is all there is, with nothing to be folded."""
-        return self.state is state and not self._buffer
+        return self._state is state and not self._buffer
 
     def take(self) -> State:
         """Return the state and start again from zero, in one step: every event is in one of the two.

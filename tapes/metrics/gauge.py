@@ -11,7 +11,7 @@ from typing import Any, Callable, NamedTuple
 
 from tapes.clock import Clock
 from tapes.errors import InvalidArgument, safe_text, short_repr
-from tapes.metrics.base import DOWN, FULL, Metric, Reject, checked_number
+from tapes.metrics.base import DOWN, FULL, Metric, Reject, State, checked_number
 from tapes.naming import Labels
 from tapes.snapshot import GaugeSeries
 from tapes.sums import LARGE, Number, Total
@@ -237,6 +237,10 @@ class Gauge(Metric):
     def take(self) -> GaugeState:
         """Return the value, which stays: it is not a count that could be handed over."""
         return self.collect()
+
+    def is_at(self, state: State | None) -> bool:
+        """Return whether ``state`` is all there is, with nothing to be folded."""
+        return self.state is state and not self._buffer and self._is_settled()
 
     def _holds_something(self) -> bool:
         return bool(self._buffer) or self._set is not None or not self._state.state.is_empty

@@ -10,6 +10,7 @@ import pathlib
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 from tests.processes import EXAMPLES, answers, free_port, get, mentions, running, wait_for
@@ -88,6 +89,7 @@ class Load:
     def __init__(self, port: int, path: str, clients: int = 4) -> None:
         self.answered = 0
         self.sent = 0
+        self.times: list[float] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._ask, args=(port, path)) for _ in range(clients)]
@@ -115,3 +117,4 @@ class Load:
                 get(port, path)
                 with self._lock:
                     self.answered += 1
+                    self.times.append(time.monotonic())
