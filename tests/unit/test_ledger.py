@@ -206,3 +206,75 @@ def test_rates_and_quantiles_of_many_are_those_of_one_that_saw_all():
     assert (merged.count, merged.sum) == (alone.count, alone.sum)
     for field, expected in alone.fields().items():
         assert merged.fields()[field] == pytest.approx(expected, rel=1e-9)
+
+
+def told_by(child, ancestor, seq):
+    """Return an update of a child that speaks of an ancestor."""
+    record = ancestor.update()._replace(seq=seq, descriptions={})
+    return child.update()._replace(ancestors=(record,))
+
+
+def test_an_ancestor_counts_once_whoever_speaks_of_it():
+    """The newest record stands, also the one that it tells itself; gauges as well."""
+    ledger, parent, one, two = Ledger(), Worker(), Worker(), Worker()
+    parent.registry.counter("c").increment(7)
+    parent.registry.gauge("g").set(5)
+    early = told_by(one, parent, 100)
+    parent.registry.counter("c").increment(3)
+    late = told_by(two, parent, 200)
+    ledger.apply(late)
+    ledger.apply(early)
+    assert (value(ledger), value(ledger, "g")) == (10, 5)
+    assert ledger.ancestors() == {parent.identity}
+    assert ledger.living == 2
+    parent.registry.counter("c").increment(90)
+    parent.seq = 300
+    ledger.apply(parent.update())
+    assert (value(ledger), ledger.living) == (100, 3)
+    ledger.apply(told_by(one, parent, 150))
+    assert value(ledger) == 100
+
+
+def test_a_dead_ancestor_is_replaceable_while_somebody_speaks_of_it():
+    """Its gauges stay as long; then it is one of the retired."""
+    ledger, parent, child = Ledger(), Worker(), Worker()
+    parent.registry.gauge("g").set(5)
+    parent.registry.counter("c").increment(7)
+    ledger.apply(told_by(child, parent, 100))
+    ledger.bury(child.identity)
+    assert ledger.ancestors() == set()
+    ledger.bury(parent.identity)
+    assert (value(ledger), value(ledger, "g")) == (7, None)
+    grandchild = Worker()
+    ledger.apply(told_by(grandchild, parent, 200))
+    assert value(ledger, "g") == 5
+    for worker in (child, parent, grandchild):
+        ledger.retire(worker.identity)
+    ledger.apply(told_by(Worker(), parent, 300))
+    assert (value(ledger), value(ledger, "g"), ledger.retired) == (7, None, 2)
+
+
+def test_label_sets_beyond_the_limit_are_added_up_and_places_come_free():
+    """In one series, apart for each worker; gauges that leave make room."""
+    ledger, one, two = Ledger(), Worker(), Worker()
+    for worker in (one, two):
+        for label in range(1500):
+            worker.registry.counter("c", w=worker.identity.hex(), l=label).increment()
+            worker.registry.gauge("g", w=worker.identity.hex(), l=label).set(1)
+        ledger.apply(worker.update())
+        ledger.apply(worker.update())
+    snapshot = ledger.snapshot(200)
+    assert len(snapshot.series("c")) == len(snapshot.series("g")) == 2001
+    assert snapshot.get("c", overflow="true").value == 1000
+    ledger.retire(one.identity)
+    snapshot = ledger.snapshot(200)
+    assert sum(series.value for series in snapshot.series("c")) == 3000
+    assert sum(series.value for series in snapshot.series("g")) == 1500
+    three = Worker()
+    for label in range(1000):
+        three.registry.gauge("g", w="3", l=label).set(1)
+    ledger.apply(three.update())
+    ledger.retire(two.identity)
+    ledger.retire(three.identity)
+    assert ledger.snapshot(200).series("g") == ()
+    assert ledger._sizes["g"] == 0

@@ -1,0 +1,121 @@
+"""tapes.forks and tapes.threads: noticing forks, with hooks and without."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+
+import pytest
+
+import tapes
+from tapes import forks, threads
+from tests.processes import run_python
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+
+C_FORK = """
+import ctypes, os, tapes
+from tapes import forks
+registry = tapes.Registry()
+registry.counter("c").increment(7)
+registry.gauge("g").set(5)
+before = registry.identity
+pid = ctypes.PyDLL(None).fork()  # runs no hooks, as in uWSGI
+if pid == 0:
+    try:
+        assert registry.identity == before
+        forks.check()
+        forks.check()
+        assert registry.identity != before
+        (ancestor,) = registry.ancestors
+        assert (ancestor.identity, ancestor.process.pid, ancestor.base) == (before, os.getppid(), 0)
+        assert abs(forks.stamp() - ancestor.version) < 5e9
+        assert [metric.whole().up.value for metric in ancestor.metrics if metric.kind == "counter"] == [7]
+        assert registry.counter("c").collect().up.value == 0
+        registry.counter("c").increment(2)
+        assert registry.get_stats().c.value == 9 and registry.get_stats().g.value == 5
+        assert forks.origin().pid == os.getppid()
+        os._exit(0)
+    finally:
+        os._exit(1)
+assert os.waitpid(pid, 0)[1] == 0
+forks.check()
+assert (registry.identity, registry.ancestors) == (before, ())
+"""
+
+
+@pytest.mark.skipif(sys.implementation.name == "pypy", reason="needs a call into C that keeps the GIL")
+def test_a_fork_in_c_is_noticed_by_its_pid(tmp_path):
+    """Once, by whoever checks; the parent notices nothing."""
+    done = run_python(C_FORK, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_nothing_recorded_leaves_no_record(tmp_path):
+    """A fork of a process that counted nothing is free; each generation has its own record otherwise."""
+    program = """
+import os, tapes
+registry = tapes.Registry()
+counter = registry.counter("c")
+registry.gauge("produced", lambda: 1)
+registry.get_stats()
+
+def child(expected):
+    pid = os.fork()
+    if pid:
+        raise SystemExit(os.waitpid(pid, 0)[1] >> 8)
+    assert len(registry.ancestors) == expected, registry.ancestors
+
+child(0)
+counter.increment()
+child(1)
+child(1)
+counter.increment()
+child(2)
+assert registry.get_stats().c.value == 2
+assert len({ancestor.identity for ancestor in registry.ancestors}) == 2
+"""
+    done = run_python(program, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_processes_are_told_from_those_with_the_same_pid():
+    """By when they started."""
+    this = forks.this_process()
+    assert this == forks.process_of(os.getpid())
+    assert forks.process_of(2**22 + 1).started == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "relied"),
+    [({}, False), ({"enable-threads": True}, True), ({b"enable-threads": b"true"}, True),
+     ({"enable-threads": True, "threads": b"2"}, False)],
+)  # fmt: skip
+def test_where_threads_can_be_relied_on(monkeypatch, options, relied):
+    """Everywhere but under uWSGI, which says by its options."""
+    monkeypatch.delitem(sys.modules, "uwsgi", raising=False)
+    assert threads.can_be_relied_on()
+    monkeypatch.setitem(sys.modules, "uwsgi", types.SimpleNamespace(opt=options))
+    assert threads.can_be_relied_on() is relied
+
+
+def test_a_worker_thread_runs_ends_and_knows_itself():
+    """It is joined, also twice."""
+    seen = []
+    worker = threads.Worker(lambda: seen.append(worker.is_me()), "name")
+    worker.start()
+    assert worker.join(5)
+    assert worker.join(5)
+    assert seen == [True]
+    assert not worker.is_me()
+
+
+def test_a_connection_that_begins_with_the_first_use():
+    """Made once, by the first metric or the first read."""
+    for use in (lambda r: r.counter("c"), lambda r: r.get_stats(), lambda r: r.connection):
+        registry, made = tapes.Registry(), []
+        registry.connect_when_used = lambda made=made: made.append(1)
+        use(registry)
+        use(registry)
+        assert made == [1]

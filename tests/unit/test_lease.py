@@ -1,0 +1,84 @@
+"""tapes.distributed.lease and .processes: how long an aggregator lives."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tapes import forks
+from tapes.distributed.lease import Lease
+from tapes.distributed.processes import ProcessWatch, lives
+
+
+@pytest.fixture
+def process():
+    """A process that waits to be ended."""
+    started = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield started
+    started.kill()
+    started.communicate()
+
+
+def ended(process):
+    process.kill()
+    process.wait()
+
+
+def test_a_lease_without_owners_ends_when_it_is_told():
+    """After the grace period, if no worker is left; after a second in any case."""
+    lease = Lease()
+    assert not lease.expired(0.0, 0)
+    lease.tell()
+    assert not lease.expired(10.0, 0)
+    assert lease.expired(10.5, 0)
+    lease = Lease()
+    lease.tell()
+    assert not lease.expired(10.0, 3)
+    assert not lease.expired(10.9, 3)
+    assert lease.expired(11.0, 3)
+
+
+def test_a_joined_lease_lasts_as_long_as_anybody(process):
+    """Owner, then those who asked it to stay, then workers, then the grace period; it can't be told."""
+    lease = Lease.joined(forks.process_of(process.pid))
+    lease.tell()
+    assert not lease.expired(0.0, 0)
+    ended(process)
+    second = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    lease.stay_for(forks.process_of(second.pid))
+    assert not lease.expired(100.0, 0)
+    ended(second)
+    second.communicate()
+    assert not lease.expired(200.0, 2)
+    assert not lease.expired(900.0, 2)
+    assert not lease.expired(901.0, 0)
+    assert not lease.expired(902.0, 1)  # one came back
+    assert not lease.expired(903.0, 0)
+    assert not lease.expired(904.9, 0)
+    assert lease.expired(905.0, 0)
+
+
+def test_a_pid_that_belongs_to_another_process_by_now(process):
+    """It is told by its start."""
+    this = forks.process_of(process.pid)
+    other = this._replace(started=this.started - 1)
+    assert lives(this)
+    assert not lives(other)
+    assert not ProcessWatch(this).ended()
+    assert ProcessWatch(other).ended()
+    ended(process)
+    assert not lives(this)
+    assert ProcessWatch(this).ended()
+
+
+def test_without_pidfds_the_pid_is_asked_for(process, monkeypatch):
+    """As on macOS."""
+    monkeypatch.delattr(os, "pidfd_open")
+    watch = ProcessWatch(forks.process_of(process.pid))
+    assert not watch.ended()
+    ended(process)
+    assert watch.ended()
+    watch.close()
