@@ -23,13 +23,14 @@ import addict
 from tapes import forks
 from tapes.catalogue import MAX_SERIES, OVERFLOW, Catalogue
 from tapes.clock import Clock, monotonic, tick_at
+from tapes.connection import Connection
 from tapes.errors import InvalidArgument, KindConflict, short_repr
 from tapes.metrics import Counter, Gauge, Histogram, Meter, Metric, State, Timer
 from tapes.metrics.gauge import Producer, check_gauge
 from tapes.naming import Labels, canonical_labels, check_name, label_text
 from tapes.snapshot import Family, Snapshot
 
-__all__ = ["REJECTED", "Connection", "Registry", "default_registry"]
+__all__ = ["REJECTED", "Registry", "default_registry"]
 
 M = TypeVar("M", bound=Metric)
 
@@ -38,43 +39,6 @@ REJECTED = "tapes.rejected"
 
 _Words = tuple[str, ...]
 _log = logging.getLogger("tapes.registry")
-
-
-class Connection:
-    """What answers for the whole service while it is attached to a registry."""
-
-    def snapshot(self) -> Snapshot:
-        """Return the merged view."""
-        raise NotImplementedError
-
-    def render(self, form: str) -> bytes:
-        """Return the merged view, written in the form of that name (`tapes.exposition.FORMS`)."""
-        raise NotImplementedError
-
-    def request_ended(self) -> bool:
-        """Called by adapters at the end of a request: publishes, if nothing else does.
-
-        Returns:
-            Whether what was recorded is or will be told; not if it is being closed.
-        """
-        return True
-
-    def published(self, series: tuple[str, Labels]) -> State | None:
-        """Return the state of a series that others have been told, ``None`` if none was."""
-        return None
-
-    def published_version(self) -> int:
-        """Return when, as `tapes.forks.stamp`; 0 if nothing was."""
-        return 0
-
-    def before_fork(self) -> None:
-        """Hold still: nothing of it may be under way in another thread."""
-
-    def go_on(self) -> None:
-        """Go on in the parent."""
-
-    def begin_anew(self) -> None:
-        """In the child, attach another one in its own place, as nothing of it can be used there."""
 
 
 class Registry:
@@ -299,37 +263,38 @@ class Registry:
         tick = tick_at(self.clock())
         states: dict[str, list[tuple[Labels, State]]] = {}
         kinds: dict[str, str] = {}
-        for name, metric in self._each():
-            kinds[name] = metric.kind
-            states.setdefault(name, []).append((metric.labels, metric.whole()))
+        for metric in self.metrics():
+            kinds[metric.name] = metric.kind
+            states.setdefault(metric.name, []).append((metric.labels, metric.whole()))
         return Snapshot(
             Family.of(name, kinds[name], self._described.get(name), group, tick)
             for name, group in states.items()
         )
 
     def metrics(self) -> Iterator[Metric]:
-        """Yield every metric of this process."""
-        for _, metric in self._each():
-            yield metric
+        """Yield every metric; the counter of bad values last, as those are found when others are folded."""
+        for name in [*(name for name, _ in self._catalogue.items() if name != REJECTED), REJECTED]:
+            metrics = self._catalogue.get(name)
+            if metrics is not None:
+                yield from list(metrics.by_labels.values())
 
     def collect(self) -> Iterator[tuple[str, str, Labels, State]]:
         """Yield kind, name, labels and state of every series of this process, without what it inherited."""
-        for name, metric in self._each():
-            yield metric.kind, name, metric.labels, metric.collect()
+        for metric in self.metrics():
+            yield metric.kind, metric.name, metric.labels, metric.collect()
 
     def refresh(self, max_age_seconds: float = 0.0) -> None:
         """Run the producers of gauges whose values are older than ``max_age_seconds``."""
         for _, metrics in self._catalogue.items():
-            if metrics.kind is Gauge:
-                for gauge in list(metrics.by_labels.values()):
-                    cast("Gauge", gauge).refresh(max_age_seconds)
+            for gauge in list(metrics.by_labels.values()) if metrics.kind is Gauge else ():
+                cast("Gauge", gauge).refresh(max_age_seconds)
 
     def take(self) -> Iterator[tuple[str, str, Labels, State]]:
         """Yield what `collect` does and start again from zero, under another identity; see `Metric.take`."""
         self.ancestors = ()
         self.identity = os.urandom(16)
-        for name, metric in self._each():
-            yield metric.kind, name, metric.labels, metric.take()
+        for metric in self.metrics():
+            yield metric.kind, metric.name, metric.labels, metric.take()
 
     def before_fork(self) -> None:
         """Called before this process forks; see `tapes.forks`."""
@@ -345,10 +310,10 @@ class Registry:
         """Called in a forked child: begin from zero, and keep what the parent had not told as its record."""
         connection = self._connection
         untold = []
-        for name, metric in self._each():
+        for metric in self.metrics():
             metric.after_fork()
             aside = metric.set_aside()
-            told = None if connection is None else connection.published((name, metric.labels))
+            told = None if connection is None else connection.published((metric.name, metric.labels))
             if aside is not None and not aside.is_at(told):
                 untold.append(aside)
         if untold:
@@ -363,16 +328,8 @@ class Registry:
             else:
                 self.connect_in_children()
 
-    def _each(self) -> Iterator[tuple[str, Metric]]:
-        """Yield every metric; the counter of bad values last, as those are found when others are folded."""
-        for name in [*(name for name, _ in self._catalogue.items() if name != REJECTED), REJECTED]:
-            metrics = self._catalogue.get(name)
-            if metrics is not None:
-                for metric in list(metrics.by_labels.values()):
-                    yield name, metric
-
     def descriptions(self) -> dict[str, tuple[str, str | None]]:
-        """Return name to text and unit, as described in this process."""
+        """Return name to text and unit."""
         return dict(self._described)
 
     def reject(self, name: str, labels: Labels, value: Any, why: str) -> None:

@@ -103,6 +103,43 @@ def run_python(source: str, *, cwd: pathlib.Path, seconds: float = 30, **environ
     )
 
 
+def children(pid: int) -> set[int]:
+    """Return the pids of a process's children."""
+    return {int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
+class Home:
+    """Directories that a service may use, empty before and after."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.directory = directory
+        self.private = directory / "run"
+        self.private.mkdir()
+        self.environment = {"TMPDIR": str(self.private), "XDG_RUNTIME_DIR": str(self.private)}
+
+    def running(self, command: list[str], **more: str):
+        """Run a command in the background; see `running`."""
+        return running(command, cwd=self.directory, **self.environment, **more)
+
+    def run(self, command: list[str], **more: str) -> tuple[int, str, str]:
+        """Run a command; return status, output and errors, without waiting for an aggregator's end."""
+        log = self.directory / "errors.log"
+        with log.open("w") as errors:
+            done = subprocess.run(
+                command, cwd=self.directory, stdout=subprocess.PIPE, stderr=errors, text=True,
+                env=clean_environment(**self.environment, **more), timeout=30, check=False,
+            )  # fmt: skip
+        return done.returncode, done.stdout, log.read_text()
+
+    def services(self) -> list[pathlib.Path]:
+        """Return the private directories of services."""
+        return list(self.private.glob("tapes-*"))
+
+    def nothing_left(self) -> bool:
+        """Whether no process and no file is left."""
+        return not mentions(str(self.directory)) and not list(self.private.iterdir())
+
+
 def mentions(text: str) -> list[int]:
     """Return the pids of the living processes whose command line or working directory has ``text``."""
     found = []

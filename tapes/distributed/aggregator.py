@@ -24,6 +24,7 @@ import zmq
 
 from tapes import forks
 from tapes.clock import monotonic, tick_at
+from tapes.connection import Connection
 from tapes.distributed import directory
 from tapes.distributed.address import Endpoints, Lock
 from tapes.distributed.lease import Lease
@@ -44,7 +45,7 @@ from tapes.distributed.wire import (
 from tapes.errors import AddressError, AddressInUse, WireError
 from tapes.exposition import FORMS, write
 from tapes.metrics import Counter, Gauge, Timer
-from tapes.registry import Connection, Registry
+from tapes.registry import Registry
 from tapes.reporting import Reporter
 from tapes.snapshot import Snapshot
 

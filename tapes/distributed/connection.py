@@ -29,6 +29,7 @@ from typing import Callable, TypeVar, Union
 import zmq
 
 from tapes import forks, threads
+from tapes.connection import Connection
 from tapes.distributed import wills
 from tapes.distributed.address import Endpoints, resolve
 from tapes.distributed.ledger import snapshot_of
@@ -47,7 +48,7 @@ from tapes.distributed.wire import (
 from tapes.errors import AggregatorUnavailable, InvalidArgument, WireError
 from tapes.metrics import State
 from tapes.naming import Labels
-from tapes.registry import Connection, Registry, default_registry
+from tapes.registry import Registry, default_registry
 from tapes.snapshot import Snapshot
 
 __all__ = ["AggregatorConnection", "close", "connect", "is_disabled", "stay_for"]

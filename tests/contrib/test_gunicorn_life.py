@@ -18,15 +18,9 @@ import time
 import pytest
 
 from tests.contrib.services import Load, Service, counts, gone, session, signal_to
-from tests.processes import EXAMPLES, ROOT, get, mentions, wait_for
+from tests.processes import EXAMPLES, ROOT, children, get, mentions, wait_for
 
 GONE = "/old-catalogue"
-
-
-def children(pid: int) -> list[int]:
-    """The pids of a process's children."""
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return [int(child) for child in file.read().split()]
 
 
 def python_for_everybody() -> tuple[str, str]:
@@ -74,9 +68,9 @@ def test_a_reload_under_load(short_dir, preload):
         with Load(service.port, GONE) as load:
             for _ in range(3):
                 load.go_on()
-                before = set(children(process.pid))
+                before = children(process.pid)
                 process.send_signal(signal.SIGHUP)
-                wait_for(lambda b=before: not b & set(children(process.pid)), "the workers are new", 20)
+                wait_for(lambda b=before: not b & children(process.pid), "the workers are new", 20)
             load.go_on()
         assert load.answered == load.sent
         wait_for(lambda: gone(service.port) == load.answered, f"{load.answered} are counted")
@@ -117,7 +111,7 @@ def test_a_worker_that_is_killed_under_load(short_dir):
         with Load(service.port, GONE) as load:
             for _ in range(3):
                 load.go_on()
-                victim = children(process.pid)[0]
+                victim = min(children(process.pid))
                 kills.append(time.monotonic())
                 os.kill(victim, signal.SIGKILL)
                 wait_for(lambda v=victim: v not in children(process.pid), "another one comes", 20)
@@ -189,10 +183,10 @@ app.wsgi_app = TapesMiddleware(app.wsgi_app)
         for _ in range(2):
             wait_for(lambda: stats(service).get("seven", {}).get("value") == 7, "seven are seven")
             assert stats(service)["five"]["value"] == 5
-            before = set(children(process.pid))
+            before = children(process.pid)
             for pid in before:
                 os.kill(pid, signal.SIGTERM)
-            wait_for(lambda b=before: not b & set(children(process.pid)), "the workers are new", 20)
+            wait_for(lambda b=before: not b & children(process.pid), "the workers are new", 20)
             wait_for(lambda: len(children(process.pid)) == 3, "all are there", 20)
         assert stats(service)["seven"]["value"] == 7
     wait_for(service.nothing_left, "nothing is left", 4)
@@ -219,15 +213,15 @@ def test_root_that_drops_its_privileges(short_dir, preload):
         for _ in range(10):
             get(service.port, GONE)
         wait_for(lambda: gone(service.port) == 10, "all is counted")
-        nobody = os.stat(f"/proc/{children(process.pid)[0]}").st_uid
+        nobody = os.stat(f"/proc/{min(children(process.pid))}").st_uid
         assert nobody != 0
         (aggregator,) = (p for p in mentions(str(service.private)) if p not in session(process.pid))
         assert os.stat(f"/proc/{aggregator}").st_uid == nobody
         (directory,) = service.private.glob("tapes-*")
         assert {path.stat().st_uid for path in [directory, *directory.iterdir()]} == {nobody}
         process.send_signal(signal.SIGHUP)
-        before = set(children(process.pid))
-        wait_for(lambda: not before & set(children(process.pid)), "the workers are new", 20)
+        before = children(process.pid)
+        wait_for(lambda: not before & children(process.pid), "the workers are new", 20)
         wait_for(lambda: gone(service.port) == 10, "still counted")
         for pid in [*session(process.pid), aggregator]:
             signal_to(pid, signal.SIGKILL)
@@ -269,9 +263,9 @@ def test_hooks_of_ones_own_go_beside_ours(short_dir):
     service.command[service.command.index("-c") + 1] = str(short_dir / "conf.py")
     with service.running() as process:
         service.wait_until_up()
-        before = set(children(process.pid))
+        before = children(process.pid)
         process.send_signal(signal.SIGHUP)
-        wait_for(lambda: not before & set(children(process.pid)), "the workers are new", 20)
+        wait_for(lambda: not before & children(process.pid), "the workers are new", 20)
         wait_for(lambda: stats(service).get("left", {}).get("value") == 2, "both have left")
         wait_for(lambda: stats(service)["forked"]["value"] == 4, "four have come")
     assert service.output().count("mine: on_starting") == 1

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import pathlib
 import signal
-import subprocess
 import sys
 
 import pytest
 
 from tests.contrib.services import Load
-from tests.processes import answers, clean_environment, free_port, get, mentions, running, wait_for
+from tests.processes import Home, answers, children, free_port, get, wait_for
 
 BIN = pathlib.Path(sys.executable).parent
 TAPES = str(BIN / "tapes")
@@ -46,37 +45,12 @@ SERVERS = {
 }  # fmt: skip
 
 
-class Home:
-    """Directories that a command may use, empty before and after."""
-
-    def __init__(self, directory: pathlib.Path) -> None:
-        self.directory = directory
-        self.private = directory / "tmp"
-        self.private.mkdir()
-        self.environment = {"TMPDIR": str(self.private), "XDG_RUNTIME_DIR": str(self.private)}
-
-    def run(self, *arguments: str, **more: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [TAPES, *arguments], cwd=self.directory, env=clean_environment(**self.environment, **more),
-            capture_output=True, text=True, timeout=30, check=False,
-        )  # fmt: skip
-
-    def nothing_left(self) -> bool:
-        return not mentions(str(self.directory)) and not list(self.private.iterdir())
-
-
 @pytest.fixture
 def home(short_dir):
     """Where a command runs; nothing of tapes is left of it within 4 s."""
     home = Home(short_dir)
     yield home
     wait_for(home.nothing_left, "nothing is left", 4)
-
-
-def children(pid: int) -> set[int]:
-    """The pids of a process's children."""
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return {int(child) for child in file.read().split()}
 
 
 @pytest.mark.parametrize("server", SERVERS)
@@ -90,7 +64,7 @@ def test_servers_that_spawn_their_workers(home, server):
     def counted(source=port):
         return json.loads(get(source, "/metrics")[2]).get("requests", {}).get("value", 0)
 
-    with running(command, cwd=home.directory, **home.environment) as process:
+    with home.running(command) as process:
         wait_for(lambda: answers(port, "/metrics"), "the server is up", 20)
         with Load(port, "/") as load:
             load.go_on()
@@ -113,10 +87,10 @@ def test_servers_that_spawn_their_workers(home, server):
 
 def test_status_and_signals_are_the_commands_own(home):
     """It becomes the command."""
-    assert home.run("run", "--", "sh", "-c", "exit 7").returncode == 7
-    assert home.run("run", "sh", "-c", "kill -TERM $$").returncode == -signal.SIGTERM
-    done = home.run("run", "--", sys.executable, "-c", "import tapes; tapes.counter('c').increment(5)")
-    assert (done.returncode, done.stdout) == (0, "")
+    assert home.run([TAPES, "run", "--", "sh", "-c", "exit 7"])[0] == 7
+    assert home.run([TAPES, "run", "sh", "-c", "kill -TERM $$"])[0] == -signal.SIGTERM
+    code = "import tapes; tapes.counter('c').increment(5)"
+    assert home.run([TAPES, "run", "--", sys.executable, "-c", code])[:2] == (0, "")
 
 
 def test_processes_of_a_shell_script_are_one_service(home):
@@ -126,29 +100,27 @@ python() { "$PYTHON" -c "import tapes; tapes.counter('c').increment(5)"; }
 python; python & python & wait
 "$PYTHON" -c "import tapes; print(tapes.get_stats().c.value)"
 """
-    done = home.run("run", "--", "sh", "-ec", script, PYTHON=sys.executable)
-    assert (done.returncode, done.stdout) == (0, "15\n")
+    assert home.run([TAPES, "run", "--", "sh", "-ec", script], PYTHON=sys.executable)[:2] == (0, "15\n")
 
 
 def test_what_can_not_be_run_says_why(home):
     """One sentence each, and the status that shells use."""
-    for arguments, status, words in (
+    for arguments, expected, words in (
         (["run", "--", "no-such-command"], 127, "there is no command 'no-such-command'"),
         (["run"], 2, "there is no command to run"),
         (["run", "--addr", "here", "--", "true"], 1, "ipc://PATH"),
         (["run", "--http", "eighty", "--", "true"], 1, "TAPES_HTTP"),
         (["walk"], 2, "invalid choice"),
     ):
-        done = home.run(*arguments)
-        assert done.returncode == status
-        assert words in done.stderr
-        assert "Traceback" not in done.stderr
-    assert home.run("--version").stdout.startswith("tapes 1.")
-    module = [sys.executable, "-m", "tapes", "--version"]
-    assert subprocess.run(module, capture_output=True, text=True, check=True).stdout.startswith("tapes 1.")
+        status, _, errors = home.run([TAPES, *arguments])
+        assert status == expected
+        assert words in errors
+        assert "Traceback" not in errors
+    for command in ([TAPES], [sys.executable, "-m", "tapes"]):
+        assert home.run([*command, "--version"])[1].startswith("tapes 1.")
 
 
 def test_turned_off_it_runs_the_command_all_the_same(home):
     """TAPES_DISABLED=1: no aggregator."""
-    done = home.run("run", "--", "sh", "-c", "echo $TAPES_ADDR", TAPES_DISABLED="1")
-    assert (done.stdout, done.stderr) == ("\n", "")
+    command = [TAPES, "run", "--", "sh", "-c", "echo $TAPES_ADDR"]
+    assert home.run(command, TAPES_DISABLED="1") == (0, "\n", "")

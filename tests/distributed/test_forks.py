@@ -9,28 +9,7 @@ import sys
 import pytest
 
 from tapes.distributed.registry import DistributedRegistry
-from tests.processes import clean_environment, run_python, running, wait_for
-
-AGGREGATOR = (
-    "from tapes.distributed.registry import *; RegistryAggregator([], 'ipc://m.ipc').start(fork=False)"
-)
-
-
-@pytest.fixture
-def address(short_dir):
-    """Where an aggregator listens, in a process of its own."""
-    with running([sys.executable, "-c", AGGREGATOR], cwd=short_dir):
-        wait_for((short_dir / "m.ipc.read").exists, "the aggregator listens")
-        yield f"ipc://{short_dir}/m.ipc"
-
-
-@pytest.fixture
-def reader(address):
-    """A registry that recorded nothing itself."""
-    registry = DistributedRegistry(address)
-    registry.connect()
-    yield registry
-    registry.close()
+from tests.processes import clean_environment, run_python, wait_for
 
 
 def run(program, short_dir, *, seconds=60, **environment):
@@ -343,7 +322,7 @@ assert (stats.c.value, stats.t["count"], stats.g.value, stats.h.value) == (10, 1
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_will_is_left_for_the_next_aggregator(short_dir):
+def test_a_will_is_left_for_the_next_aggregator(short_dir, start_aggregator):
     """Nobody answers within a second: the last values are in a file, and counted by who comes next."""
     address = f"ipc://{short_dir}/m.ipc"
     early = DistributedRegistry(address)
@@ -353,7 +332,7 @@ def test_a_will_is_left_for_the_next_aggregator(short_dir):
     (will,) = short_dir.glob("m.ipc.will-*")
     assert will.stat().st_mode & 0o077 == 0
     (short_dir / "m.ipc.will-strange").write_bytes(b"garbage")
-    with running([sys.executable, "-c", AGGREGATOR], cwd=short_dir) as process:
+    with start_aggregator() as process:
         wait_for((short_dir / "m.ipc.read").exists, "the aggregator listens")
         late = DistributedRegistry(address)
         late.connect()

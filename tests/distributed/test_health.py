@@ -9,14 +9,8 @@ import sys
 import threading
 import time
 
-import pytest
+from tests.processes import clean_environment, wait_for
 
-from tapes.distributed.registry import DistributedRegistry
-from tests.processes import clean_environment, running, wait_for
-
-AGGREGATOR = (
-    "from tapes.distributed.registry import *; RegistryAggregator([], 'ipc://m.ipc').start(fork=False)"
-)
 WORKER = """
 import signal, sys
 from tapes import DistributedRegistry
@@ -28,17 +22,6 @@ registry.get_stats()
 print("up", flush=True)
 signal.pause()
 """
-
-
-@pytest.fixture
-def reader(short_dir):
-    """A registry that reads from an aggregator in a process of its own."""
-    with running([sys.executable, "-c", AGGREGATOR], cwd=short_dir):
-        wait_for((short_dir / "m.ipc.read").exists, "the aggregator listens")
-        registry = DistributedRegistry(f"ipc://{short_dir}/m.ipc")
-        registry.connect()
-        yield registry
-        registry.close()
 
 
 def worker(reader, value):
@@ -116,7 +99,7 @@ def test_tapes_tells_about_itself(reader):
     assert reader.get_stats().tapes.messages.value <= before + 2  # the read itself, and one on its way
 
 
-def test_memory_and_descriptors_of_a_parent_that_forks_on_and_on(reader, short_dir):
+def test_descriptors_of_a_parent_that_forks_on_and_on(reader):
     """Nothing of its connection is left behind by a fork."""
     program = f"""
 import os, tapes

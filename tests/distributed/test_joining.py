@@ -2,57 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import pathlib
 import signal
-import subprocess
 import sys
 
-import pytest
-
-from tests.processes import clean_environment, free_port, get, mentions, running, wait_for
+from tests.processes import free_port, get, wait_for
 
 
-class Home:
-    """Directories that a service may use, empty before and after."""
-
-    def __init__(self, directory: pathlib.Path) -> None:
-        self.directory = directory
-        self.private = directory / "run"
-        self.private.mkdir(exist_ok=True)
-        self.environment = {"TMPDIR": str(self.private), "XDG_RUNTIME_DIR": str(self.private)}
-
-    def run(self, program: str, *, status: int = 0, **more: str) -> tuple[str, str]:
-        """Run a program; return what it and its aggregator said, without waiting for the latter's end."""
-        (self.directory / "program.py").write_text(program)
-        with (self.directory / "errors.log").open("w+") as errors:
-            done = subprocess.run(
-                [sys.executable, "-W", "error", "program.py"], cwd=self.directory, stdout=subprocess.PIPE,
-                stderr=errors, text=True, env=clean_environment(**self.environment, **more), timeout=20,
-                check=False,
-            )  # fmt: skip
-            said = (self.directory / "errors.log").read_text()
-        assert done.returncode == status, said
-        return done.stdout, said
-
-    def running(self, program: str, **more: str):
-        (self.directory / "program.py").write_text(program)
-        command = [sys.executable, "-W", "error", "program.py"]
-        return running(command, cwd=self.directory, **self.environment, **more)
-
-    def services(self) -> list[pathlib.Path]:
-        return list(self.private.glob("tapes-*"))
-
-    def nothing_left(self) -> bool:
-        return not mentions(str(self.directory)) and not list(self.private.iterdir())
+def run(home, program: str, *, status: int = 0, **environment: str) -> tuple[str, str]:
+    """Run a program to its end; return what it and its aggregator said."""
+    (home.directory / "program.py").write_text(program)
+    ended, output, errors = home.run([sys.executable, "-W", "error", "program.py"], **environment)
+    assert ended == status, errors
+    return output, errors
 
 
-@pytest.fixture
-def home(short_dir):
-    """Where a service runs; nothing of it is left within 4 s."""
-    home = Home(short_dir)
-    yield home
-    wait_for(home.nothing_left, "nothing is left", 4)
+@contextlib.contextmanager
+def waiting(home, **environment: str):
+    """A service of one process that waits to be ended."""
+    (home.directory / "waiting.py").write_text(WAIT)
+    with home.running([sys.executable, "-W", "error", "waiting.py"], **environment) as process:
+        log = home.directory / "output.log"
+        wait_for(lambda: "up" in log.read_text(), "the service is up")
+        yield process
 
 
 JOIN = """
@@ -76,7 +49,7 @@ print(stats.c.value, *(stats.tapes.workers[f'{{state="{state}"}}'].value for sta
 
 def test_whoever_comes_first_starts_the_aggregator(home):
     """Eight children race for it, their parent joins last: one aggregator, one line of log."""
-    done = home.run(JOIN)
+    done = run(home, JOIN)
     assert done[0] == "83 1 8\n"
     (line,) = done[1].splitlines()
     assert "[INFO] tapes aggregator " in line
@@ -85,7 +58,9 @@ def test_whoever_comes_first_starts_the_aggregator(home):
 
 def test_spawned_children_and_their_parent_meet(home):
     """Whoever of them joins first: they find each other by their parent."""
-    done = home.run("""
+    done = run(
+        home,
+        """
 import multiprocessing, tapes
 
 def work():
@@ -101,14 +76,17 @@ if __name__ == "__main__":
         child.join()
     tapes.join()
     print(tapes.get_stats().c.value)
-""")
+""",
+    )
     assert done[0] == "40\n"
     assert done[1].count("tapes aggregator") == 1
 
 
 def test_programs_that_a_service_starts_join_it(home):
     """By TAPES_ADDR, which they inherit; joining again is nothing."""
-    done = home.run("""
+    done = run(
+        home,
+        """
 import subprocess, sys, tapes
 tapes.join()
 tapes.join()
@@ -116,7 +94,8 @@ for joining in ("", "tapes.join();"):
     program = f"import tapes; {joining} tapes.counter('c').increment(5)"
     subprocess.run([sys.executable, "-c", program], check=True)
 print(tapes.get_stats().c.value)
-""")
+""",
+    )
     assert done[0] == "10\n"
     assert done[1].count("tapes aggregator") == 1
 
@@ -133,30 +112,26 @@ signal.pause()
 
 def test_an_aggregator_does_not_mind_signals_while_it_is_needed(home):
     """Service managers signal the whole group; it goes when the last of the service has gone."""
-    with home.running(WAIT) as process:
-        log = home.directory / "output.log"
-        wait_for(lambda: "up" in log.read_text(), "the service is up")
+    with waiting(home) as process:
         (service,) = home.services()
         pid = int((service / "metrics.ipc.lock").read_text())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             os.kill(pid, number)
         # It answers after it has got them all.
-        home.run(f"import tapes; print(tapes.join('ipc://{service}/metrics.ipc'), tapes.get_stats().c.value)")
+        run(home, f"import tapes; tapes.join('ipc://{service}/metrics.ipc'); tapes.get_stats().c.value")
         assert process.poll() is None
         process.kill()
 
 
 def test_what_was_killed_outright_is_swept_by_the_next_start(home):
     """The whole service at once; the next one starts from zero, and finds its own."""
-    with home.running(WAIT) as process:
-        log = home.directory / "output.log"
-        wait_for(lambda: "up" in log.read_text(), "the service is up")
+    with waiting(home) as process:
         (service,) = home.services()
         for pid in (int((service / "metrics.ipc.lock").read_text()), process.pid):
             os.kill(pid, signal.SIGKILL)
         process.wait()
     assert home.services() == [service]
-    assert home.run("""
+    assert run(home, """
 import tapes
 tapes.join()
 tapes.counter("c").increment(5)
@@ -167,14 +142,12 @@ print(tapes.get_stats().c.value)
 
 def test_a_directory_that_is_in_use_is_not_swept(home):
     """Two services side by side: the second leaves the first alone, and neither sees the other."""
-    with home.running(WAIT):
-        log = home.directory / "output.log"
-        wait_for(lambda: "up" in log.read_text(), "the service is up")
+    with waiting(home):
         (service,) = home.services()
         other = (
             "import tapes; tapes.join(); tapes.counter('c').increment(5); print(tapes.get_stats().c.value)"
         )
-        assert home.run(other)[0] == "5\n"
+        assert run(home, other)[0] == "5\n"
         assert (service / "metrics.ipc").exists()
 
 
@@ -188,7 +161,7 @@ tapes.join({address!r})
 tapes.counter("c").increment(5)
 print(tapes.get_stats().c.value)
 """
-        assert home.run(program)[0] == expected
+        assert run(home, program)[0] == expected
     wait_for(lambda: not list(home.directory.glob("here*")), "no file is left", 4)
 
 
@@ -201,33 +174,31 @@ tapes.counter("c").increment(5)
 print(tapes.get_stats().c.value)
 tapes.close()
 """
-    done = home.run(program, status=1, TAPES_AUTOSTART="0", TAPES_ADDR=f"ipc://{home.directory}/m.ipc")
+    done = run(home, program, status=1, TAPES_AUTOSTART="0", TAPES_ADDR=f"ipc://{home.directory}/m.ipc")
     assert "did not answer" in done[1]
     (will,) = home.directory.glob("m.ipc.will-*")
     will.unlink()
-    done = home.run(program, TAPES_DISABLED="1", TAPES_ADDR=f"ipc://{home.directory}/m.ipc")
+    done = run(home, program, TAPES_DISABLED="1", TAPES_ADDR=f"ipc://{home.directory}/m.ipc")
     assert done == ("5\n", "")
 
 
 def test_reporters_come_from_the_environment(home):
     """TAPES_HTTP answers for the whole service; what can't be understood is an error that says so."""
     port = free_port()
-    with home.running(WAIT, TAPES_HTTP=str(port)):
-        log = home.directory / "output.log"
-        wait_for(lambda: "up" in log.read_text(), "the service is up")
+    with waiting(home, TAPES_HTTP=str(port)):
         assert b'"c": {"value": 1}' in get(port, "/metrics")[2]
     wait_for(home.nothing_left, "nothing is left", 4)
-    done = home.run("import tapes; tapes.join()", status=1, TAPES_HTTP="eighty")
+    done = run(home, "import tapes; tapes.join()", status=1, TAPES_HTTP="eighty")
     assert "TAPES_HTTP: got 'eighty', expected PORT or HOST:PORT" in done[1]
 
 
 def test_what_can_not_be_started_says_why(home):
     """A typed error, and nothing left."""
     for address, words in (("ipc:///nowhere/m.ipc", "a directory that exists"), ("here", "ipc://PATH")):
-        done = home.run(f"import tapes; tapes.join({address!r})", status=1)
+        done = run(home, f"import tapes; tapes.join({address!r})", status=1)
         assert "AddressError" in done[1]
         assert words in done[1]
     (home.directory / "plain").write_text("precious")
-    done = home.run("import tapes; tapes.join('ipc://plain')", status=1)
+    done = run(home, "import tapes; tapes.join('ipc://plain')", status=1)
     assert "is not a socket" in done[1]
     assert not list(home.directory.glob("plain.*"))

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
-import pytest
-
 from tapes.distributed.registry import DistributedRegistry
-from tests.processes import run_python, running, wait_for
-
-AGGREGATOR = (
-    "from tapes.distributed.registry import *; RegistryAggregator([], 'ipc://m.ipc').start(fork=False)"
-)
+from tests.processes import run_python
 
 WORKERS = """
 import sys, tapes
@@ -27,21 +19,8 @@ for number in range({first}, {last}):
 """
 
 
-@pytest.fixture
-def service(short_dir):
-    """An aggregator, and a registry that reads."""
-    address = f"ipc://{short_dir}/m.ipc"
-    with running([sys.executable, "-c", AGGREGATOR], cwd=short_dir):
-        wait_for((short_dir / "m.ipc.read").exists, "the aggregator listens")
-        reader = DistributedRegistry(address)
-        reader.connect()
-        yield reader, address, short_dir
-        reader.close()
-
-
-def test_a_thousand_workers_with_label_sets_of_their_own(service):
+def test_a_thousand_workers_with_label_sets_of_their_own(reader, address, short_dir):
     """Every event counts; a name keeps its number of label sets, memory stays, and no file is written."""
-    reader, address, short_dir = service
     files = sorted(path.name for path in short_dir.iterdir())
 
     def live(first, last):
@@ -65,9 +44,8 @@ def test_a_thousand_workers_with_label_sets_of_their_own(service):
     assert sorted(path.name for path in short_dir.iterdir()) == files
 
 
-def test_label_sets_that_overflow_while_their_workers_live(service):
+def test_label_sets_that_overflow_while_their_workers_live(reader, address, short_dir):
     """Each worker's are replaced by its newer ones, and added up when it leaves."""
-    reader, address, _ = service
     workers = [DistributedRegistry(address) for _ in range(3)]
     for number, worker in enumerate(workers):
         worker.connect()

@@ -317,7 +317,7 @@ def test_the_recent_mean_forgets_an_outlier(registry, clock):
 
 
 @pytest.mark.parametrize(
-    "line", ["self._folding = True", "self._folding = False", "pending = len(self._buffer)"]
+    "line", ["self._folding = True", "self._folding = False", "pending = len(buffer)"]
 )
 def test_a_read_that_interrupts_a_fold_anywhere_is_answered(registry, line):
     """As from a signal handler, before and after each step that matters."""

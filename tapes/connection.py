@@ -1,0 +1,46 @@
+"""What may be attached to a registry: it tells others what that holds, and answers in its place."""
+
+from __future__ import annotations
+
+from tapes.metrics import State
+from tapes.naming import Labels
+from tapes.snapshot import Snapshot
+
+__all__ = ["Connection"]
+
+
+class Connection:
+    """What answers for the whole service while it is attached to a registry."""
+
+    def snapshot(self) -> Snapshot:
+        """Return the merged view."""
+        raise NotImplementedError
+
+    def render(self, form: str) -> bytes:
+        """Return the merged view, written in the form of that name (`tapes.exposition.FORMS`)."""
+        raise NotImplementedError
+
+    def request_ended(self) -> bool:
+        """Called by adapters at the end of a request: publishes, if nothing else does.
+
+        Returns:
+            Whether what was recorded is or will be told; not if it is being closed.
+        """
+        return True
+
+    def published(self, series: tuple[str, Labels]) -> State | None:
+        """Return the state of a series that others have been told, ``None`` if none was."""
+        return None
+
+    def published_version(self) -> int:
+        """Return when, as `tapes.forks.stamp`; 0 if nothing was."""
+        return 0
+
+    def before_fork(self) -> None:
+        """Hold still: nothing of it may be under way in another thread."""
+
+    def go_on(self) -> None:
+        """Go on in the parent."""
+
+    def begin_anew(self) -> None:
+        """In the child, attach another one in its own place, as nothing of it can be used there."""

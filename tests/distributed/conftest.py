@@ -1,0 +1,47 @@
+"""An aggregator in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tapes.distributed.registry import DistributedRegistry
+from tests.processes import Home, running, wait_for
+
+AGGREGATOR = [
+    sys.executable,
+    "-c",
+    "from tapes.distributed.registry import *; RegistryAggregator([], 'ipc://m.ipc').start(fork=False)",
+]
+
+
+@pytest.fixture
+def start_aggregator(short_dir):
+    """Return a context manager: an aggregator at ``m.ipc`` in ``short_dir``."""
+    return lambda: running(AGGREGATOR, cwd=short_dir)
+
+
+@pytest.fixture
+def address(short_dir, start_aggregator):
+    """Where an aggregator listens."""
+    with start_aggregator():
+        wait_for((short_dir / "m.ipc.read").exists, "the aggregator listens")
+        yield f"ipc://{short_dir}/m.ipc"
+
+
+@pytest.fixture
+def reader(address):
+    """A registry that recorded nothing itself."""
+    registry = DistributedRegistry(address)
+    registry.connect()
+    yield registry
+    registry.close()
+
+
+@pytest.fixture
+def home(short_dir):
+    """Where a service runs; nothing of it is left within 4 s."""
+    home = Home(short_dir)
+    yield home
+    wait_for(home.nothing_left, "nothing is left", 4)
