@@ -12,11 +12,10 @@ their own, imported when they are used.
 from __future__ import annotations
 
 import logging
-import os
 from typing import TYPE_CHECKING, Any
 
+from tapes.environment import address_told, is_disabled
 from tapes.errors import TapesError
-from tapes.forks import connected_parent
 from tapes.meta import metered_meta
 from tapes.registry import Registry, default_registry
 
@@ -62,9 +61,10 @@ def connect(addr: str | None = None) -> None:
         MissingExtra: If pyzmq or msgpack is not installed.
         AddressError: If the address can't be used.
     """
-    from tapes.distributed.connection import connect as connect_registry
+    if not is_disabled():
+        from tapes.distributed.connection import connect as connect_registry
 
-    connect_registry(default_registry, addr)
+        connect_registry(default_registry, addr)
 
 
 def join(addr: str | None = None) -> None:
@@ -86,9 +86,10 @@ def join(addr: str | None = None) -> None:
         AddressError: If the address can't be used.
         AggregatorUnavailable: If the aggregator can't be started.
     """
-    from tapes.distributed.joining import join as join_registry
+    if not is_disabled():
+        from tapes.distributed.joining import join as join_registry
 
-    join_registry(default_registry, addr)
+        join_registry(default_registry, addr)
 
 
 def close() -> None:
@@ -116,22 +117,17 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'tapes' has no attribute {name!r}")
 
 
-def _address_told() -> str:
-    """Return where the environment says that the default registry is to connect; empty if nowhere."""
-    return os.environ.get("TAPES_ADDR") or next(iter(connected_parent()), "")
-
-
 def _connect_as_told() -> None:
-    address = _address_told()
+    address = address_told()
     if address:
         try:
             connect(address)
-        except TapesError as error:
-            _log.warning("tapes can't connect as TAPES_ADDR says: %s", error)
+        except Exception as error:  # it may be the import of the user's application that comes here
+            _log.warning("tapes can't connect as the environment says: %s", error)
 
 
 _log = logging.getLogger("tapes")
 
 default_registry.connect_in_children = _connect_as_told
-if _address_told():
+if address_told():
     default_registry.connect_when_used = _connect_as_told

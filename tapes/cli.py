@@ -9,7 +9,9 @@ import sys
 from collections.abc import Sequence
 
 import tapes
+from tapes.environment import is_disabled
 from tapes.errors import TapesError
+from tapes.forks import this_process
 
 __all__ = ["main"]
 
@@ -18,7 +20,7 @@ _NOT_FOUND, _NOT_RUNNABLE = 127, 126  # as shells say it
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process, or becomes another."""
-    parser = argparse.ArgumentParser(prog="tapes", description=tapes.__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="tapes", description="Metrics for services of many processes.")
     parser.add_argument("--version", action="version", version=f"tapes {tapes.__version__}")
     commands = parser.add_subparsers(dest="action", required=True)
     run = commands.add_parser(
@@ -48,11 +50,9 @@ def _run(command: list[str], http: str | None, addr: str | None) -> None:
     if http is not None:
         os.environ["TAPES_HTTP"] = http
     try:
-        from tapes.distributed.connection import is_disabled
-        from tapes.distributed.joining import Supervisor, meet
-        from tapes.forks import this_process
-
         if not is_disabled():
+            from tapes.distributed.joining import Supervisor, meet
+
             meet(Supervisor(this_process(), f"tapes run (pid {os.getpid()})"), addr)
     except TapesError as error:
         sys.exit(f"tapes: {error}")

@@ -14,15 +14,18 @@ request starts; the moment is then that at which the kernel started the child.
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 import threading
 import time
 import weakref
+from functools import lru_cache
 from typing import Any, Callable, NamedTuple
 
 __all__ = [
-    "CONNECTED", "Ancestor", "Process", "add", "check", "connected_parent", "fork_unnoticed", "origin",
-    "process_of", "stamp", "this_process",
+    "CONNECTED", "Ancestor", "Process", "add", "check", "connected_parent", "fork_unnoticed", "host",
+    "origin", "process_of", "stamp", "this_process",
 ]  # fmt: skip
 
 
@@ -80,6 +83,16 @@ def this_process() -> Process:
     return _here.process
 
 
+@lru_cache(maxsize=1)
+def host() -> str:
+    """Return what pids mean here: the running system, and the namespace that pids are counted in."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
 def origin() -> Process:
     """Return the process that this one descends from by forks, and that imported tapes; maybe this one."""
     check()
@@ -111,13 +124,12 @@ def check() -> None:
 
 def fork_unnoticed() -> int:
     """Fork a child that is no worker: in it, and in those it forks, registries stay as they are."""
-    _here.is_worker, before = False, _here.is_worker
-    pid = -1
+    _here.quiet_thread = threading.get_ident()
     try:
         pid = os.fork()
+        _here.is_worker = _here.is_worker and pid != 0
     finally:
-        if pid != 0:
-            _here.is_worker = before
+        _here.quiet_thread = 0
     return pid
 
 
@@ -127,16 +139,17 @@ class _Here:
     def __init__(self) -> None:
         self.process = self.origin = process_of(os.getpid())
         self.is_worker = True
+        self.quiet_thread = 0
         self._version = 0
         self._lock = threading.Lock()
 
     def before(self) -> None:
-        if self.is_worker:
+        if self._matters():
             _each(lambda registry: registry.before_fork())
             self._version = stamp()
 
     def in_parent(self) -> None:
-        if self.is_worker:
+        if self._matters():
             _each(lambda registry: registry.go_on())
 
     def in_child(self) -> None:
@@ -153,15 +166,22 @@ class _Here:
 
     def _change(self, version: int) -> None:
         parent, self.process = self.process, process_of(os.getpid())
-        if self.is_worker:
+        if self._matters():
             _each(lambda registry: registry.forked(parent, version))
+
+    def _matters(self) -> bool:
+        return self.is_worker and self.quiet_thread != threading.get_ident()
 
 
 def _each(action: Callable[[Any], None]) -> None:
     for registry in list(_registries):
-        action(registry)
+        try:
+            action(registry)
+        except Exception:  # one of them must not keep the others from it
+            _log.exception("tapes: a registry could not follow a fork")
 
 
+_log = logging.getLogger("tapes.forks")
 _registries: weakref.WeakSet[Any] = weakref.WeakSet()
 _here = _Here()
 if hasattr(os, "register_at_fork"):

@@ -291,10 +291,10 @@ class Registry:
 
     def take(self) -> Iterator[tuple[str, str, Labels, State]]:
         """Yield what `collect` does and start again from zero, under another identity; see `Metric.take`."""
-        self.ancestors = ()
-        self.identity = os.urandom(16)
         for metric in self.metrics():
             yield metric.kind, metric.name, metric.labels, metric.take()
+        self.ancestors = ()  # last: a child that is forked meanwhile speaks of who says goodbye
+        self.identity = os.urandom(16)
 
     def before_fork(self) -> None:
         """Called before this process forks; see `tapes.forks`."""
@@ -346,8 +346,7 @@ class Registry:
 
     def own(self, kind: type[M], name: str, **labels: str) -> M:
         """Return a metric about tapes itself: it has none of the prefix and the labels of this registry."""
-        options = {"mode": "sum"} if kind is Gauge else {}
-        return self._make(kind, name, canonical_labels(labels, {}), options)
+        return self._make(kind, name, canonical_labels(labels, {}), {"mode": "sum"} if kind is Gauge else {})
 
     def _get(
         self,

@@ -63,17 +63,21 @@ class Worker:
             RuntimeError: If no thread can be started here.
         """
         self._ended.acquire()
-        if self._thread is not None:
-            self._thread.start()
-        else:
-            real("_thread", "start_new_thread")(self._run, ())
+        try:
+            if self._thread is not None:
+                self._thread.start()
+            else:
+                real("_thread", "start_new_thread")(self._run, ())
+        except RuntimeError:
+            self._ended.release()
+            raise
 
     def join(self, timeout_seconds: float) -> bool:
         """Wait until it has ended; return whether it has."""
         if not self._ended.acquire(timeout=timeout_seconds):
             return False
         self._ended.release()
-        if self._thread is not None:
+        if self._thread is not None and self._thread.ident is not None:
             self._thread.join(timeout_seconds)
         return True
 

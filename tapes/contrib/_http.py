@@ -98,10 +98,13 @@ class RequestMetrics:
 
     def request_ended(self) -> None:
         """Publish what was recorded, where no thread does."""
-        connection = self.registry.connection
-        told = connection is not None and connection.request_ended()
-        if not told and self.registry.say_late_words is not None:
-            self.registry.say_late_words()
+        try:
+            connection = self.registry.connection
+            told = connection is not None and connection.request_ended()
+            if not told and self.registry.say_late_words is not None:
+                self.registry.say_late_words()
+        except Exception:
+            _log.exception("tapes could not publish at the end of a request")
 
     def record_sizes(self, method: str, route: str, received: int, sent: int) -> None:
         """Record the sizes of a request's and its answer's body, in bytes."""

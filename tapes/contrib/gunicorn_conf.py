@@ -38,13 +38,14 @@ def on_starting(server: _Any) -> None:
     If that can't be done, end gunicorn with a sentence that says why.
     """
     try:
-        from tapes.distributed.connection import is_disabled
+        from tapes.environment import is_disabled, may_start
+
+        if is_disabled() or not may_start():
+            return
         from tapes.distributed.directory import User
         from tapes.distributed.joining import Supervisor, meet
         from tapes.forks import this_process
 
-        if is_disabled() or _os.environ.get("TAPES_AUTOSTART") == "0":
-            return
         user = User(server.cfg.uid, server.cfg.gid) if _os.geteuid() == 0 else User.ourselves()
         endpoints = meet(Supervisor(this_process(), f"gunicorn (pid {_os.getpid()})"), user=user)
         # A master that replaces this one (USR2) is given the environment that this one began with.

@@ -10,6 +10,8 @@ publishes. Nothing happens outside uWSGI.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import sys
 import threading
@@ -24,7 +26,6 @@ _log = logging.getLogger("tapes.contrib.uwsgi")
 
 
 def _join() -> None:
-    forks.check()  # uWSGI forks in C, where no hook of Python runs
     try:
         tapes.join()
     except tapes.TapesError as error:
@@ -40,15 +41,20 @@ def _leave() -> None:
 
 def _say_late_words() -> None:
     with _late:
+        started = tapes.default_registry.clock()
         tapes.connect()
         tapes.close()
+        if tapes.default_registry.clock() - started > _TOO_LONG_SECONDS:  # nobody listens
+            tapes.default_registry.say_late_words = None
 
 
 _late = threading.Lock()
+_TOO_LONG_SECONDS = 0.5
 
 
 def _after(before: Callable[[], Any] | None, ours: Callable[[], None]) -> Callable[[], None]:
     def both() -> None:
+        forks.check()  # uWSGI forks in C, where no hook of Python runs: what ``before`` counts is the child's
         if before is not None:
             before()
         ours()
@@ -57,6 +63,8 @@ def _after(before: Callable[[], Any] | None, ours: Callable[[], None]) -> Callab
 
 
 def _install(uwsgi: Any) -> None:
+    with contextlib.suppress(ImportError):  # it takes the hook for itself when it is imported: let it be now
+        importlib.import_module("uwsgidecorators")
     uwsgi.atexit = _after(getattr(uwsgi, "atexit", None), _leave)
     if uwsgi.worker_id():
         _join()

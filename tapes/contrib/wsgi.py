@@ -178,7 +178,8 @@ class _Request:
                 metrics.record_sizes(method, route, received, self._sent)
         except Exception:
             _log.exception("tapes could not record a request")
-        metrics.request_ended()
+        finally:
+            metrics.request_ended()
 
     def _more_labels(self, labels: Callable[[Environ], Mapping[str, Any]]) -> Mapping[str, Any] | None:
         try:

@@ -12,12 +12,13 @@ import contextlib
 import fcntl
 import os
 import stat
+import sys
 from ipaddress import ip_address
 from typing import NamedTuple
 
 from tapes.errors import AddressError, AddressInUse
 
-__all__ = ["DEFAULT_ADDR", "Endpoints", "Lock", "is_served", "resolve"]
+__all__ = ["DEFAULT_ADDR", "Endpoints", "Lock", "is_served", "resolve", "unlock"]
 
 
 class _DefaultAddress(str):
@@ -29,7 +30,7 @@ class _DefaultAddress(str):
 DEFAULT_ADDR: str = _DefaultAddress("ipc://tapes_metrics.ipc")
 """Stands for ``TAPES_ADDR`` from the environment; for itself if that isn't set."""
 
-_MAX_PATH_BYTES = 107
+_MAX_PATH_BYTES = 103 if sys.platform == "darwin" else 107
 """What fits into ``sockaddr_un``; Linux has 108 bytes, one of them for the final zero."""
 
 
@@ -128,8 +129,18 @@ def is_served(endpoints: Endpoints) -> bool:
     except BlockingIOError:
         return True
     finally:
-        os.close(fd)
+        unlock(fd)
     return False
+
+
+def unlock(fd: int) -> None:
+    """Give back a lock of ``flock`` and close its file.
+
+    Closing alone is not enough: a child that was forked meanwhile has the file open too.
+    """
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
 
 
 class Lock:
@@ -174,7 +185,7 @@ class Lock:
         if self._fd >= 0 and self._path is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
-            os.close(self._fd)
+            unlock(self._fd)
             self._fd = -1
 
     def _open(self, path: str) -> int:

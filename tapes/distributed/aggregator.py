@@ -56,6 +56,9 @@ _AT_ONCE = 200
 """So many publications are taken in before the loop looks at anything else."""
 _LAST_WORDS_SECONDS = 2.0
 """So long after its death a worker's messages may still arrive."""
+_LAST_RECORD_SECONDS = 600.0
+"""So long a child may take that was forked from a dead process to tell what that had recorded."""
+_MOST_DEAD = 1000
 _OURSELVES = bytes(16)
 _WORKERS, _MEMORY = "tapes.workers", "tapes.aggregator.memory"
 
@@ -122,7 +125,7 @@ class Aggregator:
         self._dead: dict[bytes, float] = {}
         self._messages = self._registry.own(Counter, "tapes.messages")
         self._lag = self._registry.own(Timer, "tapes.publish.lag")
-        self._host = socket.gethostname()
+        self._host = forks.host()
         self._clearing = contextlib.ExitStack()
         self._wake_sender, self._wake_receiver = socket.socketpair()
         self._wake_sender.setblocking(False)
@@ -201,6 +204,7 @@ class Aggregator:
                     return False
             except AddressError:  # the directory is gone: nobody can join
                 return True
+            self._read_wills()
             while questions.poll(0):
                 self._answer(questions)
             while not self._take_in(updates):
@@ -348,9 +352,12 @@ class Aggregator:
             if watch is not None and watch.ended():
                 ended.add(identity)
         spoken_of = self._ledger.ancestors() if ended else set()
+        for identity in ended & spoken_of:
+            self._dead.pop(identity, None)
         for identity in ended - spoken_of:
             self._ledger.bury(identity)
-            if now - self._dead.setdefault(identity, now) >= _LAST_WORDS_SECONDS:
+            patience = _LAST_RECORD_SECONDS if workers[identity].silent else _LAST_WORDS_SECONDS
+            if now - self._dead.setdefault(identity, now) >= patience or len(self._dead) > _MOST_DEAD:
                 self._retire(identity)
         return len(workers.keys() - ended)
 

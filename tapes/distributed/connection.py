@@ -16,10 +16,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
+import logging
 import multiprocessing
 import multiprocessing.util
 import os
-import socket
 import threading
 import time
 import weakref
@@ -45,13 +45,14 @@ from tapes.distributed.wire import (
     decode,
     encode,
 )
+from tapes.environment import is_disabled
 from tapes.errors import AggregatorUnavailable, InvalidArgument, WireError
 from tapes.metrics import State
 from tapes.naming import Labels
 from tapes.registry import Registry, default_registry
 from tapes.snapshot import Snapshot
 
-__all__ = ["AggregatorConnection", "close", "connect", "is_disabled", "stay_for"]
+__all__ = ["AggregatorConnection", "close", "connect", "stay_for"]
 
 T = TypeVar("T")
 Question = Union[Read, Hello, Goodbye]
@@ -60,17 +61,14 @@ TIMEOUT_SECONDS = 1.0
 """So long a read or a goodbye waits for the aggregator."""
 _HOLD_SECONDS = 0.25
 
-
-def is_disabled() -> bool:
-    """Return whether the environment turns tapes off."""
-    return os.environ.get("TAPES_DISABLED", "0") not in ("", "0")
+_log = logging.getLogger("tapes.distributed")
 
 
 def connect(registry: Registry, addr: str | None) -> None:
     """Attach a connection to ``registry``; nothing if this process has attached the same already."""
-    endpoints = resolve(addr)
     if is_disabled():
         return
+    endpoints = resolve(addr)
     forks.check()
     registry.connect_when_used = None
     with _connecting:
@@ -97,8 +95,8 @@ def close(registry: Registry) -> None:
 
 def _attach(registry: Registry, endpoints: Endpoints) -> None:
     connection = AggregatorConnection(registry, endpoints)
-    registry.connection = connection
     connection.start()
+    registry.connection = connection
     _attached.add(connection)
     _tell_spawned()
 
@@ -117,7 +115,10 @@ def _tell_spawned() -> None:
 def _leave() -> None:
     for connection in list(_attached):
         if connection.is_of_this_process:
-            close(connection.registry)
+            try:
+                close(connection.registry)
+            except Exception:
+                _log.exception("tapes could not say goodbye")
 
 
 def _leave_at_the_end_of_this_child(_: object = None) -> None:
@@ -130,7 +131,8 @@ def _renew_lock() -> None:
 
 
 _connecting = threading.Lock()
-os.register_at_fork(after_in_child=_renew_lock)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 _attached: set[AggregatorConnection] = set()
 _abandoned: list[AggregatorConnection] = []
 """Those of the parent, in a child: kept, as letting go of their sockets would touch what the parent uses."""
@@ -153,7 +155,7 @@ class AggregatorConnection(Connection):
         self._changed = threading.Condition()
         self._in_flight = 0
         self._closing = False
-        self._held = False
+        self._held = self._stopped = False
         self._correlations = itertools.count(1)
         self._readers: deque[zmq.Socket[bytes]] = deque()
         self._outbox = Outbox(registry)
@@ -200,7 +202,6 @@ class AggregatorConnection(Connection):
 
     def render(self, form: str) -> bytes:
         """Return the merged view, written by the aggregator; raises as `snapshot`."""
-        self._publisher.await_producers()
         return self._ask(self._read_of(form)).payload
 
     def close(self) -> None:
@@ -215,6 +216,7 @@ class AggregatorConnection(Connection):
         with self._changed:
             if self._closing:
                 return
+            self._changed.wait_for(lambda: not self._held, TIMEOUT_SECONDS)
             self._closing = True
             idle = self._changed.wait_for(lambda: not self._in_flight, TIMEOUT_SECONDS)
         ended = self._publisher.stop(max(0.0, deadline - time.monotonic()))
@@ -231,20 +233,19 @@ class AggregatorConnection(Connection):
         with self._changed:
             if self._closing or self._held or not self.is_of_this_process or self._publisher.is_me():
                 return
-            self._held = self._changed.wait_for(lambda: not self._in_flight, _HOLD_SECONDS)
-            if self._held:
-                self._held = self._publisher.stop(_HOLD_SECONDS)
-            if self._held:
-                self._shut(True)
+            self._held = True
+            if self._changed.wait_for(lambda: not self._in_flight, _HOLD_SECONDS):
+                self._stopped = True
+                self._shut(self._publisher.stop(_HOLD_SECONDS))
 
     def go_on(self) -> None:
         """Open again what `before_fork` closed."""
         with self._changed:
-            if self._held:
+            if self._stopped:
                 self._open()
                 self.start()
-                self._held = False
-                self._changed.notify_all()
+            self._held = self._stopped = False
+            self._changed.notify_all()
 
     def begin_anew(self) -> None:
         """In a forked child, attach a connection of its own to the registry."""
@@ -260,6 +261,7 @@ class AggregatorConnection(Connection):
 
     def _read_of(self, form: str) -> Callable[[int, zmq.Socket[bytes], float], Reply]:
         def ask(number: int, reader: zmq.Socket[bytes], deadline: float) -> Reply:
+            self._publisher.await_producers()
             self._say_goodbyes(reader, deadline)
             reply = Reply(0, "behind", b"")
             for keyframe in (False, True):
@@ -318,7 +320,8 @@ class AggregatorConnection(Connection):
         while unsaid:
             update = unsaid[0]
             goodbye = Goodbye(next(self._correlations), update)
-            self._exchange(reader, goodbye, deadline)
+            if self._exchange(reader, goodbye, deadline).status != "ok":
+                raise AggregatorUnavailable("the aggregator refused a goodbye")
             wills.withdraw(self.endpoints, goodbye)
             with contextlib.suppress(ValueError):  # another reader may have said it too, which is harmless
                 unsaid.remove(update)
@@ -331,7 +334,7 @@ def stay_for(endpoints: Endpoints, *processes: forks.Process) -> bool:
     """Ask the aggregator to live as long as ``processes``; return whether it said that it will."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        hello = Hello(1, socket.gethostname(), processes)
+        hello = Hello(1, forks.host(), processes)
         deadline = time.monotonic() + TIMEOUT_SECONDS
         with contextlib.closing(_new_reader(context, endpoints)) as reader:
             return _exchange(endpoints, reader, hello, deadline).status == "ok"

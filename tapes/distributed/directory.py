@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tapes.distributed.address import Endpoints, resolve
+from tapes.distributed.address import Endpoints, resolve, unlock
 from tapes.distributed.processes import lives
 from tapes.errors import AddressError, AggregatorUnavailable
 from tapes.forks import Process
@@ -81,36 +81,68 @@ def _owned(endpoints: Endpoints) -> str | None:
 
 
 def restore(endpoints: Endpoints, user: User) -> None:
-    """Make the private directory of ``endpoints`` again if it is one, and gone."""
+    """Make the private directory of ``endpoints`` again if it is one, and gone.
+
+    Raises:
+        AddressError: If that can't be done.
+    """
     directory = _owned(endpoints)
     if directory is not None:
-        with contextlib.suppress(FileExistsError):
+        try:
             _make(directory, user)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise AddressError(
+                f"the directory of {endpoints.publish} can't be made ({error.strerror or error})",
+                remedy="unset TAPES_ADDR, or set it to an address in a directory that exists",
+            ) from None
 
 
 def _make(directory: str, user: User) -> None:
     os.mkdir(directory, 0o700)
     if user != User.ourselves():
-        os.chown(directory, *user)
+        with _opened(directory, os.geteuid()) as fd:  # nobody can have put something else in its place
+            os.fchown(fd, *user)
 
 
-def clear(endpoints: Endpoints) -> None:
-    """Remove the start lock of ``endpoints``, and the directory if it is a private one; hold that lock."""
+@contextlib.contextmanager
+def _opened(directory: str, uid: int) -> Iterator[int]:
+    """Yield a descriptor of a directory that is private to ``uid``; raises OSError if it is none."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not _is_private(os.fstat(fd), uid):
+            raise PermissionError(f"{directory} is not ours alone")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def clear(endpoints: Endpoints, *, files: bool = True) -> None:
+    """Remove the start lock of ``endpoints``, and its directory if it is a private one; hold that lock.
+
+    Args:
+        endpoints: Where an aggregator was, or could not be started.
+        files: Remove what is in the directory too; otherwise only an empty one goes.
+    """
     if endpoints.path is not None:
         with contextlib.suppress(OSError):
             os.unlink(endpoints.path + _START_LOCK)
     private = _owned(endpoints)
     if private is not None:
-        _remove(private)
+        with contextlib.suppress(OSError):
+            if files:
+                _empty(private)
+            os.rmdir(private)
 
 
-def _remove(directory: str) -> None:
-    with contextlib.suppress(OSError):
-        for name in os.listdir(directory):
+def _empty(directory: str) -> None:
+    """Remove the files of an aggregator in a private directory of ours."""
+    with _opened(directory, os.geteuid()) as fd:
+        for name in os.listdir(fd):
             if name.startswith(_SOCKET):
                 with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(directory, name))
-        os.rmdir(directory)
+                    os.unlink(name, dir_fd=fd)
 
 
 @contextlib.contextmanager
@@ -141,7 +173,9 @@ def start_lock(endpoints: Endpoints, user: User, *, wait: bool = True) -> Iterat
             ) from None
         try:
             if user != User.ourselves():
-                os.fchown(fd, *user)
+                found = os.fstat(fd)  # which may be a link that the user made
+                if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_uid == os.geteuid():
+                    os.fchown(fd, *user)
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(fd), os.stat(path)):
@@ -151,33 +185,33 @@ def start_lock(endpoints: Endpoints, user: User, *, wait: bool = True) -> Iterat
             yield False
             return
         finally:
-            os.close(fd)
+            unlock(fd)
 
 
-def sweep(uids: set[int]) -> None:
-    """Remove what is left of services of these users that have ended with nobody to clean up."""
+def sweep() -> None:
+    """Remove what is left of services of this user that have ended with nobody to clean up."""
     for parent in _parents():
         with contextlib.suppress(OSError):
             for entry in list(os.scandir(parent)):
                 match = _NAME.fullmatch(entry.name)
-                if match is None or lives(Process(int(match[1]), int(match[2]))):
-                    continue
-                with contextlib.suppress(OSError):
-                    if any(_is_private(os.lstat(entry.path), uid) for uid in uids):
+                if match is not None and not lives(Process(int(match[1]), int(match[2]))):
+                    with contextlib.suppress(OSError):
                         _sweep(entry.path)
 
 
 def _sweep(directory: str) -> None:
-    fds = []
+    locks = []
     try:
-        for name in os.listdir(directory):
-            if name.endswith((".lock", _START_LOCK)):
-                fds.append(os.open(os.path.join(directory, name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC))
-                fcntl.flock(fds[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if an aggregator lives there
-        _remove(directory)
+        with _opened(directory, os.geteuid()) as fd:
+            for name in os.listdir(fd):
+                if name.endswith((".lock", _START_LOCK)):
+                    locks.append(os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd))
+                    fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if it is held
+        _empty(directory)
+        os.rmdir(directory)
     finally:
-        for fd in fds:
-            os.close(fd)
+        for lock in locks:
+            unlock(lock)
 
 
 def _parents() -> list[str]:

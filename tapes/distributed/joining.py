@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from tapes import forks
 from tapes.distributed import directory
 from tapes.distributed.address import DEFAULT_ADDR, Endpoints, is_served, resolve
-from tapes.distributed.connection import AggregatorConnection, connect, is_disabled, stay_for
+from tapes.distributed.connection import AggregatorConnection, connect, stay_for
 from tapes.distributed.launch import launch
+from tapes.environment import is_disabled, may_start
 from tapes.errors import TapesError
 from tapes.forks import Process
 from tapes.registry import Registry
@@ -38,7 +39,7 @@ def join(registry: Registry, addr: str | None = None) -> None:
     """
     if is_disabled():
         return
-    if os.environ.get("TAPES_AUTOSTART") == "0":
+    if not may_start():
         connect(registry, addr)
         return
     connection = registry.connection
@@ -76,13 +77,16 @@ def meet(
     if met in _met and is_served(endpoints):
         return endpoints
     with directory.start_lock(endpoints, user):
-        if not is_served(endpoints):
+        them = {forks.this_process(), whom.process}
+        # Where there is no file to tell, asking does.
+        served = is_served(endpoints) or (endpoints.path is None and stay_for(endpoints, *them))
+        if not served:
             try:
                 launch(endpoints, whom.process, whom.what, user)
             except TapesError:
-                directory.clear(endpoints)
+                directory.clear(endpoints, files=False)
                 raise
-        if stay_for(endpoints, *{forks.this_process(), whom.process}):
+        if stay_for(endpoints, *them):
             _met.add(met)
     os.environ["TAPES_ADDR"] = endpoints.publish
     return endpoints

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Readiness", "launch", "reporters_from", "serve"]
 
 _READY_SECONDS = 10.0
+_END = b"\0"
 _NOT_HANDED_ON = (
     "GUNICORN_FD", "GUNICORN_PID", "LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET",
     "TAPES_ADDR", "TAPES_CONNECTED",
@@ -72,23 +73,29 @@ class Readiness:
         os.close(self._sender)
         said = b""
         try:
-            while select.select([self._receiver], [], [], _READY_SECONDS)[0]:
+            # A child that was forked meanwhile may hold the other end open, so the end is marked.
+            while not said.endswith(_END) and select.select([self._receiver], [], [], _READY_SECONDS)[0]:
                 piece = os.read(self._receiver, 65536)
                 said += piece
                 if not piece:
                     break
         finally:
             os.close(self._receiver)
-        kind, _, sentence = said.decode(errors="replace").partition("\n")
+        kind, _, sentence = said.rstrip(_END).decode(errors="replace").partition("\n")
         if kind != "ready":
             failure = _FAILURES.get(kind, AggregatorUnavailable)
             raise failure(sentence or f"the aggregator was not ready within {_READY_SECONDS:g} s")
+
+    def give_up(self) -> None:
+        """Close both ends, as nobody was started."""
+        os.close(self._receiver)
+        os.close(self._sender)
 
     def tell(self, text: str) -> None:
         """Say ``text``, once."""
         if self._sender >= 0:
             with contextlib.suppress(OSError):
-                os.write(self._sender, text.encode())
+                os.write(self._sender, text.encode() + _END)
                 os.close(self._sender)
             self._sender = -1
 
@@ -115,13 +122,13 @@ def launch(endpoints: Endpoints, owner: Process, reason: str, user: directory.Us
     Raises:
         AddressError, AggregatorUnavailable, InvalidArgument: If it can't be started.
     """
-    directory.sweep({os.geteuid(), user.uid})
+    python = _python()
     readiness = Readiness()
     environment = {name: text for name, text in os.environ.items() if name not in _NOT_HANDED_ON}
     try:
         subprocess.run(
             [
-                _python(), "-c", _BOOTSTRAP, os.pathsep.join(filter(None, sys.path)), endpoints.publish,
+                python, "-c", _BOOTSTRAP, os.pathsep.join(filter(None, sys.path)), endpoints.publish,
                 str(owner.pid), str(owner.started), reason, str(user.uid), str(user.gid),
                 str(readiness.sender),
             ],
@@ -133,6 +140,7 @@ def launch(endpoints: Endpoints, owner: Process, reason: str, user: directory.Us
             check=False,
         )  # fmt: skip
     except OSError as error:
+        readiness.give_up()
         raise AggregatorUnavailable(f"the aggregator can't be started ({error})") from None
     with contextlib.suppress(AddressInUse):  # the one that is there is the one to use
         readiness.wait()
@@ -159,6 +167,7 @@ def serve(address: str, pid: str, started: str, reason: str, uid: str, gid: str,
     _become(directory.User(int(uid), int(gid)))
     os.umask(0o077)
     os.chdir("/")
+    directory.sweep()
     readiness = Readiness((-1, int(ready_fd)))
     endpoints = resolve(address)
     try:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tapes.catalogue import MAX_SERIES, OVERFLOW, warn_of_overflow
 from tapes.distributed.wire import Descriptions, Item, Merged, Update
@@ -234,13 +234,12 @@ class Ledger:
             self._sizes[place[0]] -= OVERFLOW not in place[1]
 
     def _worker_names(self) -> dict[bytes, str]:
-        """Return what to call each worker: its pid, with some of its identity where that is not enough."""
-        pids = Counter(account.worker.process.pid for account in self._accounts.values())
+        """Return what to call those that speak: the pid, with some of the identity if that is not enough."""
+        speaking = {i: a.worker.process.pid for i, a in self._accounts.items() if not a.worker.silent}
+        pids = Counter(speaking.values())
         return {
-            identity: str(account.worker.process.pid)
-            if pids[account.worker.process.pid] == 1
-            else f"{account.worker.process.pid}-{identity.hex()[:8]}"
-            for identity, account in self._accounts.items()
+            identity: str(pid) if pids[pid] == 1 else f"{pid}-{identity.hex()[:8]}"
+            for identity, pid in speaking.items()
         }
 
 
@@ -249,9 +248,13 @@ def _merged_items(name: str, labels: Labels, entry: _Entry, workers: dict[bytes,
         retired = () if entry.retired is None else (entry.retired,)
         entry.merged = KINDS[entry.kind].merge((*retired, *entry.by_worker.values()))
     if isinstance(entry.merged, GaugeState) and entry.merged.mode == "each":
-        for (identity, given), state in entry.by_worker.items():
-            own = {**dict(given), "worker": workers[identity]}
-            yield Item(entry.kind, name, tuple(sorted(own.items())), state)
+        states: dict[str, list[Any]] = {}
+        for (identity, _), state in entry.by_worker.items():
+            if identity in workers:
+                states.setdefault(workers[identity], []).append(state)
+        for worker, own in states.items():
+            its_labels = tuple(sorted({**dict(labels), "worker": worker}.items()))
+            yield Item(entry.kind, name, its_labels, own[0] if len(own) == 1 else GaugeState.add(own))
     else:
         yield Item(entry.kind, name, labels, entry.merged)
 

@@ -5,8 +5,6 @@ start or restart of an aggregator. It limits itself to a twentieth of its time. 
 application: a full queue means that what changed is sent next time, with what changed since. Where no thread
 can be relied on (uWSGI without ``enable-threads``, or with ``threads``) the end of every request sends.
 
-The thread also runs the producers of gauges, each at most once a second, so that no request waits for one.
-
 0MQ settings, and why: ``IMMEDIATE``, as otherwise an XPUB that connects notices neither the death nor the
 return of its subscriber; ``XPUB_NODROP`` and a short queue, as otherwise a full queue drops the newest
 message without a word; ``XPUB_VERBOSE``, so that a second subscription is seen while the first still lingers.
@@ -14,10 +12,8 @@ message without a word; ``XPUB_VERBOSE``, so that a second subscription is seen 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import socket
 import threading
 import time
 from typing import TYPE_CHECKING, Callable
@@ -25,8 +21,9 @@ from typing import TYPE_CHECKING, Callable
 import zmq
 
 from tapes import forks, threads
+from tapes.distributed.producers import Producers
 from tapes.distributed.wire import Item, Update, encode
-from tapes.metrics import Gauge, Metric, State, Timer
+from tapes.metrics import Metric, State, Timer
 from tapes.naming import Labels
 from tapes.registry import Registry
 
@@ -42,13 +39,8 @@ INTERVAL_SECONDS = 0.1
 _SHARE = 20
 _LONELY_SECONDS = 5.0
 """So long without an aggregator is worth a warning, once."""
-_PRODUCED_SECONDS = 1.0
-"""So long a value that a gauge's producer gave is good for."""
-_PRODUCERS_WAIT_SECONDS = 0.2
-"""So long a read waits for a producer that never ran yet."""
 _SUBSCRIPTION_MILLISECONDS = 100
 _QUEUE = 4
-_STOP, _REFRESH = b"s", b"r"
 
 _log = logging.getLogger("tapes.distributed")
 
@@ -69,12 +61,12 @@ class Outbox:
 
     States are immutable and a series that was not touched keeps its state object, so "changed" is "another
     object than was published". What is pending is folded before the lock is taken, as folding may log; under
-    the lock nothing waits.
+    the lock nothing waits, but in the last words.
     """
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
-        self.host = socket.gethostname()
+        self.host = forks.host()
         self.published_seq = 0
         self._identity = registry.identity
         self._process = forks.this_process()
@@ -202,10 +194,12 @@ class Publisher:
         self._abandoned = False
         self._address = endpoints.publish
         self._receiver, self._sender = os.pipe()
-        self._produced = threading.Event()
+        self._producers = Producers(outbox.registry)
         self._thread: threads.Worker | None = threads.Worker(self._run, "tapes-publisher")
         self._alone = threading.Lock()
         self._request_ended = False
+        self._stopping = threading.Lock()
+        self._stopped = False
 
     def start(self) -> None:
         """Start the thread, if threads run here."""
@@ -224,16 +218,26 @@ class Publisher:
     def stop(self, timeout_seconds: float) -> bool:
         """End the thread; return whether it has ended.
 
-        If it is held up, by a producer of a gauge, it is left to itself, and destroys the context at its end.
+        If it is held up it is left to itself, and destroys the context at its end. Once is enough.
         """
+        with self._stopping:
+            if self._stopped:
+                return not self._abandoned
+            self._stopped = True
+        self._producers.stop(timeout_seconds / 4)
         if self._thread is None:
-            self._close()
-            return True
-        os.write(self._sender, _STOP)
+            if self._alone.acquire(timeout=timeout_seconds):  # nobody is at the end of a request
+                self._close()
+                self._alone.release()
+                return True
+            self._abandoned = True
+            return False
+        os.write(self._sender, b"s")
         if not self._thread.join(timeout_seconds):
             self._abandoned = True
             if not self._thread.join(0.0):
                 return False
+            self._abandoned = False
         os.close(self._sender)
         os.close(self._receiver)
         return True
@@ -243,28 +247,25 @@ class Publisher:
         if self._thread is not None:
             return
         self._request_ended = True
-        while self._request_ended and self._alone.acquire(False):  # else another thread publishes it
+        while (
+            self._request_ended and not self._stopped and self._alone.acquire(False)
+        ):  # else another thread publishes it
             try:
                 self._request_ended = False
+                if self._stopped:
+                    return
                 if not self._subscribed:
                     self._socket.poll(_SUBSCRIPTION_MILLISECONDS)
                 self._note_subscriptions()
                 if self._subscribed:
-                    self._outbox.registry.refresh(_PRODUCED_SECONDS)
+                    self._producers.tend()
                     self._keyframe_due = not self._publish() and self._keyframe_due
             finally:
                 self._alone.release()
 
     def await_producers(self) -> None:
-        """Have producers of gauges run that never did; takes 0.2 s at most."""
-        registry = self._outbox.registry
-        if self._thread is None:
-            registry.refresh(_PRODUCED_SECONDS)
-        elif any(isinstance(metric, Gauge) and metric.awaits_producer for metric in registry.metrics()):
-            self._produced.clear()
-            with contextlib.suppress(OSError):
-                os.write(self._sender, _REFRESH)
-            self._produced.wait(_PRODUCERS_WAIT_SECONDS)
+        """Wait for producers of gauges that never ran yet; 0.2 s at most."""
+        self._producers.await_first()
 
     def _close(self) -> None:
         self._socket.close()
@@ -282,10 +283,7 @@ class Publisher:
                 wait_seconds = max(0.0, due - time.monotonic())
                 events = dict(poller.poll(int(wait_seconds * 1000) + 1))
                 if self._receiver in events:
-                    if _STOP in os.read(self._receiver, 1000):
-                        return
-                    self._outbox.registry.refresh(_PRODUCED_SECONDS)
-                    self._produced.set()
+                    return
                 if self._socket in events:
                     self._note_subscriptions()
                 started = time.monotonic()
@@ -293,7 +291,7 @@ class Publisher:
                     patience_ends = float("inf")
                     _log.warning("tapes has found no aggregator at %s yet; it goes on looking", self._address)
                 if started >= due:
-                    self._outbox.registry.refresh(_PRODUCED_SECONDS)
+                    self._producers.tend()
                 if self._subscribed and (self._keyframe_due or started >= due):
                     sent = self._publish()
                     self._keyframe_due = self._keyframe_due and not sent

@@ -23,6 +23,7 @@ from tapes.distributed.address import DEFAULT_ADDR, resolve
 from tapes.distributed.aggregator import Aggregator
 from tapes.distributed.launch import Readiness
 from tapes.distributed.lease import Lease
+from tapes.environment import is_disabled
 from tapes.errors import InvalidArgument, TapesError
 from tapes.registry import Registry
 from tapes.reporting import Reporter
@@ -117,7 +118,7 @@ class RegistryAggregator:
             AddressInUse, AddressError: If it can't bind its address, or a reporter can't bind its own.
             AggregatorUnavailable: If it can't be started for another reason.
         """
-        if connection.is_disabled():
+        if is_disabled():
             return
         if self._pid or self._aggregator:
             raise InvalidArgument("start() was called before", expected="one start() for each stop()")

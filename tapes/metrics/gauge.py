@@ -88,6 +88,14 @@ class GaugeState(NamedTuple):
             value = value / len(told) if newest.mode == "mean" else value
         return GaugeState(value, newest.mode, newest.since)
 
+    @staticmethod
+    def add(states: Iterable[GaugeState]) -> GaugeState:
+        """Return the sum of gauges, whatever their mode, as of the newest."""
+        every = list(states)
+        newest = max(every, key=lambda state: -1.0 if state.since is None else state.since)
+        values = [state.value for state in every if state.value is not None]
+        return GaugeState(Total().add(values).value if values else None, newest.mode, newest.since)
+
     @property
     def is_empty(self) -> bool:
         """Whether it was never set."""

@@ -95,7 +95,8 @@ def test_reloads_under_load(short_dir, mode):
                 wait_for(lambda b=before: service.workers("retired") == b + 3, "the old workers leave", 20)
                 wait_for(lambda: service.workers("live") == 3, "there are new ones", 20)
                 load.go_on()
-        wait_for(lambda: service.counted() >= load.answered, f"{load.answered} are counted")
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: service.counted() >= load.answered, f"{load.answered} are counted", 3)
         assert load.answered <= service.counted() <= load.sent
         imports = 9 if "lazy" in mode else 3
         wait_for(lambda: service.stats()["seven"]["value"] == 7 * imports, "so is what was counted at import")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
+import zmq
 
 from tapes.distributed.registry import DistributedRegistry
+from tapes.distributed.wire import Reply, encode
 from tests.processes import clean_environment, run_python, wait_for
 
 
@@ -348,3 +351,84 @@ def test_a_will_is_left_for_the_next_aggregator(short_dir, start_aggregator):
         late.connect()
         assert late.get_stats().c.value == 10
         late.close()
+
+
+def test_a_fork_while_a_publication_is_held_up(address, reader, short_dir):
+    """By a number that takes its time to become one: the parent opens another connection, and goes on."""
+    program = f"""
+import os, threading, tapes
+tapes.connect({address!r})
+tapes.counter("c").increment()
+assert tapes.get_stats().c.value == 1
+held, release = threading.Event(), threading.Event()
+
+class Slow:
+    def __float__(self):
+        held.set()
+        release.wait(20)
+        return 2.0
+
+tapes.histogram("h").update(Slow())
+assert held.wait(10)
+pid = os.fork()
+if pid == 0:
+    os._exit(0)
+os.waitpid(pid, 0)
+tapes.counter("c").increment(11)
+assert tapes.get_stats().c.value == 12
+release.set()
+"""
+    done = run_python(program, cwd=short_dir)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert value(reader) == 12
+    assert reader.get_stats().h["count"] == 1
+
+
+def test_a_fork_in_the_middle_of_a_goodbye(address, reader, short_dir):
+    """The child speaks of who says goodbye; nothing counts twice."""
+    program = f"""
+import os, sys, tapes
+tapes.connect({address!r})
+for number in range(10):
+    tapes.counter("c", n=number).increment()
+tapes.get_stats()
+taken, take = [], tapes.metrics.Counter.take
+
+def fork_in_between(metric):
+    state = take(metric)
+    if len(taken) == 5:
+        taken.append(os.fork())
+        if taken[-1] == 0:
+            tapes.connect({address!r})
+            tapes.counter("of.child").increment()
+            tapes.close()
+            os._exit(0)
+        os.waitpid(taken[-1], 0)
+    taken.append(metric)
+    return state
+
+tapes.metrics.Counter.take = fork_in_between
+tapes.close()
+"""
+    done = run_python(program, cwd=short_dir)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert value(reader, "of.child") == 1
+    assert [series.value for series in reader.snapshot().series("c")] == [1] * 10
+
+
+def test_a_refused_goodbye_is_not_forgotten(short_dir):
+    """It is left as a will."""
+    address = f"ipc://{short_dir}/m.ipc"
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    router.bind(address + ".read")
+    refusal = encode(Reply(0, "error", b"no"))
+    refuse = threading.Thread(target=lambda: router.send_multipart([router.recv_multipart()[0], refusal]))
+    refuse.start()
+    registry = DistributedRegistry(address)
+    registry.connect()
+    registry.counter("c").increment()
+    registry.close()
+    refuse.join()
+    context.destroy(linger=0)
+    assert len(list(short_dir.glob("*.will-*"))) == 1

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+from tapes.distributed.registry import DistributedRegistry
 from tests.processes import clean_environment, wait_for
 
 WORKER = """
@@ -71,16 +72,26 @@ def test_producers_run_once_a_second_and_in_no_request(reader):
     while time.monotonic() - started < 1.5:
         assert reader.get_stats().g.value == 5
     assert 2 <= len(threads) <= 3
-    assert set(threads) == {"tapes-publisher"}
+    assert set(threads) == {"tapes-producers"}
 
 
-def test_a_read_does_not_wait_for_a_slow_producer(reader):
-    """It is without that gauge for now."""
+def test_neither_reads_nor_publications_wait_for_a_slow_producer(reader):
+    """It is without that gauge for now; what is counted is published as ever, and forks don't mind."""
     release = threading.Event()
     reader.gauge("slow", lambda: release.wait(20) and 5)
     started = time.monotonic()
     assert reader.get_stats().get("slow") is None
     assert time.monotonic() - started < 1.0
+    other = DistributedRegistry(reader.socket_addr)
+    other.connect()
+    for number in range(1, 4):
+        reader.counter("c").increment()
+        wait_for(lambda n=number: other.get_stats().get("c", {}).get("value") == n, "it is published", 1.0)
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+    other.close()
     release.set()
     wait_for(lambda: reader.get_stats().get("slow", {}).get("value") == 5, "it comes")
 

@@ -202,3 +202,48 @@ def test_what_can_not_be_started_says_why(home):
     done = run(home, "import tapes; tapes.join('ipc://plain')", status=1)
     assert "is not a socket" in done[1]
     assert not list(home.directory.glob("plain.*"))
+
+
+def test_forks_while_another_thread_joins(home):
+    """The children hold no lock and no pipe of the join: it returns, and so does that of others."""
+    program = """
+import os, subprocess, sys, threading, time, tapes
+joining = threading.Thread(target=tapes.join)
+started = time.monotonic()
+joining.start()
+children = []
+while joining.is_alive() and len(children) < 100:
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(8)
+        os._exit(0)
+    children.append(pid)
+    joining.join(0.02)
+joining.join()
+other = "import tapes; tapes.join(); tapes.counter('c').increment(5)"
+subprocess.run([sys.executable, "-c", other], check=True)
+tapes.counter("c").increment()
+print(tapes.get_stats().c.value, time.monotonic() - started < 6)
+for pid in children:
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+"""
+    (home.directory / "program.py").write_text(program)
+    status, output, errors = home.run([sys.executable, "-W", "ignore", "program.py"])
+    assert (status, output) == (0, "6 True\n"), errors
+
+
+def test_turned_off_it_needs_nothing(home):
+    """TAPES_DISABLED=1 works without pyzmq."""
+    (home.directory / "zmq.py").write_text("raise ModuleNotFoundError('zmq')\n")
+    program = "import tapes; tapes.join(); tapes.connect('ipc://m'); tapes.counter('c'); tapes.close()"
+    assert run(home, program, TAPES_DISABLED="1", TAPES_ADDR="here") == ("", "")
+    assert "pip install 'tapes[distributed]'" in run(home, program, status=1)[1]
+
+
+def test_a_directory_that_went_away(home):
+    """TAPES_ADDR of a service that is long gone, with the directory that its own was in: says what to do."""
+    told = {"TAPES_ADDR": "ipc:///gone/tapes-1-2/metrics.ipc"}
+    _, errors = run(home, "import tapes; tapes.join()", status=1, **told)
+    assert "AddressError" in errors
+    assert "unset TAPES_ADDR" in errors

@@ -20,7 +20,7 @@ class Worker:
     numbers = itertools.count(1)
 
     def __init__(self, clock=None):
-        self.registry = tapes.Registry(clock=clock or ManualClock(1000.0))
+        self.registry = tapes.Registry(clock=clock or ManualClock(1000.0), max_series=3000)
         self.identity = next(self.numbers).to_bytes(16, "little")
         self.seq = 0
 
@@ -278,3 +278,16 @@ def test_label_sets_beyond_the_limit_are_added_up_and_places_come_free():
     ledger.retire(three.identity)
     assert ledger.snapshot(200).series("g") == ()
     assert ledger._sizes["g"] == 0
+
+
+def test_each_shows_who_speaks_and_within_the_limit():
+    """Not an ancestor; a worker's overflowing gauges are added up."""
+    ledger, parent, child = Ledger(), Worker(), Worker()
+    parent.registry.gauge("g", merge="each").set(7)
+    for label in range(2002):
+        child.registry.gauge("h", merge="each", label=label).set(1)
+    ledger.apply(told_by(child, parent, 100))
+    snapshot = ledger.snapshot(200)
+    assert snapshot.series("g") == ()
+    assert len(snapshot.series("h")) == 2001
+    assert snapshot.get("h", overflow="true", worker="1").value == 2

@@ -316,9 +316,7 @@ def test_the_recent_mean_forgets_an_outlier(registry, clock):
     assert registry.get_stats().h.mean == pytest.approx(2, rel=0.004)
 
 
-@pytest.mark.parametrize(
-    "line", ["self._folding = True", "self._folding = False", "pending = len(buffer)"]
-)
+@pytest.mark.parametrize("line", ["self._folding = True", "self._folding = False", "pending = len(buffer)"])
 def test_a_read_that_interrupts_a_fold_anywhere_is_answered(registry, line):
     """As from a signal handler, before and after each step that matters."""
     histogram = registry.histogram("h")

@@ -1,0 +1,84 @@
+"""The thread that runs the producers of gauges, so that neither a request nor a publication waits for one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from typing import Any
+
+from tapes import threads
+from tapes.metrics import Gauge
+from tapes.registry import Registry
+
+__all__ = ["Producers"]
+
+_INTERVAL_SECONDS = 1.0
+"""So long a value that a producer gave is good for."""
+_FIRST_WAIT_SECONDS = 0.2
+"""So long a read waits for a producer that never ran yet."""
+
+_log = logging.getLogger("tapes.distributed")
+
+
+class Producers:
+    """Runs the producers of a registry once a second, in a thread that begins with the first of them."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._thread: threads.Worker | None = None
+        self._starting: Any = threads.real("_thread", "allocate_lock")()
+        self._stopped = False
+        self._ran = threading.Event()
+        self._wake: Any = threads.real("_thread", "allocate_lock")()
+        self._wake.acquire()
+
+    def tend(self) -> None:
+        """Begin, if there is a producer and it has not begun; run them here where no thread can."""
+        if self._thread is None and not self._stopped and any(self._gauges()):
+            if not threads.can_be_relied_on():
+                self._registry.refresh(_INTERVAL_SECONDS)
+            elif self._starting.acquire(False):  # it is given back by stop()
+                thread = threads.Worker(self._run, "tapes-producers")
+                try:
+                    thread.start()
+                except RuntimeError:
+                    self._starting.release()
+                    self._registry.refresh(_INTERVAL_SECONDS)
+                else:
+                    self._thread = thread
+
+    def await_first(self) -> None:
+        """Wait for producers that never ran yet, 0.2 s at most."""
+        if any(gauge.awaits_producer for gauge in self._gauges()):
+            self._ran.clear()
+            self.tend()
+            self._signal()
+            if self._thread is not None:
+                self._ran.wait(_FIRST_WAIT_SECONDS)
+
+    def stop(self, timeout_seconds: float) -> bool:
+        """End the thread; return whether it has ended. One that is held up ends as soon as it can."""
+        self._stopped = True
+        thread = self._thread
+        if thread is None or thread.is_me():
+            return True
+        self._signal()
+        return thread.join(timeout_seconds)
+
+    def _gauges(self) -> list[Gauge]:
+        found = [metric for metric in self._registry.metrics() if isinstance(metric, Gauge)]
+        return [gauge for gauge in found if gauge.has_producer]
+
+    def _signal(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it was signalled already
+            self._wake.release()
+
+    def _run(self) -> None:
+        while not self._stopped:
+            try:
+                self._registry.refresh(_INTERVAL_SECONDS)
+            except BaseException:  # a producer that exits ends nobody but itself
+                _log.exception("tapes: a gauge's producer failed")
+            self._ran.set()
+            self._wake.acquire(timeout=_INTERVAL_SECONDS)

@@ -1,0 +1,29 @@
+"""What the environment says about tapes; asked for before anything that has to be installed is imported."""
+
+from __future__ import annotations
+
+import os
+
+from tapes.forks import connected_parent
+
+__all__ = ["address_told", "is_disabled", "may_start"]
+
+
+def is_disabled() -> bool:
+    """Return whether tapes is turned off (``TAPES_DISABLED=1``): nothing is started or connected."""
+    return os.environ.get("TAPES_DISABLED", "0") not in ("", "0")
+
+
+def may_start() -> bool:
+    """Return whether aggregators may be started by themselves (unless ``TAPES_AUTOSTART=0``)."""
+    return os.environ.get("TAPES_AUTOSTART", "1") != "0"
+
+
+def address_told() -> str:
+    """Return where the default registry is to connect by itself; empty if nowhere.
+
+    ``TAPES_ADDR``, or where the process that started this one has its own connected.
+    """
+    if is_disabled():
+        return ""
+    return os.environ.get("TAPES_ADDR") or next(iter(connected_parent()), "")
