@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 
 from tapes.distributed.address import Endpoints
@@ -17,6 +18,7 @@ from tapes.errors import WireError
 __all__ = ["MARK", "Wills", "leave", "withdraw"]
 
 MARK = ".will-"
+_COARSE_SECONDS = 0.5
 
 
 def leave(endpoints: Endpoints, goodbye: Goodbye) -> bool:
@@ -54,7 +56,8 @@ class Wills:
     def __init__(self, endpoints: Endpoints) -> None:
         self._directory, _, name = (endpoints.path or "").rpartition("/")
         self._start = name + MARK
-        self._looked: int | None = None
+        self._changed: int | None = None
+        self._looks_until = 0.0
 
     def take_in(self) -> Iterator[tuple[Goodbye | WireError, bytes]]:
         """Yield each new will, or what is wrong with it, and its bytes; it is removed after that."""
@@ -62,9 +65,11 @@ class Wills:
             return
         with contextlib.suppress(OSError):
             changed = os.stat(self._directory).st_mtime_ns
-            if changed == self._looked:
+            if changed != self._changed:
+                # What changes again within the clock tick of the file system has the same time.
+                self._changed, self._looks_until = changed, time.monotonic() + _COARSE_SECONDS
+            elif time.monotonic() > self._looks_until:
                 return
-            self._looked = changed
             for entry in list(os.scandir(self._directory)):
                 if entry.name.startswith(self._start) and "." not in entry.name[len(self._start) :]:
                     yield from self._open(entry.path)
