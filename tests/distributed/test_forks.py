@@ -374,9 +374,9 @@ pid = os.fork()
 if pid == 0:
     os._exit(0)
 os.waitpid(pid, 0)
+release.set()
 tapes.counter("c").increment(11)
 assert tapes.get_stats().c.value == 12
-release.set()
 """
     done = run_python(program, cwd=short_dir)
     assert (done.returncode, done.stderr) == (0, "")
