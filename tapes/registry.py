@@ -5,9 +5,8 @@ reads are answered by the connection, for the whole service, and what this proce
 it. That is how one class serves one process and fifty, and how metrics made at import time take part. After a
 fork `tapes.forks` calls the registries: a child begins from zero, under another identity.
 
-Making is lock-free, so that a metric can be made in a signal handler and no lock has to survive a fork:
-dictionaries decide races (``setdefault``). A metric that was asked for before is found by one dictionary
-look-up of its name and labels as they were spelled.
+Making is lock-free, as a signal handler may do it: dictionaries decide races (``setdefault``). A metric that
+was asked for before is found by one dictionary look-up of its name and labels as they were spelled.
 """
 
 from __future__ import annotations
@@ -86,8 +85,7 @@ class Registry:
         self._timers: dict[_Words, Timer] = {}
         self._gauges: dict[_Words, Gauge] = {}
         self._complained: set[tuple[str, Labels]] = set()
-        self.revision = 0
-        self.made = 0
+        self.revision = self.made = 0
         self.identity = os.urandom(16)
         self.ancestors: tuple[forks.Ancestor, ...] = ()
         self.connect_when_used: Callable[[], None] | None = None
@@ -285,9 +283,13 @@ class Registry:
 
     def refresh(self, max_age_seconds: float = 0.0) -> None:
         """Run the producers of gauges whose values are older than ``max_age_seconds``."""
-        for _, metrics in self._catalogue.items():
-            for gauge in list(metrics.by_labels.values()) if metrics.kind is Gauge else ():
-                cast("Gauge", gauge).refresh(max_age_seconds)
+        for gauge in self.gauges():
+            gauge.refresh(max_age_seconds)
+
+    def gauges(self) -> list[Gauge]:
+        """Return every gauge; looks at no other metric."""
+        found = [metrics.by_labels for _, metrics in self._catalogue.items() if metrics.kind is Gauge]
+        return [cast("Gauge", gauge) for gauges in found for gauge in list(gauges.values())]
 
     def take(self) -> Iterator[tuple[str, str, Labels, State]]:
         """Yield what `collect` does and start again from zero, under another identity; see `Metric.take`."""
@@ -323,10 +325,9 @@ class Registry:
         if connection is not None:
             connection.begin_anew()
         elif self.connect_in_children is not None:
-            if next(self.metrics(), None) is None:
-                self.connect_when_used = self.connect_in_children
-            else:
-                self.connect_in_children()
+            self.connect_when_used = self.connect_in_children
+            if next(self.metrics(), None) is not None:
+                _ = self.connection  # makes it
 
     def descriptions(self) -> dict[str, tuple[str, str | None]]:
         """Return name to text and unit."""
@@ -388,8 +389,7 @@ class Registry:
 
         overflow = self._all_labels(dict([OVERFLOW]), {})
         found = self._catalogue.find_or_make(name, labels, kind, build, self.max_series, overflow)
-        if made:
-            self.made += 1  # after it can be found
+        self.made += len(made)  # after it can be found
         return cast("M", found)
 
     def _rejected(self, metric: Metric, value: Any, why: str) -> None:

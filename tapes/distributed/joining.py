@@ -15,7 +15,7 @@ from tapes.distributed import directory
 from tapes.distributed.address import DEFAULT_ADDR, Endpoints, is_served, resolve
 from tapes.distributed.connection import AggregatorConnection, connect, stay_for
 from tapes.distributed.launch import launch
-from tapes.environment import is_disabled, may_start
+from tapes.environment import may_start
 from tapes.errors import TapesError
 from tapes.forks import Process
 from tapes.registry import Registry
@@ -37,8 +37,6 @@ def join(registry: Registry, addr: str | None = None) -> None:
         AddressError, AggregatorUnavailable: If that can't be done.
         InvalidArgument: If ``registry`` is connected elsewhere.
     """
-    if is_disabled():
-        return
     if not may_start():
         connect(registry, addr)
         return

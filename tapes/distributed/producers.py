@@ -38,7 +38,7 @@ class Producers:
         if self._thread is None and not self._stopped and any(self._gauges()):
             if not threads.can_be_relied_on():
                 self._registry.refresh(_INTERVAL_SECONDS)
-            elif self._starting.acquire(False):  # it is given back by stop()
+            elif self._starting.acquire(False):  # for good: one thread is enough
                 thread = threads.Worker(self._run, "tapes-producers")
                 try:
                     thread.start()
@@ -67,8 +67,7 @@ class Producers:
         return thread.join(timeout_seconds)
 
     def _gauges(self) -> list[Gauge]:
-        found = [metric for metric in self._registry.metrics() if isinstance(metric, Gauge)]
-        return [gauge for gauge in found if gauge.has_producer]
+        return [gauge for gauge in self._registry.gauges() if gauge.has_producer]
 
     def _signal(self) -> None:
         with contextlib.suppress(RuntimeError):  # it was signalled already

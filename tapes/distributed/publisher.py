@@ -99,8 +99,6 @@ class Outbox:
         with self._lock:
             revision = self.registry.revision
             update = self._update(keyframe or revision != self._revision)
-            if update.base and all(item.name == DURATION for item in update.items):
-                return True
             if not send(update):
                 return False
             for item in update.items:
@@ -128,7 +126,7 @@ class Outbox:
             for series in self._series.values():
                 if not series.metric.is_at(series.told):
                     series.metric.collect()
-                    changed = True
+                    changed = changed or series.key[0] != DURATION
             if made == self.registry.made:  # else folding has found the first bad value
                 return changed
 
@@ -247,9 +245,8 @@ class Publisher:
         if self._thread is not None:
             return
         self._request_ended = True
-        while (
-            self._request_ended and not self._stopped and self._alone.acquire(False)
-        ):  # else another thread publishes it
+        # If another thread is here already, it publishes this too.
+        while self._request_ended and self._alone.acquire(False):
             try:
                 self._request_ended = False
                 if self._stopped:
