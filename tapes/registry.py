@@ -91,6 +91,7 @@ class Registry:
         self.connect_when_used: Callable[[], None] | None = None
         self.connect_in_children: Callable[[], None] | None = None
         self.say_late_words: Callable[[], None] | None = None
+        self.tells_at_request_end = False
         self._connection: Connection | None = None
         forks.add(self)
 

@@ -1,4 +1,4 @@
-"""What the adapters of all frameworks share: how a request is named, and what is recorded of it.
+"""What the adapters of all frameworks share: their options, how a request is named, what is recorded of it.
 
 The names are those of the OpenTelemetry HTTP semantic conventions.
 """
@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
-from typing import Any
+from typing import Any, Callable, Union
 
-from tapes.errors import TapesError
+from tapes.contrib._service import Membership
+from tapes.errors import InvalidArgument, TapesError
 from tapes.metrics import Timer
-from tapes.naming import label_text
+from tapes.naming import canonical_labels, label_text
 from tapes.registry import Registry, default_registry
 
-__all__ = ["METHODS", "UNMATCHED", "RequestMetrics", "paths_of"]
+__all__ = ["METHODS", "UNMATCHED", "Adapter", "Guard", "LabelsOf", "RouteOf", "status_of"]
+
+LabelsOf = Union[Mapping[str, Any], Callable[[Any], Mapping[str, Any]], None]
+Guard = Union[Callable[[Any], Any], None]
+RouteOf = Union[Callable[[Any], Union[str, None]], None]
 
 UNMATCHED = "<unmatched>"
 """The route of what matches none."""
@@ -30,28 +34,63 @@ _ACTIVE = "http.server.active_requests"
 _REQUEST_SIZE = "http.server.request.body.size"
 _RESPONSE_SIZE = "http.server.response.body.size"
 
-_Key = tuple[str, str, str, tuple[tuple[str, str], ...]]
 
+class Adapter:
+    """An application's request metrics, whatever its protocol: options, recording, and the answer to readers.
 
-class RequestMetrics:
-    """Records requests into a registry; metrics are looked up once per method, route and status.
+    A *source* is what the protocol knows of a request: the environ, the scope, the request.
 
     Args:
-        registry: Where to; the default registry if ``None``.
-        prefix: Put before the names, with a dot.
-        body_sizes: Whether sizes of bodies are recorded too.
+        registry: Where to record; the default registry if ``None``.
+        metrics_path: Where the metrics are answered, with and without a trailing slash; ``None`` for
+            nowhere.
+        exclude: Paths that are not measured, with and without a trailing slash; ``"/static/*"`` is everything
+            below.
+        labels: Further labels: a dict, or a callable that takes the source and returns one.
+        body_sizes: Record the sizes of bodies too, in bytes.
+        guard: A callable that takes the source and says who may read the metrics; the others get 403.
+        prefix: Put before the metrics' names, with a dot.
+        route: A callable that takes the source and returns the route's template, ``None`` if it knows none.
+
+    Raises:
+        InvalidArgument: If one of them can't be used.
     """
 
     def __init__(
-        self, registry: Registry | None = None, *, prefix: str = "", body_sizes: bool = False
+        self,
+        registry: Registry | None = None,
+        *,
+        metrics_path: str | None = "/metrics",
+        exclude: Iterable[str] = (),
+        labels: LabelsOf = None,
+        body_sizes: bool = False,
+        guard: Guard = None,
+        prefix: str = "",
+        route: RouteOf = None,
     ) -> None:
         self.registry = default_registry if registry is None else registry
+        if not isinstance(self.registry, Registry):
+            raise InvalidArgument("registry", got=registry, expected="a tapes.Registry, or None")
+        for name, given in (("guard", guard), ("route", route)):
+            if not (given is None or callable(given)):
+                raise InvalidArgument(name, got=given, expected="a callable of one argument, or None")
+        self.clock = self.registry.clock
+        self.service = Membership(self.registry)
+        self.metrics_paths = _paths("metrics_path", [] if metrics_path is None else [metrics_path])
+        excluded = [exclude] if isinstance(exclude, str) else list(exclude)
+        self._excluded = _paths("exclude", [path for path in excluded if not _is_below(path)])
+        self._excluded_below = tuple(path[:-1] for path in excluded if _is_below(path))
+        self.guard = guard
         self.body_sizes = body_sizes
+        self._route_of = route
+        self.labels_of = labels if callable(labels) else None
+        self._labels = {} if callable(labels) else dict(canonical_labels(labels, {}))
+        self._timers: dict[Any, Timer] = {}
+        self._complaints: set[tuple[str, type]] = set()
         before = f"{prefix}." if prefix else ""
         self._duration = before + _DURATION
         self._request_size = before + _REQUEST_SIZE
         self._response_size = before + _RESPONSE_SIZE
-        self._timers: dict[_Key, Timer] = {}
         self.active = self.registry.gauge(before + _ACTIVE)
         describe = self.registry.describe
         describe(self._duration, "Duration of HTTP requests, to the last byte of the answer.")
@@ -60,66 +99,135 @@ class RequestMetrics:
             describe(self._request_size, "Size of HTTP request bodies.", unit="bytes")
             describe(self._response_size, "Size of HTTP response bodies.", unit="bytes")
 
-    def record(
-        self,
-        method: str,
-        route: str,
-        status: str,
-        seconds: float,
-        now: float,
-        labels: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Record the duration of a request that ended at ``now`` on the registry's clock.
+    def leaves_out(self, path: str) -> bool:
+        """Return whether a request for ``path`` is not measured: it is excluded, or for the metrics."""
+        return (
+            path in self.metrics_paths
+            or path in self._excluded
+            or (bool(self._excluded_below) and path.startswith(self._excluded_below))
+        )
 
-        What the labels of the user spoil is recorded without them.
+    def end(
+        self, source: Any, method: str, route: str | None, status: str | int, start: float,
+        labels: Mapping[str, Any] | None = None, received: Any = 0, sent: int = 0,
+    ) -> None:  # fmt: skip
+        """Record a request that began at ``start`` and ends now; `active` was moved up when it began.
+
+        Whatever fails in here is logged and never raised.
+
+        Args:
+            source: The request.
+            method: Its method, as the client spelled it.
+            route: Its template; ``None`` if it is not to be measured.
+            status: Its status.
+            start: When it began, on `clock`.
+            labels: What `further_labels` returned, if that was called.
+            received: Bytes of its body.
+            sent: Bytes of the answer's.
         """
+        now = self.clock()
+        self.active.decrement()
+        if route is None:
+            return
         try:
-            self._timer(method, route, status, labels).record(seconds, now)
-        except TapesError as error:
-            self._complain(str(error))
-            self._timer(method, route, status, None).record(seconds, now)
+            if self._route_of is not None:
+                route = self._called(self._route_of, source, "the callable for routes") or route
+            if self.labels_of is None:
+                timer = self._timers.get((method, route, status))
+                if timer is None:
+                    timer = self._timer(method, route, status, self._labels)
+            else:
+                more = self.further_labels(source) if labels is None else labels
+                timer = self._timer(method, route, status, more)
+            timer.record(now - start, now)
+            if self.body_sizes:
+                self._record_sizes(method, route, received, sent)
+        except Exception as error:
+            self.complain("tapes could not record a request", error)
+        if self.registry.tells_at_request_end:
+            self._tell()
 
-    def _timer(self, method: str, route: str, status: str, labels: Mapping[str, Any] | None) -> Timer:
-        more = tuple([(name, label_text(value)) for name, value in labels.items()]) if labels else ()
-        key = (method, route, status, more)
-        timer = self._timers.get(key)
-        if timer is None:
-            series = {**dict(more), "method": _known(method), "route": route, "status": status}
-            timer = self.registry.timer(self._duration, labels=series)
-            if method in METHODS and dict(timer.labels).get("overflow") is None:
-                self._timers[key] = timer
+    def further_labels(self, source: Any) -> Mapping[str, Any]:
+        """Return what the user's callable for labels says of a request; nothing if it fails."""
+        if self.labels_of is None:
+            return self._labels
+        return self._called(self.labels_of, source, "the callable for further labels") or {}
+
+    def _record_sizes(self, method: str, route: str, received: Any, sent: int) -> None:
+        labels = {"method": _known(method), "route": label_text(route)}
+        size = int(received) if str(received or 0).isdecimal() else 0  # a client may claim anything
+        self.registry.histogram(self._request_size, labels=labels).update(size)
+        self.registry.histogram(self._response_size, labels=labels).update(sent)
+
+    def _timer(self, method: str, route: str, status: str | int, labels: Mapping[str, Any]) -> Timer:
+        series = {"method": _known(method), "route": label_text(route), "status": str(status)}
+        try:
+            more = {name: label_text(value) for name, value in labels.items()}
+            key = (
+                (method, route, status) if self.labels_of is None else (method, route, status, *more.items())
+            )
+            timer = self._timers.get(key)
+            if timer is None:
+                timer = self.registry.timer(self._duration, labels={**more, **series})
+        except (TapesError, AttributeError) as error:
+            self.complain("tapes records requests without further labels", error)
+            return self.registry.timer(self._duration, labels=series)
+        if method in METHODS and dict(timer.labels).get("overflow") is None:
+            self._timers[key] = timer
         return timer
 
-    @staticmethod
-    @lru_cache(maxsize=64)
-    def _complain(what: str) -> None:
-        """Log, once for each complaint."""
-        _log.warning("tapes records requests without further labels: %s", what)
+    def _called(self, function: Callable[[Any], Any], source: Any, what: str) -> Any:
+        try:
+            return function(source)
+        except Exception as error:
+            self.complain(f"tapes: {what} failed", error)
+            return None
 
-    def request_ended(self) -> None:
-        """Publish what was recorded, where no thread does."""
+    def _tell(self) -> None:
+        """Publish what was recorded, as no thread does."""
         try:
             connection = self.registry.connection
             told = connection is not None and connection.request_ended()
             if not told and self.registry.say_late_words is not None:
                 self.registry.say_late_words()
-        except Exception:
-            _log.exception("tapes could not publish at the end of a request")
+        except Exception as error:
+            self.complain("tapes could not publish at the end of a request", error)
 
-    def record_sizes(self, method: str, route: str, received: int, sent: int) -> None:
-        """Record the sizes of a request's and its answer's body, in bytes."""
-        labels = {"method": _known(method), "route": route}
-        self.registry.histogram(self._request_size, labels=labels).update(received)
-        self.registry.histogram(self._response_size, labels=labels).update(sent)
+    def complain(self, what: str, error: Exception) -> None:
+        """Log ``what``, once for each kind of ``error``."""
+        if (what, type(error)) not in self._complaints:
+            self._complaints.add((what, type(error)))
+            _log.warning("%s (said once): %r", what, error, exc_info=error)
+
+    def is_allowed(self, source: Any) -> Any:
+        """Return what the guard says; ``None`` if there is none. A guard that fails lets nobody in."""
+        if self.guard is None:
+            return None
+        return self._called(self.guard, source, "the guard of the metrics, so nobody may read them,") or False
+
+
+def status_of(error: BaseException) -> str:
+    """Return the status of a request that ended by ``error``.
+
+    What is no error is a request that nobody waits for: its task was cancelled, its coroutine closed.
+    """
+    return "500" if isinstance(error, (Exception, KeyboardInterrupt, SystemExit)) else "499"
 
 
 def _known(method: str) -> str:
     return method if method in METHODS else "_OTHER"
 
 
-def paths_of(paths: str | Iterable[str] | None) -> frozenset[str]:
-    """Return ``paths`` with and without a trailing slash; empty for ``None``."""
-    if paths is None:
-        return frozenset()
-    each = [paths] if isinstance(paths, str) else paths
-    return frozenset(form for path in each for form in (path.rstrip("/"), path.rstrip("/") + "/"))
+def _is_below(path: Any) -> bool:
+    return isinstance(path, str) and path.startswith("/") and path.endswith("/*")
+
+
+def _paths(name: str, paths: Iterable[str]) -> frozenset[str]:
+    """Return ``paths`` with and without a trailing slash."""
+    for path in paths:
+        if not isinstance(path, str) or not path.startswith("/"):
+            raise InvalidArgument(name, got=path, expected=f"a path like {_EXAMPLES[name]}")
+    return frozenset(form for path in paths for form in (path.rstrip("/") or "/", path.rstrip("/") + "/"))
+
+
+_EXAMPLES = {"metrics_path": "'/metrics', or None", "exclude": "'/health' or '/static/*'"}

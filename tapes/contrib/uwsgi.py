@@ -35,6 +35,7 @@ def _join() -> None:
 def _leave() -> None:
     # Other threads of this worker go on to answer requests until the process is gone.
     tapes.default_registry.say_late_words = _say_late_words
+    tapes.default_registry.tells_at_request_end = True
     with _late:
         tapes.close()
 

@@ -2,53 +2,60 @@
 
     app.wsgi_app = TapesMiddleware(app.wsgi_app)
 
-The application and its server see what they would see without it (PEP 3333): ``start_response`` and
-``write`` pass through, ``close()`` is called once, exceptions are recorded and raised on. A request is timed
-from the call to the last byte of the body, or to ``close()``.
+The application and its server see what they would see without it (PEP 3333): ``start_response``, ``write``
+and ``exc_info`` pass through, a body has a length if it had one, ``close()`` is called once, what
+``wsgi.file_wrapper`` made reaches the server as it is, exceptions are recorded and raised on. A request is
+timed from the call to the last byte of the body, or to ``close()``.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator
 from http import HTTPStatus
-from typing import Any, Callable, Union
+from os import getpid
+from typing import Any, Callable, cast
 
-from tapes.contrib._http import UNMATCHED, RequestMetrics, paths_of
-from tapes.errors import InvalidArgument
-from tapes.exposition.endpoint import Answer, answer, plain
-from tapes.forks import check as check_fork
-from tapes.naming import canonical_labels
+from tapes.contrib._http import UNMATCHED, Adapter, Guard, LabelsOf, RouteOf, status_of
+from tapes.exposition.endpoint import refusal
 from tapes.registry import Registry
 
-__all__ = ["TapesMiddleware"]
+__all__ = ["ROUTE", "TapesMiddleware"]
 
 Environ = dict[str, Any]
 StartResponse = Callable[..., Any]
 App = Callable[[Environ, StartResponse], Iterable[bytes]]
-LabelsOf = Union[Mapping[str, Any], Callable[[Environ], Mapping[str, Any]], None]
 
-_log = logging.getLogger("tapes.contrib.wsgi")
+ROUTE = "tapes.route"
+"""Where in the environ an application of any framework may leave the route's template."""
 
 
 class TapesMiddleware:
     """Measures every request of a WSGI application, and answers ``/metrics`` for the whole service.
 
     Records the timer ``http.server.request.duration`` {method, route, status} and the gauge
-    ``http.server.active_requests``. The route is the template (Flask's ``/users/<id>``), never the raw path.
+    ``http.server.active_requests``. The route is the template (Flask's ``/users/<id>``), never the raw path;
+    the status 499 is a client that went away. Safe from any thread and across forks; a process of several
+    joins the others with its first request. ``TAPES_DISABLED=1`` turns it off.
 
     Args:
         app: The WSGI application.
         registry: Where to record; the default registry if ``None``.
         metrics_path: Where the metrics are answered, with and without a trailing slash; ``None`` for
             nowhere.
-        exclude: Paths that are not measured.
-        labels: Further labels: a dict, or a callable that takes the environ and returns one.
+        exclude: Paths that are not measured, with and without a trailing slash; ``"/static/*"`` is
+            everything below.
+        labels: Further labels: a dict, or a callable that takes the environ and returns one; it is called
+            when the answer starts, in Flask's request context.
         body_sizes: Record the sizes of bodies too, in bytes.
         guard: A callable that takes the environ and says who may read the metrics; the others get 403.
+            Without one, ``TAPES_METRICS_TOKEN`` is asked for, if it is set.
         prefix: Put before the metrics' names, with a dot.
         route: A callable that takes the environ and returns the route's template, for applications whose
             framework is not known to this adapter.
+
+    Raises:
+        InvalidArgument: If an option can't be used.
     """
 
     def __init__(
@@ -60,170 +67,214 @@ class TapesMiddleware:
         exclude: Iterable[str] = (),
         labels: LabelsOf = None,
         body_sizes: bool = False,
-        guard: Callable[[Environ], bool] | None = None,
+        guard: Guard = None,
         prefix: str = "",
-        route: Callable[[Environ], str | None] | None = None,
+        route: RouteOf = None,
     ) -> None:
-        if metrics_path is not None and not metrics_path.startswith("/"):
-            raise InvalidArgument(
-                "metrics_path", got=metrics_path, expected="a path like '/metrics', or None"
-            )
         self._app = app
-        self._metrics = RequestMetrics(registry, prefix=prefix, body_sizes=body_sizes)
-        self._metrics_paths = paths_of(metrics_path)
-        self._excluded = paths_of(exclude)
-        self._labels = labels if callable(labels) else dict(canonical_labels(labels, {}))
-        self._guard = guard
-        self._route = route
+        self._adapter = Adapter(
+            registry, metrics_path=metrics_path, exclude=exclude, labels=labels, body_sizes=body_sizes,
+            guard=guard, prefix=prefix, route=route,
+        )  # fmt: skip
+        self._service = self._adapter.service
+        self.is_left_out: Callable[[str], bool] | None = None
+        mounts = getattr(app, "mounts", None)  # of werkzeug's DispatcherMiddleware
+        self._mounts = mounts if isinstance(mounts, dict) else {}
+        _watch_failures(app)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Answer a request, as PEP 3333 says."""
-        check_fork()
+        if getpid() != self._service.pid and self._service.begin(bool(environ.get("wsgi.multiprocess"))):
+            self._service.join()
         path = environ.get("PATH_INFO", "")
-        if path in self._metrics_paths:
-            return self._answer(environ, start_response)
-        if path in self._excluded:
+        if self._adapter.leaves_out(path) or self._service.is_off:
+            if path in self._adapter.metrics_paths:
+                return self._answer(environ, start_response)
             return self._app(environ, start_response)
-        request = _Request(self, environ, start_response)
+        exchange = _Exchange(self, environ, start_response)
         try:
-            body = self._app(environ, request.start_response)
-        except BaseException:
-            request.finish("500")
+            body = self._app(environ, exchange.start_response)
+        except BaseException as error:
+            exchange.fail(error)
             raise
-        return _Body(body, request)
+        wrapper = environ.get("wsgi.file_wrapper")
+        if wrapper is not None and _is_file(body, wrapper):
+            exchange.watch(body)
+            return body
+        exchange.body = body
+        if hasattr(body, "__len__"):
+            exchange.__class__ = _SizedExchange
+        return exchange
 
     def _answer(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        status, headers, body = self._metrics_answer(environ)
+        method = environ.get("REQUEST_METHOD", "")
+        allowed = self._adapter.is_allowed(environ)
+        status, headers, body = refusal(
+            method, environ.get("HTTP_AUTHORIZATION", ""), allowed
+        ) or self._service.answer(environ.get("HTTP_ACCEPT", ""), environ.get("QUERY_STRING", ""))
         headers["Content-Length"] = str(len(body))
         start_response(f"{status} {HTTPStatus(status).phrase}", list(headers.items()))
-        return [] if environ.get("REQUEST_METHOD") == "HEAD" else [body]
-
-    def _metrics_answer(self, environ: Environ) -> Answer:
-        if environ.get("REQUEST_METHOD") not in ("GET", "HEAD"):
-            status, headers, body = plain(405, "The metrics can only be read.")
-            return status, {**headers, "Allow": "GET, HEAD"}, body
-        if not self._may_read(environ):
-            return plain(403, "The metrics are not for everybody.")
-        registry = self._metrics.registry
-        if registry.connection is None and environ.get("wsgi.multiprocess"):
-            return plain(
-                503,
-                "This process is one of several and is not connected to an aggregator, so it can't answer "
-                "for the service: start gunicorn with -c python:tapes.contrib.gunicorn_conf (a hook of your "
-                "own goes beside ours by with_tapes), import tapes.contrib.uwsgi, or start any other server "
-                "by tapes run -- COMMAND.",
-            )
-        return answer(registry, environ.get("HTTP_ACCEPT", ""), environ.get("QUERY_STRING", ""))
-
-    def _may_read(self, environ: Environ) -> bool:
-        try:
-            return self._guard is None or bool(self._guard(environ))
-        except Exception:
-            _log.exception("tapes: the guard of the metrics failed, so nobody may read them")
-            return False
+        return [] if method == "HEAD" else [body]
 
 
-class _Request:
-    """One request from its call to its end; finishing it twice is harmless."""
+class _Exchange:
+    """One request from its call to its end, and its body; ending it twice is harmless."""
 
-    __slots__ = ("_environ", "_middleware", "_route", "_sent", "_start", "_start_response", "_status")
+    __slots__ = (
+        "_adapter", "_environ", "_headers", "_labels", "_middleware", "_next", "_route", "_script", "_sent",
+        "_start", "_start_response", "_status", "body",
+    )  # fmt: skip
+    body: Iterable[bytes]
 
     def __init__(self, middleware: TapesMiddleware, environ: Environ, start_response: StartResponse) -> None:
-        self._middleware: TapesMiddleware | None = middleware
+        self._middleware = middleware
+        self._adapter: Adapter | None = middleware._adapter
         self._environ = environ
         self._start_response = start_response
-        self._route = UNMATCHED
+        self._route: str | None = UNMATCHED
         self._status = "500"
+        self._headers: Any = ()
+        self._labels: Any = None
+        self._next: Callable[[], bytes] | None = None
         self._sent = 0
-        middleware._metrics.active.increment()
-        self._start = middleware._metrics.registry.clock()
+        self._script = environ.get("SCRIPT_NAME") if middleware._mounts else None
+        middleware._adapter.active.increment()
+        self._start = middleware._adapter.clock()
 
-    def start_response(self, status: str, headers: Any, *exc_info: Any) -> Any:
-        self._status = status[:3]
-        # Flask drops its request before the application returns, so the route is looked up here.
-        request = self._environ.get("werkzeug.request")
-        rule = getattr(request, "url_rule", None)
-        if rule is not None:
-            self._route = rule.rule
-        write = self._start_response(status, headers, *exc_info)
-        if self._middleware is None or not self._middleware._metrics.body_sizes:
-            return write
+    def start_response(self, status: str, headers: Any, exc_info: Any = None) -> Any:
+        """Pass on the beginning of the answer."""
+        middleware = self._middleware
+        try:
+            self._status = status[:3]
+            self._headers = headers
+            # Flask drops its request before the application returns, so the route is looked up here.
+            request = self._environ.get("werkzeug.request")
+            if request is not None:
+                rule = getattr(request, "url_rule", None)
+                if rule is not None:
+                    self._route = rule.rule
+                    if self._script is not None or middleware.is_left_out is not None:
+                        self._look_closer(rule)
+            adapter = self._adapter
+            if adapter is not None and adapter.labels_of is not None and self._labels is None:
+                self._labels = adapter.further_labels(self._environ)
+        except Exception as error:
+            middleware._adapter.complain("tapes could not see how an answer starts", error)
+        if exc_info is None:
+            write = self._start_response(status, headers)
+        else:
+            write = self._start_response(status, headers, exc_info)
+        return self._counting(write) if middleware._adapter.body_sizes else write
 
-        def counting_write(data: bytes) -> Any:
-            self.sent(data)
+    def _look_closer(self, rule: Any) -> None:
+        left_out = self._middleware.is_left_out
+        if left_out is not None and left_out(rule.endpoint):
+            self._route = None
+        elif self._script is not None:
+            mounted = self._environ.get("SCRIPT_NAME", "")[len(self._script) :]
+            self._route = (mounted if mounted in self._middleware._mounts else "") + rule.rule
+
+    def _counting(self, write: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+        def counting(data: bytes) -> Any:
+            self._sent += len(data)
             return write(data)
 
-        return counting_write
-
-    def sent(self, data: bytes) -> None:
-        """Note a piece of the body."""
-        self._sent += len(data)
-
-    def finish(self, status: str | None = None) -> None:
-        """Record the request, with ``status`` or the one that it started its answer with."""
-        middleware, self._middleware = self._middleware, None
-        if middleware is None:
-            return
-        metrics = middleware._metrics
-        now = metrics.registry.clock()
-        metrics.active.decrement()
-        method = self._environ.get("REQUEST_METHOD", "")
-        try:
-            route = (middleware._route and middleware._route(self._environ)) or self._route
-            labels = middleware._labels
-            more = self._more_labels(labels) if callable(labels) else labels
-            metrics.record(method, route, status or self._status, now - self._start, now, more)
-            if metrics.body_sizes:
-                received = int(self._environ.get("CONTENT_LENGTH") or 0)
-                metrics.record_sizes(method, route, received, self._sent)
-        except Exception:
-            _log.exception("tapes could not record a request")
-        finally:
-            metrics.request_ended()
-
-    def _more_labels(self, labels: Callable[[Environ], Mapping[str, Any]]) -> Mapping[str, Any] | None:
-        try:
-            return labels(self._environ)
-        except Exception:
-            _log.exception("tapes: the callable for further labels failed")
-            return None
-
-
-class _Body:
-    """The application's body, passed on piece by piece."""
-
-    __slots__ = ("_body", "_iterator", "_request")
-
-    def __init__(self, body: Iterable[bytes], request: _Request) -> None:
-        self._body = body
-        self._request = request
-        self._iterator: Iterator[bytes] | None = None
+        return counting
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
         try:
-            if self._iterator is None:
-                self._iterator = iter(self._body)
-            data = next(self._iterator)
+            if self._next is None:
+                self._next = iter(self.body).__next__
+            data = self._next()
         except StopIteration:
-            self._request.finish()
+            self._end(self._status)
             raise
-        except BaseException:
-            self._request.finish("500")
+        except BaseException as error:
+            self.fail(error)
             raise
-        self._request.sent(data)
+        self._sent += len(data)
         return data
 
     def close(self) -> None:
+        """Close the body, once for each time that the server does."""
         try:
-            close = getattr(self._body, "close", None)
+            close = getattr(self.body, "close", None)
             if close is not None:
                 close()
         finally:
-            self._request.finish()
+            self._end(self._status if self._adapter is None else self._status_at_close())
+
+    def watch(self, body: Any) -> None:
+        """End when a file that the server gets as it is is closed."""
+        close = getattr(body, "close", None)
+
+        def closing() -> None:
+            try:
+                if close is not None:
+                    close()
+            finally:
+                self._end(self._status)
+
+        try:
+            body.close = closing
+        except AttributeError:  # uWSGI hands on the file itself: what it sends can't be timed
+            self._end(self._status)
+
+    def fail(self, error: BaseException) -> None:
+        """End by ``error``."""
+        self._end(status_of(error))
+
+    def _status_at_close(self) -> str:
+        """Return 499 if the server stopped asking in the middle: the client went away."""
+        if self._next is None:
+            return self._status
+        for name, value in self._headers:
+            if name.lower() == "content-length" and value == str(self._sent):
+                return self._status
+        return "499"
+
+    def _end(self, status: str) -> None:
+        adapter, self._adapter = self._adapter, None
+        if adapter is not None:
+            environ = self._environ
+            route = self._route
+            if route is UNMATCHED:
+                route = environ.get(ROUTE) or route
+            method = environ.get("REQUEST_METHOD", "")
+            received = environ.get("CONTENT_LENGTH") if adapter.body_sizes else 0
+            adapter.end(environ, method, route, status, self._start, self._labels, received, self._sent)
 
     def __del__(self) -> None:
         # A caller that drops the body without close() ends the request too: nothing stays active for ever.
-        self._request.finish()
+        self._end(self._status)
+
+
+class _SizedExchange(_Exchange):
+    """One whose body has a length; of the same layout, so an exchange can become one when that is known."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        return len(cast("list[bytes]", self.body))
+
+
+def _is_file(body: Any, wrapper: Any) -> bool:
+    """Return whether ``wsgi.file_wrapper`` made a body; uWSGI's is a function that returns the file."""
+    return isinstance(body, wrapper) if isinstance(wrapper, type) else hasattr(body, "read")
+
+
+def _watch_failures(app: Any) -> None:
+    """Have the route of an exception that leaves Flask noted, as Flask drops its request before."""
+    flask: Any = sys.modules.get("flask")
+    owner = getattr(app, "__self__", None)
+    if flask is not None and isinstance(owner, flask.Flask):
+        flask.got_request_exception.connect(_note_route, owner)
+
+
+def _note_route(sender: Any, **_: Any) -> None:
+    request: Any = sys.modules["flask"].request
+    if request.url_rule is not None:
+        request.environ[ROUTE] = request.url_rule.rule

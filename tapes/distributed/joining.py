@@ -20,7 +20,7 @@ from tapes.errors import TapesError
 from tapes.forks import Process
 from tapes.registry import Registry
 
-__all__ = ["Supervisor", "join", "meet", "supervisor"]
+__all__ = ["Supervisor", "join", "lacks_aggregator", "meet", "supervisor"]
 
 
 class Supervisor(NamedTuple):
@@ -30,8 +30,13 @@ class Supervisor(NamedTuple):
     what: str
 
 
-def join(registry: Registry, addr: str | None = None) -> None:
+def join(registry: Registry, addr: str | None = None, *, is_one_of_several: bool = False) -> None:
     """Connect ``registry`` to the aggregator of its service, and start one if none is there.
+
+    Args:
+        registry: Any registry.
+        addr: Where to meet, see `meet`.
+        is_one_of_several: Whether it is known that this process is.
 
     Raises:
         AddressError, AggregatorUnavailable: If that can't be done.
@@ -44,7 +49,7 @@ def join(registry: Registry, addr: str | None = None) -> None:
     if isinstance(connection, AggregatorConnection) and connection.is_of_this_process:
         connect(registry, connection.endpoints.publish if addr is None else addr)  # or says what is wrong
         addr = connection.endpoints.publish
-    connect(registry, meet(supervisor(), addr).publish)
+    connect(registry, meet(supervisor(is_one_of_several), addr).publish)
 
 
 def meet(
@@ -93,8 +98,16 @@ def meet(
 _met: set[tuple[Process, Endpoints]] = set()
 
 
-def supervisor() -> Supervisor:
-    """Return the process that all workers of this service have in common, as far as can be seen from here."""
+def lacks_aggregator(registry: Registry) -> bool:
+    """Return whether ``registry`` is connected to where certainly no aggregator is."""
+    connection = registry.connection
+    if not isinstance(connection, AggregatorConnection) or not may_start():
+        return False
+    return connection.endpoints.path is not None and not is_served(connection.endpoints)
+
+
+def supervisor(is_one_of_several: bool = False) -> Supervisor:
+    """Return the process that all workers of this service have in common, as far as can be seen."""
     uwsgi: Any = sys.modules.get("uwsgi")
     if uwsgi is not None and uwsgi.masterpid():
         return Supervisor(forks.process_of(uwsgi.masterpid()), "uWSGI")
@@ -106,4 +119,15 @@ def supervisor() -> Supervisor:
         return Supervisor(forks.origin(), "the process that it was forked from")
     if os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn/"):
         return Supervisor(forks.process_of(os.getppid()), "gunicorn")
+    if is_one_of_several and _command(os.getppid()) == _command(os.getpid()):
+        return Supervisor(forks.process_of(os.getppid()), "the process that it was forked from")
     return Supervisor(forks.this_process(), "the process itself")
+
+
+def _command(pid: int) -> bytes:
+    """Return what a process was started by, which no fork changes; it differs where it can't be seen."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except OSError:
+        return str(pid).encode()

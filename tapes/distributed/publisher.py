@@ -208,6 +208,7 @@ class Publisher:
         except RuntimeError:
             _log.info("tapes publishes at the end of every request, as no thread can be started")
         self._thread = None
+        self._outbox.registry.tells_at_request_end = True
 
     def is_me(self) -> bool:
         """Return whether it is the publisher's thread that asks."""

@@ -1,17 +1,22 @@
-"""What ``/metrics`` answers, whoever serves it."""
+"""What ``/metrics`` answers, and to whom, whoever serves it."""
 
 from __future__ import annotations
 
+import hmac
+import os
 from urllib.parse import parse_qs
 
 from tapes.errors import InvalidArgument, TapesError
 from tapes.exposition import FORMS, negotiate, render
 from tapes.registry import Registry
 
-__all__ = ["Answer", "answer", "plain"]
+__all__ = ["TOKEN_VARIABLE", "Answer", "answer", "plain", "refusal"]
 
 Answer = tuple[int, dict[str, str], bytes]
 """Status, headers without ``Content-Length``, and body."""
+
+TOKEN_VARIABLE = "TAPES_METRICS_TOKEN"  # noqa: S105 - it names the token
+"""The environment variable with the token that readers have to show, if it is set."""
 
 
 def answer(registry: Registry, accept: str = "", query: str = "") -> Answer:
@@ -32,6 +37,34 @@ def answer(registry: Registry, accept: str = "", query: str = "") -> Answer:
         return plain(503, f"{error}.")
     headers = {"Content-Type": FORMS[form].content_type}
     return 200, {**headers, "Vary": "Accept", "Cache-Control": "no-store"}, body
+
+
+def refusal(method: str, authorization: str = "", allowed: bool | None = None) -> Answer | None:
+    """Return the answer to a request that gets no metrics; ``None`` for one that may have them.
+
+    Args:
+        method: The request's method.
+        authorization: Its ``Authorization`` header, or empty.
+        allowed: What a guard of the application says; it decides alone. Where there is none, the token of
+            `TOKEN_VARIABLE` has to be shown, if that is set.
+    """
+    if method not in ("GET", "HEAD"):
+        status, headers, body = plain(405, "The metrics can only be read.")
+        return status, {**headers, "Allow": "GET, HEAD"}, body
+    if allowed is not None:
+        return None if allowed else plain(403, "The metrics are not for everybody.")
+    token = os.environ.get(TOKEN_VARIABLE)
+    if token is None:
+        return None
+    if not token:
+        return plain(403, f"{TOKEN_VARIABLE} is set, but empty, so nobody may read the metrics.")
+    scheme, _, shown = authorization.partition(" ")
+    if scheme.lower() == "bearer" and hmac.compare_digest(
+        shown.strip().encode(errors="replace"), token.encode(errors="replace")
+    ):
+        return None
+    status, headers, body = plain(401, f"Show the token of {TOKEN_VARIABLE}: Authorization: Bearer TOKEN.")
+    return status, {**headers, "WWW-Authenticate": 'Bearer realm="metrics"'}, body
 
 
 def plain(status: int, sentence: str) -> Answer:

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 from tapes.errors import AddressError, AddressInUse, InvalidArgument
-from tapes.exposition.endpoint import Answer, answer
+from tapes.exposition.endpoint import Answer, answer, refusal
 from tapes.registry import Registry
 from tapes.reporting.base import Reporter
 
@@ -25,7 +25,8 @@ _log = logging.getLogger("tapes.reporting.http")
 class HTTPReporter(Reporter):
     """Answers ``GET /`` and ``GET /metrics`` with all values, as JSON or whatever the client asks for.
 
-    For web applications, prefer the adapters of `tapes.contrib`. Listens on loopback unless told otherwise.
+    For web applications, prefer the adapters of `tapes.contrib`. Listens on loopback unless told otherwise;
+    if ``TAPES_METRICS_TOKEN`` is set, readers have to show it (``Authorization: Bearer TOKEN``).
 
     Args:
         port: The TCP port; 0 takes a free one, see the attribute ``port`` after `start`.
@@ -98,7 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
             status, headers = 404, {"Content-Type": "text/plain; charset=utf-8"}
             body = b"There is nothing here. The metrics are at /metrics.\n"
         else:
-            status, headers, body = self.answer(self.headers.get("Accept", ""), url.query)
+            refused = refusal(self.command, self.headers.get("Authorization", ""))
+            status, headers, body = refused or self.answer(self.headers.get("Accept", ""), url.query)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
