@@ -6,16 +6,28 @@ The names are those of the OpenTelemetry HTTP semantic conventions.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from typing import Any, Callable, Union
 
 from tapes.contrib._service import Membership
 from tapes.errors import InvalidArgument, TapesError
 from tapes.metrics import Timer
+from tapes.metrics.base import FULL
+from tapes.metrics.gauge import DOWN_ONE, UP_ONE
 from tapes.naming import canonical_labels, label_text
 from tapes.registry import Registry, default_registry
 
-__all__ = ["METHODS", "UNMATCHED", "Adapter", "Guard", "LabelsOf", "RouteOf", "status_of"]
+__all__ = [
+    "METHODS",
+    "UNMATCHED",
+    "UP_ONE",
+    "Adapter",
+    "Exchange",
+    "Guard",
+    "LabelsOf",
+    "RouteOf",
+    "status_of",
+]
 
 LabelsOf = Union[Mapping[str, Any], Callable[[Any], Mapping[str, Any]], None]
 Guard = Union[Callable[[Any], Any], None]
@@ -78,14 +90,16 @@ class Adapter:
         self.service = Membership(self.registry)
         self.metrics_paths = _paths("metrics_path", [] if metrics_path is None else [metrics_path])
         excluded = [exclude] if isinstance(exclude, str) else list(exclude)
-        self._excluded = _paths("exclude", [path for path in excluded if not _is_below(path)])
-        self._excluded_below = tuple(path[:-1] for path in excluded if _is_below(path))
+        left_out = _paths("exclude", [path for path in excluded if not _is_below(path)])
+        self.own_paths = self.metrics_paths | left_out
+        self.excluded_below = tuple(path[:-1] for path in excluded if _is_below(path))
         self.guard = guard
         self.body_sizes = body_sizes
         self._route_of = route
         self.labels_of = labels if callable(labels) else None
         self._labels = {} if callable(labels) else dict(canonical_labels(labels, {}))
-        self._timers: dict[Any, Timer] = {}
+        self.timers: dict[Any, Timer] = {}
+        self._labelled: dict[Any, Timer] = {}
         self._complaints: set[tuple[str, type]] = set()
         before = f"{prefix}." if prefix else ""
         self._duration = before + _DURATION
@@ -101,51 +115,35 @@ class Adapter:
 
     def leaves_out(self, path: str) -> bool:
         """Return whether a request for ``path`` is not measured: it is excluded, or for the metrics."""
-        return (
-            path in self.metrics_paths
-            or path in self._excluded
-            or (bool(self._excluded_below) and path.startswith(self._excluded_below))
-        )
+        return path in self.own_paths or (bool(self.excluded_below) and path.startswith(self.excluded_below))
 
-    def end(
-        self, source: Any, method: str, route: str | None, status: str | int, start: float,
-        labels: Mapping[str, Any] | None = None, received: Any = 0, sent: int = 0,
-    ) -> None:  # fmt: skip
-        """Record a request that began at ``start`` and ends now; `active` was moved up when it began.
-
-        Whatever fails in here is logged and never raised.
-
-        Args:
-            source: The request.
-            method: Its method, as the client spelled it.
-            route: Its template; ``None`` if it is not to be measured.
-            status: Its status.
-            start: When it began, on `clock`.
-            labels: What `further_labels` returned, if that was called.
-            received: Bytes of its body.
-            sent: Bytes of the answer's.
-        """
-        now = self.clock()
-        self.active.decrement()
-        if route is None:
-            return
+    def timer_of(self, exchange: Exchange, status: str | int) -> Timer | None:
+        """Return the timer of a request that is not in `timers`; ``None`` if it is not to be measured."""
+        if exchange.route is None:
+            return None
+        if self._route_of is not None:
+            named = self._called(self._route_of, exchange.source, "the callable for routes")
+            exchange.route = label_text(named or exchange.route)
+        labels = exchange.labels
+        if labels is None:
+            labels = self.further_labels(exchange.source)
+        series = {
+            "method": _known(exchange.method), "route": label_text(exchange.route), "status": str(status)
+        }  # fmt: skip
         try:
-            if self._route_of is not None:
-                route = self._called(self._route_of, source, "the callable for routes") or route
-            if self.labels_of is None:
-                timer = self._timers.get((method, route, status))
-                if timer is None:
-                    timer = self._timer(method, route, status, self._labels)
-            else:
-                more = self.further_labels(source) if labels is None else labels
-                timer = self._timer(method, route, status, more)
-            timer.record(now - start, now)
-            if self.body_sizes:
-                self._record_sizes(method, route, received, sent)
-        except Exception as error:
-            self.complain("tapes could not record a request", error)
-        if self.registry.tells_at_request_end:
-            self._tell()
+            more = {name: label_text(value) for name, value in labels.items()}
+            key = (exchange.method, exchange.route, status, *more.items())
+            timer = self._labelled.get(key)
+            if timer is None:
+                timer = self.registry.timer(self._duration, labels={**more, **series})
+        except (TapesError, AttributeError) as error:
+            self.complain("tapes records requests without further labels", error)
+            return self.registry.timer(self._duration, labels=series)
+        if exchange.method in METHODS and dict(timer.labels).get("overflow") is None:
+            self._labelled[key] = timer
+            if self._route_of is None and self.labels_of is None:
+                self.timers[key[:3]] = timer
+        return timer
 
     def further_labels(self, source: Any) -> Mapping[str, Any]:
         """Return what the user's callable for labels says of a request; nothing if it fails."""
@@ -153,28 +151,12 @@ class Adapter:
             return self._labels
         return self._called(self.labels_of, source, "the callable for further labels") or {}
 
-    def _record_sizes(self, method: str, route: str, received: Any, sent: int) -> None:
-        labels = {"method": _known(method), "route": label_text(route)}
-        size = int(received) if str(received or 0).isdecimal() else 0  # a client may claim anything
-        self.registry.histogram(self._request_size, labels=labels).update(size)
-        self.registry.histogram(self._response_size, labels=labels).update(sent)
-
-    def _timer(self, method: str, route: str, status: str | int, labels: Mapping[str, Any]) -> Timer:
-        series = {"method": _known(method), "route": label_text(route), "status": str(status)}
-        try:
-            more = {name: label_text(value) for name, value in labels.items()}
-            key = (
-                (method, route, status) if self.labels_of is None else (method, route, status, *more.items())
-            )
-            timer = self._timers.get(key)
-            if timer is None:
-                timer = self.registry.timer(self._duration, labels={**more, **series})
-        except (TapesError, AttributeError) as error:
-            self.complain("tapes records requests without further labels", error)
-            return self.registry.timer(self._duration, labels=series)
-        if method in METHODS and dict(timer.labels).get("overflow") is None:
-            self._timers[key] = timer
-        return timer
+    def record_sizes(self, exchange: Exchange) -> None:
+        """Record the sizes of both bodies, in bytes."""
+        if exchange.route is not None:
+            labels = {"method": _known(exchange.method), "route": label_text(exchange.route)}
+            self.registry.histogram(self._request_size, labels=labels).update(exchange.received)
+            self.registry.histogram(self._response_size, labels=labels).update(exchange.sent)
 
     def _called(self, function: Callable[[Any], Any], source: Any, what: str) -> Any:
         try:
@@ -183,7 +165,7 @@ class Adapter:
             self.complain(f"tapes: {what} failed", error)
             return None
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
         """Publish what was recorded, as no thread does."""
         try:
             connection = self.registry.connection
@@ -203,7 +185,77 @@ class Adapter:
         """Return what the guard says; ``None`` if there is none. A guard that fails lets nobody in."""
         if self.guard is None:
             return None
-        return self._called(self.guard, source, "the guard of the metrics, so nobody may read them,") or False
+        return self._called(self.guard, source, _GUARD) or False
+
+    async def awaited(self, allowed: Awaitable[Any]) -> Any:
+        """Return what an asynchronous guard says in the end."""
+        try:
+            return await allowed
+        except Exception as error:
+            self.complain(f"tapes: {_GUARD} failed", error)
+            return False
+
+
+_GUARD = "the guard of the metrics, so nobody may read them,"
+
+
+class Exchange:
+    """One request from its call to its end, whatever its protocol; ending it twice is harmless.
+
+    A subclass sets all attributes when it is made, and moves `Adapter.active` up by appending ``UP_ONE`` to
+    its buffer, which takes less than a call; what this takes is added to every request.
+
+    Attributes:
+        adapter: Where it is recorded; ``None`` once it has ended.
+        source: The request.
+        method: Its method, as the client spelled it.
+        route: The route's template, `UNMATCHED` if it isn't known yet, ``None`` if nothing is to be recorded.
+        labels: What `Adapter.further_labels` returned, ``None`` if that was not called yet.
+        received: Bytes of its body.
+        sent: Bytes of the answer's body.
+        start: When it began, on the registry's clock.
+    """
+
+    __slots__ = ("adapter", "labels", "method", "received", "route", "sent", "source", "start")
+    adapter: Adapter | None
+    source: Any
+    method: str
+    route: str | None
+    labels: Mapping[str, Any] | None
+    received: int
+    sent: int
+    start: float
+
+    def end(self, status: str | int) -> None:
+        """Record that it ended now, with ``status``. What fails in here is logged and never raised."""
+        adapter = self.adapter
+        if adapter is None:
+            return
+        self.adapter = None
+        now = adapter.clock()
+        active = adapter.active
+        steps = active._buffer
+        steps.append(DOWN_ONE)
+        if len(steps) >= FULL:
+            active._fold(now)
+        try:
+            if self.route is UNMATCHED:
+                self.route = self.late_route()
+            timer = adapter.timers.get((self.method, self.route, status))
+            if timer is None:
+                timer = adapter.timer_of(self, status)
+            if timer is not None:
+                timer.record(now - self.start, now)
+            if adapter.body_sizes:
+                adapter.record_sizes(self)
+        except Exception as error:
+            adapter.complain("tapes could not record a request", error)
+        if adapter.registry.tells_at_request_end:
+            adapter.tell()
+
+    def late_route(self) -> str:
+        """Return the route's template, now that the application has been asked."""
+        return UNMATCHED
 
 
 def status_of(error: BaseException) -> str:

@@ -1,8 +1,117 @@
 """Request metrics and ``/metrics`` for Flask.
 
-app.wsgi_app = TapesMiddleware(app.wsgi_app)
+tapes = Tapes(app)                                     # or tapes.init_app(app), in a factory
+app.wsgi_app = TapesMiddleware(app.wsgi_app)           # the same, as any WSGI application has it
 """
 
-from tapes.contrib.wsgi import TapesMiddleware
+from __future__ import annotations
 
-__all__ = ["TapesMiddleware"]
+from collections.abc import Iterable
+from typing import Any, Callable, TypeVar
+
+from tapes.contrib._http import Guard, LabelsOf, RouteOf
+from tapes.contrib.wsgi import TapesMiddleware
+from tapes.errors import InvalidArgument, MissingExtra
+from tapes.registry import Registry
+
+try:
+    from flask import Flask
+except ModuleNotFoundError:
+    raise MissingExtra("tapes.contrib.flask", "flask") from None
+
+__all__ = ["Tapes", "TapesMiddleware"]
+
+F = TypeVar("F")
+
+_MARK = "_tapes_leaves_out"
+
+
+class Tapes:
+    """An extension of Flask that puts `TapesMiddleware` around an application, and leaves views out.
+
+    One serves any number of applications. It is there for requests that other middleware answers too, if it
+    is initialised after that was put around ``app.wsgi_app``. A second call for the same application does
+    nothing.
+
+    Args:
+        app: The application; or call `init_app` later.
+        registry: Where to record; the default registry if ``None``.
+        metrics_path, exclude, labels, body_sizes, guard, prefix, route: As `TapesMiddleware`; ``labels`` is
+            called in the context of the request.
+
+    Raises:
+        InvalidArgument: If an option can't be used.
+
+    Example:
+        >>> import flask, tapes
+        >>> app = flask.Flask("shop")
+        >>> metrics = Tapes(app, tapes.Registry())
+        >>> @app.get("/health")
+        ... @metrics.exclude
+        ... def health():
+        ...     return "fine"
+        >>> app.test_client().get("/metrics").json["http"]["server"]["active_requests"]["value"]
+        0
+    """
+
+    def __init__(
+        self,
+        app: Flask | None = None,
+        registry: Registry | None = None,
+        *,
+        metrics_path: str | None = "/metrics",
+        exclude: Iterable[str] = (),
+        labels: LabelsOf = None,
+        body_sizes: bool = False,
+        guard: Guard = None,
+        prefix: str = "",
+        route: RouteOf = None,
+    ) -> None:
+        self._options: dict[str, Any] = {
+            "registry": registry, "metrics_path": metrics_path, "exclude": exclude, "labels": labels,
+            "body_sizes": body_sizes, "guard": guard, "prefix": prefix, "route": route,
+        }  # fmt: skip
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Measure ``app`` from now on.
+
+        Raises:
+            InvalidArgument: If ``app`` is no Flask application, or an option can't be used.
+        """
+        if not isinstance(app, Flask):
+            raise InvalidArgument(
+                "Tapes",
+                got=app,
+                expected="a flask.Flask",
+                remedy="TapesMiddleware takes any WSGI application",
+            )
+        if "tapes" in app.extensions:
+            return
+        middleware = TapesMiddleware(app.wsgi_app, **self._options)
+        app.wsgi_app = middleware  # type: ignore[method-assign]
+        middleware.leave_out(_Marks(app))
+        app.extensions["tapes"] = self
+
+    @staticmethod
+    def exclude(view: F) -> F:
+        """Leave a view, or a class of views, out; as a decorator, above or below that of the route."""
+        setattr(view, _MARK, True)
+        return view
+
+
+class _Marks:
+    """Says of an endpoint whether its view is marked."""
+
+    def __init__(self, app: Flask) -> None:
+        self._views = app.view_functions
+        self._known: dict[str, tuple[Callable[..., Any] | None, bool]] = {}
+
+    def __call__(self, endpoint: str) -> bool:
+        view = self._views.get(endpoint)
+        known = self._known.get(endpoint)
+        if known is None or known[0] is not view:
+            marked = getattr(view, _MARK, False) or getattr(getattr(view, "view_class", None), _MARK, False)
+            known = self._known[endpoint] = (view, bool(marked))
+        return known[1]

@@ -16,7 +16,7 @@ from http import HTTPStatus
 from os import getpid
 from typing import Any, Callable, cast
 
-from tapes.contrib._http import UNMATCHED, Adapter, Guard, LabelsOf, RouteOf, status_of
+from tapes.contrib._http import UNMATCHED, UP_ONE, Adapter, Exchange, Guard, LabelsOf, RouteOf, status_of
 from tapes.exposition.endpoint import refusal
 from tapes.registry import Registry
 
@@ -77,25 +77,34 @@ class TapesMiddleware:
             guard=guard, prefix=prefix, route=route,
         )  # fmt: skip
         self._service = self._adapter.service
-        self.is_left_out: Callable[[str], bool] | None = None
+        self.says_more = self._adapter.labels_of is not None
+        self.counts = self._adapter.body_sizes
         mounts = getattr(app, "mounts", None)  # of werkzeug's DispatcherMiddleware
         self._mounts = mounts if isinstance(mounts, dict) else {}
+        self.looks_closer = bool(self._mounts)
+        self._is_left_out: Callable[[str], bool] | None = None
         _watch_failures(app)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Answer a request, as PEP 3333 says."""
+        adapter = self._adapter
         if getpid() != self._service.pid and self._service.begin(bool(environ.get("wsgi.multiprocess"))):
             self._service.join()
         path = environ.get("PATH_INFO", "")
-        if self._adapter.leaves_out(path) or self._service.is_off:
-            if path in self._adapter.metrics_paths:
+        if path in adapter.own_paths or (adapter.excluded_below and adapter.leaves_out(path)):
+            if path in adapter.metrics_paths:
                 return self._answer(environ, start_response)
             return self._app(environ, start_response)
+        if self._service.is_off:
+            return self._app(environ, start_response)
         exchange = _Exchange(self, environ, start_response)
+        if self.counts:
+            length = environ.get("CONTENT_LENGTH") or ""
+            exchange.received = int(length) if length.isdecimal() else 0  # a client may claim anything
         try:
             body = self._app(environ, exchange.start_response)
         except BaseException as error:
-            exchange.fail(error)
+            exchange.end(status_of(error))
             raise
         wrapper = environ.get("wsgi.file_wrapper")
         if wrapper is not None and _is_file(body, wrapper):
@@ -105,6 +114,11 @@ class TapesMiddleware:
         if hasattr(body, "__len__"):
             exchange.__class__ = _SizedExchange
         return exchange
+
+    def leave_out(self, is_left_out: Callable[[str], bool]) -> None:
+        """Do not measure requests for the endpoints of Flask of which ``is_left_out`` is true."""
+        self._is_left_out = is_left_out
+        self.looks_closer = True
 
     def _answer(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         method = environ.get("REQUEST_METHOD", "")
@@ -117,86 +131,88 @@ class TapesMiddleware:
         return [] if method == "HEAD" else [body]
 
 
-class _Exchange:
-    """One request from its call to its end, and its body; ending it twice is harmless."""
+class _Exchange(Exchange):
+    """One request, and the body of its answer."""
 
     __slots__ = (
-        "_adapter", "_environ", "_headers", "_labels", "_middleware", "_next", "_route", "_script", "_sent",
-        "_start", "_start_response", "_status", "body",
+        "_began", "_headers", "_iterator", "_middleware", "_script", "_start_response", "_status", "body"
     )  # fmt: skip
     body: Iterable[bytes]
 
     def __init__(self, middleware: TapesMiddleware, environ: Environ, start_response: StartResponse) -> None:
+        self.adapter = adapter = middleware._adapter
+        self.source = environ
+        self.method = environ.get("REQUEST_METHOD", "")
+        self.route = UNMATCHED
+        self.labels = None
+        self.received = self.sent = 0
         self._middleware = middleware
-        self._adapter: Adapter | None = middleware._adapter
-        self._environ = environ
         self._start_response = start_response
-        self._route: str | None = UNMATCHED
         self._status = "500"
         self._headers: Any = ()
-        self._labels: Any = None
-        self._next: Callable[[], bytes] | None = None
-        self._sent = 0
+        self._iterator: Iterator[bytes] | None = None
+        self._began = False
         self._script = environ.get("SCRIPT_NAME") if middleware._mounts else None
-        middleware._adapter.active.increment()
-        self._start = middleware._adapter.clock()
+        adapter.active._buffer.append(UP_ONE)
+        self.start = adapter.clock()
 
     def start_response(self, status: str, headers: Any, exc_info: Any = None) -> Any:
         """Pass on the beginning of the answer."""
-        middleware = self._middleware
         try:
             self._status = status[:3]
             self._headers = headers
             # Flask drops its request before the application returns, so the route is looked up here.
-            request = self._environ.get("werkzeug.request")
+            request = self.source.get("werkzeug.request")
             if request is not None:
                 rule = getattr(request, "url_rule", None)
                 if rule is not None:
-                    self._route = rule.rule
-                    if self._script is not None or middleware.is_left_out is not None:
+                    self.route = rule.rule
+                    if self._middleware.looks_closer:
                         self._look_closer(rule)
-            adapter = self._adapter
-            if adapter is not None and adapter.labels_of is not None and self._labels is None:
-                self._labels = adapter.further_labels(self._environ)
+            if self._middleware.says_more and self.labels is None:
+                self.labels = self._middleware._adapter.further_labels(self.source)
         except Exception as error:
-            middleware._adapter.complain("tapes could not see how an answer starts", error)
+            self._middleware._adapter.complain("tapes could not see how an answer starts", error)
         if exc_info is None:
             write = self._start_response(status, headers)
         else:
             write = self._start_response(status, headers, exc_info)
-        return self._counting(write) if middleware._adapter.body_sizes else write
+        return self._counting(write) if self._middleware.counts else write
 
     def _look_closer(self, rule: Any) -> None:
-        left_out = self._middleware.is_left_out
+        left_out = self._middleware._is_left_out
         if left_out is not None and left_out(rule.endpoint):
-            self._route = None
+            self.route = None
         elif self._script is not None:
-            mounted = self._environ.get("SCRIPT_NAME", "")[len(self._script) :]
-            self._route = (mounted if mounted in self._middleware._mounts else "") + rule.rule
+            mounted = self.source.get("SCRIPT_NAME", "")[len(self._script) :]
+            self.route = (mounted if mounted in self._middleware._mounts else "") + rule.rule
 
     def _counting(self, write: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
         def counting(data: bytes) -> Any:
-            self._sent += len(data)
+            self.sent += len(data)
             return write(data)
 
         return counting
 
     def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
+        # A generator is resumed in half the time that a call of __next__() takes.
+        self._began = True
         try:
-            if self._next is None:
-                self._next = iter(self.body).__next__
-            data = self._next()
-        except StopIteration:
-            self._end(self._status)
+            for data in self.body:
+                self.sent += len(data)
+                yield data
+        except GeneratorExit:  # the server has stopped asking; close() follows
             raise
         except BaseException as error:
-            self.fail(error)
+            self.end(status_of(error))
             raise
-        self._sent += len(data)
-        return data
+        self.end(self._status)
+
+    def __next__(self) -> bytes:
+        """For callers that take a body for an iterator; PEP 3333 says that it is an iterable."""
+        if self._iterator is None:
+            self._iterator = iter(self)
+        return next(self._iterator)
 
     def close(self) -> None:
         """Close the body, once for each time that the server does."""
@@ -205,7 +221,7 @@ class _Exchange:
             if close is not None:
                 close()
         finally:
-            self._end(self._status if self._adapter is None else self._status_at_close())
+            self.end(self._status if self.adapter is None else self._status_at_close())
 
     def watch(self, body: Any) -> None:
         """End when a file that the server gets as it is is closed."""
@@ -216,40 +232,29 @@ class _Exchange:
                 if close is not None:
                     close()
             finally:
-                self._end(self._status)
+                self.end(self._status)
 
         try:
             body.close = closing
         except AttributeError:  # uWSGI hands on the file itself: what it sends can't be timed
-            self._end(self._status)
-
-    def fail(self, error: BaseException) -> None:
-        """End by ``error``."""
-        self._end(status_of(error))
+            self.end(self._status)
 
     def _status_at_close(self) -> str:
         """Return 499 if the server stopped asking in the middle: the client went away."""
-        if self._next is None:
+        if not self._began:
             return self._status
         for name, value in self._headers:
-            if name.lower() == "content-length" and value == str(self._sent):
+            if name.lower() == "content-length" and value == str(self.sent):
                 return self._status
         return "499"
 
-    def _end(self, status: str) -> None:
-        adapter, self._adapter = self._adapter, None
-        if adapter is not None:
-            environ = self._environ
-            route = self._route
-            if route is UNMATCHED:
-                route = environ.get(ROUTE) or route
-            method = environ.get("REQUEST_METHOD", "")
-            received = environ.get("CONTENT_LENGTH") if adapter.body_sizes else 0
-            adapter.end(environ, method, route, status, self._start, self._labels, received, self._sent)
+    def late_route(self) -> str:
+        return self.source.get(ROUTE) or UNMATCHED
 
     def __del__(self) -> None:
         # A caller that drops the body without close() ends the request too: nothing stays active for ever.
-        self._end(self._status)
+        if self.adapter is not None:
+            self.end(self._status_at_close())
 
 
 class _SizedExchange(_Exchange):

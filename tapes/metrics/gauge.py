@@ -16,7 +16,7 @@ from tapes.naming import Labels
 from tapes.snapshot import GaugeSeries
 from tapes.sums import LARGE, Number, Total
 
-__all__ = ["MERGE_MODES", "Gauge", "GaugeState", "Producer", "check_gauge"]
+__all__ = ["DOWN_ONE", "MERGE_MODES", "UP_ONE", "Gauge", "GaugeState", "Producer", "check_gauge"]
 
 Producer = Callable[[], Number]
 
@@ -107,6 +107,9 @@ class GaugeState(NamedTuple):
 
 
 _UP = object()
+
+UP_ONE, DOWN_ONE = (1, _UP, None), (1, DOWN, None)
+"""What steps of one append to the buffer of a gauge that was never set; for adapters, which save the call."""
 
 
 class _Standing(NamedTuple):
@@ -288,7 +291,12 @@ class Gauge(Metric):
     def _absorb(self, values: list[Any]) -> _Standing:
         (value, _, since), before = self._state
         base = self._set  # read after the values were taken, so none of them is newer
-        if base is not None and base is not before:
+        if base is None:
+            ups, downs = values.count(UP_ONE), values.count(DOWN_ONE)
+            if ups + downs == len(values):  # as mostly; counting is done in C
+                since = self._clock() if since is None and values else since
+                return _Standing(GaugeState(value + ups - downs, self.mode, since), None)
+        elif base is not before:
             value, since = base
         for number, how, its_base in values:
             if type(number) not in (int, float) or not isfinite(number):

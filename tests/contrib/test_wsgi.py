@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
-from wsgiref.util import setup_testing_defaults
+from wsgiref.util import FileWrapper, setup_testing_defaults
 from wsgiref.validate import validator
 
 import flask
@@ -336,9 +337,9 @@ def call(application, **environ):
     return application(environ, lambda status, headers, exc_info=None: None)
 
 
-def serving(body, status="200 OK"):
+def serving(body, status="200 OK", headers=()):
     def application(environ, start_response):
-        start_response(status, [])
+        start_response(status, list(headers))
         return body
 
     return application
@@ -355,6 +356,115 @@ def test_a_body_is_closed_once_and_counted_once(registry):
     assert body.closed == 2  # as often as the server calls it, and no more
     assert counts(registry) == {("GET", "<unmatched>", "200"): 1}
     assert active(registry) == 0
+
+
+def test_a_body_has_a_length_if_it_had_one(registry):
+    """Servers make a Content-Length of it; a body without one has none."""
+    assert len(call(TapesMiddleware(serving([b"a", b"b"]), registry))) == 2
+    with pytest.raises(TypeError):
+        len(call(TapesMiddleware(serving(iter([b"a"])), registry)))
+
+
+def test_what_the_servers_file_wrapper_made_reaches_the_server(registry):
+    """As it is, so that it can be sent by the system; the request ends with its close(), which runs once."""
+    file = io.BytesIO(b"text")
+    made = []
+
+    def application(environ, start_response):
+        start_response("200 OK", [])
+        made.append(environ["wsgi.file_wrapper"](file))
+        return made[-1]
+
+    for wrapper in (FileWrapper, lambda file: file):  # uWSGI's returns the file itself
+        body = call(TapesMiddleware(application, registry), **{"wsgi.file_wrapper": wrapper})
+        assert body is made[-1]
+        body.close()
+        assert file.closed
+        assert active(registry) == 0
+    assert counts(registry) == {("GET", "<unmatched>", "200"): 2}
+
+
+def test_a_client_that_goes_away_is_a_499(registry):
+    """The server stops asking in the middle; not, if it has all that Content-Length says."""
+    for length, pieces, status in (("9", 1, "499"), ("2", 1, "499"), ("2", 2, "200"), ("2", 0, "200")):
+        body = Body([b"a", b"b", b""])
+        result = call(TapesMiddleware(serving(body, headers=[("content-length", length)]), registry))
+        for _, _piece in zip(range(pieces), result):
+            pass
+        result.close()
+        assert body.closed == 1
+        assert counts(registry).pop(("GET", "<unmatched>", status)) > 0
+    assert counts(registry) == {("GET", "<unmatched>", "499"): 2, ("GET", "<unmatched>", "200"): 2}
+    assert active(registry) == 0
+
+
+def test_a_body_that_is_dropped_ends_its_request(registry):
+    """By a server that forgets to close it."""
+    for pieces in (0, 1):
+        result = call(TapesMiddleware(serving([b"a", b"b"]), registry))
+        iterator = iter(result)
+        for _ in range(pieces):
+            next(iterator)
+        assert active(registry) == 1
+        del result, iterator
+        gc.collect()
+        assert active(registry) == 0
+
+
+def test_the_answer_may_start_late(registry):
+    """A generator starts it when it is asked for its first piece, and not before."""
+    started = []
+    environ = {"wsgi.input": io.BytesIO()}
+    setup_testing_defaults(environ)
+    result = TapesMiddleware(generator, registry)(environ, lambda *args: started.append(args))
+    assert not started
+    assert next(iter(result)) == b"a"
+    assert started == [("200 OK", [("Content-Type", "text/plain")])]
+
+
+def test_start_response_gets_what_the_application_gave(registry):
+    """exc_info as well; what the server raises reaches the application."""
+    calls = []
+    error = (ValueError, ValueError(), None)
+
+    def application(environ, start_response):
+        start_response("200", [])
+        start_response("404 ", [("a", "b")], error)
+        with pytest.raises(RuntimeError, match="sent"):
+            start_response("500 Error", [], exc_info=error)
+        return []
+
+    def server(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("headers are sent")
+        return "write"
+
+    environ = {"wsgi.input": io.BytesIO()}
+    setup_testing_defaults(environ)
+    list(TapesMiddleware(application, registry)(environ, server))
+    assert calls == [("200", []), ("404 ", [("a", "b")], error), ("500 Error", [], error)]
+    assert counts(registry) == {("GET", "<unmatched>", "500"): 1}
+
+
+def test_the_token_from_the_environment(registry, monkeypatch):
+    """401 without it; a guard of the application decides alone."""
+    monkeypatch.setenv("TAPES_METRICS_TOKEN", "secret")
+    app = webtest.TestApp(TapesMiddleware(plain, registry))
+    assert app.get("/metrics", status=401).headers["WWW-Authenticate"] == 'Bearer realm="metrics"'
+    assert app.get("/metrics", headers={"Authorization": "bearer secret"}).json
+    guarded = webtest.TestApp(TapesMiddleware(plain, registry, guard=lambda environ: True))
+    assert guarded.get("/metrics").json
+
+
+def test_turned_off_nothing_is_measured(registry, monkeypatch):
+    """TAPES_DISABLED: the application's own body comes back; the metrics say that they are off."""
+    monkeypatch.setenv("TAPES_DISABLED", "1")
+    body = [b"a"]
+    app = TapesMiddleware(serving(body), registry)
+    assert call(app) is body
+    assert b"TAPES_DISABLED" in webtest.TestApp(app).get("/metrics", status=503).body
+    assert counts(registry) == {}
 
 
 def test_a_body_that_is_never_iterated_is_counted(registry):

@@ -1,0 +1,118 @@
+"""The full template of the route that Starlette or FastAPI matched, from what they leave in the scope.
+
+A route knows its own path, not where it is mounted, and ``root_path`` has the mount's path as the client
+spelled it, which for ``/tenants/{tenant}`` is a raw path. So where something is mounted the template is
+looked up by the endpoint in an index of the whole tree of routes. What is not found there is a part of the
+template, or unmatched, and never raw.
+
+Older versions of Starlette leave only the endpoint, which is enough. FastAPI keeps the routers that it
+includes apart and leaves the full path in a context of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+__all__ = ["Templates"]
+
+
+class Templates:
+    """The templates of one application's routes."""
+
+    def __init__(self) -> None:
+        self._by_endpoint: dict[int, list[_Leaf]] = {}
+        self._unknown: dict[int, Any] = {}
+
+    def of(self, scope: Mapping[str, Any], root_path: str) -> str | None:
+        """Return the template of a scope that has been routed; ``None`` if no route matched.
+
+        Args:
+            scope: As the application left it.
+            root_path: The scope's, as the server had set it.
+        """
+        route = scope.get("route")
+        path = None
+        if route is not None and not hasattr(route, "routes"):
+            path = getattr(route, "path", None)
+            if "fastapi" in scope:
+                path = _path_of_included(scope["fastapi"], route) or path
+            if path is not None and scope.get("root_path", "") == root_path:
+                return str(path)
+        endpoint = scope.get("endpoint")
+        if endpoint is None:
+            return path
+        leaves = self._leaves_of(endpoint, scope.get("router"))
+        if len(leaves) > 1:
+            leaves = [leaf for leaf in leaves if leaf.matches(_path_below(scope.get("path", ""), root_path))]
+        return leaves[0].template if leaves else path
+
+    def _leaves_of(self, endpoint: Any, router: Any) -> list[_Leaf]:
+        leaves = self._by_endpoint.get(id(endpoint))
+        if leaves is not None and leaves[0].endpoint is endpoint:
+            return leaves
+        if self._unknown.get(id(endpoint)) is endpoint:
+            return []
+        index: dict[int, list[_Leaf]] = {}  # routes may have been added since
+        for leaf in _walk(getattr(router, "routes", ())):
+            index.setdefault(id(leaf.endpoint), []).append(leaf)
+        self._by_endpoint = index
+        if id(endpoint) not in index and len(self._unknown) < _MOST_UNKNOWN:
+            self._unknown[id(endpoint)] = endpoint
+        return index.get(id(endpoint), [])
+
+
+_MOST_UNKNOWN = 1000
+
+
+class _Leaf(NamedTuple):
+    """A route that has an endpoint.
+
+    Attributes:
+        endpoint: What answers.
+        template: The full template.
+        patterns: The regular expressions of what it is mounted in, and its own.
+    """
+
+    endpoint: Any
+    template: str
+    patterns: tuple[Any, ...]
+
+    def matches(self, path: str) -> bool:
+        *mounts, own = self.patterns
+        for mount in mounts:
+            match = mount.match(path)
+            if match is None:
+                return False
+            path = "/" + match.group("path")
+        return own.match(path) is not None
+
+
+def _walk(routes: Iterable[Any], above: str = "", patterns: tuple[Any, ...] = ()) -> Iterator[_Leaf]:
+    for route in routes:
+        included = getattr(route, "effective_route_contexts", None)
+        if included is not None:
+            yield from _walk((one.starlette_route or one for one in included()), above, patterns)
+            continue
+        path, pattern = getattr(route, "path", ""), getattr(route, "path_regex", None)
+        here = patterns if pattern is None else (*patterns, pattern)
+        if not hasattr(route, "routes"):
+            endpoint = getattr(route, "endpoint", None)
+            if endpoint is not None and pattern is not None:
+                yield _Leaf(endpoint, above + path, here)
+        elif route.routes:
+            yield from _walk(route.routes, above + path, here)
+        elif pattern is not None:  # something mounted that has no routes of its own
+            yield _Leaf(getattr(route, "app", None), f"{above}{path}/{{path:path}}", here)
+
+
+def _path_of_included(fastapi: Any, route: Any) -> str | None:
+    context = fastapi.get("effective_route_context") if isinstance(fastapi, dict) else None
+    if context is not None and getattr(context, "original_route", None) is route:
+        path: str | None = getattr(context, "path", None)
+        return path
+    return None
+
+
+def _path_below(path: str, root_path: str) -> str:
+    return path[len(root_path) :] if root_path and path.startswith(root_path + "/") else path

@@ -1,0 +1,298 @@
+"""Request metrics and ``/metrics`` for any ASGI application: Starlette, FastAPI, Litestar, bare ones.
+
+    app = TapesMiddleware(app)                # or app.add_middleware(TapesMiddleware)
+
+Pure ASGI 3: every message and every scope passes through as it is, on asyncio and on trio. A request is timed
+from the call to the end of its last message, so background tasks are not part of it; exceptions are recorded
+and raised on. A websocket's handshake is a request with status 101; its connection has metrics of its own.
+
+The lifespan is used to join the other processes and to leave them. An application without one leaves when the
+event loop ends, which closes the asynchronous generators that are still open: one of them is ours.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncGenerator, Awaitable, Iterable, MutableMapping
+from os import getpid
+from typing import Any, Callable
+
+from tapes.contrib._http import UNMATCHED, UP_ONE, Adapter, Exchange, Guard, LabelsOf, RouteOf, status_of
+from tapes.contrib._routes import Templates
+from tapes.contrib._websocket import OpenConnection, WebSocketMetrics
+from tapes.errors import MissingExtra
+from tapes.exposition.endpoint import refusal
+from tapes.registry import Registry
+
+try:
+    from anyio import CapacityLimiter
+    from anyio.to_thread import run_sync
+except ModuleNotFoundError:
+    raise MissingExtra("tapes.contrib.asgi", "asgi") from None
+
+__all__ = ["ROUTE", "TapesMiddleware"]
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+ROUTE = "tapes.route"
+"""Where in the scope an application of any framework may leave the route's template."""
+
+
+class TapesMiddleware:
+    """Measures every request of an ASGI application, and answers ``/metrics`` for the whole service.
+
+    Records the timer ``http.server.request.duration`` {method, route, status}, the gauge
+    ``http.server.active_requests``, and for websockets ``websocket.server.active_connections``, the timer
+    ``websocket.server.connection.duration`` {route, code} and the counter ``websocket.server.messages``
+    {route, direction}. The route is the full template of Starlette and FastAPI, never the raw path; the
+    status 499 is a client that went away. A process of several joins the others when its lifespan starts, or
+    with its first request. ``TAPES_DISABLED=1`` turns it off.
+
+    Args:
+        app: The ASGI application.
+        registry: Where to record; the default registry if ``None``.
+        metrics_path: Where the metrics are answered, with and without a trailing slash; ``None`` for
+            nowhere.
+        exclude: Paths that are not measured, with and without a trailing slash; ``"/static/*"`` is
+            everything below.
+        labels: Further labels: a dict, or a callable that takes the scope and returns one; it is called when
+            the request ends.
+        body_sizes: Record the sizes of bodies too, in bytes.
+        guard: A callable that takes the scope and says who may read the metrics, asynchronous or not; the
+            others get 403. Without one, ``TAPES_METRICS_TOKEN`` is asked for, if it is set.
+        prefix: Put before the metrics' names, with a dot.
+        route: A callable that takes the scope and returns the route's template, for applications whose
+            framework is not known to this adapter.
+
+    Raises:
+        InvalidArgument: If an option can't be used.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        registry: Registry | None = None,
+        *,
+        metrics_path: str | None = "/metrics",
+        exclude: Iterable[str] = (),
+        labels: LabelsOf = None,
+        body_sizes: bool = False,
+        guard: Guard = None,
+        prefix: str = "",
+        route: RouteOf = None,
+    ) -> None:
+        self.app = app
+        self._adapter = Adapter(
+            registry, metrics_path=metrics_path, exclude=exclude, labels=labels, body_sizes=body_sizes,
+            guard=guard, prefix=prefix, route=route,
+        )  # fmt: skip
+        self._service = self._adapter.service
+        self._websockets = WebSocketMetrics(self._adapter.registry, prefix)
+        self._templates = Templates()
+        self._until_the_loop_ends: AsyncGenerator[None, None] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a connection, as ASGI 3 says."""
+        kind = scope["type"]
+        if getpid() != self._service.pid and self._service.begin():
+            await self._join()
+        if kind == "lifespan":
+            await self._live(scope, receive, send)
+            return
+        if kind not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        path = scope.get("path", "")
+        root_path = scope.get("root_path", "")
+        if root_path and path.startswith(root_path):
+            path = path[len(root_path) :]
+        adapter = self._adapter
+        if path in adapter.own_paths or (adapter.excluded_below and adapter.leaves_out(path)):
+            if path in adapter.metrics_paths and kind == "http":
+                await self._answer(scope, send)
+            else:
+                await self.app(scope, receive, send)
+            return
+        if self._service.is_off:
+            await self.app(scope, receive, send)
+            return
+        exchange = (_Request if kind == "http" else _WebSocket)(self, scope, root_path, receive, send)
+        try:
+            await self.app(scope, exchange.receive, exchange.send)
+        except BaseException as error:
+            exchange.fail(error)
+            raise
+        exchange.returned()
+
+    async def _join(self) -> None:
+        # It may wait for an aggregator to start: the event loop has other things to do.
+        await run_sync(self._service.join, limiter=CapacityLimiter(1))
+        self._until_the_loop_ends = self._leave_at_the_end()
+        await self._until_the_loop_ends.__anext__()
+
+    async def _leave_at_the_end(self) -> AsyncGenerator[None, None]:
+        pid = getpid()
+        try:
+            yield
+        finally:
+            if getpid() == pid:
+                self._service.leave()
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def passing_on(message: Message) -> None:
+            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+                self._service.leave()  # the process may end right after it
+            await send(message)
+
+        await self.app(scope, receive, passing_on)
+
+    async def _answer(self, scope: Scope, send: Send) -> None:
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope.get("headers", ())}
+        allowed = self._adapter.is_allowed(scope)
+        if inspect.isawaitable(allowed):
+            allowed = await self._adapter.awaited(allowed)
+        answer = refusal(scope.get("method", ""), headers.get(b"authorization", ""), allowed)
+        if answer is None:
+            accept, query = headers.get(b"accept", ""), scope.get("query_string", b"").decode("latin-1")
+            # It may wait for the aggregator for a second; the application's own threads are not taken for it.
+            answer = await run_sync(self._service.answer, accept, query, limiter=CapacityLimiter(1))
+        status, fields, body = answer
+        fields["Content-Length"] = str(len(body))
+        raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in fields.items()]
+        await send({"type": "http.response.start", "status": status, "headers": raw})
+        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+
+class _Exchange(Exchange):
+    """One request, or the handshake of a websocket."""
+
+    __slots__ = ("_gone", "_middleware", "_receive", "_root_path", "_send", "_status", "_trailers")
+
+    def __init__(
+        self, middleware: TapesMiddleware, scope: Scope, root_path: str, receive: Receive, send: Send
+    ) -> None:
+        self.adapter = adapter = middleware._adapter
+        self.source = scope
+        self.method = scope.get("method", "GET")
+        self.route = UNMATCHED
+        self.labels = None
+        self.received = self.sent = 0
+        self._middleware = middleware
+        self._root_path = root_path
+        self._receive = receive
+        self._send = send
+        self._status = 500
+        self._gone = self._trailers = False
+        adapter.active._buffer.append(UP_ONE)
+        self.start = adapter.clock()
+
+    async def receive(self) -> Message:
+        raise NotImplementedError
+
+    def send(self, message: Message) -> Awaitable[None]:
+        raise NotImplementedError
+
+    def fail(self, error: BaseException) -> None:
+        """End by ``error``."""
+        self.end(499 if self._gone else int(status_of(error)))
+
+    def returned(self) -> None:
+        """End as the application has returned, if the answer hasn't ended before."""
+        self.end(499 if self._gone else 500)
+
+    def late_route(self) -> str:
+        route = self._middleware._templates.of(self.source, self._root_path)
+        return route or self.source.get(ROUTE) or UNMATCHED
+
+
+class _Request(_Exchange):
+    __slots__ = ()
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        kind = message["type"]
+        if kind == "http.disconnect":
+            self._gone = True
+        elif kind == "http.request":
+            self.received += len(message.get("body", b""))
+        return message
+
+    def send(self, message: Message) -> Awaitable[None]:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            self._trailers = message.get("trailers", False)
+            return self._send(message)
+        return self._pass_on(message)
+
+    async def _pass_on(self, message: Message) -> None:
+        # After its last message a server tells of a disconnect that is none.
+        status = 499 if self._gone else self._status
+        try:
+            await self._send(message)
+        except OSError:  # what servers raise when there is no client any more
+            self._gone = True
+            raise
+        kind = message["type"]
+        if kind in _BODIES:
+            self.sent += len(message.get("body", b""))
+            if not message.get("more_body", False) and not self._trailers:
+                self.end(status)
+        elif kind == "http.response.trailers" and not message.get("more_trailers", False):
+            self.end(status)
+
+
+_BODIES = frozenset({"http.response.body", "http.response.pathsend", "http.response.zerocopysend"})
+
+
+class _WebSocket(_Exchange):
+    __slots__ = ("_open",)
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._open: OpenConnection | None = None
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        kind = message["type"]
+        if kind == "websocket.receive" and self._open is not None:
+            self._open.received()
+        elif kind == "websocket.disconnect":
+            self._gone = True
+            self._close(message.get("code", 1005), by_client=True)
+        return message
+
+    def send(self, message: Message) -> Awaitable[None]:
+        if message["type"] == "websocket.send" and self._open is not None:
+            self._open.sent()
+            return self._send(message)
+        return self._pass_on(message)
+
+    async def _pass_on(self, message: Message) -> None:
+        await self._send(message)
+        kind = message["type"]
+        if kind == "websocket.accept":
+            self.end(101)
+            self._open = self._middleware._websockets.opened(self.route or UNMATCHED)
+        elif kind == "websocket.close":
+            self.end(403)  # what a server makes of it, if it comes instead of an acceptance
+            self._close(message.get("code", 1000))
+        elif kind == "websocket.http.response.start":
+            self._status = message["status"]
+        elif kind == "websocket.http.response.body" and not message.get("more_body", False):
+            self.end(self._status)
+
+    def fail(self, error: BaseException) -> None:
+        super().fail(error)
+        self._close(1011 if isinstance(error, Exception) else 1006)
+
+    def returned(self) -> None:
+        super().returned()
+        self._close(1006)
+
+    def _close(self, code: Any, by_client: bool = False) -> None:
+        if self._open is not None:
+            self._open.close(code, by_client)

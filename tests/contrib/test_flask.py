@@ -1,0 +1,176 @@
+"""Flask: the extension, route templates of all kinds, and views that are left out."""
+
+from __future__ import annotations
+
+import flask
+import flask.views
+import pytest
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+from werkzeug.test import Client as WerkzeugClient
+
+import tapes
+from tapes.contrib.flask import Tapes, TapesMiddleware
+from tapes.errors import InvalidArgument
+from tests.contrib.test_wsgi import active, counts
+
+
+@pytest.fixture
+def registry():
+    return tapes.Registry()
+
+
+def small_app(name="shop"):
+    app = flask.Flask(name)
+    app.add_url_rule("/users/<user>", "user", lambda user: user)
+    return app
+
+
+def ask(app, path, **more):
+    """The status of one answer, read to its end."""
+    return WerkzeugClient(app).open(path, buffered=True, **more).status_code
+
+
+def test_one_extension_for_many_applications(registry):
+    """Factories call init_app; a second call changes nothing, and each application has its options once."""
+    extension = Tapes(registry=registry, metrics_path="/m")
+    one, two = small_app(), small_app()
+    for app in (one, two, one):
+        extension.init_app(app)
+        assert app.extensions["tapes"] is extension
+    assert [ask(app, "/users/7") for app in (one, two)] == [200, 200]
+    assert [ask(app, "/m") for app in (one, two)] == [200, 200]
+    assert counts(registry) == {("GET", "/users/<user>", "200"): 2}
+
+
+def test_two_applications_with_registries_of_their_own():
+    """They don't see each other."""
+    registries = tapes.Registry(), tapes.Registry()
+    apps = [small_app() for _ in registries]
+    for app, registry in zip(apps, registries):
+        Tapes(app, registry)
+    assert ask(apps[0], "/users/7") == 200
+    assert [sum(counts(registry).values()) for registry in registries] == [1, 0]
+
+
+def test_views_are_left_out_by_a_decorator(registry):
+    """Above or below the route, in blueprints, classes of views; they are active while they run."""
+    app, blueprint = small_app(), flask.Blueprint("b", "b")
+    extension = Tapes(app, registry)
+
+    @app.get("/below")
+    @extension.exclude
+    def below():
+        assert active(registry) == 1
+        return "x"
+
+    @extension.exclude
+    @app.get("/above")
+    def above():
+        return "x"
+
+    @blueprint.get("/blue")
+    @extension.exclude
+    def blue():
+        return "x"
+
+    @extension.exclude
+    class View(flask.views.MethodView):
+        def get(self):
+            return "x"
+
+    app.register_blueprint(blueprint, url_prefix="/sea")
+    app.add_url_rule("/class", view_func=View.as_view("class"))
+    assert [ask(app, path) for path in ("/below", "/above", "/sea/blue", "/class")] == [200] * 4
+    assert counts(registry) == {}
+    assert active(registry) == 0
+    assert ask(app, "/users/7") == 200
+    assert counts(registry) == {("GET", "/users/<user>", "200"): 1}
+
+
+def test_templates_of_nested_blueprints_and_hosts(registry):
+    """Full, whatever the host."""
+    app = flask.Flask("shop", host_matching=True, static_host="static.example")
+    outer, inner = flask.Blueprint("outer", "outer"), flask.Blueprint("inner", "inner")
+    inner.add_url_rule("/<int:number>", "n", lambda shop, number: "x", host="<shop>.example")
+    outer.register_blueprint(inner, url_prefix="/inner")
+    app.register_blueprint(outer, url_prefix="/outer")
+    Tapes(app, registry)
+    for host in ("a.example", "b.example"):
+        assert ask(app, "/outer/inner/7", base_url=f"http://{host}") == 200
+    assert ask(app, "/outer/inner/7", base_url="http://elsewhere") == 404
+    assert counts(registry) == {
+        ("GET", "/outer/inner/<int:number>", "200"): 2,
+        ("GET", "<unmatched>", "404"): 1,
+    }
+
+
+def test_templates_below_a_dispatcher(registry):
+    """Where an application is mounted is part of its templates; what a client wrote is not."""
+    app = TapesMiddleware(DispatcherMiddleware(small_app(), {"/api": small_app("api")}), registry)
+    for path in ("/users/7", "/api/users/7", "/api/nothing"):
+        ask(app, path)
+    assert counts(registry) == {
+        ("GET", "/users/<user>", "200"): 1,
+        ("GET", "/api/users/<user>", "200"): 1,
+        ("GET", "<unmatched>", "404"): 1,
+    }
+
+
+@pytest.mark.parametrize("wrap", ["extension", "middleware"])
+def test_exceptions_that_leave_flask_keep_their_route(registry, wrap):
+    """In debug mode and in tests the server gets them; Flask has dropped its request by then."""
+    app = small_app()
+    app.testing = True
+
+    @app.route("/broken/<thing>")
+    def broken(thing):
+        raise RuntimeError("broken")
+
+    if wrap == "extension":
+        Tapes(app, registry)
+    else:
+        app.wsgi_app = TapesMiddleware(app.wsgi_app, registry)
+    with pytest.raises(RuntimeError, match="broken"):
+        ask(app, "/broken/1")
+    assert counts(registry) == {("GET", "/broken/<thing>", "500"): 1}
+    assert active(registry) == 0
+
+
+def test_labels_are_made_in_the_context_of_the_request(registry):
+    """flask.g and flask.request are there."""
+    app = small_app()
+
+    @app.before_request
+    def who():
+        flask.g.tenant = flask.request.headers["X-Tenant"]
+
+    Tapes(app, registry, labels=lambda environ: {"tenant": flask.g.tenant})
+    assert ask(app, "/users/7", headers={"X-Tenant": "acme"}) == 200
+    (series,) = registry.snapshot().series("http.server.request.duration")
+    assert dict(series.labels)["tenant"] == "acme"
+
+
+def test_files_are_sent_by_the_server(registry, tmp_path):
+    """send_file() gives what the server's file wrapper made, and it is closed."""
+    (tmp_path / "file.txt").write_text("text")
+    app = small_app()
+    app.add_url_rule("/file", "file", lambda: flask.send_file(tmp_path / "file.txt"))
+    Tapes(app, registry)
+    made = []
+
+    def wrapper(file, size=1):
+        made.append(file)
+        return file
+
+    client = WerkzeugClient(app)
+    answer = client.get("/file", environ_overrides={"wsgi.file_wrapper": wrapper}, buffered=True)
+    assert answer.text == "text"
+    assert made
+    assert made[0].closed
+    assert counts(registry) == {("GET", "/file", "200"): 1}
+
+
+def test_what_is_no_flask_application_says_so():
+    """With what to do."""
+    with pytest.raises(InvalidArgument, match=r"flask\.Flask.*TapesMiddleware"):
+        Tapes(lambda environ, start_response: [])
