@@ -50,7 +50,9 @@ class Service:
 
 def counts(port: int) -> dict[tuple[str, str, str], int]:
     """Counts of requests by method, route and status, from whichever worker answers."""
-    tree = json.loads(get(port, "/metrics")[2])["http"]["server"].get("request", {}).get("duration", {})
+    tree = json.loads(get(port, "/metrics")[2])
+    for name in ("http", "server", "request", "duration"):
+        tree = tree.get(name, {})
     pattern = re.compile(r'{method="(.*)",route="(.*)",status="(.*)"}')
     return {pattern.fullmatch(selector).groups(): values["count"] for selector, values in tree.items()}
 

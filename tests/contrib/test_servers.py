@@ -11,11 +11,13 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.contrib.services import counts
-from tests.processes import EXAMPLES, Home, answers, free_port, get, wait_for
+from tests.contrib.services import counts, session, signal_to
+from tests.processes import EXAMPLES, Home, answers, free_port, get, mentions, wait_for
 
 BIN = pathlib.Path(sys.executable).parent
 GUNICORN = "gunicorn -w 2 -b 127.0.0.1:{port} --log-level warning --graceful-timeout 5"
@@ -111,3 +113,118 @@ def test_one_line_is_enough(home, server):
         assert [counts(port) for _ in range(16)] == [expected] * 16
         process.terminate()
         process.wait(15)
+
+
+DEVELOPMENT = {
+    "flask": "flask --app flask_app run --port {port}",
+    "flask reloading": "flask --app flask_app run --debug --port {port}",
+    "uvicorn": "uvicorn --port {port} starlette_app:app",
+    "uvicorn reloading": "uvicorn --reload --reload-dir . --port {port} starlette_app:app",
+    "hypercorn": "hypercorn -b 127.0.0.1:{port} starlette_app:app",
+    "hypercorn reloading": "hypercorn --reload -b 127.0.0.1:{port} starlette_app:app",
+    "wsgiref": "python serve.py {port}",
+}
+WSGIREF = """
+import sys
+from wsgiref.simple_server import make_server
+from wsgi_app import app
+make_server("127.0.0.1", int(sys.argv[1]), app).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("server", DEVELOPMENT)
+def test_a_development_server_starts_nothing(home, server):
+    """One process, its reloader aside: it answers for itself, and there is no aggregator and no file."""
+    port = free_port()
+    (home.directory / "serve.py").write_text(WSGIREF)
+    name, *arguments = DEVELOPMENT[server].format(port=port).split()
+    with home.running([str(BIN / name), *arguments]) as process:
+        wait_for(lambda: answers(port, "/worker"), "the server is up", 20)
+        load(port, "/hello/bob", 50)
+        assert sum(counts(port).values()) == 50
+        assert not list(home.private.iterdir())
+        process.terminate()
+        process.wait(10)
+
+
+CANNOT_JOIN = {
+    "it may not start one": ({"TAPES_AUTOSTART": "0"}, b"set TAPES_ADDR"),
+    "no pyzmq": ({"PYTHONPATH": "."}, b"pip install 'tapes[distributed]'"),
+    "a bad address": ({"TAPES_ADDR": "here"}, b"ipc://PATH"),
+}
+
+
+@pytest.mark.parametrize("server", ["gunicorn sync", "uvicorn"])
+@pytest.mark.parametrize("case", CANNOT_JOIN)
+def test_who_should_join_and_can_not_says_so(home, server, case):
+    """503 and what to do, never one worker's numbers; the application works."""
+    environment, words = CANNOT_JOIN[case]
+    if case == "no pyzmq":
+        (home.directory / "zmq.py").write_text("raise ModuleNotFoundError('zmq')\n")
+        environment = {"PYTHONPATH": f"{home.directory}:{EXAMPLES}"}
+    port = free_port()
+    name, *arguments = SERVERS[server].format(port=port).split()
+    home.environment.update(environment)
+    with home.running([str(BIN / name), *arguments]):
+        wait_for(lambda: answers(port, "/worker"), "the server is up", 20)
+        for _ in range(4):
+            status, headers, text = get(port, "/metrics")
+            assert (status, headers["Content-Type"]) == (503, "text/plain; charset=utf-8")
+            assert words in text
+            assert get(port, "/hello/bob")[0] == 200
+
+
+@pytest.mark.parametrize("server", ["gunicorn gthread", "uvicorn", "uwsgi threads"])
+def test_a_stopped_aggregator_is_a_503_in_time(home, server):
+    """A plain sentence within 1.5 s, while the application goes on; then the numbers are back."""
+    port = free_port()
+    name, *arguments = SERVERS[server].format(port=port, prefix=sys.prefix).split()
+    with home.running([str(BIN / name), *arguments]) as process:
+        wait_for(lambda: answers(port, "/worker"), "the server is up", 20)
+        workers(port)
+        wait_for(lambda: get(port, "/metrics")[0] == 200, "they have joined")
+        (aggregator,) = (p for p in mentions(str(home.private)) if p not in session(process.pid))
+        signal_to(aggregator, signal.SIGSTOP)
+        try:
+            with ThreadPoolExecutor(1) as aside:
+                started = time.monotonic()
+                reader = aside.submit(get, port, "/metrics")
+                slowest = 0.0
+                while not reader.done():
+                    before = time.monotonic()
+                    assert get(port, "/hello/bob")[0] == 200
+                    slowest = max(slowest, time.monotonic() - before)
+                status, headers, text = reader.result()
+                assert time.monotonic() - started < 1.5
+            assert (status, headers["Content-Type"]) == (503, "text/plain; charset=utf-8")
+            assert b"did not answer" in text
+            assert slowest < 0.5
+        finally:
+            signal_to(aggregator, signal.SIGCONT)
+        wait_for(lambda: get(port, "/metrics")[0] == 200, "it answers again")
+        process.terminate()
+        process.wait(15)
+
+
+LAST_WORDS = {  # uWSGI runs no hook in a worker that it ends while it is busy, as it is after an answer
+    **{server: command for server, command in SERVERS.items() if not server.startswith("uwsgi")},
+    "uvicorn without lifespan": "uvicorn --workers 2 --port {port} --log-level warning asgi_app:app",
+    "granian without lifespan": f"{GRANIAN} --interface asgi asgi_app:app",
+}
+
+
+@pytest.mark.parametrize("server", LAST_WORDS)
+def test_the_last_requests_before_the_end_count(home, server):
+    """A server that is told to end right after an answer: the aggregator, which stays a while, has it."""
+    port, http = free_port(), free_port()
+    name, *arguments = LAST_WORDS[server].format(port=port, prefix=sys.prefix).split()
+    with home.running([str(BIN / name), *arguments], TAPES_HTTP=str(http)) as process:
+        wait_for(lambda: answers(port, "/worker"), "the server is up", 20)
+        workers(port)
+        for number in range(1, 41):
+            assert get(port, "/hello/bob")[0] == 200
+            if number == 20:  # both have joined by now, and been silent
+                wait_for(lambda: sum(counted(http).values()) == 20, "20 are counted")
+        process.terminate()
+        process.wait(15)
+        wait_for(lambda: sum(counted(http).values()) == 40, "40 are counted", 1)
