@@ -34,7 +34,7 @@ _log = logging.getLogger("tapes.contrib")
 
 
 class Membership:
-    """Whether this process has found its place in the service.
+    """Whether this process has found its place in the service. Safe from any thread, and across forks.
 
     Attributes:
         pid: The process that has; compare it with ``os.getpid()`` at the start of every request, as servers
@@ -46,11 +46,7 @@ class Membership:
         self.pid = 0
         self.is_off = is_disabled()
         self._registry = registry
-        self._is_member = False
-        self._problem = ""
-        self._tried = 0.0
-        self._joining: threading.Event | None = None
-        self._lock = threading.Lock()
+        self._of_process: dict[int, _Here] = {}
         if "uwsgi" in sys.modules and not self.is_off:
             importlib.import_module("tapes.contrib.uwsgi")  # whose hooks have to be there before the fork
 
@@ -61,62 +57,76 @@ class Membership:
             says_several: Whether the server says that there are several.
         """
         forks.check()
-        if self.pid != os.getpid():
-            self._lock = threading.Lock()
-            self._joining = None
-            self._is_member = not self.is_off and (says_several or is_one_of_several())
-            self.pid = os.getpid()
-        return self._is_member and self._joining is None and not _has_joined(self._registry)
+        here = self._here()
+        here.is_member = here.is_member or (not self.is_off and (says_several or is_one_of_several()))
+        self.pid = os.getpid()
+        return here.is_member and here.joining is None and not _has_joined(self._registry)
 
     def join(self) -> None:
         """Join the other processes, once; if that can't be done, say so in the log and in every answer.
 
         Whoever comes while another thread joins does not wait: what it records is told when that is done.
         """
-        with self._lock:
-            if self._joining is not None:
-                return
-            joining = self._joining = threading.Event()
+        here = self._here()
+        if not here.turn.acquire(False):
+            return
+        here.joining = threading.Event()
         try:
             _join(self._registry)
-            self._problem = ""
+            here.problem = ""
         except TapesError as error:
-            if str(error) != self._problem:
-                self._problem = str(error)
+            if str(error) != here.problem:
+                here.problem = str(error)
                 _log.warning("tapes: this process can't join the others of its service: %s", error)
         except Exception as error:
-            self._problem = f"an unexpected error ({error!r})"
+            here.problem = f"an unexpected error ({error!r})"
             _log.exception("tapes: this process can't join the others of its service")
         finally:
-            self._tried = time.monotonic()
-            joining.set()
+            here.tried = time.monotonic()
+            here.joining.set()
+            here.turn.release()
 
     def leave(self) -> None:
         """Hand over the last values; the next request, if there is one, joins again."""
         self.pid = 0
+        self._of_process.clear()
         if self._registry.connection is not None:
             try:
                 _leave(self._registry)
             except Exception:
                 _log.exception("tapes could not say goodbye")
 
+    def _here(self) -> _Here:
+        return self._of_process.setdefault(os.getpid(), _Here())
+
     def answer(self, accept: str = "", query: str = "") -> Answer:
         """Return the metrics of the whole service, or a 503 that says what is wrong; may wait a second."""
         if self.is_off:
             return plain(503, "tapes is turned off (TAPES_DISABLED).")
-        if self._is_member:
-            if self._joining is not None:
-                self._joining.wait(_JOINING_SECONDS)
-            if self._registry.connection is None and time.monotonic() - self._tried > _RETRY_SECONDS:
-                self._joining = None
+        here = self._here()
+        if here.is_member:
+            if here.joining is not None:
+                here.joining.wait(_JOINING_SECONDS)
+            if self._registry.connection is None and time.monotonic() - here.tried > _RETRY_SECONDS:
                 self.join()
             if self._registry.connection is None:
                 return plain(
                     503,
                     "This process is one of several and has not joined the others, so it can't answer for "
-                    f"the service: {self._problem or 'it is about to'}.",
+                    f"the service: {here.problem or 'it is about to'}.",
                 )
         return answer(self._registry, accept, query)
+
+
+class _Here:
+    """What is known of one process."""
+
+    def __init__(self) -> None:
+        self.is_member = False
+        self.turn = threading.Lock()
+        self.joining: threading.Event | None = None
+        self.tried = 0.0
+        self.problem = ""
 
 
 def is_one_of_several() -> bool:

@@ -221,7 +221,8 @@ class _Exchange(Exchange):
             if close is not None:
                 close()
         finally:
-            self.end(self._status if self.adapter is None else self._status_at_close())
+            if self.adapter is not None:
+                self.end(self._status_at_close())
 
     def watch(self, body: Any) -> None:
         """End when a file that the server gets as it is is closed."""
