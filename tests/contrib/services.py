@@ -54,7 +54,8 @@ def counts(port: int) -> dict[tuple[str, str, str], int]:
     for name in ("http", "server", "request", "duration"):
         tree = tree.get(name, {})
     pattern = re.compile(r'{method="(.*)",route="(.*)",status="(.*)"}')
-    return {pattern.fullmatch(selector).groups(): values["count"] for selector, values in tree.items()}
+    plain = {selector.replace("\\\\", "\\"): values["count"] for selector, values in tree.items()}
+    return {pattern.fullmatch(selector).groups(): count for selector, count in plain.items()}
 
 
 def gone(port: int) -> int:

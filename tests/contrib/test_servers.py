@@ -45,11 +45,14 @@ SERVERS = {
     "granian wsgi": f"{GRANIAN} --interface wsgi flask_app:app",
     "django": f"{GUNICORN} django_app:app",
     "litestar": "uvicorn --workers 2 --port {port} --log-level warning litestar_app:app",
+    "tornado": "python {examples}/tornado_app.py {port} 2",
+    "gunicorn tornado application": f"{GUNICORN} -k tornado tornado_app:app",
     "uvicorn without lifespan": "uvicorn --workers 2 --port {port} --log-level warning asgi_app:app",
     "granian without lifespan": f"{GRANIAN} --interface asgi asgi_app:app",
 }
 ROUTES = {
-    "fastapi_app": "/hello/{name}", "starlette_app": "/hello/{name}", "litestar_app": "/hello/{name}"
+    "fastapi_app": "/hello/{name}", "starlette_app": "/hello/{name}", "litestar_app": "/hello/{name}",
+    "tornado_app": r"/hello/(\w+)",
 }  # fmt: skip
 
 
@@ -97,9 +100,10 @@ def workers(port: int) -> set[str]:
 def test_one_line_is_enough(home, server):
     """Requests by ab, then a graceful reload, then more: every worker has the same exact count."""
     port, http = free_port(), free_port()
-    name, *arguments = SERVERS[server].format(port=port, prefix=sys.prefix).split()
-    application = next(word for word in arguments if word.endswith(":app")).partition(":")[0]
-    route = ROUTES.get(application, "/hello/<name>")
+    name, *arguments = SERVERS[server].format(port=port, prefix=sys.prefix, examples=EXAMPLES).split()
+    route = next(
+        (ROUTES[application] for application in ROUTES if application in SERVERS[server]), "/hello/<name>"
+    )
     with home.running([str(BIN / name), *arguments], TAPES_HTTP=str(http)) as process:
         wait_for(lambda: answers(port, "/worker"), "the server is up", 20)
         before = workers(port)
@@ -109,11 +113,12 @@ def test_one_line_is_enough(home, server):
         wait_for(lambda: counted(port) == expected, f"it is counted: {expected}", 5)
         assert [counts(port) for _ in range(16)] == [expected] * 16
 
-        process.send_signal(signal.SIGHUP)
-        wait_for(lambda: worker(port) not in before | {""}, "there are new workers", 20)
-        wait_for(lambda: not workers(port) & before, "the workers are new", 20)
-        wait_for(lambda: counted(port) == expected, "nothing was lost", 5)
-        assert [counts(port) for _ in range(16)] == [expected] * 16
+        if server != "tornado":  # which knows no reload
+            process.send_signal(signal.SIGHUP)
+            wait_for(lambda: worker(port) not in before | {""}, "there are new workers", 20)
+            wait_for(lambda: not workers(port) & before, "the workers are new", 20)
+            wait_for(lambda: counted(port) == expected, "nothing was lost", 5)
+            assert [counts(port) for _ in range(16)] == [expected] * 16
         load(port, "/hello/bob", 200)
         expected["GET", route, "200"] += 200
         wait_for(lambda: counted(port) == expected, f"it is counted: {expected}", 5)
@@ -123,6 +128,10 @@ def test_one_line_is_enough(home, server):
             assert get(port, "/hello/bob")[0] == 200
         process.terminate()
         process.wait(15)
+        if server == "tornado":  # of which the parent alone was ended, and its children know no end but this
+            for pid in before:
+                signal_to(int(pid), signal.SIGTERM)
+            return
         # uWSGI runs no hook in a worker that it ends while it is busy, as it is for a moment after an answer.
         if name != "uwsgi":
             expected["GET", route, "200"] += 20
@@ -139,6 +148,7 @@ DEVELOPMENT = {
     "hypercorn": "hypercorn -b 127.0.0.1:{port} starlette_app:app",
     "hypercorn reloading": "hypercorn --reload -b 127.0.0.1:{port} starlette_app:app",
     "wsgiref": "python serve.py {port}",
+    "tornado": "python {examples}/tornado_app.py {port} 1",
 }
 WSGIREF = """
 import sys
@@ -153,7 +163,7 @@ def test_a_development_server_starts_nothing(home, server):
     """One process, its reloader aside: it answers for itself, and there is no aggregator and no file."""
     port = free_port()
     (home.directory / "serve.py").write_text(WSGIREF)
-    name, *arguments = DEVELOPMENT[server].format(port=port).split()
+    name, *arguments = DEVELOPMENT[server].format(port=port, examples=EXAMPLES).split()
     with home.running([str(BIN / name), *arguments]) as process:
         wait_for(lambda: answers(port, "/worker"), "the server is up", 20)
         load(port, "/hello/bob", 50)

@@ -1,0 +1,256 @@
+"""Request metrics and ``/metrics`` for Tornado applications.
+
+    application = instrument(tornado.web.Application([...]))
+
+No handler has to know. Tornado's server makes one connection object for each request, so a request is watched
+there, from its headers to the last byte of the answer, whoever writes it; the application sees what it would
+see without. `MetricsHandler` and `MeteredHandler` are of use alone, too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterable
+from os import getpid
+from typing import Any, ClassVar
+
+import tapes
+from tapes.contrib._http import UNMATCHED, Adapter, Exchange, Guard, LabelsOf, RouteOf
+from tapes.contrib._service import Membership
+from tapes.errors import MissingExtra
+from tapes.exposition.endpoint import Answer, refusal
+from tapes.metrics import Meter, Timer
+from tapes.registry import Registry, default_registry
+
+try:
+    from tornado.httputil import HTTPConnection, HTTPServerRequest
+    from tornado.ioloop import IOLoop
+    from tornado.web import Application, RequestHandler
+
+    from tapes.contrib._tornado import Routes, Watch
+except ModuleNotFoundError:
+    raise MissingExtra("tapes.contrib.tornado", "tornado") from None
+
+__all__ = ["UNMATCHED", "MeteredHandler", "MetricsHandler", "instrument"]
+
+_log = logging.getLogger("tapes.contrib")
+_services: dict[Registry, Membership] = {}
+
+
+def instrument(
+    application: Application,
+    registry: Registry | None = None,
+    *,
+    metrics_path: str | None = "/metrics",
+    exclude: Iterable[str] = (),
+    labels: LabelsOf = None,
+    body_sizes: bool = False,
+    guard: Guard = None,
+    prefix: str = "",
+    route: RouteOf = None,
+) -> Application:
+    r"""Measure every request of an application, answer ``/metrics`` for the whole service, and return it.
+
+    Records the timer ``http.server.request.duration`` {method, route, status} in seconds and the gauge
+    ``http.server.active_requests``. The route is the pattern of the rule (``/users/(\d+)``), never the raw
+    path; without one, the handler's name. The status 499 is a client that went away; 101 the handshake of a
+    websocket, which is neither slow nor active while it is open; 500 also an answer that an exception broke
+    off.
+
+    Call it before the server forks or after; a process of several joins the others with its first request. A
+    second call changes nothing. Safe with loops in many threads. ``TAPES_DISABLED=1`` turns it off.
+
+    Args:
+        application: The application; rules may be added later.
+        registry: Where to record; the default registry if ``None``.
+        metrics_path: Where the metrics are answered, with and without a trailing slash; ``None`` for
+            nowhere.
+        exclude: Paths that are not measured, with and without a trailing slash; ``"/static/*"`` is
+            everything below.
+        labels: Further labels: a dict, or a callable that takes the ``HTTPServerRequest`` and returns one; it
+            is called when the answer is complete.
+        body_sizes: Record the sizes of bodies too, in bytes.
+        guard: A callable, asynchronous or not, that takes the request and says who may read the metrics; the
+            others get 403. Without one, ``TAPES_METRICS_TOKEN`` is asked for, if it is set.
+        prefix: Put before the metrics' names, with a dot.
+        route: A callable that takes the request and returns the route's template, ``None`` if it knows none.
+
+    Raises:
+        InvalidArgument: If an option can't be used.
+    """
+    if not isinstance(getattr(application.find_handler, "__self__", None), _Instrument):
+        adapter = Adapter(
+            registry, metrics_path=metrics_path, exclude=exclude, labels=labels, body_sizes=body_sizes,
+            guard=guard, prefix=prefix, route=route,
+        )  # fmt: skip
+        application.find_handler = _Instrument(application, adapter).find_handler  # type: ignore[method-assign]
+    return application
+
+
+class MetricsHandler(RequestHandler):
+    """Answers the metrics of the whole service; without `instrument` as ``(r"/metrics", MetricsHandler)``.
+
+    It reads them in a thread, as other processes may have to be waited for, up to a second.
+
+    Args:
+        registry: Which metrics; those of the default registry if ``None``.
+        guard: A callable, asynchronous or not, that takes the request and says who may read them; the others
+            get 403. Without one, ``TAPES_METRICS_TOKEN`` is asked for, if it is set.
+    """
+
+    def initialize(self, registry: Registry | None = None, guard: Guard = None) -> None:
+        """Take the rule's arguments."""
+        self._guard = guard
+        self._registry = default_registry if registry is None else registry
+
+    async def get(self) -> None:
+        """Answer, or say why not."""
+        service, headers = _joined(self._registry), self.request.headers
+        answer = refusal("GET", headers.get("Authorization", ""), await self._is_allowed())
+        if answer is None:
+            arguments = headers.get("Accept", ""), self.request.query
+            answer = await IOLoop.current().run_in_executor(None, service.answer, *arguments)
+        self._send(answer)
+
+    async def head(self) -> None:
+        """Answer without a body."""
+        await self.get()
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Answer other methods; they get here by the exception 405."""
+        answer = refusal(self.request.method or "") if status_code == 405 else None
+        if answer is None:
+            super().write_error(status_code, **kwargs)
+        else:
+            self._send(answer)
+
+    def compute_etag(self) -> str | None:
+        """Return ``None``: they change all the time."""
+        return None
+
+    def check_xsrf_cookie(self) -> None:
+        """Let a POST get as far as its 405."""
+
+    async def _is_allowed(self) -> bool | None:
+        try:
+            allowed = None if self._guard is None else (self._guard(self.request) or False)
+            return bool(await allowed) if inspect.isawaitable(allowed) else allowed
+        except Exception:
+            _log.exception("tapes: the guard of the metrics failed, so nobody may read them")
+            return False
+
+    def _send(self, answer: Answer) -> None:
+        status, headers, body = answer
+        self.set_status(status)
+        for name, value in headers.items():
+            self.set_header(name, value)
+        self.finish(body)
+
+
+_Metered = tapes.metered_meta(
+    [
+        ("latency", "http.endpoints.{}.latency", tapes.timer),
+        ("error_rate", "http.endpoints.{}.error_rate", tapes.meter),
+    ]
+)
+
+
+class MeteredHandler(RequestHandler, metaclass=_Metered):  # type: ignore[metaclass]
+    """A handler whose every subclass has metrics of its own in the default registry.
+
+    ``prepare``, ``on_finish`` and all others can be overridden without calling these. Goes with `instrument`
+    and with ``WebSocketHandler``, of which the handshake is measured.
+
+    Attributes:
+        latency: Timer ``http.endpoints.CLASS.latency``: from the request's headers to the last byte of the
+            answer, in seconds.
+        error_rate: Meter ``http.endpoints.CLASS.error_rate``: answers with a status of 500 and above, and
+            those that an exception broke off.
+    """
+
+    latency: ClassVar[Timer]
+    error_rate: ClassVar[Meter]
+
+    def __init__(self, application: Application, request: HTTPServerRequest, **kwargs: Any) -> None:
+        try:
+            if not _joined(default_registry).is_off and isinstance(request.connection, HTTPConnection):
+                _MeteredRequest(request, self)
+        except Exception:
+            _log.exception("tapes could not measure a handler")
+        super().__init__(application, request, **kwargs)
+
+
+for _name in ("latency", "error_rate"):  # nothing is recorded for the base itself, so it is not shown
+    default_registry.remove(f"http.endpoints.MeteredHandler.{_name}")
+
+
+class _Instrument:
+    """Takes the place of an application's ``find_handler``, which is asked when headers have arrived."""
+
+    def __init__(self, application: Application, adapter: Adapter) -> None:
+        self._application, self._adapter, self._routes = application, adapter, Routes(application)
+        self._find_handler = application.find_handler
+        _services[adapter.registry] = adapter.service
+
+    def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
+        adapter, path = self._adapter, request.path
+        service = _joined(adapter.registry)
+        if adapter.leaves_out(path) or service.is_off:
+            if path in adapter.metrics_paths:
+                options = {"registry": adapter.registry, "guard": adapter.guard}
+                return self._application.get_handler_delegate(request, MetricsHandler, options)
+            return self._find_handler(request, **kwargs)
+        try:
+            # An application within one that is measured, too, only knows the route better.
+            outer = getattr(getattr(request.connection, "finish", None), "__self__", None)
+            is_inner = isinstance(outer, _Request) and outer.active is adapter.active
+            watch: Any = outer if is_inner else _Request(request, adapter)
+        except Exception as error:
+            adapter.complain("tapes can't measure requests on such a connection", error)
+            return self._find_handler(request, **kwargs)
+        delegate = self._find_handler(request, **kwargs)  # if it fails the connection is closed
+        try:
+            watch.route = self._routes.of(request, delegate)
+            watch.hook(delegate, "on_connection_close", *(["data_received"] if adapter.body_sizes else []))
+        except Exception as error:
+            adapter.complain("tapes could not see where a request goes", error)
+        return delegate
+
+
+class _Request(Watch, Exchange):
+    """A request that `instrument` measures."""
+
+    def __init__(self, request: HTTPServerRequest, adapter: Adapter) -> None:
+        self.adapter, self.source, self.method = adapter, request, request.method or ""
+        self.active, self.route, self.labels = adapter.active, UNMATCHED, None
+        self.watch(request.connection, *(["write"] if adapter.body_sizes else []))
+        self.active.increment()
+        self.start = adapter.clock()
+
+    end = Exchange.end
+
+
+class _MeteredRequest(Watch):
+    """One that a `MeteredHandler` answers."""
+
+    def __init__(self, request: HTTPServerRequest, handler: MeteredHandler) -> None:
+        self._class: type[MeteredHandler] | None = type(handler)
+        self._start = default_registry.clock() - max(0.0, request.request_time())  # by the wall clock
+        self.watch(request.connection)
+        self.hook(handler, "on_connection_close")  # as a client may go while its body is streamed
+
+    def end(self, status: int) -> None:
+        metered, self._class = self._class, None
+        if metered is not None:
+            metered.latency.update(default_registry.clock() - self._start)
+            if status >= 500:
+                metered.error_rate.mark()
+
+
+def _joined(registry: Registry) -> Membership:
+    """Return this process's membership in the service; blocks once, to join it."""
+    service = _services.get(registry) or _services.setdefault(registry, Membership(registry))
+    if getpid() != service.pid and service.begin():
+        service.join()
+    return service

@@ -1,0 +1,226 @@
+"""A plugin of pytest for the suites of other projects: an adapter round every application, and what came of it.
+
+It is copied into the environment of `suites` under a name of its own. These variables tell it what to do:
+
+* ``TAPES_SUITE_OUTCOMES``: The file for the outcomes of the tests, as JSON.
+* ``TAPES_SUITE_WRAPS``: The project whose applications are wrapped; none if it is absent.
+* ``TAPES_SUITE_CHILDREN``: A directory; processes that the tests start wrap too, and leave their counts there.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import importlib
+import inspect
+import json
+import os
+import pathlib
+import pkgutil
+import weakref
+from typing import Any
+
+DURATION = "http.server.request.duration"
+ACTIVE = "http.server.active_requests"
+
+registries: list[Any] = []
+outcomes: dict[str, str] = {}
+
+
+def fresh() -> Any:
+    """A registry for one application, whose requests are counted in the end."""
+    import tapes
+
+    registries.append(tapes.Registry())
+    return registries[-1]
+
+
+def measured() -> int:
+    """How many requests were measured."""
+    return sum(series.count for registry in registries for series in registry.snapshot().series(DURATION))
+
+
+def active() -> float:
+    """How many requests are still active."""
+    return sum(series.value for registry in registries for series in registry.snapshot().series(ACTIVE))
+
+
+class _Weakly:
+    """Flask's own ``wsgi_app`` without a reference cycle: a test wants an application to be freed at once."""
+
+    def __init__(self, app: Any) -> None:
+        self._of = weakref.ref(app)
+
+    @property
+    def __self__(self) -> Any:
+        return self._of()
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        app = self._of()
+        return type(app).wsgi_app(app, environ, start_response)
+
+
+def wrap_flask() -> None:
+    """Wrap ``wsgi_app`` of every application as soon as it is made."""
+    import flask
+
+    from tapes.contrib.flask import TapesMiddleware
+
+    make = flask.Flask.__init__
+
+    @functools.wraps(make)
+    def __init__(self: Any, *arguments: Any, **options: Any) -> None:
+        make(self, *arguments, **options)
+        self.wsgi_app = TapesMiddleware(_Weakly(self), fresh(), metrics_path=None)
+
+    flask.Flask.__init__ = __init__
+
+
+def wrap_werkzeug() -> None:
+    """Wrap what the test client and ``run_wsgi_app`` call, and what the development server serves."""
+    import werkzeug.serving
+    import werkzeug.test
+
+    from tapes.contrib.wsgi import TapesMiddleware
+
+    run, make = werkzeug.test.run_wsgi_app, werkzeug.serving.BaseWSGIServer.__init__
+
+    @functools.wraps(run)
+    def run_wsgi_app(app: Any, environ: Any, buffered: bool = False) -> Any:
+        return run(TapesMiddleware(app, fresh(), metrics_path=None), environ, buffered)
+
+    @functools.wraps(make)
+    def __init__(self: Any, host: Any, port: Any, app: Any, *arguments: Any, **options: Any) -> None:
+        make(self, host, port, TapesMiddleware(app, fresh(), metrics_path=None), *arguments, **options)
+
+    werkzeug.test.run_wsgi_app = run_wsgi_app
+    werkzeug.serving.BaseWSGIServer.__init__ = __init__
+
+
+def wrap_starlette() -> None:
+    """Wrap what the test client calls, and every application of Starlette's classes that is called directly.
+
+    What is called within an application that is wrapped is left alone, so a request is counted once.
+    """
+    import starlette
+    import starlette.testclient
+
+    from tapes.contrib.asgi import TapesMiddleware
+
+    is_within = contextvars.ContextVar("is_within", default=False)
+
+    def outermost(call: Any, middleware: Any = None) -> Any:
+        async def calling(scope: Any, receive: Any, send: Any) -> None:
+            if is_within.get():
+                await call(scope, receive, send)
+                return
+            token = is_within.set(True)
+            try:
+                await (middleware or TapesMiddleware(call, fresh(), metrics_path=None))(scope, receive, send)
+            finally:
+                is_within.reset(token)
+
+        return calling
+
+    def wrap(kind: Any) -> None:
+        call = kind.__call__
+
+        @functools.wraps(call)
+        async def __call__(self: Any, scope: Any, receive: Any, send: Any) -> None:
+            await outermost(functools.partial(call, self))(scope, receive, send)
+
+        kind.__call__ = __call__
+
+    for module in pkgutil.walk_packages(starlette.__path__, "starlette."):
+        try:
+            members = vars(importlib.import_module(module.name))
+        except ImportError:  # its extra is not installed
+            continue
+        for kind in list(members.values()):
+            if inspect.isclass(kind) and kind.__module__ == module.name and "__call__" in vars(kind):
+                if [*inspect.signature(kind.__call__).parameters] == ["self", "scope", "receive", "send"]:
+                    wrap(kind)
+
+    client = starlette.testclient.TestClient
+    make = client.__init__
+
+    @functools.wraps(make)
+    def __init__(self: Any, app: Any, *arguments: Any, **options: Any) -> None:
+        make(self, app, *arguments, **options)
+        middleware = TapesMiddleware(self.app, fresh(), metrics_path=None)
+        self.app = self._transport.app = outermost(self.app, middleware)
+
+    client.__init__ = __init__
+
+
+def wrap_tornado() -> None:
+    """Instrument every application as soon as it is made."""
+    import tornado.web
+
+    from tapes.contrib.tornado import instrument
+
+    make = tornado.web.Application.__init__
+
+    @functools.wraps(make)
+    def __init__(self: Any, *arguments: Any, **options: Any) -> None:
+        make(self, *arguments, **options)
+        instrument(self, fresh(), metrics_path=None)
+
+    tornado.web.Application.__init__ = __init__
+
+
+def wrap() -> None:
+    """Wrap the applications of the project that is tested."""
+    globals()["wrap_" + os.environ["TAPES_SUITE_WRAPS"]]()
+
+
+def wrap_in_child() -> None:
+    """Wrap in a process that a test has started; it may be killed, so it says after each request how many."""
+    from tapes.contrib._http import Exchange
+
+    end = Exchange.end
+
+    def ending(self: Any, status: Any) -> None:
+        end(self, status)
+        pathlib.Path(os.environ["TAPES_SUITE_CHILDREN"], str(os.getpid())).write_text(str(measured()))
+
+    Exchange.end = ending
+    wrap()
+
+
+def pytest_configure() -> None:
+    """Wrap before any test is imported."""
+    if "TAPES_SUITE_WRAPS" in os.environ:
+        wrap()
+        if os.environ["TAPES_SUITE_WRAPS"] == "werkzeug":  # whose tests start the development server
+            os.environ["TAPES_SUITE_CHILD"] = "1"
+
+
+def pytest_collectreport(report: Any) -> None:
+    """Note a file that can't be imported."""
+    if report.failed:
+        outcomes[report.nodeid] = "failed"
+
+
+def pytest_collection_modifyitems(items: Any) -> None:
+    """Note all that was collected."""
+    outcomes.update((item.nodeid, "collected") for item in items)
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """Note what became of a test: it failed if any part of it did."""
+    outcome = "passed" if hasattr(report, "wasxfail") and report.skipped else report.outcome
+    if report.when == "call" or outcome != "passed":
+        if outcomes.get(report.nodeid) != "failed":
+            outcomes[report.nodeid] = outcome
+
+
+def pytest_sessionfinish() -> None:
+    """Write it all down."""
+    counts = pathlib.Path(os.environ["TAPES_SUITE_CHILDREN"]).iterdir()
+    found = {
+        "outcomes": outcomes,
+        "measured": measured() + sum(int(path.read_text() or 0) for path in counts),
+        "active": active(),
+    }
+    pathlib.Path(os.environ["TAPES_SUITE_OUTCOMES"]).write_text(json.dumps(found))

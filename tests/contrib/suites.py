@@ -1,0 +1,261 @@
+"""Runs the public test suites of the frameworks, bare and with the adapter round every application.
+
+    python -m tests.contrib.suites [flask] [werkzeug] [starlette] [tornado]
+
+No test may fail with the adapter that passes without. The tests are those of the version that is installed:
+its source distribution is fetched from the package index, and what the tests need is installed into an
+environment of its own that sees the packages of this one. Both are thrown away afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from tests.processes import clean_environment, running
+
+PLUGIN = "tapes_suite_plugin"
+SECONDS = 240
+_SAFELY: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A project's suite.
+
+    Attributes:
+        needs: What its tests need and may not be installed.
+        measured: How many requests are measured at least; about two thirds of those of today's version.
+        options: Further arguments of pytest.
+        is_installed: Whether the tests are part of the installed package.
+    """
+
+    needs: tuple[str, ...]
+    measured: int
+    options: tuple[str, ...] = ()
+    is_installed: bool = False
+
+
+SUITES = {
+    # Flask's own tests use a private name that pytest 9.1 dropped.
+    "flask": Suite(("pytest<9.1", "asgiref", "greenlet", "python-dotenv"), 1),
+    # Not watchdog, whose present version never sees a change in the suite's test of it.
+    "werkzeug": Suite(("pytest", "cffi", "cryptography", "ephemeral-port-reserve"), 1),
+    "starlette": Suite(
+        (
+            "pytest",
+            "blockbuster",
+            "httpx<0.29",
+            "httpx2[zstd]",
+            "importlib-metadata",
+            "itsdangerous",
+            "jinja2",
+            "opentelemetry-sdk",
+            "python-multipart",
+            "pyyaml",
+            "trio",
+        ),
+        1,
+    ),  # fmt: skip
+    "tornado": Suite(("pytest",), 1, ("-o", "python_files=*_test.py"), is_installed=True),
+}
+
+EXCLUDED: dict[str, dict[str, str]] = {}
+"""Of a suite, tests that are not run in either mode, and why."""
+
+
+class Unavailable(Exception):
+    """What a suite needs can't be fetched."""
+
+
+@dataclasses.dataclass
+class Ran:
+    """One run of a suite.
+
+    Attributes:
+        outcomes: What became of each test: passed, failed, skipped, or collected if it never ran.
+        measured: How many requests were measured.
+        active: How many requests were still active at its end.
+        output: What pytest printed.
+        seconds: How long it took.
+    """
+
+    outcomes: dict[str, str]
+    measured: int
+    active: float
+    output: str
+    seconds: float
+
+    def those(self, outcome: str) -> set[str]:
+        """Return the tests with this outcome."""
+        return {test for test, came in self.outcomes.items() if came == outcome}
+
+    def __str__(self) -> str:
+        counts = [f"{len(self.those(outcome))} {outcome}" for outcome in ("passed", "failed", "skipped")]
+        return f"{len(self.outcomes)} tests: {', '.join(counts)} in {self.seconds:.0f} s"
+
+
+@dataclasses.dataclass
+class Compared:
+    """A suite's run with the adapter beside its bare run.
+
+    Attributes:
+        worse: Tests that were worse with the adapter, each time.
+        faults: What else speaks against the adapter, or against the comparison.
+    """
+
+    bare: Ran
+    wrapped: Ran
+    worse: list[str]
+    faults: list[str]
+
+    def __str__(self) -> str:
+        lines = [
+            f"  bare     {self.bare}",
+            f"  adapter  {self.wrapped}; {self.wrapped.measured} requests measured",
+            *(f"  failed in both: {test}" for test in sorted(self.bare.those("failed"))),
+            *(f"  WORSE WITH THE ADAPTER: {test}" for test in self.worse),
+            *(f"  FAULT: {fault}" for fault in self.faults),
+        ]
+        return "\n".join(lines)
+
+
+class Workplace:
+    """A suite's tests and their environment, in a directory that is empty before.
+
+    Raises:
+        Unavailable: If something can't be fetched.
+    """
+
+    def __init__(self, name: str, directory: pathlib.Path) -> None:
+        self.name, self.suite, self.directory = name, SUITES[name], directory
+        self._runs = 0
+        self._make_environment()
+        if self.suite.is_installed:
+            spec = importlib.util.find_spec(f"{name}.test")
+            assert spec is not None and spec.submodule_search_locations
+            self.root, self.tests = directory, spec.submodule_search_locations[0]
+            (directory / "pytest.ini").write_text("[pytest]\n")  # not that of a directory above the package
+        else:
+            self.root, self.tests = self._unpacked(), "tests"
+
+    def _pip(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+        try:
+            ran = subprocess.run(
+                command, cwd=self.directory, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                env=clean_environment(), timeout=120, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise Unavailable(f"{self.name}: {error}") from None
+        if ran.returncode:
+            raise Unavailable(f"{self.name}: pip {arguments[-1]}: {ran.stderr.strip()[-500:]}")
+
+    def _make_environment(self) -> None:
+        place = self.directory / "env"
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True, timeout=60)
+        self.python = place / "bin" / "python"
+        self._pip("--python", str(self.python), "--version")
+        (packages,) = place.glob("lib/*/site-packages")
+        ours = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+        lines = [
+            *(f"import site; site.addsitedir({path!r})" for path in sorted(ours)),
+            f"import os; 'TAPES_SUITE_CHILD' in os.environ and __import__({PLUGIN!r}).wrap_in_child()",
+        ]
+        (packages / "ours.pth").write_text("\n".join(lines) + "\n")
+        shutil.copy(pathlib.Path(__file__).with_name("suite_plugin.py"), packages / f"{PLUGIN}.py")
+        self._pip("--python", str(self.python), "install", "--quiet", *self.suite.needs)
+
+    def _unpacked(self) -> pathlib.Path:
+        """Return a directory with the project's tests, and without its sources."""
+        version = importlib.metadata.version(self.name)
+        self._pip("download", "--no-deps", "--no-binary", self.name, "-d", ".", f"{self.name}=={version}")
+        (archive,) = self.directory.glob("*.tar.gz")
+        with tarfile.open(archive) as file:
+            file.extractall(self.directory / "source", **_SAFELY)
+        (root,) = (self.directory / "source").iterdir()
+        for sources in (root / "src", root / self.name):  # what is tested is installed
+            shutil.rmtree(sources, ignore_errors=True)
+        return root
+
+    def run(self, wraps: bool, tests: Iterable[str] = ()) -> Ran:
+        """Run the suite, or some files of it."""
+        self._runs += 1
+        place = self.directory / f"run{self._runs}"
+        (place / "children").mkdir(parents=True)
+        command = [
+            str(self.python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", PLUGIN, "--timeout=60",
+            "--basetemp", str(place / "tmp"), "--rootdir", str(self.root), *self.suite.options,
+            *(f"--deselect={test}" for test in EXCLUDED.get(self.name, {})),
+            *(["-c", "pytest.ini"] if self.suite.is_installed else []),
+            *(tests or [self.tests]),
+        ]  # fmt: skip
+        more = {
+            "TAPES_SUITE_OUTCOMES": str(place / "outcomes"),
+            "TAPES_SUITE_CHILDREN": str(place / "children"),
+        }
+        if wraps:
+            more["TAPES_SUITE_WRAPS"] = self.name
+        began = time.monotonic()
+        with running(command, cwd=self.root, **more) as process:
+            process.wait(SECONDS)
+        output = (self.root / "output.log").read_text(errors="replace")
+        (self.root / "output.log").rename(place / "output.log")
+        if not (place / "outcomes").exists():
+            raise AssertionError(f"{self.name}: the suite did not run: {output[-3000:]}")
+        found = json.loads((place / "outcomes").read_text())
+        return Ran(**found, output=output, seconds=time.monotonic() - began)
+
+
+def compare(name: str, directory: pathlib.Path) -> Compared:
+    """Run a suite bare and with the adapter; what differs runs once more, in both modes.
+
+    Raises:
+        Unavailable: If something can't be fetched.
+    """
+    workplace = Workplace(name, directory)
+    bare, wrapped = workplace.run(wraps=False), workplace.run(wraps=True)
+    worse = _worse(bare, wrapped)
+    if worse:
+        files = sorted({test.partition("::")[0] for test in worse})
+        again = workplace.run(wraps=False, tests=files), workplace.run(wraps=True, tests=files)
+        worse &= _worse(*again)
+    faults = []
+    if wrapped.outcomes.keys() != bare.outcomes.keys():
+        faults.append(f"other tests were found: {sorted(wrapped.outcomes.keys() ^ bare.outcomes.keys())}")
+    if len(bare.those("passed")) < 0.9 * len(bare.outcomes):
+        faults.append("too few tests pass without the adapter to compare anything")
+    if wrapped.measured < SUITES[name].measured or bare.measured:
+        faults.append(f"{wrapped.measured} requests were measured with the adapter, {bare.measured} without")
+    return Compared(bare, wrapped, sorted(worse), faults)
+
+
+def _worse(bare: Ran, wrapped: Ran) -> set[str]:
+    return (bare.those("passed") - wrapped.those("passed")) | (wrapped.those("failed") - bare.those("failed"))
+
+
+def main(names: list[str]) -> int:
+    """Compare these suites, or all; return 1 if one is worse with the adapter."""
+    status = 0
+    for name in names or SUITES:
+        with tempfile.TemporaryDirectory(prefix="tt") as directory:
+            compared = compare(name, pathlib.Path(directory))
+        status |= bool(compared.worse or compared.faults)
+        print(f"{name} {importlib.metadata.version(name)}\n{compared}", flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
