@@ -124,7 +124,7 @@ class Adapter:
         if self._route_of is not None:
             named = self._called(self._route_of, exchange.source, "the callable for routes")
             exchange.route = label_text(named or exchange.route)
-        labels = exchange.labels
+        labels = getattr(exchange, "labels", None)
         if labels is None:
             labels = self.further_labels(exchange.source)
         series = {
@@ -202,17 +202,17 @@ _GUARD = "the guard of the metrics, so nobody may read them,"
 class Exchange:
     """One request from its call to its end, whatever its protocol; ending it twice is harmless.
 
-    A subclass sets all attributes when it is made, and moves `Adapter.active` up by appending ``UP_ONE`` to
-    its buffer, which takes less than a call; what this takes is added to every request.
+    Who makes one sets its attributes, and moves `Adapter.active` up by appending ``UP_ONE`` to its buffer:
+    what calls would take is added to every request.
 
     Attributes:
         adapter: Where it is recorded; ``None`` once it has ended.
         source: The request.
         method: Its method, as the client spelled it.
         route: The route's template, `UNMATCHED` if it isn't known yet, ``None`` if nothing is to be recorded.
-        labels: What `Adapter.further_labels` returned, ``None`` if that was not called yet.
-        received: Bytes of its body.
-        sent: Bytes of the answer's body.
+        labels: What `Adapter.further_labels` returned, if that was called before the end.
+        received: Bytes of its body, if the adapter wants ``body_sizes``.
+        sent: Bytes of the answer's body, likewise.
         start: When it began, on the registry's clock.
     """
 
@@ -221,7 +221,7 @@ class Exchange:
     source: Any
     method: str
     route: str | None
-    labels: Mapping[str, Any] | None
+    labels: Mapping[str, Any]
     received: int
     sent: int
     start: float
@@ -241,11 +241,16 @@ class Exchange:
         try:
             if self.route is UNMATCHED:
                 self.route = self.late_route()
-            timer = adapter.timers.get((self.method, self.route, status))
-            if timer is None:
-                timer = adapter.timer_of(self, status)
+            timer = adapter.timers.get((self.method, self.route, status)) or adapter.timer_of(self, status)
             if timer is not None:
-                timer.record(now - self.start, now)
+                # What follows is Timer.record(). After the application's code most of what is run here has
+                # to be fetched from memory again, so what counts is how many functions there are.
+                if now >= timer._tick_end:
+                    timer._fold(now)
+                durations = timer._buffer
+                durations.append(now - self.start)
+                if len(durations) >= FULL:
+                    timer._fold(now)
             if adapter.body_sizes:
                 adapter.record_sizes(self)
         except Exception as error:

@@ -37,13 +37,13 @@ class Membership:
     """Whether this process has found its place in the service. Safe from any thread, and across forks.
 
     Attributes:
-        pid: The process that has; compare it with ``os.getpid()`` at the start of every request, as servers
-            that fork in C run no hook, and call `begin` if it is another.
+        mark: Its byte 0 says whether this process has. Look at it at the start of every request, as servers
+            that fork in C run no hook, and call `begin` if it is 0; see `tapes.forks.mark`.
         is_off: Whether tapes is turned off (``TAPES_DISABLED=1``).
     """
 
     def __init__(self, registry: Registry) -> None:
-        self.pid = 0
+        self.mark = forks.mark()
         self.is_off = is_disabled()
         self._registry = registry
         self._of_process: dict[int, _Here] = {}
@@ -59,7 +59,7 @@ class Membership:
         forks.check()
         here = self._here()
         here.is_member = here.is_member or (not self.is_off and (says_several or is_one_of_several()))
-        self.pid = os.getpid()
+        self.mark[0] = 1
         return here.is_member and here.joining is None and not _has_joined(self._registry)
 
     def join(self) -> None:
@@ -88,7 +88,7 @@ class Membership:
 
     def leave(self) -> None:
         """Hand over the last values; the next request, if there is one, joins again."""
-        self.pid = 0
+        self.mark[0] = 0
         self._of_process.clear()
         if self._registry.connection is not None:
             try:

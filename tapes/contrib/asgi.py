@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Iterable, MutableMapping
-from os import getpid
 from typing import Any, Callable
 
 from tapes.contrib._http import UNMATCHED, UP_ONE, Adapter, Exchange, Guard, LabelsOf, RouteOf, status_of
@@ -98,7 +97,8 @@ class TapesMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a connection, as ASGI 3 says."""
         kind = scope["type"]
-        if getpid() != self._service.pid and self._service.begin():
+        service = self._service
+        if not service.mark[0] and service.begin():
             await self._join()
         if kind == "lifespan":
             await self._live(scope, receive, send)
@@ -117,10 +117,23 @@ class TapesMiddleware:
             else:
                 await self.app(scope, receive, send)
             return
-        if self._service.is_off:
+        if service.is_off:
             await self.app(scope, receive, send)
             return
-        exchange = (_Request if kind == "http" else _WebSocket)(self, scope, root_path, receive, send)
+        exchange: _Exchange = _Request() if kind == "http" else _WebSocket()
+        exchange.adapter = adapter
+        exchange.source = scope
+        exchange.method = scope.get("method", "GET")
+        exchange.route = UNMATCHED
+        exchange.received = exchange.sent = 0
+        exchange._middleware = self
+        exchange._root_path = root_path
+        exchange._receive = receive
+        exchange._send = send
+        exchange._status = 500
+        exchange._gone = exchange._trailers = False
+        adapter.active._buffer.append(UP_ONE)
+        exchange.start = adapter.clock()
         try:
             await self.app(scope, exchange.receive, exchange.send)
         except BaseException as error:
@@ -135,11 +148,10 @@ class TapesMiddleware:
         await self._until_the_loop_ends.__anext__()
 
     async def _leave_at_the_end(self) -> AsyncGenerator[None, None]:
-        pid = getpid()
         try:
             yield
         finally:
-            if getpid() == pid:
+            if self._service.mark[0]:
                 self._service.leave()
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -172,23 +184,13 @@ class _Exchange(Exchange):
 
     __slots__ = ("_gone", "_middleware", "_receive", "_root_path", "_send", "_status", "_trailers")
 
-    def __init__(
-        self, middleware: TapesMiddleware, scope: Scope, root_path: str, receive: Receive, send: Send
-    ) -> None:
-        self.adapter = adapter = middleware._adapter
-        self.source = scope
-        self.method = scope.get("method", "GET")
-        self.route = UNMATCHED
-        self.labels = None
-        self.received = self.sent = 0
-        self._middleware = middleware
-        self._root_path = root_path
-        self._receive = receive
-        self._send = send
-        self._status = 500
-        self._gone = self._trailers = False
-        adapter.active._buffer.append(UP_ONE)
-        self.start = adapter.clock()
+    _gone: bool
+    _middleware: TapesMiddleware
+    _receive: Receive
+    _root_path: str
+    _send: Send
+    _status: int
+    _trailers: bool
 
     async def receive(self) -> Message:
         raise NotImplementedError
@@ -251,8 +253,7 @@ _BODIES = frozenset({"http.response.body", "http.response.pathsend", "http.respo
 class _WebSocket(_Exchange):
     __slots__ = ("_open",)
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self) -> None:
         self._open: OpenConnection | None = None
 
     async def receive(self) -> Message:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable
-from os import getpid
 from typing import Any, ClassVar
 
 import tapes
@@ -223,7 +222,7 @@ class _Request(Watch, Exchange):
 
     def __init__(self, request: HTTPServerRequest, adapter: Adapter) -> None:
         self.adapter, self.source, self.method = adapter, request, request.method or ""
-        self.active, self.route, self.labels = adapter.active, UNMATCHED, None
+        self.active, self.route = adapter.active, UNMATCHED
         self.watch(request.connection, *(["write"] if adapter.body_sizes else []))
         self.active.increment()
         self.start = adapter.clock()
@@ -251,6 +250,6 @@ class _MeteredRequest(Watch):
 def _joined(registry: Registry) -> Membership:
     """Return this process's membership in the service; blocks once, to join it."""
     service = _services.get(registry) or _services.setdefault(registry, Membership(registry))
-    if getpid() != service.pid and service.begin():
+    if not service.mark[0] and service.begin():
         service.join()
     return service

@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from http import HTTPStatus
-from os import getpid
 from typing import Any, Callable, cast
 
 from tapes.contrib._http import UNMATCHED, UP_ONE, Adapter, Exchange, Guard, LabelsOf, RouteOf, status_of
@@ -77,32 +76,41 @@ class TapesMiddleware:
             guard=guard, prefix=prefix, route=route,
         )  # fmt: skip
         self._service = self._adapter.service
-        self.says_more = self._adapter.labels_of is not None
-        self.counts = self._adapter.body_sizes
         mounts = getattr(app, "mounts", None)  # of werkzeug's DispatcherMiddleware
         self._mounts = mounts if isinstance(mounts, dict) else {}
-        self.looks_closer = bool(self._mounts)
         self._is_left_out: Callable[[str], bool] | None = None
+        has_labels = self._adapter.labels_of is not None
+        self._has_more = has_labels or self._adapter.body_sizes or bool(self._mounts)
         _watch_failures(app)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Answer a request, as PEP 3333 says."""
-        adapter = self._adapter
-        if getpid() != self._service.pid and self._service.begin(bool(environ.get("wsgi.multiprocess"))):
-            self._service.join()
+        adapter, service = self._adapter, self._service
+        if not service.mark[0] and service.begin(bool(environ.get("wsgi.multiprocess"))):
+            service.join()
         path = environ.get("PATH_INFO", "")
         if path in adapter.own_paths or (adapter.excluded_below and adapter.leaves_out(path)):
             if path in adapter.metrics_paths:
                 return self._answer(environ, start_response)
             return self._app(environ, start_response)
-        if self._service.is_off:
+        if service.is_off:
             return self._app(environ, start_response)
-        exchange = _Exchange(self, environ, start_response)
-        if self.counts:
-            length = environ.get("CONTENT_LENGTH") or ""
-            exchange.received = int(length) if length.isdecimal() else 0  # a client may claim anything
+        exchange = _Exchange()
+        exchange.adapter = adapter
+        exchange.source = environ
+        exchange.method = environ.get("REQUEST_METHOD", "")
+        exchange.route = UNMATCHED
+        exchange.sent = 0
+        exchange._middleware = self
+        exchange._start_response = start_response
+        exchange._status = "500"
+        exchange._began = False
+        adapter.active._buffer.append(UP_ONE)
+        exchange.start = adapter.clock()
+        if self._has_more:
+            exchange.prepare()
         try:
-            body = self._app(environ, exchange.start_response)
+            exchange.body = body = self._app(environ, exchange.start_response)
         except BaseException as error:
             exchange.end(status_of(error))
             raise
@@ -110,7 +118,6 @@ class TapesMiddleware:
         if wrapper is not None and _is_file(body, wrapper):
             exchange.watch(body)
             return body
-        exchange.body = body
         if hasattr(body, "__len__"):
             exchange.__class__ = _SizedExchange
         return exchange
@@ -118,7 +125,7 @@ class TapesMiddleware:
     def leave_out(self, is_left_out: Callable[[str], bool]) -> None:
         """Do not measure requests for the endpoints of Flask of which ``is_left_out`` is true."""
         self._is_left_out = is_left_out
-        self.looks_closer = True
+        self._has_more = True
 
     def _answer(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         method = environ.get("REQUEST_METHOD", "")
@@ -138,26 +145,23 @@ class _Exchange(Exchange):
         "_began", "_headers", "_iterator", "_middleware", "_script", "_start_response", "_status", "body"
     )  # fmt: skip
     body: Iterable[bytes]
+    _began: bool
+    _headers: Any
+    _iterator: Iterator[bytes]
+    _middleware: TapesMiddleware
+    _script: str
+    _start_response: StartResponse
+    _status: str
 
-    def __init__(self, middleware: TapesMiddleware, environ: Environ, start_response: StartResponse) -> None:
-        self.adapter = adapter = middleware._adapter
-        self.source = environ
-        self.method = environ.get("REQUEST_METHOD", "")
-        self.route = UNMATCHED
-        self.labels = None
-        self.received = self.sent = 0
-        self._middleware = middleware
-        self._start_response = start_response
-        self._status = "500"
-        self._headers: Any = ()
-        self._iterator: Iterator[bytes] | None = None
-        self._began = False
-        self._script = environ.get("SCRIPT_NAME") if middleware._mounts else None
-        adapter.active._buffer.append(UP_ONE)
-        self.start = adapter.clock()
+    def prepare(self) -> None:
+        """Note what is asked for by options alone."""
+        self._script = self.source.get("SCRIPT_NAME", "")
+        length = self.source.get("CONTENT_LENGTH") or ""
+        self.received = int(length) if length.isdecimal() else 0  # a client may claim anything
 
     def start_response(self, status: str, headers: Any, exc_info: Any = None) -> Any:
         """Pass on the beginning of the answer."""
+        middleware = self._middleware
         try:
             self._status = status[:3]
             self._headers = headers
@@ -167,25 +171,27 @@ class _Exchange(Exchange):
                 rule = getattr(request, "url_rule", None)
                 if rule is not None:
                     self.route = rule.rule
-                    if self._middleware.looks_closer:
-                        self._look_closer(rule)
-            if self._middleware.says_more and self.labels is None:
-                self.labels = self._middleware._adapter.further_labels(self.source)
+            if middleware._has_more:
+                self._look_closer(request)
         except Exception as error:
-            self._middleware._adapter.complain("tapes could not see how an answer starts", error)
+            middleware._adapter.complain("tapes could not see how an answer starts", error)
         if exc_info is None:
             write = self._start_response(status, headers)
         else:
             write = self._start_response(status, headers, exc_info)
-        return self._counting(write) if self._middleware.counts else write
+        return self._counting(write) if middleware._has_more else write
 
-    def _look_closer(self, rule: Any) -> None:
-        left_out = self._middleware._is_left_out
-        if left_out is not None and left_out(rule.endpoint):
-            self.route = None
-        elif self._script is not None:
-            mounted = self.source.get("SCRIPT_NAME", "")[len(self._script) :]
-            self.route = (mounted if mounted in self._middleware._mounts else "") + rule.rule
+    def _look_closer(self, request: Any) -> None:
+        middleware = self._middleware
+        if not hasattr(self, "labels"):
+            self.labels = middleware._adapter.further_labels(self.source)
+        rule = getattr(request, "url_rule", None)
+        if rule is not None:
+            if middleware._is_left_out is not None and middleware._is_left_out(rule.endpoint):
+                self.route = None
+            elif middleware._mounts:
+                mounted = self.source.get("SCRIPT_NAME", "")[len(self._script) :]
+                self.route = (mounted if mounted in middleware._mounts else "") + rule.rule
 
     def _counting(self, write: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
         def counting(data: bytes) -> Any:
@@ -201,7 +207,8 @@ class _Exchange(Exchange):
             for data in self.body:
                 self.sent += len(data)
                 yield data
-        except GeneratorExit:  # the server has stopped asking; close() follows
+        except GeneratorExit:  # the server has stopped asking
+            self.end(self._status_at_close())
             raise
         except BaseException as error:
             self.end(status_of(error))
@@ -210,7 +217,7 @@ class _Exchange(Exchange):
 
     def __next__(self) -> bytes:
         """For callers that take a body for an iterator; PEP 3333 says that it is an iterable."""
-        if self._iterator is None:
+        if not hasattr(self, "_iterator"):
             self._iterator = iter(self)
         return next(self._iterator)
 
@@ -244,18 +251,13 @@ class _Exchange(Exchange):
         """Return 499 if the server stopped asking in the middle: the client went away."""
         if not self._began:
             return self._status
-        for name, value in self._headers:
+        for name, value in getattr(self, "_headers", ()):
             if name.lower() == "content-length" and value == str(self.sent):
                 return self._status
         return "499"
 
     def late_route(self) -> str:
         return self.source.get(ROUTE) or UNMATCHED
-
-    def __del__(self) -> None:
-        # A caller that drops the body without close() ends the request too: nothing stays active for ever.
-        if self.adapter is not None:
-            self.end(self._status_at_close())
 
 
 class _SizedExchange(_Exchange):

@@ -399,16 +399,14 @@ def test_a_client_that_goes_away_is_a_499(registry):
 
 
 def test_a_body_that_is_dropped_ends_its_request(registry):
-    """By a server that forgets to close it."""
-    for pieces in (0, 1):
-        result = call(TapesMiddleware(serving([b"a", b"b"]), registry))
-        iterator = iter(result)
-        for _ in range(pieces):
-            next(iterator)
-        assert active(registry) == 1
-        del result, iterator
-        gc.collect()
-        assert active(registry) == 0
+    """By a test client that has seen enough and forgets to close it."""
+    result = call(TapesMiddleware(serving([b"a", b"b"]), registry))
+    iterator = iter(result)
+    next(iterator)
+    assert active(registry) == 1
+    del result, iterator
+    gc.collect()
+    assert active(registry) == 0
 
 
 def test_the_answer_may_start_late(registry):
