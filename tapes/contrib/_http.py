@@ -80,13 +80,19 @@ class Adapter:
         prefix: str = "",
         route: RouteOf = None,
     ) -> None:
-        self.registry = default_registry if registry is None else registry
-        if not isinstance(self.registry, Registry):
+        registry = default_registry if registry is None else registry
+        if not isinstance(registry, Registry):
             raise InvalidArgument("registry", got=registry, expected="a tapes.Registry, or None")
+        before = f"{prefix}." if prefix else ""
+        # First what every request touches, so that it lies together in memory.
+        self.clock = registry.clock
+        self.active = registry.gauge(before + _ACTIVE)
+        self.timers: dict[Any, Timer] = {}
+        self.body_sizes = body_sizes
+        self.registry = registry
         for name, given in (("guard", guard), ("route", route)):
             if not (given is None or callable(given)):
                 raise InvalidArgument(name, got=given, expected="a callable of one argument, or None")
-        self.clock = self.registry.clock
         self.service = Membership(self.registry)
         self.metrics_paths = _paths("metrics_path", [] if metrics_path is None else [metrics_path])
         excluded = [exclude] if isinstance(exclude, str) else list(exclude)
@@ -94,18 +100,14 @@ class Adapter:
         self.own_paths = self.metrics_paths | left_out
         self.excluded_below = tuple(path[:-1] for path in excluded if _is_below(path))
         self.guard = guard
-        self.body_sizes = body_sizes
         self._route_of = route
         self.labels_of = labels if callable(labels) else None
         self._labels = {} if callable(labels) else dict(canonical_labels(labels, {}))
-        self.timers: dict[Any, Timer] = {}
         self._labelled: dict[Any, Timer] = {}
         self._complaints: set[tuple[str, type]] = set()
-        before = f"{prefix}." if prefix else ""
         self._duration = before + _DURATION
         self._request_size = before + _REQUEST_SIZE
         self._response_size = before + _RESPONSE_SIZE
-        self.active = self.registry.gauge(before + _ACTIVE)
         describe = self.registry.describe
         describe(self._duration, "Duration of HTTP requests, to the last byte of the answer.")
         describe(before + _ACTIVE, "HTTP requests that are being answered.")
@@ -156,7 +158,7 @@ class Adapter:
         if exchange.route is not None:
             labels = {"method": _known(exchange.method), "route": label_text(exchange.route)}
             self.registry.histogram(self._request_size, labels=labels).update(exchange.received)
-            self.registry.histogram(self._response_size, labels=labels).update(exchange.sent)
+            self.registry.histogram(self._response_size, labels=labels).update(max(0, exchange.sent))
 
     def _called(self, function: Callable[[Any], Any], source: Any, what: str) -> Any:
         try:

@@ -75,7 +75,9 @@ class TapesMiddleware:
             registry, metrics_path=metrics_path, exclude=exclude, labels=labels, body_sizes=body_sizes,
             guard=guard, prefix=prefix, route=route,
         )  # fmt: skip
-        self._service = self._adapter.service
+        self._mark = self._adapter.service.mark
+        self._own_paths = self._adapter.own_paths
+        self._has_below = bool(self._adapter.excluded_below)
         mounts = getattr(app, "mounts", None)  # of werkzeug's DispatcherMiddleware
         self._mounts = mounts if isinstance(mounts, dict) else {}
         self._is_left_out: Callable[[str], bool] | None = None
@@ -85,32 +87,30 @@ class TapesMiddleware:
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Answer a request, as PEP 3333 says."""
-        adapter, service = self._adapter, self._service
-        if not service.mark[0] and service.begin(bool(environ.get("wsgi.multiprocess"))):
-            service.join()
+        if not self._mark[0] and not self._begin(environ):
+            return self._app(environ, start_response)
+        adapter = self._adapter
         path = environ.get("PATH_INFO", "")
-        if path in adapter.own_paths or (adapter.excluded_below and adapter.leaves_out(path)):
+        if path in self._own_paths or (self._has_below and adapter.leaves_out(path)):
             if path in adapter.metrics_paths:
                 return self._answer(environ, start_response)
-            return self._app(environ, start_response)
-        if service.is_off:
             return self._app(environ, start_response)
         exchange = _Exchange()
         exchange.adapter = adapter
         exchange.source = environ
         exchange.method = environ.get("REQUEST_METHOD", "")
         exchange.route = UNMATCHED
-        exchange.sent = 0
-        exchange._middleware = self
+        exchange.sent = -1
         exchange._start_response = start_response
         exchange._status = "500"
-        exchange._began = False
         adapter.active._buffer.append(UP_ONE)
         exchange.start = adapter.clock()
+        respond = exchange.start_response
         if self._has_more:
-            exchange.prepare()
+            exchange.prepare(self)
+            respond = exchange.start_response_closely
         try:
-            exchange.body = body = self._app(environ, exchange.start_response)
+            exchange.body = body = self._app(environ, respond)
         except BaseException as error:
             exchange.end(status_of(error))
             raise
@@ -122,17 +122,32 @@ class TapesMiddleware:
             exchange.__class__ = _SizedExchange
         return exchange
 
+    def _begin(self, environ: Environ) -> bool:
+        """Join, if this process has to; return whether requests are measured."""
+        service = self._adapter.service
+        if service.is_off:
+            return environ.get("PATH_INFO", "") in self._adapter.metrics_paths
+        if service.begin(bool(environ.get("wsgi.multiprocess"))):
+            service.join()
+        return True
+
     def leave_out(self, is_left_out: Callable[[str], bool]) -> None:
         """Do not measure requests for the endpoints of Flask of which ``is_left_out`` is true."""
         self._is_left_out = is_left_out
         self._has_more = True
+
+    def route_of(self, rule: Any, mounted: str) -> str | None:
+        """Return the template of a rule of Flask; ``None`` if it is left out."""
+        if self._is_left_out is not None and self._is_left_out(rule.endpoint):
+            return None
+        return (mounted if mounted in self._mounts else "") + str(rule.rule)
 
     def _answer(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         method = environ.get("REQUEST_METHOD", "")
         allowed = self._adapter.is_allowed(environ)
         status, headers, body = refusal(
             method, environ.get("HTTP_AUTHORIZATION", ""), allowed
-        ) or self._service.answer(environ.get("HTTP_ACCEPT", ""), environ.get("QUERY_STRING", ""))
+        ) or self._adapter.service.answer(environ.get("HTTP_ACCEPT", ""), environ.get("QUERY_STRING", ""))
         headers["Content-Length"] = str(len(body))
         start_response(f"{status} {HTTPStatus(status).phrase}", list(headers.items()))
         return [] if method == "HEAD" else [body]
@@ -141,11 +156,8 @@ class TapesMiddleware:
 class _Exchange(Exchange):
     """One request, and the body of its answer."""
 
-    __slots__ = (
-        "_began", "_headers", "_iterator", "_middleware", "_script", "_start_response", "_status", "body"
-    )  # fmt: skip
+    __slots__ = ("_headers", "_iterator", "_middleware", "_script", "_start_response", "_status", "body")
     body: Iterable[bytes]
-    _began: bool
     _headers: Any
     _iterator: Iterator[bytes]
     _middleware: TapesMiddleware
@@ -153,56 +165,53 @@ class _Exchange(Exchange):
     _start_response: StartResponse
     _status: str
 
-    def prepare(self) -> None:
-        """Note what is asked for by options alone."""
-        self._script = self.source.get("SCRIPT_NAME", "")
-        length = self.source.get("CONTENT_LENGTH") or ""
-        self.received = int(length) if length.isdecimal() else 0  # a client may claim anything
-
     def start_response(self, status: str, headers: Any, exc_info: Any = None) -> Any:
         """Pass on the beginning of the answer."""
-        middleware = self._middleware
         try:
             self._status = status[:3]
             self._headers = headers
             # Flask drops its request before the application returns, so the route is looked up here.
             request = self.source.get("werkzeug.request")
             if request is not None:
-                rule = getattr(request, "url_rule", None)
-                if rule is not None:
-                    self.route = rule.rule
-            if middleware._has_more:
-                self._look_closer(request)
+                self.route = request.url_rule.rule
+        except (AttributeError, TypeError):  # no rule matched; or what is no status, which the server refuses
+            pass
+        if exc_info is None:
+            return self._start_response(status, headers)
+        return self._start_response(status, headers, exc_info)
+
+    def prepare(self, middleware: TapesMiddleware) -> None:
+        """Get ready for `start_response_closely`."""
+        self._middleware = middleware
+        self._script = self.source.get("SCRIPT_NAME", "")
+        length = self.source.get("CONTENT_LENGTH") or ""
+        self.received = int(length) if length.isdecimal() else 0  # a client may claim anything
+
+    def start_response_closely(self, status: str, headers: Any, exc_info: Any = None) -> Any:
+        """Pass it on, and see what options ask for."""
+        write = self.start_response(status, headers, exc_info)
+        middleware = self._middleware
+        try:
+            if not hasattr(self, "labels"):
+                self.labels = middleware._adapter.further_labels(self.source)
+            rule = getattr(self.source.get("werkzeug.request"), "url_rule", None)
+            if rule is not None:
+                self.route = middleware.route_of(
+                    rule, self.source.get("SCRIPT_NAME", "")[len(self._script) :]
+                )
         except Exception as error:
             middleware._adapter.complain("tapes could not see how an answer starts", error)
-        if exc_info is None:
-            write = self._start_response(status, headers)
-        else:
-            write = self._start_response(status, headers, exc_info)
-        return self._counting(write) if middleware._has_more else write
 
-    def _look_closer(self, request: Any) -> None:
-        middleware = self._middleware
-        if not hasattr(self, "labels"):
-            self.labels = middleware._adapter.further_labels(self.source)
-        rule = getattr(request, "url_rule", None)
-        if rule is not None:
-            if middleware._is_left_out is not None and middleware._is_left_out(rule.endpoint):
-                self.route = None
-            elif middleware._mounts:
-                mounted = self.source.get("SCRIPT_NAME", "")[len(self._script) :]
-                self.route = (mounted if mounted in middleware._mounts else "") + rule.rule
-
-    def _counting(self, write: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
         def counting(data: bytes) -> Any:
-            self.sent += len(data)
+            self.sent = max(0, self.sent) + len(data)
             return write(data)
 
         return counting
 
     def __iter__(self) -> Iterator[bytes]:
         # A generator is resumed in half the time that a call of __next__() takes.
-        self._began = True
+        if self.sent < 0:
+            self.sent = 0
         try:
             for data in self.body:
                 self.sent += len(data)
@@ -249,7 +258,7 @@ class _Exchange(Exchange):
 
     def _status_at_close(self) -> str:
         """Return 499 if the server stopped asking in the middle: the client went away."""
-        if not self._began:
+        if self.sent < 0:
             return self._status
         for name, value in getattr(self, "_headers", ()):
             if name.lower() == "content-length" and value == str(self.sent):
