@@ -1,6 +1,6 @@
 """`make bench`: where tapes stands, beside its peers, as ratios of one interleaved run.
 
-Writes docs/benchmarks.md and docs/benchmarks.svg. Takes about a minute, on one core.
+Writes docs/benchmarks.md and docs/benchmarks.svg. Takes about two minutes, on one core.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+from adapters import adapters, under_gunicorn
 from contenders import ROWS
 from measure import Figure
 from questions import (
@@ -102,6 +103,15 @@ One thread, folding included; in brackets the ratio to prometheus_client. ddsket
 not safe from several threads; promrs is Rust, for one process, and runs on CPython 3.12 and later.
 
 {hot}
+## Adapters
+
+What a middleware adds to a request, in process; the one beside it is written by hand over prometheus_client, with a
+counter and a histogram.
+
+{adapters}
+Under gunicorn, over the same application without metrics:
+
+{under_gunicorn}
 ## Threads
 
 Nanoseconds per call over all threads.
@@ -128,13 +138,15 @@ def main() -> None:
     rows = [*calls_alone(), *rows, *connected()]
     sections: dict[str, str] = {"hot": hot_table(figures)}
     heads = {
+        "adapters": ["added to a request", "tapes", "hand-written prometheus_client"],
+        "under_gunicorn": ["gunicorn, gthread", "requests a second", "processor time a request"],
         "threads": ["", "1", "2", "4", "8 threads"],
         "works": ["what", "time"],
         "memory": ["what", "size"],
         "imports": ["what", "time"],
         "quantiles": ["values", "one sketch", "merged over 8"],
     }
-    for section in (threads, works, memory, imports, quantiles):
+    for section in (adapters, under_gunicorn, threads, works, memory, imports, quantiles):
         table, more = section()
         sections[section.__name__] = markdown(heads[section.__name__], table)
         rows += more

@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 __all__ = ["DURATION", "Outbox", "Publisher"]
 
 DURATION = "tapes.publish.duration"
-"""The timer of publications; by itself it is no reason for another one."""
+"""The timer of publications; by itself it is no reason for another one, and it is told once a second."""
 
 INTERVAL_SECONDS = 0.1
+_DURATION_SECONDS = 1.0
 _SHARE = 20
 _LONELY_SECONDS = 5.0
 """So long without an aggregator is worth a warning, once."""
@@ -75,6 +76,7 @@ class Outbox:
         self._revision = -1
         self._made = (-1, -1)
         self._series: dict[tuple[str, Labels], _Series] = {}
+        self._duration_told = 0.0
 
     def published(self, series: tuple[str, Labels]) -> State | None:
         """Return the state of a series that was published last, ``None`` if none was."""
@@ -103,6 +105,8 @@ class Outbox:
                 return False
             for item in update.items:
                 self._series[item.name, item.labels].told = item.state
+                if item.name == DURATION:
+                    self._duration_told = started
             self.published_seq = update.seq
             self._revision = revision
         self.registry.own(Timer, DURATION).update(time.monotonic() - started)
@@ -125,8 +129,11 @@ class Outbox:
                 self._made = (made, revision)
             for series in self._series.values():
                 if not series.metric.is_at(series.told):
+                    if series.key[0] != DURATION:
+                        changed = True
+                    elif time.monotonic() - self._duration_told < _DURATION_SECONDS:
+                        continue
                     series.metric.collect()
-                    changed = changed or series.key[0] != DURATION
             if made == self.registry.made:  # else folding has found the first bad value
                 return changed
 
