@@ -105,8 +105,8 @@ not safe from several threads; promrs is Rust, for one process, and runs on CPyt
 {hot}
 ## Adapters
 
-What a middleware adds to a request, in process; the one beside it is written by hand over prometheus_client, with a
-counter and a histogram.
+What a middleware adds to a request, in process; the one beside it is written by hand over prometheus_client,
+with a counter and a histogram.
 
 {adapters}
 Under gunicorn, over the same application without metrics:

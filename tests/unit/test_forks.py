@@ -52,6 +52,37 @@ def test_a_fork_in_c_is_noticed_by_its_pid(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("fork", ["os.fork", "ctypes.PyDLL(None).fork"])
+@pytest.mark.parametrize("has_pages", [True, False], ids=["pages", "no pages"])
+def test_a_mark_is_of_one_process_alone(tmp_path, fork, has_pages):
+    """Set in the parent, it is not in its children and their children; there it can be set again."""
+    if fork != "os.fork" and sys.implementation.name == "pypy":
+        pytest.skip("needs a call into C that keeps the GIL")
+    program = f"""
+import ctypes, os
+from tapes import forks
+if not {has_pages}:
+    forks._WIPE_ON_FORK = 12345  # refused
+one, other = forks.mark(), forks.mark()
+assert isinstance(one, forks._PidMark) is not {has_pages}
+assert not one[0] and not other[0]
+one[0] = 1
+assert one[0] and not other[0]
+for generation in range(3):
+    pid = {fork}()
+    if pid:
+        assert one[0]
+        os._exit(os.waitpid(pid, 0)[1] != 0)
+    assert not one[0] and not other[0]
+    one[0] = 1
+    assert one[0]
+one[0] = 0
+os._exit(bool(one[0]))
+"""
+    done = run_python(program, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_nothing_recorded_leaves_no_record(tmp_path):
     """A fork of a process that counted nothing is free; each generation has its own record otherwise."""
     program = """

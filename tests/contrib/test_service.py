@@ -1,0 +1,146 @@
+"""Adapters join by themselves: each of these programs is a process of a service of several."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests.processes import Home, wait_for
+
+PROLOGUE = """
+import io, json, os, sys, threading
+import tapes
+from tapes.contrib.wsgi import TapesMiddleware
+
+def bare(environ, start_response):
+    start_response("200 OK", [])
+    return [b"x"]
+
+def ask(app, path="/", several=True):
+    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": path, "wsgi.multiprocess": several}
+    status = []
+    body = app(environ, lambda line, headers: status.append(line[:3]))
+    data = b"".join(body)
+    if hasattr(body, "close"):
+        body.close()
+    return int(status[0]), data
+
+def counted(app):
+    status, data = ask(app, "/metrics")
+    assert status == 200, (status, data)
+    tree = json.loads(data)["http"]["server"].get("request", {}).get("duration", {})
+    return sum(one["count"] for one in tree.values()), json.loads(data)["tapes"]["workers"]
+"""
+
+
+@pytest.fixture
+def home(short_dir):
+    """Where a program runs; nothing of tapes is left of it within 4 s."""
+    home = Home(short_dir)
+    yield home
+    wait_for(home.nothing_left, "nothing is left", 4)
+
+
+def run(home, program, **environment):
+    status, output, errors = home.run([sys.executable, "-c", PROLOGUE + program], **environment)
+    assert status == 0, errors
+    return output.strip()
+
+
+def test_threads_that_come_first_together_join_once(home):
+    """32 threads with the first request each: one connection, and each request counts."""
+    program = """
+app = TapesMiddleware(bare)
+together = threading.Barrier(32)
+def first():
+    together.wait()
+    for _ in range(50):
+        ask(app)
+threads = [threading.Thread(target=first) for _ in range(32)]
+[t.start() for t in threads]; [t.join() for t in threads]
+count, workers = counted(app)
+print(count, workers['{state="live"}']["value"], len(os.listdir(os.environ["TMPDIR"])))
+"""
+    assert run(home, program) == "1600 1 1"
+
+
+def test_an_address_from_the_environment_is_where_it_joins(home):
+    """An aggregator is started there if there is none; not if that is forbidden."""
+    program = """
+app = TapesMiddleware(bare)
+ask(app)
+print(ask(app, "/metrics")[0])
+"""
+    address = f"ipc://{home.directory}/m.ipc"
+    assert run(home, program, TAPES_ADDR=address) == "200"
+    wait_for(home.nothing_left, "nothing is left", 4)
+    assert run(home, program, TAPES_ADDR=address, TAPES_AUTOSTART="0") == "503"
+
+
+@pytest.mark.parametrize("fork", ["os.fork", "ctypes.PyDLL(None).fork"])
+def test_children_are_workers_of_their_own(home, fork):
+    """Forked by Python, or in C by a process without threads, of which no hook tells: all is counted once."""
+    program = f"""
+import ctypes
+app = TapesMiddleware(bare)
+for _ in range(7):
+    ask(app, several={fork == "os.fork"})
+children = []
+for _ in range(3):
+    pid = {fork}()
+    if not pid:
+        try:
+            for _ in range(100):
+                ask(app)
+            app._adapter.service.leave()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    children.append(pid)
+for pid in children:
+    assert os.waitpid(pid, 0)[1] == 0
+tapes.join()
+print(counted(app)[0])
+"""
+    assert run(home, program) == "307"
+
+
+@pytest.mark.parametrize("registry", ["tapes.Registry()", "tapes.DistributedRegistry({address!r})"])
+def test_a_registry_of_ones_own_joins_too(home, registry):
+    """It alone; one with an address joins there."""
+    made = registry.format(address=f"ipc://{home.directory}/m.ipc")
+    program = f"""
+registry = {made}
+app = TapesMiddleware(bare, registry)
+ask(app)
+print(counted(app)[0], tapes.default_registry.connection, registry.connection is not None)
+"""
+    assert run(home, program) == "1 None True"
+
+
+def test_who_has_left_joins_again_with_the_next_request(home):
+    """As after the end of a lifespan that was not the process's."""
+    program = """
+app = TapesMiddleware(bare)
+for _ in range(3):
+    ask(app)
+    app._adapter.service.leave()
+ask(app)
+print(counted(app)[0])
+"""
+    assert run(home, program) == "4"
+
+
+def test_a_child_of_multiprocessing_that_is_no_server_starts_nothing_unless_it_serves(home):
+    """A middleware that is only made, in a pool's worker, starts nothing."""
+    program = """
+import multiprocessing
+def make(n):
+    TapesMiddleware(bare)
+    return os.listdir(os.environ["TMPDIR"])
+if __name__ == "__main__":
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        print(sum(pool.map(make, range(4)), []))
+"""
+    assert run(home, program) == "[]"
