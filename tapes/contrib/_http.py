@@ -5,12 +5,13 @@ The names are those of the OpenTelemetry HTTP semantic conventions.
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Callable, Union
 
 from tapes.contrib._service import Membership
-from tapes.errors import InvalidArgument, TapesError
+from tapes.errors import InvalidArgument
 from tapes.metrics import Timer
 from tapes.metrics.base import FULL
 from tapes.metrics.gauge import DOWN_ONE, UP_ONE
@@ -130,15 +131,17 @@ class Adapter:
         if labels is None:
             labels = self.further_labels(exchange.source)
         series = {
-            "method": _known(exchange.method), "route": label_text(exchange.route), "status": str(status)
-        }  # fmt: skip
+            "method": _known(exchange.method),
+            "route": label_text(exchange.route),
+            "status": status if isinstance(status, str) else str(int(status)),  # of an HTTPStatus too
+        }
         try:
             more = {name: label_text(value) for name, value in labels.items()}
             key = (exchange.method, exchange.route, status, *more.items())
             timer = self._labelled.get(key)
             if timer is None:
                 timer = self.registry.timer(self._duration, labels={**more, **series})
-        except (TapesError, AttributeError) as error:
+        except Exception as error:
             self.complain("tapes records requests without further labels", error)
             return self.registry.timer(self._duration, labels=series)
         if exchange.method in METHODS and dict(timer.labels).get("overflow") is None:
@@ -183,16 +186,27 @@ class Adapter:
             self._complaints.add((what, type(error)))
             _log.warning("%s (said once): %r", what, error, exc_info=error)
 
-    def is_allowed(self, source: Any) -> Any:
+    def is_allowed(self, source: Any) -> bool | None:
         """Return what the guard says; ``None`` if there is none. A guard that fails lets nobody in."""
         if self.guard is None:
             return None
-        return self._called(self.guard, source, _GUARD) or False
+        allowed = self._called(self.guard, source, _GUARD)
+        if not inspect.isawaitable(allowed):
+            return bool(allowed)
+        self.complain(
+            f"tapes: {_GUARD} has to be awaited, which can't be done here", TypeError(repr(allowed))
+        )
+        if inspect.iscoroutine(allowed):
+            allowed.close()
+        return False
 
-    async def awaited(self, allowed: Awaitable[Any]) -> Any:
-        """Return what an asynchronous guard says in the end."""
+    async def is_allowed_later(self, source: Any) -> bool | None:
+        """Return what a guard says that may be asynchronous; as `is_allowed`."""
+        if self.guard is None:
+            return None
+        allowed = self._called(self.guard, source, _GUARD)
         try:
-            return await allowed
+            return bool(await allowed if inspect.isawaitable(allowed) else allowed)
         except Exception as error:
             self.complain(f"tapes: {_GUARD} failed", error)
             return False
@@ -260,8 +274,8 @@ class Exchange:
         if adapter.registry.tells_at_request_end:
             adapter.tell()
 
-    def late_route(self) -> str:
-        """Return the route's template, now that the application has been asked."""
+    def late_route(self) -> str | None:
+        """Return the route's template, now that the application has been asked; see ``route``."""
         return UNMATCHED
 
 

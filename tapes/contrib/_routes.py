@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["Templates"]
+__all__ = ["Templates", "path_below"]
 
 
 class Templates:
@@ -24,12 +24,13 @@ class Templates:
         self._by_endpoint: dict[int, list[_Leaf]] = {}
         self._unknown: dict[int, Any] = {}
 
-    def of(self, scope: Mapping[str, Any], root_path: str) -> str | None:
+    def of(self, scope: Mapping[str, Any], root_path: str, path_at_first: str) -> str | None:
         """Return the template of a scope that has been routed; ``None`` if no route matched.
 
         Args:
             scope: As the application left it.
             root_path: The scope's, as the server had set it.
+            path_at_first: The path below it, before old versions of Starlette cut it at every mount.
         """
         route = scope.get("route")
         path = None
@@ -44,7 +45,7 @@ class Templates:
             return path
         leaves = self._leaves_of(endpoint, scope.get("router"))
         if len(leaves) > 1:
-            leaves = [leaf for leaf in leaves if leaf.matches(_path_below(scope.get("path", ""), root_path))]
+            leaves = [leaf for leaf in leaves if leaf.matches(path_at_first)]
         return leaves[0].template if leaves else path
 
     def _leaves_of(self, endpoint: Any, router: Any) -> list[_Leaf]:
@@ -95,15 +96,29 @@ def _walk(routes: Iterable[Any], above: str = "", patterns: tuple[Any, ...] = ()
             yield from _walk((one.starlette_route or one for one in included()), above, patterns)
             continue
         path, pattern = getattr(route, "path", ""), getattr(route, "path_regex", None)
+        inner = _routes_in(route)
         here = patterns if pattern is None else (*patterns, pattern)
         if not hasattr(route, "routes"):
             endpoint = getattr(route, "endpoint", None)
             if endpoint is not None and pattern is not None:
                 yield _Leaf(endpoint, above + path, here)
-        elif route.routes:
-            yield from _walk(route.routes, above + path, here)
+        elif inner:
+            yield from _walk(inner, above + path, here)
         elif pattern is not None:  # something mounted that has no routes of its own
             yield _Leaf(getattr(route, "app", None), f"{above}{path}/{{path:path}}", here)
+
+
+def _routes_in(route: Any) -> Iterable[Any]:
+    """Return the routes of what is mounted, also within middleware, which keeps what it wraps as ``app``."""
+    for _ in range(_MOST_WRAPPED):
+        routes: Iterable[Any] = getattr(route, "routes", ())
+        if routes:
+            return routes
+        route = getattr(route, "app", None)
+    return ()
+
+
+_MOST_WRAPPED = 20
 
 
 def _path_of_included(fastapi: Any, route: Any) -> str | None:
@@ -114,5 +129,7 @@ def _path_of_included(fastapi: Any, route: Any) -> str | None:
     return None
 
 
-def _path_below(path: str, root_path: str) -> str:
-    return path[len(root_path) :] if root_path and path.startswith(root_path + "/") else path
+def path_below(path: str, root_path: str) -> str:
+    """Return ``path`` without ``root_path``, which some servers leave in it and some don't."""
+    root_path = root_path.rstrip("/")
+    return path[len(root_path) :] if path.startswith(root_path + "/") else path

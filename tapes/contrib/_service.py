@@ -50,15 +50,18 @@ class Membership:
         if "uwsgi" in sys.modules and not self.is_off:
             importlib.import_module("tapes.contrib.uwsgi")  # whose hooks have to be there before the fork
 
-    def begin(self, says_several: bool = False) -> bool:
+    def begin(self, says_several: bool = False, is_development: bool = False) -> bool:
         """Notice that this is another process than before; return whether it has to `join`.
 
         Args:
             says_several: Whether the server says that there are several.
+            is_development: Whether it is known for a development server.
         """
         forks.check()
         here = self._here()
-        here.is_member = here.is_member or (not self.is_off and (says_several or is_one_of_several()))
+        if not (self.is_off or here.is_member):
+            known = bool(address_told()) if is_development else is_one_of_several()
+            here.is_member, here.is_claim = known or says_several, not known
         self.mark[0] = 1
         return here.is_member and here.joining is None and not _has_joined(self._registry)
 
@@ -72,7 +75,7 @@ class Membership:
             return
         here.joining = threading.Event()
         try:
-            _join(self._registry)
+            _join(self._registry, here.is_claim)
             here.problem = ""
         except TapesError as error:
             if str(error) != here.problem:
@@ -123,6 +126,7 @@ class _Here:
 
     def __init__(self) -> None:
         self.is_member = False
+        self.is_claim = False  # as nobody but the server says so
         self.turn = threading.Lock()
         self.joining: threading.Event | None = None
         self.tried = 0.0
@@ -158,15 +162,20 @@ def _has_joined(registry: Registry) -> bool:
     return not lacks_aggregator(registry)
 
 
-def _join(registry: Registry) -> None:
+def _join(registry: Registry, is_claim: bool) -> None:
     if not may_start() and not address_told() and not hasattr(registry, "socket_addr"):
         raise AggregatorUnavailable(
             "TAPES_AUTOSTART=0 forbids to start an aggregator",
             remedy="set TAPES_ADDR to the address of one, or start the server by tapes run -- COMMAND",
         )
-    from tapes.distributed.joining import join
+    from tapes.distributed.joining import join, supervisor
 
-    join(registry, getattr(registry, "socket_addr", None), is_one_of_several=True)
+    if is_claim and supervisor().process == forks.this_process():
+        raise AggregatorUnavailable(
+            "the server says that there are several processes, but what they have in common can't be seen",
+            remedy="start it by tapes run -- COMMAND, or set TAPES_ADDR to where they are to meet",
+        )
+    join(registry, getattr(registry, "socket_addr", None))
 
 
 def _leave(registry: Registry) -> None:

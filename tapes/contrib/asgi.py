@@ -12,12 +12,11 @@ event loop ends, which closes the asynchronous generators that are still open: o
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import AsyncGenerator, Awaitable, Iterable, MutableMapping
 from typing import Any, Callable
 
 from tapes.contrib._http import UNMATCHED, UP_ONE, Adapter, Exchange, Guard, LabelsOf, RouteOf, status_of
-from tapes.contrib._routes import Templates
+from tapes.contrib._routes import Templates, path_below
 from tapes.contrib._websocket import OpenConnection, WebSocketMetrics
 from tapes.errors import MissingExtra
 from tapes.exposition.endpoint import refusal
@@ -106,10 +105,9 @@ class TapesMiddleware:
         if kind not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        path = scope.get("path", "")
+        whole_path = scope.get("path", "")
         root_path = scope.get("root_path", "")
-        if root_path and path.startswith(root_path):
-            path = path[len(root_path) :]
+        path = path_below(whole_path, root_path) if root_path else whole_path
         adapter = self._adapter
         if path in adapter.own_paths or (adapter.excluded_below and adapter.leaves_out(path)):
             if path in adapter.metrics_paths and kind == "http":
@@ -127,11 +125,12 @@ class TapesMiddleware:
         exchange.route = UNMATCHED
         exchange.received = exchange.sent = 0
         exchange._middleware = self
+        exchange._path = path
         exchange._root_path = root_path
         exchange._receive = receive
         exchange._send = send
         exchange._status = 500
-        exchange._gone = exchange._trailers = False
+        exchange._gone = exchange._is_complete = exchange._trailers = False
         adapter.active._buffer.append(UP_ONE)
         exchange.start = adapter.clock()
         try:
@@ -144,13 +143,15 @@ class TapesMiddleware:
     async def _join(self) -> None:
         # It may wait for an aggregator to start: the event loop has other things to do.
         await run_sync(self._service.join, limiter=CapacityLimiter(1))
-        self._until_the_loop_ends = self._leave_at_the_end()
-        await self._until_the_loop_ends.__anext__()
+        if self._until_the_loop_ends is None:
+            self._until_the_loop_ends = self._leave_at_the_end()
+            await self._until_the_loop_ends.__anext__()
 
     async def _leave_at_the_end(self) -> AsyncGenerator[None, None]:
         try:
             yield
         finally:
+            self._until_the_loop_ends = None
             if self._service.mark[0]:
                 self._service.leave()
 
@@ -164,9 +165,7 @@ class TapesMiddleware:
 
     async def _answer(self, scope: Scope, send: Send) -> None:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope.get("headers", ())}
-        allowed = self._adapter.is_allowed(scope)
-        if inspect.isawaitable(allowed):
-            allowed = await self._adapter.awaited(allowed)
+        allowed = await self._adapter.is_allowed_later(scope)
         answer = refusal(scope.get("method", ""), headers.get(b"authorization", ""), allowed)
         if answer is None:
             accept, query = headers.get(b"accept", ""), scope.get("query_string", b"").decode("latin-1")
@@ -182,9 +181,21 @@ class TapesMiddleware:
 class _Exchange(Exchange):
     """One request, or the handshake of a websocket."""
 
-    __slots__ = ("_gone", "_middleware", "_receive", "_root_path", "_send", "_status", "_trailers")
+    __slots__ = (
+        "_gone",
+        "_is_complete",
+        "_middleware",
+        "_path",
+        "_receive",
+        "_root_path",
+        "_send",
+        "_status",
+        "_trailers",
+    )
 
     _gone: bool
+    _is_complete: bool
+    _path: str
     _middleware: TapesMiddleware
     _receive: Receive
     _root_path: str
@@ -204,11 +215,11 @@ class _Exchange(Exchange):
 
     def returned(self) -> None:
         """End as the application has returned, if the answer hasn't ended before."""
-        self.end(499 if self._gone else 500)
+        self.end(499 if self._gone else self._status if self._is_complete else 500)
 
     def late_route(self) -> str:
-        route = self._middleware._templates.of(self.source, self._root_path)
-        return route or self.source.get(ROUTE) or UNMATCHED
+        route = self._middleware._templates.of(self.source, self._root_path, self._path)
+        return route or str(self.source.get(ROUTE) or UNMATCHED)
 
 
 class _Request(_Exchange):
@@ -220,7 +231,7 @@ class _Request(_Exchange):
         if kind == "http.disconnect":
             self._gone = True
         elif kind == "http.request":
-            self.received += len(message.get("body", b""))
+            self.received += len(message.get("body") or b"")
         return message
 
     def send(self, message: Message) -> Awaitable[None]:
@@ -240,9 +251,11 @@ class _Request(_Exchange):
             raise
         kind = message["type"]
         if kind in _BODIES:
-            self.sent += len(message.get("body", b""))
-            if not message.get("more_body", False) and not self._trailers:
-                self.end(status)
+            self.sent += len(message.get("body") or b"")
+            if not message.get("more_body", False):
+                self._is_complete = True
+                if not self._trailers:
+                    self.end(status)
         elif kind == "http.response.trailers" and not message.get("more_trailers", False):
             self.end(status)
 

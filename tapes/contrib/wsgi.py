@@ -27,6 +27,9 @@ App = Callable[[Environ, StartResponse], Iterable[bytes]]
 
 ROUTE = "tapes.route"
 """Where in the environ an application of any framework may leave the route's template."""
+_LEFT_OUT = object()
+_MOST_DIGITS = 19
+_DEVELOPMENT = ("Werkzeug/", "WSGIServer/")
 
 
 class TapesMiddleware:
@@ -83,7 +86,10 @@ class TapesMiddleware:
         self._is_left_out: Callable[[str], bool] | None = None
         has_labels = self._adapter.labels_of is not None
         self._has_more = has_labels or self._adapter.body_sizes or bool(self._mounts)
-        _watch_failures(app)
+        flask: Any = sys.modules.get("flask")
+        owner = getattr(app, "__self__", None)
+        if flask is not None and isinstance(owner, flask.Flask):
+            flask.got_request_exception.connect(self._note_route, owner)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Answer a request, as PEP 3333 says."""
@@ -100,7 +106,7 @@ class TapesMiddleware:
         exchange.source = environ
         exchange.method = environ.get("REQUEST_METHOD", "")
         exchange.route = UNMATCHED
-        exchange.sent = -1
+        exchange.sent = -1  # nobody asked for a piece of it yet
         exchange._start_response = start_response
         exchange._status = "500"
         adapter.active._buffer.append(UP_ONE)
@@ -119,7 +125,16 @@ class TapesMiddleware:
             exchange.watch(body)
             return body
         if hasattr(body, "__len__"):
+            # granian sends a list at once; what is no body at all is the server's to refuse, or to send.
+            if isinstance(body, (bytes, str)) or (
+                isinstance(body, list) and environ.get("SERVER_SOFTWARE") == "Granian"
+            ):
+                exchange.end(exchange._status)
+                return body
             exchange.__class__ = _SizedExchange
+        elif body is None:
+            exchange.end("500")
+            return body
         return exchange
 
     def _begin(self, environ: Environ) -> bool:
@@ -127,7 +142,8 @@ class TapesMiddleware:
         service = self._adapter.service
         if service.is_off:
             return environ.get("PATH_INFO", "") in self._adapter.metrics_paths
-        if service.begin(bool(environ.get("wsgi.multiprocess"))):
+        is_development = str(environ.get("SERVER_SOFTWARE", "")).startswith(_DEVELOPMENT)
+        if service.begin(bool(environ.get("wsgi.multiprocess")), is_development):
             service.join()
         return True
 
@@ -141,6 +157,12 @@ class TapesMiddleware:
         if self._is_left_out is not None and self._is_left_out(rule.endpoint):
             return None
         return (mounted if mounted in self._mounts else "") + str(rule.rule)
+
+    def _note_route(self, sender: Any, **_: Any) -> None:
+        """Note the route of an exception that leaves Flask, as Flask drops its request before."""
+        request: Any = sys.modules["flask"].request
+        if request.url_rule is not None:
+            request.environ[ROUTE] = self.route_of(request.url_rule, "") or _LEFT_OUT
 
     def _answer(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         method = environ.get("REQUEST_METHOD", "")
@@ -182,10 +204,12 @@ class _Exchange(Exchange):
 
     def prepare(self, middleware: TapesMiddleware) -> None:
         """Get ready for `start_response_closely`."""
+        self.received = 0
         self._middleware = middleware
         self._script = self.source.get("SCRIPT_NAME", "")
         length = self.source.get("CONTENT_LENGTH") or ""
-        self.received = int(length) if length.isdecimal() else 0  # a client may claim anything
+        if length.isdecimal() and len(length) < _MOST_DIGITS:  # a client may claim anything
+            self.received = int(length)
 
     def start_response_closely(self, status: str, headers: Any, exc_info: Any = None) -> Any:
         """Pass it on, and see what options ask for."""
@@ -214,7 +238,10 @@ class _Exchange(Exchange):
             self.sent = 0
         try:
             for data in self.body:
-                self.sent += len(data)
+                try:  # noqa: SIM105 - suppress() is a call
+                    self.sent += len(data)
+                except TypeError:  # what is no bytes is for the server to find
+                    pass
                 yield data
         except GeneratorExit:  # the server has stopped asking
             self.end(self._status_at_close())
@@ -245,6 +272,7 @@ class _Exchange(Exchange):
         close = getattr(body, "close", None)
 
         def closing() -> None:
+            body.close = close  # as it was: no cycle is left
             try:
                 if close is not None:
                     close()
@@ -258,15 +286,18 @@ class _Exchange(Exchange):
 
     def _status_at_close(self) -> str:
         """Return 499 if the server stopped asking in the middle: the client went away."""
-        if self.sent < 0:
+        if not hasattr(self, "_headers"):
+            return "500"  # which the server makes of an answer that never started
+        if self.sent < 0 or self.method == "HEAD":
             return self._status
-        for name, value in getattr(self, "_headers", ()):
+        for name, value in self._headers:
             if name.lower() == "content-length" and value == str(self.sent):
                 return self._status
         return "499"
 
-    def late_route(self) -> str:
-        return self.source.get(ROUTE) or UNMATCHED
+    def late_route(self) -> str | None:
+        route = self.source.get(ROUTE, UNMATCHED)
+        return None if route is _LEFT_OUT else str(route or UNMATCHED)
 
 
 class _SizedExchange(_Exchange):
@@ -281,17 +312,3 @@ class _SizedExchange(_Exchange):
 def _is_file(body: Any, wrapper: Any) -> bool:
     """Return whether ``wsgi.file_wrapper`` made a body; uWSGI's is a function that returns the file."""
     return isinstance(body, wrapper) if isinstance(wrapper, type) else hasattr(body, "read")
-
-
-def _watch_failures(app: Any) -> None:
-    """Have the route of an exception that leaves Flask noted, as Flask drops its request before."""
-    flask: Any = sys.modules.get("flask")
-    owner = getattr(app, "__self__", None)
-    if flask is not None and isinstance(owner, flask.Flask):
-        flask.got_request_exception.connect(_note_route, owner)
-
-
-def _note_route(sender: Any, **_: Any) -> None:
-    request: Any = sys.modules["flask"].request
-    if request.url_rule is not None:
-        request.environ[ROUTE] = request.url_rule.rule

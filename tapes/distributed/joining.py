@@ -30,13 +30,8 @@ class Supervisor(NamedTuple):
     what: str
 
 
-def join(registry: Registry, addr: str | None = None, *, is_one_of_several: bool = False) -> None:
+def join(registry: Registry, addr: str | None = None) -> None:
     """Connect ``registry`` to the aggregator of its service, and start one if none is there.
-
-    Args:
-        registry: Any registry.
-        addr: Where to meet, see `meet`.
-        is_one_of_several: Whether it is known that this process is.
 
     Raises:
         AddressError, AggregatorUnavailable: If that can't be done.
@@ -49,7 +44,7 @@ def join(registry: Registry, addr: str | None = None, *, is_one_of_several: bool
     if isinstance(connection, AggregatorConnection) and connection.is_of_this_process:
         connect(registry, connection.endpoints.publish if addr is None else addr)  # or says what is wrong
         addr = connection.endpoints.publish
-    connect(registry, meet(supervisor(is_one_of_several), addr).publish)
+    connect(registry, meet(supervisor(), addr).publish)
 
 
 def meet(
@@ -103,10 +98,13 @@ def lacks_aggregator(registry: Registry) -> bool:
     connection = registry.connection
     if not isinstance(connection, AggregatorConnection) or not may_start():
         return False
-    return connection.endpoints.path is not None and not is_served(connection.endpoints)
+    endpoints = connection.endpoints
+    return not (
+        is_served(endpoints) or (endpoints.path is None and stay_for(endpoints, forks.this_process()))
+    )
 
 
-def supervisor(is_one_of_several: bool = False) -> Supervisor:
+def supervisor() -> Supervisor:
     """Return the process that all workers of this service have in common, as far as can be seen."""
     uwsgi: Any = sys.modules.get("uwsgi")
     if uwsgi is not None and uwsgi.masterpid():
@@ -119,7 +117,7 @@ def supervisor(is_one_of_several: bool = False) -> Supervisor:
         return Supervisor(forks.origin(), "the process that it was forked from")
     if os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn/"):
         return Supervisor(forks.process_of(os.getppid()), "gunicorn")
-    if is_one_of_several and _command(os.getppid()) == _command(os.getpid()):
+    if _command(os.getppid()) == _command(os.getpid()):
         return Supervisor(forks.process_of(os.getppid()), "the process that it was forked from")
     return Supervisor(forks.this_process(), "the process itself")
 

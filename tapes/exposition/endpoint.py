@@ -53,16 +53,18 @@ def refusal(method: str, authorization: str = "", allowed: bool | None = None) -
         return status, {**headers, "Allow": "GET, HEAD"}, body
     if allowed is not None:
         return None if allowed else plain(403, "The metrics are not for everybody.")
-    token = os.environ.get(TOKEN_VARIABLE)
-    if token is None:
+    if TOKEN_VARIABLE not in os.environ:
         return None
+    token = os.fsencode(os.environ[TOKEN_VARIABLE]).strip()  # files of secrets often end with a line's end
     if not token:
         return plain(403, f"{TOKEN_VARIABLE} is set, but empty, so nobody may read the metrics.")
     scheme, _, shown = authorization.partition(" ")
-    if scheme.lower() == "bearer" and hmac.compare_digest(
-        shown.strip().encode(errors="replace"), token.encode(errors="replace")
-    ):
-        return None
+    if scheme.lower() == "bearer":
+        try:
+            if hmac.compare_digest(shown.strip().encode("latin-1"), token):  # as headers are decoded
+                return None
+        except UnicodeEncodeError:
+            pass
     status, headers, body = plain(401, f"Show the token of {TOKEN_VARIABLE}: Authorization: Bearer TOKEN.")
     return status, {**headers, "WWW-Authenticate": 'Bearer realm="metrics"'}, body
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterable
+from itertools import repeat
 from math import isfinite
+from operator import is_
 from types import MethodType
 from typing import Any, Callable, NamedTuple
 
@@ -292,8 +294,9 @@ class Gauge(Metric):
         (value, _, since), before = self._state
         base = self._set  # read after the values were taken, so none of them is newer
         if base is None:
-            ups, downs = values.count(UP_ONE), values.count(DOWN_ONE)
-            if ups + downs == len(values):  # as mostly; counting is done in C
+            # The steps of adapters are the same two objects, which are counted in C.
+            ups, downs = (sum(map(is_, values, repeat(step))) for step in (UP_ONE, DOWN_ONE))
+            if ups + downs == len(values):
                 since = self._clock() if since is None and values else since
                 return _Standing(GaugeState(value + ups - downs, self.mode, since), None)
         elif base is not before:

@@ -1,10 +1,12 @@
-"""A plugin of pytest for the suites of other projects: an adapter round every application, and what came of it.
+"""A plugin of pytest for the suites of other projects: puts the adapter round every application.
 
-It is copied into the environment of `suites` under a name of its own. These variables tell it what to do:
+And it writes down what came of it. It is copied into the environment of `suites` under a name of its own.
+These variables tell it what to do:
 
 * ``TAPES_SUITE_OUTCOMES``: The file for the outcomes of the tests, as JSON.
 * ``TAPES_SUITE_WRAPS``: The project whose applications are wrapped; none if it is absent.
-* ``TAPES_SUITE_CHILDREN``: A directory; processes that the tests start wrap too, and leave their counts there.
+* ``TAPES_SUITE_CHILDREN``: A directory; processes that the tests start leave their counts there.
+* ``TAPES_SUITE_CHILD``: Set by this plugin; processes that the tests start wrap too.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import functools
 import importlib
 import inspect
 import json
+import logging
 import os
 import pathlib
 import pkgutil
@@ -122,7 +125,11 @@ def wrap_starlette() -> None:
 
         return calling
 
-    def wrap(kind: Any) -> None:
+    def is_asgi(kind: Any) -> bool:
+        call = vars(kind).get("__call__") if inspect.isclass(kind) else None
+        return call is not None and [*inspect.signature(call).parameters][1:] == ["scope", "receive", "send"]
+
+    def wrap_class(kind: Any) -> None:
         call = kind.__call__
 
         @functools.wraps(call)
@@ -137,9 +144,8 @@ def wrap_starlette() -> None:
         except ImportError:  # its extra is not installed
             continue
         for kind in list(members.values()):
-            if inspect.isclass(kind) and kind.__module__ == module.name and "__call__" in vars(kind):
-                if [*inspect.signature(kind.__call__).parameters] == ["self", "scope", "receive", "send"]:
-                    wrap(kind)
+            if is_asgi(kind) and kind.__module__ == module.name:
+                wrap_class(kind)
 
     client = starlette.testclient.TestClient
     make = client.__init__
@@ -182,7 +188,8 @@ def wrap_in_child() -> None:
 
     def ending(self: Any, status: Any) -> None:
         end(self, status)
-        pathlib.Path(os.environ["TAPES_SUITE_CHILDREN"], str(os.getpid())).write_text(str(measured()))
+        with pathlib.Path(os.environ["TAPES_SUITE_CHILDREN"], str(os.getpid())).open("a") as file:
+            file.write(f"{measured()}\n")
 
     Exchange.end = ending
     wrap()
@@ -190,6 +197,7 @@ def wrap_in_child() -> None:
 
 def pytest_configure() -> None:
     """Wrap before any test is imported."""
+    logging.getLogger("tornado.access").setLevel(logging.CRITICAL)  # as Tornado's own runner does
     if "TAPES_SUITE_WRAPS" in os.environ:
         wrap()
         if os.environ["TAPES_SUITE_WRAPS"] == "werkzeug":  # whose tests start the development server
@@ -210,9 +218,8 @@ def pytest_collection_modifyitems(items: Any) -> None:
 def pytest_runtest_logreport(report: Any) -> None:
     """Note what became of a test: it failed if any part of it did."""
     outcome = "passed" if hasattr(report, "wasxfail") and report.skipped else report.outcome
-    if report.when == "call" or outcome != "passed":
-        if outcomes.get(report.nodeid) != "failed":
-            outcomes[report.nodeid] = outcome
+    if (report.when == "call" or outcome != "passed") and outcomes.get(report.nodeid) != "failed":
+        outcomes[report.nodeid] = outcome
 
 
 def pytest_sessionfinish() -> None:
@@ -220,7 +227,7 @@ def pytest_sessionfinish() -> None:
     counts = pathlib.Path(os.environ["TAPES_SUITE_CHILDREN"]).iterdir()
     found = {
         "outcomes": outcomes,
-        "measured": measured() + sum(int(path.read_text() or 0) for path in counts),
+        "measured": measured() + sum(max(map(int, path.read_text().split()), default=0) for path in counts),
         "active": active(),
     }
     pathlib.Path(os.environ["TAPES_SUITE_OUTCOMES"]).write_text(json.dumps(found))

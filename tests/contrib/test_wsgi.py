@@ -186,9 +186,10 @@ def test_metrics_can_be_off(registry):
         TapesMiddleware(lambda *_: [], metrics_path="metrics")
 
 
-def test_one_of_several_processes_never_answers_for_all(registry, monkeypatch):
-    """It may not join: 503 and what to do, not its own share."""
-    monkeypatch.setenv("TAPES_AUTOSTART", "0")
+@pytest.mark.parametrize("may_start", ["0", "1"])
+def test_one_of_several_processes_never_answers_for_all(registry, monkeypatch, may_start):
+    """It may not join, or can't see the others: 503 and what to do, not its own share."""
+    monkeypatch.setenv("TAPES_AUTOSTART", may_start)
     response = flask_app(registry).test_client().get(
         "/metrics", environ_overrides={"wsgi.multiprocess": True}
     )  # fmt: skip
