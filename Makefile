@@ -6,6 +6,7 @@
 #   make pythons  the tests of the core on every Python on the machine, CPython and PyPy
 #   make bench    speed and memory beside prometheus_client and others; writes docs/benchmarks.md
 #   make docs     the documentation, in docs/_build/html
+#   make suites   the test suites of Flask, Werkzeug, Starlette and Tornado, bare and with the adapters
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +16,7 @@ DEV_STAMP := $(VENV)/.dev-installed
 BENCH_STAMP := $(VENV)/.bench-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check pythons bench docs clean
+.PHONY: demo test check pythons bench docs suites clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_STAMP)
@@ -38,6 +39,9 @@ bench: $(BENCH_STAMP)
 
 docs: $(DEV_STAMP)
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build/html
+
+suites: $(DEV_STAMP)
+	$(BIN)/python -m tests.contrib.suites
 
 clean:
 	rm -rf $(VENV) .interpreters .pytest_tmp docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+from enum import Enum
 from functools import partial
+from http import HTTPStatus
 
 import anyio
 import pytest
@@ -199,6 +201,91 @@ def test_templates_of_fastapi(registry):
         ("GET", "<unmatched>", "404"): 2,
         ("GET", "/plain/{id}", "422"): 1,
     }
+
+
+def cuts_the_path(app):
+    """Leaves what mounts of versions of Starlette before 0.33 leave: the path below them."""
+
+    async def cutting(scope, receive, send):
+        async def sending(message):
+            scope.pop("route", None)
+            scope["path"] = "/" + scope["path"].rpartition("/")[2]
+            await send(message)
+
+        await app(scope, receive, sending)
+
+    return cutting
+
+
+@pytest.mark.parametrize("wrap", [lambda app: app, forgetful, cuts_the_path], ids=["1.10", "1.0", "0.27"])
+def test_one_endpoint_on_several_routes(registry, wrap):
+    """The path as it came decides; mounts may be wrapped in middleware."""
+
+    class Passing:
+        def __init__(self, app):
+            self.app = app
+
+        async def __call__(self, scope, receive, send):
+            await self.app(scope, receive, send)
+
+    inner = [Route("/items/{x}", hello)]
+    routes = [Mount("/v1/{t}", routes=inner), Mount("/v2/{t}", app=Passing(Starlette(routes=inner))), *inner]
+    app = TapesMiddleware(wrap(Starlette(routes=routes)), registry)
+    for path in ("/v1/T/items/1", "/v2/T/items/1", "/items/1"):
+        assert ask(app, path).status == 200
+    assert counts(registry) == {
+        ("GET", "/v1/{t}/items/{x}", "200"): 1,
+        ("GET", "/v2/{t}/items/{x}", "200"): 1,
+        ("GET", "/items/{x}", "200"): 1,
+    }
+
+
+def test_a_status_is_a_number_whatever_its_type(registry):
+    """HTTPStatus.OK is 200."""
+
+    class Status(int, Enum):
+        OK = 200
+
+    for status in (HTTPStatus.OK, Status.OK, 200):
+
+        async def app(scope, receive, send, status=status):
+            await send({"type": "http.response.start", "status": status, "headers": []})
+            await send({"type": "http.response.body", "body": None})
+
+        ask(TapesMiddleware(app, registry))
+    assert counts(registry) == {("GET", "<unmatched>", "200"): 3}
+
+
+def test_an_answer_whose_trailers_never_come_was_one(registry):
+    """Its body was complete."""
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [], "trailers": True})
+        await send({"type": "http.response.body", "body": b"x"})
+
+    ask(TapesMiddleware(app, registry))
+    assert counts(registry) == {("GET", "<unmatched>", "200"): 1}
+
+
+def test_who_leaves_at_the_end_of_a_lifespan_joins_once_again(registry, monkeypatch):
+    """Not with every request that comes after it on the same loop; and leaves when the loop ends."""
+    app = TapesMiddleware(plain, registry)
+    service, calls = app._adapter.service, []
+    monkeypatch.setattr(type(service), "begin", lambda self: self.mark.__setitem__(0, 1) or True)
+    monkeypatch.setattr(type(service), "join", lambda self: calls.append("join"))
+    monkeypatch.setattr(
+        type(service), "leave", lambda self: calls.append("leave") or self.mark.__setitem__(0, 0)
+    )
+
+    async def main():
+        for _ in range(3):
+            await app(scope_of(), receiving(), Answer().send)
+        service.leave()
+        for _ in range(3):
+            await app(scope_of(), receiving(), Answer().send)
+
+    anyio.run(main)
+    assert calls == ["join", "leave", "join", "leave"]
 
 
 def test_applications_of_other_frameworks_name_their_routes(registry):
@@ -518,10 +605,13 @@ def test_metrics_are_mounted_with_and_without_a_slash(registry, path, backend):
 
 
 def test_metrics_below_a_root_path(registry):
-    """Servers leave the root_path in the path, or don't."""
+    """Servers leave the root_path in the path, or don't; it may end with a slash, or begin like the path."""
     app = TapesMiddleware(shop(), registry)
     for path in ("/metrics", "/behind/metrics"):
-        assert ask(app, path, root_path="/behind").status == 200
+        for root_path in ("/behind", "/behind/"):
+            assert ask(app, path, root_path=root_path).status == 200
+    for root_path in ("/", "/m"):
+        assert ask(app, "/metrics", root_path=root_path).status == 200
 
 
 def test_who_may_read(registry, monkeypatch):
@@ -533,10 +623,13 @@ def test_who_may_read(registry, monkeypatch):
     async def failing(scope):
         raise RuntimeError
 
+    async def forgetful(scope):
+        pass
+
     for guard in (lambda scope: scope["query_string"] == b"please", asynchronous):
         app = TapesMiddleware(plain, registry, guard=guard)
         assert (ask(app, "/metrics").status, ask(app, "/metrics?please").status) == (403, 200)
-    for guard in (lambda scope: 1 / 0, failing):
+    for guard in (lambda scope: 1 / 0, failing, forgetful, lambda scope: None):
         assert ask(TapesMiddleware(plain, registry, guard=guard), "/metrics").status == 403
     monkeypatch.setenv("TAPES_METRICS_TOKEN", "secret")
     app = TapesMiddleware(plain, registry)
@@ -544,6 +637,9 @@ def test_who_may_read(registry, monkeypatch):
     assert (refused.status, refused.headers[b"www-authenticate"]) == (401, b'Bearer realm="metrics"')
     assert ask(app, "/metrics", headers=[(b"authorization", b"Bearer wrong")]).status == 401
     assert ask(app, "/metrics", headers=[(b"authorization", b"Bearer secret")]).status == 200
+    monkeypatch.setenv("TAPES_METRICS_TOKEN", "grün\n")
+    assert ask(app, "/metrics", headers=[(b"authorization", "Bearer grün".encode())]).status == 200
+    assert ask(app, "/metrics", headers=[(b"authorization", b"Bearer gr???n")]).status == 401
     monkeypatch.setenv("TAPES_METRICS_TOKEN", "")
     assert ask(app, "/metrics", headers=[(b"authorization", b"Bearer ")]).status == 403
 

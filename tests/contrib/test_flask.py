@@ -126,6 +126,11 @@ def test_exceptions_that_leave_flask_keep_their_route(registry, wrap):
     def broken(thing):
         raise RuntimeError("broken")
 
+    @app.route("/quiet")
+    @Tapes.exclude
+    def quiet():
+        raise RuntimeError("quietly")
+
     if wrap == "extension":
         Tapes(app, registry)
     else:
@@ -133,6 +138,10 @@ def test_exceptions_that_leave_flask_keep_their_route(registry, wrap):
     with pytest.raises(RuntimeError, match="broken"):
         ask(app, "/broken/1")
     assert counts(registry) == {("GET", "/broken/<thing>", "500"): 1}
+    if wrap == "extension":
+        with pytest.raises(RuntimeError, match="quietly"):
+            ask(app, "/quiet")
+        assert counts(registry) == {("GET", "/broken/<thing>", "500"): 1}
     assert active(registry) == 0
 
 

@@ -446,6 +446,62 @@ def test_start_response_gets_what_the_application_gave(registry):
     assert counts(registry) == {("GET", "<unmatched>", "500"): 1}
 
 
+def test_what_clients_claim_breaks_nothing(registry):
+    """A length of 5,000 digits, or of none: the request is answered, and nothing stays active."""
+    app = TapesMiddleware(serving([b"x"]), registry, body_sizes=True, labels=lambda environ: {"a": "b"})
+    for length in ("9" * 5000, "-1", "x", "٣", ""):
+        assert b"".join(call(app, CONTENT_LENGTH=length)) == b"x"
+    assert active(registry) == 0
+    labels = {"method": "GET", "route": "<unmatched>"}
+    sizes = registry.snapshot().get("http.server.request.body.size", **labels)
+    assert (sizes.count, sizes.sum) == (5, 3)  # an Arabic three is a three
+
+
+@pytest.mark.parametrize("body", [None, b"raw", "text"], ids=repr)
+def test_what_is_no_body_is_the_servers_to_refuse(registry, body):
+    """Or to send, as some do: it comes back as it is."""
+    assert call(TapesMiddleware(serving(body), registry)) is body
+    assert active(registry) == 0
+
+
+def test_pieces_that_are_no_bytes_are_the_servers_to_refuse(registry):
+    """They come through."""
+    assert list(call(TapesMiddleware(serving([None, 1, b"x"]), registry))) == [None, 1, b"x"]
+
+
+def test_granian_gets_its_list(registry):
+    """It sends a list at once, with a length."""
+    body = [b"a", b"b"]
+    assert call(TapesMiddleware(serving(body), registry), SERVER_SOFTWARE="Granian") is body
+    assert counts(registry) == {("GET", "<unmatched>", "200"): 1}
+
+
+def test_answers_that_are_cut_short_for_a_reason(registry):
+    """A HEAD has no body to read; an application that never starts to answer is a 500 of the server."""
+    for method in ("HEAD", "GET"):
+        result = call(TapesMiddleware(serving(Body([b"a", b"b"])), registry), REQUEST_METHOD=method)
+        next(iter(result))
+        result.close()
+    result = call(TapesMiddleware(lambda environ, start_response: Body([b"a", b"b"]), registry))
+    next(iter(result))
+    result.close()
+    assert counts(registry) == {
+        ("HEAD", "<unmatched>", "200"): 1,
+        ("GET", "<unmatched>", "499"): 1,
+        ("GET", "<unmatched>", "500"): 1,
+    }
+
+
+def test_a_guard_that_has_to_be_awaited_lets_nobody_in(registry, caplog):
+    """As nobody awaits it here."""
+
+    async def guard(environ):
+        return True
+
+    webtest.TestApp(TapesMiddleware(plain, registry, guard=guard)).get("/metrics", status=403)
+    assert "awaited" in caplog.text
+
+
 def test_the_token_from_the_environment(registry, monkeypatch):
     """401 without it; a guard of the application decides alone."""
     monkeypatch.setenv("TAPES_METRICS_TOKEN", "secret")
