@@ -147,9 +147,8 @@ def is_one_of_several() -> bool:
 
 def _is_only_child() -> bool:
     """Return whether the parent of multiprocessing is a reloader, or a server with one worker alone."""
-    config: Any = getattr(multiprocessing.current_process(), "_kwargs", {}).get(
-        "config"
-    )  # uvicorn, hypercorn
+    # Where uvicorn and hypercorn keep what they were told.
+    config: Any = getattr(multiprocessing.current_process(), "_kwargs", {}).get("config")
     reloads = getattr(config, "should_reload", False) or getattr(config, "use_reloader", False)
     return bool(reloads) or getattr(config, "workers", 2) == 1 or "--reload" in sys.argv
 

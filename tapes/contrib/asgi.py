@@ -97,8 +97,8 @@ class TapesMiddleware:
         """Answer a connection, as ASGI 3 says."""
         kind = scope["type"]
         service = self._service
-        if not service.mark[0] and service.begin():
-            await self._join()
+        if not service.mark[0]:
+            await self._begin()
         if kind == "lifespan":
             await self._live(scope, receive, send)
             return
@@ -140,10 +140,12 @@ class TapesMiddleware:
             raise
         exchange.returned()
 
-    async def _join(self) -> None:
-        # It may wait for an aggregator to start: the event loop has other things to do.
-        await run_sync(self._service.join, limiter=CapacityLimiter(1))
-        if self._until_the_loop_ends is None:
+    async def _begin(self) -> None:
+        """Join, if this process has to, and see to it that it leaves."""
+        if self._service.begin():
+            # It may wait for an aggregator to start: the event loop has other things to do.
+            await run_sync(self._service.join, limiter=CapacityLimiter(1))
+        if self._until_the_loop_ends is None and self._adapter.registry.connection is not None:
             self._until_the_loop_ends = self._leave_at_the_end()
             await self._until_the_loop_ends.__anext__()
 
@@ -175,24 +177,16 @@ class TapesMiddleware:
         fields["Content-Length"] = str(len(body))
         raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in fields.items()]
         await send({"type": "http.response.start", "status": status, "headers": raw})
-        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+        await send({"type": "http.response.body", "body": b"" if scope.get("method") == "HEAD" else body})
 
 
 class _Exchange(Exchange):
     """One request, or the handshake of a websocket."""
 
     __slots__ = (
-        "_gone",
-        "_is_complete",
-        "_middleware",
-        "_path",
-        "_receive",
-        "_root_path",
-        "_send",
-        "_status",
+        "_gone", "_is_complete", "_middleware", "_path", "_receive", "_root_path", "_send", "_status",
         "_trailers",
-    )
-
+    )  # fmt: skip
     _gone: bool
     _is_complete: bool
     _path: str

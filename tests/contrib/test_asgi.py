@@ -273,6 +273,7 @@ def test_who_leaves_at_the_end_of_a_lifespan_joins_once_again(registry, monkeypa
     service, calls = app._adapter.service, []
     monkeypatch.setattr(type(service), "begin", lambda self: self.mark.__setitem__(0, 1) or True)
     monkeypatch.setattr(type(service), "join", lambda self: calls.append("join"))
+    registry.connection = Connection()
     monkeypatch.setattr(
         type(service), "leave", lambda self: calls.append("leave") or self.mark.__setitem__(0, 0)
     )

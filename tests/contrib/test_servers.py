@@ -48,6 +48,7 @@ SERVERS = {
     "tornado": "python {examples}/tornado_app.py {port} 2",
     "gunicorn tornado application": f"{GUNICORN} -k tornado tornado_app:app",
     "uvicorn without lifespan": "uvicorn --workers 2 --port {port} --log-level warning asgi_app:app",
+    "tapes run": "tapes run -- {bin}/uvicorn --workers 2 --port {port} --log-level warning asgi_app:app",
     "granian without lifespan": f"{GRANIAN} --interface asgi asgi_app:app",
 }
 ROUTES = {
@@ -100,7 +101,8 @@ def workers(port: int) -> set[str]:
 def test_one_line_is_enough(home, server):
     """Requests by ab, then a graceful reload, then more: every worker has the same exact count."""
     port, http = free_port(), free_port()
-    name, *arguments = SERVERS[server].format(port=port, prefix=sys.prefix, examples=EXAMPLES).split()
+    values = {"port": port, "prefix": sys.prefix, "examples": EXAMPLES, "bin": BIN}
+    name, *arguments = SERVERS[server].format(**values).split()
     route = next(
         (ROUTES[application] for application in ROUTES if application in SERVERS[server]), "/hello/<name>"
     )
