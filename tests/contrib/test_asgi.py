@@ -412,6 +412,40 @@ def test_clients_that_go_away_are_499(registry, backend):
     assert active(registry) == 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_requests_at_the_same_time_have_nothing_in_common(backend):
+    """20 that overlap: each has its own status, route and duration, and all are active."""
+    clock = ManualClock(100.0)
+    registry = tapes.Registry(clock=clock)
+
+    async def main():
+        gates = [anyio.Event() for _ in range(20)]
+
+        async def waiting(scope, receive, send):
+            number = int(scope["path"][1:])
+            scope["tapes.route"] = f"/{number % 2}"
+            await gates[number].wait()
+            await send({"type": "http.response.start", "status": 200 + number % 4, "headers": []})
+            await send({"type": "http.response.body"})
+
+        app = TapesMiddleware(waiting, registry)
+        async with anyio.create_task_group() as tasks:
+            for number in range(20):
+                tasks.start_soon(app, scope_of(f"/{number}"), receiving(), Answer().send)
+            await anyio.wait_all_tasks_blocked()
+            assert active(registry) == 20
+            for gate in reversed(gates):
+                clock.advance(1.0)
+                gate.set()
+                await anyio.wait_all_tasks_blocked()
+
+    anyio.run(main, backend=backend)
+    expected = {("GET", f"/{number % 2}", str(200 + number)): 5 for number in range(4)}
+    assert counts(registry) == expected
+    assert sum(s.sum for s in registry.snapshot().series("http.server.request.duration")) == sum(range(1, 21))
+    assert active(registry) == 0
+
+
 def test_an_application_that_never_answers_is_a_500(registry):
     """As the server makes one of it."""
 
