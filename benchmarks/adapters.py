@@ -32,9 +32,9 @@ import tapes
 
 __all__ = ["adapters", "under_gunicorn"]
 
-ROUNDS = 80
-BURSTS = 16
-BURST = 1500
+ROUNDS = 120
+BURSTS = 60
+BURST = 750
 
 Run = Callable[[int], float]
 
@@ -200,10 +200,21 @@ def bare(environ, start_response):
     start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "3")])
     return [b"ok\\n"]
 
-def make():
+def counting():
+    import tapes
+    tapes.join()
+    requests, latency = tapes.counter("requests", method="GET", status="200"), tapes.histogram("latency")
+    def app(environ, start_response):
+        requests.increment()
+        latency.update(0.0123)
+        return bare(environ, start_response)
+    return app
+
+def measured():
     from tapes.contrib.wsgi import TapesMiddleware
     return TapesMiddleware(bare)
 """
+CONTENDERS = {"counting()": "a counter and a histogram", "measured()": "the middleware"}
 
 
 def under_gunicorn() -> tuple[list[list[str]], list[Row]]:
@@ -212,22 +223,29 @@ def under_gunicorn() -> tuple[list[list[str]], list[Row]]:
     with tempfile.TemporaryDirectory(prefix="tb", dir="/tmp") as name, contextlib.ExitStack() as stack:
         directory = pathlib.Path(name)
         (directory / "shop.py").write_text(APPLICATION)
-        servers = [stack.enter_context(_server(directory, app)) for app in ("bare", "make()")]
-        for server in servers:
+        servers = {app: stack.enter_context(_server(directory, app)) for app in ("bare", *CONTENDERS)}
+        for server in [*servers.values()] * 2:
             _burst(server)
-        pairs = []
+        bursts: dict[str, list[tuple[float, float]]] = {app: [] for app in servers}
         for turn in range(BURSTS):
-            figures = {server: _burst(server) for server in (servers if turn % 2 else servers[::-1])}
-            pairs.append([figures[server] for server in servers])
-    throughput = statistics.median(measured[0] / bare[0] for bare, measured in pairs)
-    added = statistics.median(measured[1] - bare[1] for bare, measured in pairs)
-    bare_cpu = statistics.median(bare[1] for bare, _ in pairs)
-    table = [["4 workers", f"{throughput:.3f} ×", f"{added * 1e6:+.1f} µs on {bare_cpu * 1e6:.0f}"]]
-    what = "gunicorn, 4 workers, gthread"
-    return table, [
-        Row(f"{what}: requests a second", f"{throughput:.3f} × no metrics", "≥ 0.97 ×", throughput >= 0.97),
-        Row(f"{what}: processor time of a request", f"{added * 1e6:+.1f} µs", "≤ 6 µs", added <= 6e-6),
-    ]
+            order = list(servers)
+            random.Random(turn).shuffle(order)
+            for app in order:
+                bursts[app].append(_burst(servers[app]))
+    table, rows = [], []
+    bare_cpu = statistics.median(cpu for _, cpu in bursts["bare"])
+    for app, what in CONTENDERS.items():
+        pairs = list(zip(bursts["bare"], bursts[app]))
+        throughput = statistics.median(measured[0] / bare[0] for bare, measured in pairs)
+        added = statistics.median(measured[1] - bare[1] for bare, measured in pairs)
+        table.append([what, f"{throughput:.3f} ×", f"{added * 1e6:+.1f} µs on {bare_cpu * 1e6:.0f}"])
+        if app == "counting()":
+            where = f"gunicorn, 4 workers, {what} a request"
+            rows = [
+                Row(f"{where}: throughput", f"{throughput:.3f} × none", "≥ 0.97 ×", throughput >= 0.97),
+                Row(f"{where}: processor time", f"{added * 1e6:+.1f} µs", "≤ 6 µs", added <= 6e-6),
+            ]
+    return table, rows
 
 
 class _Server:

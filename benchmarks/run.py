@@ -109,7 +109,7 @@ What a middleware adds to a request, in process; the one beside it is written by
 with a counter and a histogram.
 
 {adapters}
-Under gunicorn, over the same application without metrics:
+Under gunicorn with 4 workers of 4 threads, over the same application without metrics:
 
 {under_gunicorn}
 ## Threads
@@ -139,7 +139,7 @@ def main() -> None:
     sections: dict[str, str] = {"hot": hot_table(figures)}
     heads = {
         "adapters": ["added to a request", "tapes", "hand-written prometheus_client"],
-        "under_gunicorn": ["gunicorn, gthread", "requests a second", "processor time a request"],
+        "under_gunicorn": ["a request has", "requests a second", "processor time a request"],
         "threads": ["", "1", "2", "4", "8 threads"],
         "works": ["what", "time"],
         "memory": ["what", "size"],

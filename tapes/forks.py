@@ -18,6 +18,7 @@ import logging
 import mmap
 import os
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -172,10 +173,12 @@ class _Here:
         self.process = self.origin = process_of(os.getpid())
         self.is_worker = True
         self.quiet_thread = 0
+        self._becomes_another = False
         self._version = 0
         self._lock = threading.Lock()
 
     def before(self) -> None:
+        self._becomes_another = _becomes_another_program()
         if self._matters():
             _each(lambda registry: registry.before_fork())
             self._version = stamp()
@@ -183,6 +186,7 @@ class _Here:
     def in_parent(self) -> None:
         if self._matters():
             _each(lambda registry: registry.go_on())
+        self._becomes_another = False
 
     def in_child(self) -> None:
         self._lock = threading.Lock()
@@ -202,7 +206,20 @@ class _Here:
             _each(lambda registry: registry.forked(parent, version))
 
     def _matters(self) -> bool:
-        return self.is_worker and self.quiet_thread != threading.get_ident()
+        is_quiet = self._becomes_another or self.quiet_thread == threading.get_ident()
+        return self.is_worker and not is_quiet
+
+
+def _becomes_another_program() -> bool:
+    """Return whether it is `subprocess` that forks, as it does with ``preexec_fn``, and gevent's always.
+
+    Its child closes all descriptors and executes another program: what is opened there for a worker would end
+    it, as 0MQ aborts a process whose descriptors are closed.
+    """
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") not in ("subprocess", "gevent.subprocess"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _each(action: Callable[[Any], None]) -> None:

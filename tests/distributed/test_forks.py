@@ -432,3 +432,29 @@ def test_a_refused_goodbye_is_not_forgotten(short_dir):
     refuse.join()
     context.destroy(linger=0)
     assert len(list(short_dir.glob("*.will-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    "prologue", ["", "from gevent import monkey; monkey.patch_all()"], ids=["plain", "gevent"]
+)
+def test_other_programs_can_be_started_by_a_connected_process(address, reader, short_dir, prologue):
+    """Forks that another program follows, with hooks of Python between: it runs, and nothing is lost."""
+    run(
+        f"""
+{prologue}
+import subprocess, sys, tapes
+counter = tapes.counter("c")
+counter.increment(7)
+tapes.connect()
+assert tapes.get_stats().c.value == 7
+for number in range(20):
+    counter.increment()
+    command = [sys.executable, "-S", "-c", "print(5)"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, preexec_fn=lambda: None, close_fds=True)
+    assert (done.returncode, done.stdout) == (0, b"5\\n"), done
+assert tapes.get_stats().c.value == 27
+""",
+        short_dir,
+        TAPES_ADDR=address,
+    )
+    assert value(reader) == 27
