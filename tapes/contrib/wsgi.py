@@ -290,10 +290,11 @@ class _Exchange(Exchange):
             return "500"  # which the server makes of an answer that never started
         if self.sent < 0 or self.method == "HEAD":
             return self._status
-        for name, value in self._headers:
-            if name.lower() == "content-length" and value == str(self.sent):
-                return self._status
-        return "499"
+        try:
+            lengths = [value for name, value in self._headers if name.lower() == "content-length"]
+        except Exception:  # no headers, which the server has refused
+            lengths = []
+        return self._status if str(self.sent) in lengths else "499"
 
     def late_route(self) -> str | None:
         route = self.source.get(ROUTE, UNMATCHED)
