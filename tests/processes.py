@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 10.0) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 10.0, every: float = 0.02) -> Any:
     """Return the first true result of ``condition``; fail if there is none in time."""
     deadline = time.monotonic() + seconds
     while True:
@@ -27,7 +27,7 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 10.0) -> 
             return result
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds:g} s: {what} (last: {result!r})")
-        time.sleep(0.02)
+        time.sleep(every)
 
 
 def free_port() -> int:

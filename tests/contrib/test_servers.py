@@ -9,9 +9,11 @@ import contextlib
 import http.client as http_client
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -57,13 +59,28 @@ ROUTES = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def leaving():
+    """Look aside, while the next tests run, whether what tests leave is gone in time."""
+    with ThreadPoolExecutor(8) as aside:
+        looks = []
+        yield lambda home, what: looks.append(aside.submit(is_gone, home, what))
+        for look in looks:
+            look.result()
+
+
+def is_gone(home, what):
+    wait_for(home.nothing_left, f"nothing is left of {what}", 4, every=0.1)
+    shutil.rmtree(home.directory)
+
+
 @pytest.fixture
-def home(short_dir):
+def home(leaving, request):
     """Where a server runs; nothing of tapes is left of it within 4 s."""
-    home = Home(short_dir)
+    home = Home(pathlib.Path(tempfile.mkdtemp(prefix="t", dir="/tmp")))
     home.environment["PYTHONPATH"] = str(EXAMPLES)
     yield home
-    wait_for(home.nothing_left, "nothing is left", 4)
+    leaving(home, request.node.name)
 
 
 def load(port: int, path: str, number: int) -> None:
