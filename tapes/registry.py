@@ -49,8 +49,7 @@ class Registry:
         prefix: Put before every name, with a dot.
         labels: Labels of every series of this registry.
         clock: Seconds that never go backwards; for tests.
-        max_series: How many label sets a name may have; what comes after them is recorded into one series
-            labelled ``overflow="true"``, so nothing is lost and memory is bounded.
+        max_series: How many label sets a name may have; what comes after them goes to ``overflow="true"``.
 
     Example:
         >>> import tapes
