@@ -31,7 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-_WIPE_ON_FORK = 18  # of Linux; Python names it from 3.13 on at the earliest
+_WIPE_ON_FORK = 18  # Linux's MADV_WIPEONFORK
 
 CONNECTED = "TAPES_CONNECTED"
 """The variable that tells processes that this one spawns where its registries are connected."""

@@ -20,6 +20,7 @@ from tapes.registry import Registry, default_registry
 
 __all__ = [
     "METHODS",
+    "ROUTE",
     "UNMATCHED",
     "UP_ONE",
     "Adapter",
@@ -36,6 +37,9 @@ RouteOf = Union[Callable[[Any], Union[str, None]], None]
 
 UNMATCHED = "<unmatched>"
 """The route of what matches none."""
+
+ROUTE = "tapes.route"
+"""Where in the environ or the scope an application of any framework may leave the route's template."""
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"})
 """Methods by their own name; all others are ``_OTHER``, as a client can invent any number of them."""

@@ -15,7 +15,17 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Iterable, MutableMapping
 from typing import Any, Callable
 
-from tapes.contrib._http import UNMATCHED, UP_ONE, Adapter, Exchange, Guard, LabelsOf, RouteOf, status_of
+from tapes.contrib._http import (
+    ROUTE,
+    UNMATCHED,
+    UP_ONE,
+    Adapter,
+    Exchange,
+    Guard,
+    LabelsOf,
+    RouteOf,
+    status_of,
+)
 from tapes.contrib._routes import Templates, path_below
 from tapes.contrib._websocket import OpenConnection, WebSocketMetrics
 from tapes.errors import MissingExtra
@@ -35,9 +45,6 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-ROUTE = "tapes.route"
-"""Where in the scope an application of any framework may leave the route's template."""
 
 
 class TapesMiddleware:

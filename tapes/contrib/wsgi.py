@@ -15,7 +15,17 @@ from collections.abc import Iterable, Iterator
 from http import HTTPStatus
 from typing import Any, Callable, cast
 
-from tapes.contrib._http import UNMATCHED, UP_ONE, Adapter, Exchange, Guard, LabelsOf, RouteOf, status_of
+from tapes.contrib._http import (
+    ROUTE,
+    UNMATCHED,
+    UP_ONE,
+    Adapter,
+    Exchange,
+    Guard,
+    LabelsOf,
+    RouteOf,
+    status_of,
+)
 from tapes.exposition.endpoint import refusal
 from tapes.registry import Registry
 
@@ -25,8 +35,6 @@ Environ = dict[str, Any]
 StartResponse = Callable[..., Any]
 App = Callable[[Environ, StartResponse], Iterable[bytes]]
 
-ROUTE = "tapes.route"
-"""Where in the environ an application of any framework may leave the route's template."""
 _LEFT_OUT = object()
 _MOST_DIGITS = 19
 _DEVELOPMENT = ("Werkzeug/", "WSGIServer/")
