@@ -6,13 +6,15 @@ Pure ASGI 3: every message and every scope passes through as it is, on asyncio a
 from the call to the end of its last message, so background tasks are not part of it; exceptions are recorded
 and raised on. A websocket's handshake is a request with status 101; its connection has metrics of its own.
 
-The lifespan is used to join the other processes and to leave them. An application without one leaves when the
-event loop ends, which closes the asynchronous generators that are still open: one of them is ours.
+The lifespan is used to join the other processes and to leave them. Where the application knows none, and
+there are others to leave, it is answered here: right after it a server may end its process by a signal that
+no other hook comes before, as uvicorn does.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Iterable, MutableMapping
+import logging
+from collections.abc import Awaitable, Iterable, MutableMapping
 from typing import Any, Callable
 
 from tapes.contrib._http import (
@@ -39,6 +41,8 @@ except ModuleNotFoundError:
     raise MissingExtra("tapes.contrib.asgi", "asgi") from None
 
 __all__ = ["ROUTE", "TapesMiddleware"]
+
+_log = logging.getLogger("tapes.contrib")
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -98,14 +102,14 @@ class TapesMiddleware:
         self._service = self._adapter.service
         self._websockets = WebSocketMetrics(self._adapter.registry, prefix)
         self._templates = Templates()
-        self._until_the_loop_ends: AsyncGenerator[None, None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a connection, as ASGI 3 says."""
         kind = scope["type"]
         service = self._service
-        if not service.mark[0]:
-            await self._begin()
+        if not service.mark[0] and service.begin():
+            # It may wait for an aggregator to start: the event loop has other things to do.
+            await run_sync(service.join, limiter=CapacityLimiter(1))
         if kind == "lifespan":
             await self._live(scope, receive, send)
             return
@@ -147,30 +151,32 @@ class TapesMiddleware:
             raise
         exchange.returned()
 
-    async def _begin(self) -> None:
-        """Join, if this process has to, and see to it that it leaves."""
-        if self._service.begin():
-            # It may wait for an aggregator to start: the event loop has other things to do.
-            await run_sync(self._service.join, limiter=CapacityLimiter(1))
-        if self._until_the_loop_ends is None and self._adapter.registry.connection is not None:
-            self._until_the_loop_ends = self._leave_at_the_end()
-            await self._until_the_loop_ends.__anext__()
-
-    async def _leave_at_the_end(self) -> AsyncGenerator[None, None]:
-        try:
-            yield
-        finally:
-            self._until_the_loop_ends = None
-            if self._service.mark[0]:
-                self._service.leave()
-
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def passing_on(message: Message) -> None:
+        is_known = self._adapter.registry.connection is None  # or there is nobody to leave
+
+        async def receiving() -> Message:
+            nonlocal is_known
+            is_known = True
+            return await receive()
+
+        async def sending(message: Message) -> None:
+            nonlocal is_known
+            is_known = True
             if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
                 self._service.leave()  # the process may end right after it
             await send(message)
 
-        await self.app(scope, receive, passing_on)
+        try:
+            await self.app(scope, receiving, sending)
+        except Exception:
+            if is_known:
+                raise
+            _log.debug("the application knows no lifespan: tapes answers it", exc_info=True)
+        if not is_known:
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await sending({"type": "lifespan.shutdown.complete"})
 
     async def _answer(self, scope: Scope, send: Send) -> None:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope.get("headers", ())}

@@ -68,6 +68,11 @@ def session(leader: int) -> list[int]:
     return [pid for pid, fields in _processes() if int(fields[3]) == leader]
 
 
+def has_ended(pid: int) -> bool:
+    """Whether no such process lives; its parent may not have collected it yet."""
+    return all(number != pid or fields[0] in "ZX" for number, fields in _processes())
+
+
 def spent(leader: int) -> str:
     """What the processes of a session have used of the processors."""
     return str([(pid, fields[11:13]) for pid, fields in _processes() if int(fields[3]) == leader])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import nullcontext
 from enum import Enum
 from functools import partial
 from http import HTTPStatus
@@ -268,7 +269,7 @@ def test_an_answer_whose_trailers_never_come_was_one(registry):
 
 
 def test_who_leaves_at_the_end_of_a_lifespan_joins_once_again(registry, monkeypatch):
-    """Not with every request that comes after it on the same loop; and leaves when the loop ends."""
+    """Not with every request that comes after it."""
     app = TapesMiddleware(plain, registry)
     service, calls = app._adapter.service, []
     monkeypatch.setattr(type(service), "begin", lambda self: self.mark.__setitem__(0, 1) or True)
@@ -286,7 +287,7 @@ def test_who_leaves_at_the_end_of_a_lifespan_joins_once_again(registry, monkeypa
             await app(scope_of(), receiving(), Answer().send)
 
     anyio.run(main)
-    assert calls == ["join", "leave", "join", "leave"]
+    assert calls == ["join", "leave", "join"]
 
 
 def test_applications_of_other_frameworks_name_their_routes(registry):
@@ -546,6 +547,34 @@ def test_the_lifespan_passes_through(registry):
     assert scope["state"] == {"db": 1}
     with pytest.raises(ValueError, match="no lifespan"):
         anyio.run(TapesMiddleware(has_none, registry), {"type": "lifespan"}, receiving(), Answer().send)
+
+
+async def raises(scope, receive, send):
+    raise ValueError("no lifespan")
+
+
+async def returns(scope, receive, send):
+    pass
+
+
+async def starts_badly(scope, receive, send):
+    await receive()
+    raise ValueError("no database")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("application", [raises, returns, starts_badly])
+def test_a_lifespan_that_the_application_does_not_know(registry, monkeypatch, application, backend):
+    """Where there is a service to leave it is answered here; the application's own failures pass through."""
+    registry.connection, calls = Connection(), []
+    app, answer = TapesMiddleware(application, registry), Answer()
+    monkeypatch.setattr(type(app._adapter.service), "leave", lambda self: calls.append(len(answer.messages)))
+    receive = receiving({"type": "lifespan.startup"}, {"type": "lifespan.shutdown"})
+    with pytest.raises(ValueError, match="no database") if application is starts_badly else nullcontext():
+        anyio.run(app, {"type": "lifespan"}, receive, answer.send, backend=backend)
+    completed = ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    assert [m["type"] for m in answer.messages] == ([] if application is starts_badly else completed)
+    assert calls == ([] if application is starts_badly else [1])
 
 
 async def echo(websocket):

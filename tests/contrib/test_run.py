@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from tests.contrib.services import Load
-from tests.processes import Home, answers, children, free_port, get, wait_for
+from tests.contrib.services import Load, has_ended
+from tests.processes import Home, answers, children, free_port, get, mentions, wait_for
 
 BIN = pathlib.Path(sys.executable).parent
 TAPES = str(BIN / "tapes")
@@ -68,9 +68,9 @@ def test_servers_that_spawn_their_workers(home, server):
         wait_for(lambda: answers(port, "/metrics"), "the server is up", 20)
         with Load(port, "/") as load:
             load.go_on()
-            before = children(process.pid)
+            before = children(process.pid) - set(mentions("resource_tracker"))
             process.send_signal(signal.SIGHUP)
-            wait_for(lambda: len(before & children(process.pid)) <= 1, "the workers are new", 20)
+            wait_for(lambda: all(map(has_ended, before)), "the old workers have ended", 20)
             load.go_on()
         wait_for(lambda: counted() >= load.answered, f"{load.answered} are counted")
         assert load.answered <= counted() <= load.sent

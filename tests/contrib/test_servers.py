@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.contrib.services import counts, session, signal_to
+from tests.contrib.services import counts, has_ended, session, signal_to
 from tests.processes import EXAMPLES, Home, answers, free_port, get, mentions, wait_for
 
 BIN = pathlib.Path(sys.executable).parent
@@ -134,8 +134,9 @@ def test_one_line_is_enough(home, server):
 
         if server != "tornado":  # which knows no reload
             process.send_signal(signal.SIGHUP)
-            wait_for(lambda: worker(port) not in before | {""}, "there are new workers", 20)
-            wait_for(lambda: not workers(port) & before, "the workers are new", 20)
+            # Not only: new ones answer. An old one that is about to end resets what it has accepted.
+            wait_for(lambda: all(has_ended(int(pid)) for pid in before), "the old workers have ended", 20)
+            assert not workers(port) & before
             wait_for(lambda: counted(port) == expected, "nothing was lost", 5)
             assert [counts(port) for _ in range(16)] == [expected] * 16
         load(port, "/hello/bob", 200)
@@ -157,6 +158,35 @@ def test_one_line_is_enough(home, server):
             wait_for(
                 lambda: counted(http) == expected, "the aggregator, which stays for a while, has it all", 1
             )
+
+
+SLOWLY = """
+import importlib, os
+import tapes.distributed.publisher
+tapes.distributed.publisher.INTERVAL_SECONDS = 60.0
+app = importlib.import_module(os.environ["APPLICATION"]).app
+"""
+# uWSGI ends its workers as it likes (above); Tornado's processes are ended one by one.
+LEAVING = [server for server in SERVERS if server != "tornado" and "uwsgi" not in server]
+
+
+@pytest.mark.parametrize("server", LEAVING)
+def test_workers_leave(home, server):
+    """By TERM, with nothing published since the first keyframe: the aggregator has what only they knew."""
+    port, http = free_port(), free_port()
+    values = {"port": port, "prefix": sys.prefix, "examples": EXAMPLES, "bin": BIN}
+    name, *arguments, application = SERVERS[server].format(**values).split()
+    (home.directory / "slowly.py").write_text(SLOWLY)
+    home.environment["PYTHONPATH"] += f":{home.directory}"
+    environment = {"TAPES_HTTP": str(http), "APPLICATION": application.removesuffix(":app")}
+    with home.running([str(BIN / name), *arguments, "slowly:app"], **environment) as process:
+        wait_for(lambda: answers(port, "/worker"), "the server is up", 20)
+        workers(port)
+        for _ in range(50):
+            assert get(port, "/hello/bob")[0] == 200
+        process.terminate()
+        process.wait(15)
+        wait_for(lambda: sum(counted(http).values()) == 50, "the aggregator, which stays on, has it all", 1)
 
 
 DEVELOPMENT = {
