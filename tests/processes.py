@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import pathlib
 import signal
@@ -14,27 +15,46 @@ import time
 from collections.abc import Iterator
 from typing import Any, Callable
 
+from tapes.errors import AggregatorUnavailable
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 
 
+NOT_YET = (OSError, http.client.HTTPException, json.JSONDecodeError, AggregatorUnavailable)
+"""What asking a service raises that is not up, or about to be replaced."""
+
+
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 10.0, every: float = 0.02) -> Any:
-    """Return the first true result of ``condition``; fail if there is none in time."""
+    """Return the first true result of ``condition``; fail if there is none in time.
+
+    A service that can't be asked just now has not fulfilled it yet.
+    """
     deadline = time.monotonic() + seconds
     while True:
-        result = condition()
-        if result:
-            return result
+        try:
+            result = condition()
+            if result:
+                return result
+        except NOT_YET as error:
+            result = error
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds:g} s: {what} (last: {result!r})")
         time.sleep(every)
 
 
 def free_port() -> int:
-    """Return a TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a TCP port that is free now and was not given before."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port not in _given:
+            _given.add(port)
+            return port
+
+
+_given: set[int] = set()
 
 
 def get(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int, Any, bytes]:

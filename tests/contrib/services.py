@@ -12,8 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any, Callable
 
-from tests.processes import EXAMPLES, answers, free_port, get, mentions, running, wait_for
+from tests.processes import EXAMPLES, free_port, get, mentions, running, wait_for
 
 
 class Service:
@@ -38,8 +39,7 @@ class Service:
 
     def wait_until_up(self) -> None:
         # Asked by a request that is not counted itself.
-        wait_for(lambda: answers(self.port, "/metrics"), "gunicorn is up", 20)
-        assert get(self.port, "/metrics")[0] == 200
+        wait_for(lambda: get(self.port, "/metrics")[0] == 200, "gunicorn is up", 20)
 
     def output(self) -> str:
         return (self.directory / "output.log").read_text(errors="replace")
@@ -61,6 +61,12 @@ def counts(port: int) -> dict[tuple[str, str, str], int]:
 def gone(port: int) -> int:
     """How often ``/old-catalogue`` was asked for; another worker may know it 0.1 s later."""
     return counts(port).get(("GET", "/old-catalogue", "410"), 0)
+
+
+def timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """Return what a call returns, and how many seconds it took."""
+    started = time.monotonic()
+    return call(*arguments), time.monotonic() - started
 
 
 def session(leader: int) -> list[int]:

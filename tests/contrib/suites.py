@@ -35,7 +35,7 @@ filterwarnings =
     ignore::DeprecationWarning
     ignore::pytest.PytestCollectionWarning
 """
-SECONDS = 240
+SECONDS = 600
 _SAFELY: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
 
@@ -153,7 +153,7 @@ class Workplace:
         try:
             ran = subprocess.run(
                 command, cwd=self.directory, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                env=clean_environment(), timeout=120, check=False,
+                env=clean_environment(), timeout=300, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise Unavailable(f"{self.name}: {error}") from None

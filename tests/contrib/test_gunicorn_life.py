@@ -17,7 +17,7 @@ import time
 
 import pytest
 
-from tests.contrib.services import Load, Service, counts, gone, session, signal_to
+from tests.contrib.services import Load, Service, counts, gone, has_ended, session, signal_to
 from tests.processes import EXAMPLES, ROOT, children, get, mentions, wait_for
 
 GONE = "/old-catalogue"
@@ -141,7 +141,7 @@ def slow():
 def index():
     return "fast"
 """)
-    service = Service(short_dir, ["-w", "2", "--timeout", "1", "--log-level", "critical"])
+    service = Service(short_dir, ["-w", "2", "--timeout", "3", "--log-level", "critical"])
     service.command[-1] = "slow:app"
     service.command[service.command.index("--chdir") + 1] = str(short_dir)
     with service.running():
@@ -221,13 +221,14 @@ def test_root_that_drops_its_privileges(short_dir, preload):
         assert os.stat(f"/proc/{aggregator}").st_uid == nobody
         (directory,) = service.private.glob("tapes-*")
         assert {path.stat().st_uid for path in [directory, *directory.iterdir()]} == {nobody}
-        process.send_signal(signal.SIGHUP)
         before = children(process.pid)
+        process.send_signal(signal.SIGHUP)
         wait_for(lambda: not before & children(process.pid), "the workers are new", 20)
         wait_for(lambda: gone(service.port) == 10, "still counted")
         for pid in [*session(process.pid), aggregator]:
             signal_to(pid, signal.SIGKILL)
         process.wait()
+        wait_for(lambda: has_ended(aggregator), "the aggregator is dead")
         assert directory.exists()
     with service.running() as process:
         service.wait_until_up()
@@ -290,14 +291,16 @@ def test_gevent_workers(short_dir):
         service.wait_until_up()
         with Load(service.port, GONE, clients=8) as load:
             load.go_on(2000)
+            before = children(process.pid)
             process.send_signal(signal.SIGHUP)
             load.go_on(1000)
+        wait_for(lambda: all(map(has_ended, before)), "the old workers have ended", 20)
         wait_for(lambda: gone(service.port) == load.answered, f"{load.answered} are counted")
         (aggregator,) = (p for p in mentions(str(service.private)) if p not in session(process.pid))
         signal_to(aggregator, signal.SIGSTOP)
         try:
             with Load(service.port, "/metrics", clients=4) as reads, Load(service.port, GONE) as load2:
-                load2.go_on(500, seconds=2.0)
+                load2.go_on(500)
             assert reads.answered == reads.sent
         finally:
             signal_to(aggregator, signal.SIGCONT)

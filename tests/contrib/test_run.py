@@ -82,7 +82,7 @@ def test_servers_that_spawn_their_workers(home, server):
         process.terminate()
         process.wait(10)
         # The aggregator stays for a while: what the workers said last is there.
-        assert counted(http) == last + 20
+        wait_for(lambda: counted(http) == last + 20, "the last words are counted")
 
 
 def test_status_and_signals_are_the_commands_own(home):

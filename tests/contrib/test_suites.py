@@ -12,7 +12,7 @@ from tests.contrib import suites
 NAMES = list(suites.SUITES) if os.environ.get("TAPES_ALL_SUITES") else ["flask", "starlette"]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("name", NAMES)
 def test_no_test_of_a_framework_fails_because_of_the_adapter(name, short_dir):
     """Each test that passes without the adapter passes with it round every application that is driven."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import json
 import pathlib
 import signal
@@ -68,10 +66,11 @@ class Service:
         return json.loads(get(self.port, "/metrics")[2])
 
     def workers(self, state: str) -> int:
-        """How many there are; -1 if it can't be asked just now, between two lives."""
-        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-            return self.stats()["tapes"]["workers"][f'{{state="{state}"}}']["value"]
-        return -1
+        return self.stats()["tapes"]["workers"][f'{{state="{state}"}}']["value"]
+
+    def are_up(self, imports: int) -> bool:
+        """Whether three workers live, and the application was imported so often in all."""
+        return self.workers("live") == 3 and self.stats().get("seven", {}).get("value") == 7 * imports
 
     def counted(self) -> int:
         timers = self.stats()["http"]["server"].get("request", {}).get("duration", {})
@@ -85,22 +84,23 @@ class Service:
 def test_reloads_under_load(short_dir, mode):
     """By HUP and by the master's fifo: requests count once, and so does what was counted at import."""
     service = Service(short_dir, *MODES[mode])
+    imports = 3 if "lazy" in mode else 1
     with service.running() as process:
         service.wait_until_up()
         with Load(service.port, "/") as load:
             load.go_on()
-            for reload in (lambda: process.send_signal(signal.SIGHUP), lambda: service.fifo.write_text("r")):
-                before = service.workers("retired")
+            wait_for(lambda: service.are_up(imports), "all workers are up", 20)
+            for number, reload in enumerate((lambda: process.send_signal(signal.SIGHUP),
+                                             lambda: service.fifo.write_text("r")), 1):  # fmt: skip
                 reload()
-                wait_for(lambda b=before: service.workers("retired") == b + 3, "the old workers leave", 20)
-                wait_for(lambda: service.workers("live") == 3, "there are new ones", 20)
+                wait_for(lambda n=3 * number: service.workers("retired") == n, "the old workers leave", 20)
+                wait_for(lambda n=number + 1: service.are_up(n * imports), "there are new ones", 20)
                 load.go_on()
         # Without a thread the last request of a worker may be on its way when uWSGI ends it without a hook.
-        on_their_way = 0 if mode == "threads" else 6
+        on_their_way = 0 if mode == "threads" else 8
         wait_for(lambda: service.counted() >= load.answered - on_their_way, f"{load.answered} are counted")
         assert service.counted() <= load.sent
-        imports = 9 if "lazy" in mode else 3
-        wait_for(lambda: service.stats()["seven"]["value"] == 7 * imports, "so is what was counted at import")
+        assert service.are_up(3 * imports)  # so is what was counted at import
         process.terminate()
         process.wait(10)
     wait_for(service.nothing_left, "nothing is left", 4)

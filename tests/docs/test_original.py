@@ -247,7 +247,7 @@ def test_the_multi_process_tornado_example(short_dir):
             return json.loads(get(metrics_port, "/")[2])["my"]["timer"]["count"]
 
         # The one request that found the application up was counted too.
-        wait_for(lambda: merged() == 2001, "all is merged, exactly", 2)
+        wait_for(lambda: merged() == 2001, "all is merged, exactly")
         for pid in mentions(str(short_dir)):  # as ctrl-C does
             os.kill(pid, signal.SIGINT)
         process.wait(5)
