@@ -141,13 +141,13 @@ class Home:
         """Run a command in the background; see `running`."""
         return running(command, cwd=self.directory, **self.environment, **more)
 
-    def run(self, command: list[str], **more: str) -> tuple[int, str, str]:
+    def run(self, command: list[str], seconds: float = 30, **more: str) -> tuple[int, str, str]:
         """Run a command; return status, output and errors, without waiting for an aggregator's end."""
         log = self.directory / "errors.log"
         with log.open("w") as errors:
             done = subprocess.run(
                 command, cwd=self.directory, stdout=subprocess.PIPE, stderr=errors, text=True,
-                env=clean_environment(**self.environment, **more), timeout=30, check=False,
+                env=clean_environment(**self.environment, **more), timeout=seconds, check=False,
             )  # fmt: skip
         return done.returncode, done.stdout, log.read_text()
 

@@ -209,13 +209,12 @@ def test_forks_while_another_thread_joins(home):
     program = """
 import os, subprocess, sys, threading, time, tapes
 joining = threading.Thread(target=tapes.join)
-started = time.monotonic()
 joining.start()
 children = []
-while joining.is_alive() and len(children) < 100:
+while joining.is_alive() and len(children) < 50:
     pid = os.fork()
     if pid == 0:
-        time.sleep(25)
+        time.sleep(100)
         os._exit(0)
     children.append(pid)
     joining.join(0.02)
@@ -223,14 +222,14 @@ joining.join()
 other = "import tapes; tapes.join(); tapes.counter('c').increment(5)"
 subprocess.run([sys.executable, "-c", other], check=True)
 tapes.counter("c").increment()
-print(tapes.get_stats().c.value, time.monotonic() - started < 20)
+print(tapes.get_stats().c.value)
 for pid in children:
     os.kill(pid, 9)
     os.waitpid(pid, 0)
 """
     (home.directory / "program.py").write_text(program)
-    status, output, errors = home.run([sys.executable, "-W", "ignore", "program.py"])
-    assert (status, output) == (0, "6 True\n"), errors
+    status, output, errors = home.run([sys.executable, "-W", "ignore", "program.py"], seconds=80)
+    assert (status, output) == (0, "6\n"), errors  # in less time than the children live
 
 
 def test_turned_off_it_needs_nothing(home):
