@@ -68,14 +68,6 @@ def get(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int,
         connection.close()
 
 
-def answers(port: int, path: str = "/") -> bool:
-    """Whether something answers on the port."""
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        get(port, path)
-        return True
-    return False
-
-
 @contextlib.contextmanager
 def running(command: list[str], *, cwd: pathlib.Path, **environment: str) -> Iterator[subprocess.Popen]:
     """Run a command in a session of its own; end it, if it hasn't ended, by TERM and then by KILL."""

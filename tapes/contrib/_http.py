@@ -28,6 +28,7 @@ __all__ = [
     "Guard",
     "LabelsOf",
     "RouteOf",
+    "allows",
     "status_of",
 ]
 
@@ -206,14 +207,19 @@ class Adapter:
 
     async def is_allowed_later(self, source: Any) -> bool | None:
         """Return what a guard says that may be asynchronous; as `is_allowed`."""
-        if self.guard is None:
-            return None
-        allowed = self._called(self.guard, source, _GUARD)
-        try:
-            return bool(await allowed if inspect.isawaitable(allowed) else allowed)
-        except Exception as error:
-            self.complain(f"tapes: {_GUARD} failed", error)
-            return False
+        return await allows(self.guard, source, self.complain)
+
+
+async def allows(guard: Guard, source: Any, complain: Callable[[str, Exception], None]) -> bool | None:
+    """Return what a guard says, asynchronous or not; as `Adapter.is_allowed`."""
+    if guard is None:
+        return None
+    try:
+        allowed = guard(source)
+        return bool(await allowed if inspect.isawaitable(allowed) else allowed)
+    except Exception as error:
+        complain(f"tapes: {_GUARD} failed", error)
+        return False
 
 
 _GUARD = "the guard of the metrics, so nobody may read them,"

@@ -9,13 +9,12 @@ see without. `MetricsHandler` and `MeteredHandler` are of use alone, too.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import tapes
-from tapes.contrib._http import UNMATCHED, Adapter, Exchange, Guard, LabelsOf, RouteOf
+from tapes.contrib._http import UNMATCHED, Adapter, Exchange, Guard, LabelsOf, RouteOf, allows
 from tapes.contrib._service import Membership
 from tapes.errors import MissingExtra
 from tapes.exposition.endpoint import Answer, refusal
@@ -106,7 +105,8 @@ class MetricsHandler(RequestHandler):
     async def get(self) -> None:
         """Answer, or say why not."""
         service, headers = _joined(self._registry), self.request.headers
-        answer = refusal("GET", headers.get("Authorization", ""), await self._is_allowed())
+        allowed = await allows(self._guard, self.request, _complain)
+        answer = refusal("GET", headers.get("Authorization", ""), allowed)
         if answer is None:
             arguments = headers.get("Accept", ""), self.request.query
             answer = await IOLoop.current().run_in_executor(None, service.answer, *arguments)
@@ -131,20 +131,16 @@ class MetricsHandler(RequestHandler):
     def check_xsrf_cookie(self) -> None:
         """Let a POST get as far as its 405."""
 
-    async def _is_allowed(self) -> bool | None:
-        try:
-            allowed = None if self._guard is None else (self._guard(self.request) or False)
-            return bool(await allowed) if inspect.isawaitable(allowed) else allowed
-        except Exception:
-            _log.exception("tapes: the guard of the metrics failed, so nobody may read them")
-            return False
-
     def _send(self, answer: Answer) -> None:
         status, headers, body = answer
         self.set_status(status)
         for name, value in headers.items():
             self.set_header(name, value)
         self.finish(body)
+
+
+def _complain(what: str, error: Exception) -> None:
+    _log.error("%s", what, exc_info=error)
 
 
 _Metered = tapes.metered_meta(

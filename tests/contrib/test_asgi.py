@@ -23,7 +23,7 @@ from tapes.connection import Connection
 from tapes.contrib.asgi import TapesMiddleware
 from tapes.errors import InvalidArgument
 from tapes.testing import ManualClock
-from tests.contrib.test_wsgi import active, counts
+from tests.contrib.recorded import active, counts
 
 BACKENDS = ("asyncio", "trio")
 

@@ -11,7 +11,7 @@ from werkzeug.test import Client as WerkzeugClient
 import tapes
 from tapes.contrib.flask import Tapes, TapesMiddleware
 from tapes.errors import InvalidArgument
-from tests.contrib.test_wsgi import active, counts
+from tests.contrib.recorded import active, counts
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from tests.contrib.services import Service, counts, gone, session, signal_to, spent, timed
-from tests.processes import EXAMPLES, answers, get, mentions, running, wait_for
+from tests.processes import EXAMPLES, get, mentions, running, wait_for
 
 CLASSES = {
     "sync": ["-w", "4"],
@@ -198,7 +198,7 @@ def test_metrics_of_a_worker_that_is_not_connected_are_a_503(short_dir):
     at = service.command.index("-c")
     del service.command[at : at + 2]
     with service.running():
-        wait_for(lambda: answers(service.port), "gunicorn is up", 20)
+        wait_for(lambda: get(service.port, "/"), "gunicorn is up", 20)
         assert get(service.port, "/")[0] == 200
         status, _, text = get(service.port, "/metrics")
         assert status == 503

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.contrib.services import Load, has_ended
-from tests.processes import Home, answers, children, free_port, get, mentions, wait_for
+from tests.processes import Home, children, free_port, get, mentions, wait_for
 
 BIN = pathlib.Path(sys.executable).parent
 TAPES = str(BIN / "tapes")
@@ -65,7 +65,7 @@ def test_servers_that_spawn_their_workers(home, server):
         return json.loads(get(source, "/metrics")[2]).get("requests", {}).get("value", 0)
 
     with home.running(command) as process:
-        wait_for(lambda: answers(port, "/metrics"), "the server is up", 20)
+        wait_for(lambda: get(port, "/metrics"), "the server is up", 20)
         with Load(port, "/") as load:
             load.go_on()
             before = children(process.pid) - set(mentions("resource_tracker"))

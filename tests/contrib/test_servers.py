@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.contrib.services import counts, has_ended, session, signal_to, timed
-from tests.processes import EXAMPLES, Home, answers, free_port, get, mentions, wait_for
+from tests.processes import EXAMPLES, Home, free_port, get, mentions, wait_for
 
 BIN = pathlib.Path(sys.executable).parent
 GUNICORN = "gunicorn -w 2 -b 127.0.0.1:{port} --log-level warning --graceful-timeout 5"
@@ -100,18 +100,27 @@ def workers(port: int) -> set[str]:
     return {pid.decode().strip() for pid in seen}
 
 
+def kills_its_workers(server: str) -> bool:
+    """Whether it ends workers that have not had time to leave."""
+    return SERVERS[server].split()[0] in KILL_THEIR_WORKERS
+
+
+def command(line: str, port: int) -> list[str]:
+    """Return the arguments of a line from one of the tables here."""
+    name, *arguments = line.format(port=port, prefix=sys.prefix, examples=EXAMPLES, bin=BIN).split()
+    return [str(BIN / name), *arguments]
+
+
 @pytest.mark.needs("ab")
 @pytest.mark.parametrize("server", SERVERS)
 def test_one_line_is_enough(home, server):
     """Requests by ab, then a graceful reload, then more: every worker has the same exact count."""
     port, http = free_port(), free_port()
-    values = {"port": port, "prefix": sys.prefix, "examples": EXAMPLES, "bin": BIN}
-    name, *arguments = SERVERS[server].format(**values).split()
     route = next(
         (ROUTES[application] for application in ROUTES if application in SERVERS[server]), "/hello/<name>"
     )
-    with home.running([str(BIN / name), *arguments], TAPES_HTTP=str(http)) as process:
-        wait_for(lambda: answers(port, "/worker"), "the server is up", 20)
+    with home.running(command(SERVERS[server], port), TAPES_HTTP=str(http)) as process:
+        wait_for(lambda: get(port, "/worker"), "the server is up", 20)
         before = workers(port)
         load(port, "/hello/bob", 600)
         load(port, "/nothing/here", 200)
@@ -139,7 +148,7 @@ def test_one_line_is_enough(home, server):
             for pid in before:
                 signal_to(int(pid), signal.SIGTERM)
             return
-        if name not in KILL_THEIR_WORKERS:
+        if not kills_its_workers(server):
             expected["GET", route, "200"] += 20
             wait_for(lambda: counts(http) == expected, "the aggregator, which stays on, has it all")
 
@@ -151,22 +160,19 @@ tapes.distributed.publisher.INTERVAL_SECONDS = 60.0
 app = importlib.import_module(os.environ["APPLICATION"]).app
 """
 # Tornado's processes are ended one by one.
-LEAVING = [
-    name for name, command in SERVERS.items() if command.split()[0] not in {*KILL_THEIR_WORKERS, "python"}
-]
+LEAVING = [server for server in SERVERS if server != "tornado" and not kills_its_workers(server)]
 
 
 @pytest.mark.parametrize("server", LEAVING)
 def test_workers_leave(home, server):
     """By TERM, with nothing published since the first keyframe: the aggregator has what only they knew."""
     port, http = free_port(), free_port()
-    values = {"port": port, "prefix": sys.prefix, "examples": EXAMPLES, "bin": BIN}
-    name, *arguments, application = SERVERS[server].format(**values).split()
+    *line, application = command(SERVERS[server], port)
     (home.directory / "slowly.py").write_text(SLOWLY)
     home.environment["PYTHONPATH"] += f":{home.directory}"
     environment = {"TAPES_HTTP": str(http), "APPLICATION": application.removesuffix(":app")}
-    with home.running([str(BIN / name), *arguments, "slowly:app"], **environment) as process:
-        wait_for(lambda: answers(port, "/worker"), "the server is up", 20)
+    with home.running([*line, "slowly:app"], **environment) as process:
+        wait_for(lambda: get(port, "/worker"), "the server is up", 20)
         workers(port)
         for _ in range(50):
             assert get(port, "/hello/bob")[0] == 200
@@ -198,9 +204,8 @@ def test_a_development_server_starts_nothing(home, server):
     """One process, its reloader aside: it answers for itself, and there is no aggregator and no file."""
     port = free_port()
     (home.directory / "serve.py").write_text(WSGIREF)
-    name, *arguments = DEVELOPMENT[server].format(port=port, examples=EXAMPLES).split()
-    with home.running([str(BIN / name), *arguments]) as process:
-        wait_for(lambda: answers(port, "/worker"), "the server is up", 20)
+    with home.running(command(DEVELOPMENT[server], port)) as process:
+        wait_for(lambda: get(port, "/worker"), "the server is up", 20)
         load(port, "/hello/bob", 50)
         wait_for(lambda: sum(counts(port).values()) == 50, "it answers for itself")
         assert not list(home.private.iterdir())
@@ -224,10 +229,9 @@ def test_who_should_join_and_can_not_says_so(home, server, case):
         (home.directory / "zmq.py").write_text("raise ModuleNotFoundError('zmq')\n")
         environment = {"PYTHONPATH": f"{home.directory}:{EXAMPLES}"}
     port = free_port()
-    name, *arguments = SERVERS[server].format(port=port).split()
     home.environment.update(environment)
-    with home.running([str(BIN / name), *arguments]):
-        wait_for(lambda: answers(port, "/worker"), "the server is up", 20)
+    with home.running(command(SERVERS[server], port)):
+        wait_for(lambda: get(port, "/worker"), "the server is up", 20)
         for _ in range(4):
             status, headers, text = get(port, "/metrics")
             assert (status, headers["Content-Type"]) == (503, "text/plain; charset=utf-8")
@@ -239,9 +243,8 @@ def test_who_should_join_and_can_not_says_so(home, server, case):
 def test_a_stopped_aggregator_is_a_503_in_time(home, server):
     """A plain sentence within 1.5 s, while the application goes on; then the numbers are back."""
     port = free_port()
-    name, *arguments = SERVERS[server].format(port=port, prefix=sys.prefix).split()
-    with home.running([str(BIN / name), *arguments]) as process:
-        wait_for(lambda: answers(port, "/worker"), "the server is up", 20)
+    with home.running(command(SERVERS[server], port)) as process:
+        wait_for(lambda: get(port, "/worker"), "the server is up", 20)
         workers(port)
         wait_for(lambda: get(port, "/metrics")[0] == 200, "they have joined")
         (aggregator,) = (p for p in mentions(str(home.private)) if p not in session(process.pid))
@@ -271,17 +274,8 @@ def test_the_tasks_of_celery_are_counted(home):
     http, mailbox = free_port(), home.directory / "mail"
     mailbox.mkdir()
     home.environment["MAILBOX"] = str(mailbox)
-    command = [
-        str(BIN / "celery"),
-        "-A",
-        "celery_app",
-        "worker",
-        "--concurrency",
-        "2",
-        "--loglevel",
-        "WARNING",
-    ]
-    with home.running([*command, "--max-tasks-per-child", "20"], TAPES_HTTP=str(http)) as process:
+    celery = "celery -A celery_app worker --concurrency 2 --loglevel WARNING --max-tasks-per-child 20"
+    with home.running(command(celery, 0), TAPES_HTTP=str(http)) as process:
         source = "import celery_app; [celery_app.send.delay(n) for n in range(100)]"
         assert home.run([sys.executable, "-c", source])[0] == 0
 

@@ -29,23 +29,8 @@ from tornado.testing import bind_unused_port
 import tapes
 from tapes.contrib.tornado import UNMATCHED, MeteredHandler, MetricsHandler, instrument
 from tapes.errors import InvalidArgument
+from tests.contrib.recorded import ACTIVE, DURATION, active, counts
 from tests.processes import run_python
-
-DURATION = "http.server.request.duration"
-ACTIVE = "http.server.active_requests"
-
-
-def counts(registry):
-    """Counts of requests by (method, route, status)."""
-    found = {}
-    for series in registry.snapshot().series(DURATION):
-        labels = dict(series.labels)
-        found[labels["method"], labels["route"], labels["status"]] = series.count
-    return found
-
-
-def active(registry):
-    return registry.snapshot().get(ACTIVE).value
 
 
 async def until(condition, what):

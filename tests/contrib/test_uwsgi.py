@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.contrib.services import Load
-from tests.processes import answers, free_port, get, mentions, running, wait_for
+from tests.processes import free_port, get, mentions, running, wait_for
 
 UWSGI = str(pathlib.Path(sys.executable).with_name("uwsgi"))
 
@@ -60,7 +60,7 @@ class Service:
         return running(self.command, cwd=self.directory, **self.environment)
 
     def wait_until_up(self) -> None:
-        wait_for(lambda: answers(self.port, "/metrics"), "uWSGI is up", 20)
+        wait_for(lambda: get(self.port, "/metrics"), "uWSGI is up", 20)
 
     def stats(self):
         return json.loads(get(self.port, "/metrics")[2])

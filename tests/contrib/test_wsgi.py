@@ -19,27 +19,12 @@ from tapes.contrib.flask import TapesMiddleware
 from tapes.contrib.wsgi import TapesMiddleware as WSGIMiddleware
 from tapes.errors import InvalidArgument, InvalidLabel
 from tapes.testing import ManualClock
-
-DURATION = "http.server.request.duration"
-ACTIVE = "http.server.active_requests"
+from tests.contrib.recorded import DURATION, active, counts
 
 
 @pytest.fixture
 def registry():
     return tapes.Registry()
-
-
-def counts(registry):
-    """Counts of requests by (method, route, status)."""
-    found = {}
-    for series in registry.snapshot().series(DURATION):
-        labels = dict(series.labels)
-        found[labels["method"], labels["route"], labels["status"]] = series.count
-    return found
-
-
-def active(registry):
-    return registry.snapshot().get(ACTIVE).value
 
 
 def flask_app(registry, **options):

@@ -216,15 +216,8 @@ web.Application([("/metrics", MetricsHandler)]).listen({port}, address="127.0.0.
 ioloop.IOLoop.current().start()
 """
     with running([sys.executable, "-c", program], cwd=short_dir):
-        wait_for(lambda: _answers(port), "it is up")
+        wait_for(lambda: get(port, "/metrics"), "it is up")
         assert json.loads(get(port, "/metrics")[2]) == {"hits": {"value": 3}}
-
-
-def _answers(port):
-    try:
-        return get(port, "/metrics")
-    except OSError:
-        return None
 
 
 @pytest.mark.needs("ab")
@@ -236,7 +229,7 @@ def test_the_multi_process_tornado_example(short_dir):
     source = source.replace("8889", str(metrics_port)).replace("8888", str(app_port))
     (short_dir / "app.py").write_text(source)
     with running([sys.executable, "app.py"], cwd=short_dir) as process:
-        wait_for(lambda: _up(app_port), "the application is up")
+        wait_for(lambda: get(app_port, "/")[0] == 200, "the application is up")
         done = subprocess.run(
             ["ab", "-q", "-n", "2000", "-c", "8", f"http://127.0.0.1:{app_port}/"],
             capture_output=True, text=True, check=True,
@@ -254,10 +247,3 @@ def test_the_multi_process_tornado_example(short_dir):
         wait_for(lambda: not mentions(str(short_dir)), "no process is left", 4)
         wait_for(lambda: {p.name for p in short_dir.iterdir()} == {"app.py", "output.log"}, "no file is", 4)
     assert (short_dir / "output.log").read_text() == ""
-
-
-def _up(port):
-    try:
-        return get(port, "/")[0] == 200
-    except OSError:
-        return False

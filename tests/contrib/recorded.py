@@ -1,0 +1,22 @@
+"""What the adapters have recorded into a registry."""
+
+from __future__ import annotations
+
+import tapes
+
+DURATION = "http.server.request.duration"
+ACTIVE = "http.server.active_requests"
+
+
+def counts(registry: tapes.Registry) -> dict[tuple[str, str, str], int]:
+    """Counts of requests by (method, route, status)."""
+    found = {}
+    for series in registry.snapshot().series(DURATION):
+        labels = dict(series.labels)
+        found[labels["method"], labels["route"], labels["status"]] = series.count
+    return found
+
+
+def active(registry: tapes.Registry) -> float:
+    """How many requests are being answered."""
+    return registry.snapshot().get(ACTIVE).value
