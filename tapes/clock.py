@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from typing import Callable
 
-__all__ = ["TICK_SECONDS", "Clock", "monotonic", "tick_at"]
+__all__ = ["TICK_SECONDS", "Clock", "monotonic", "tick_at", "wall"]
 
 Clock = Callable[[], float]
 """A zero-argument callable that returns seconds and never goes backwards."""
@@ -21,6 +21,9 @@ Clock = Callable[[], float]
 TICK_SECONDS = 5.0
 
 monotonic: Clock = time.monotonic
+
+wall: Clock = time.time
+"""Seconds since 1970: what others are told of when something began, and nothing else."""
 
 
 def tick_at(now_seconds: float) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, TypeVar, cast
 
 import addict
@@ -27,7 +27,7 @@ from tapes.errors import InvalidArgument, KindConflict, short_repr
 from tapes.metrics import Counter, Gauge, Histogram, Meter, Metric, State, Timer
 from tapes.metrics.gauge import Producer, check_gauge
 from tapes.naming import Labels, canonical_labels, check_name, label_text
-from tapes.snapshot import Family, Snapshot
+from tapes.snapshot import Description, Family, Snapshot
 
 __all__ = ["REJECTED", "Registry", "default_registry"]
 
@@ -77,7 +77,7 @@ class Registry:
         self.clock = clock
         self.max_series = max_series
         self._catalogue = Catalogue()
-        self._described: dict[str, tuple[str, str | None]] = {}
+        self._described: dict[str, Description] = {}
         self._counters: dict[_Words, Counter] = {}
         self._meters: dict[_Words, Meter] = {}
         self._histograms: dict[_Words, Histogram] = {}
@@ -207,19 +207,18 @@ class Registry:
             gauge.produce(producer, weak=weak)
         return gauge
 
-    def describe(self, name: str, text: str, *, unit: str | None = None) -> None:
+    def describe(
+        self, name: str, text: str, *, unit: str | None = None, buckets: Sequence[float] = ()
+    ) -> None:
         """Say what a metric means, for those who read its exposition.
 
         Args:
             name: The metric's name; it need not exist yet.
             text: One sentence.
             unit: The unit of its values, such as ``"bytes"``; timers are always in seconds.
+            buckets: Upper bounds for Prometheus, ascending; nothing recorded is lost by changing them.
         """
-        if not isinstance(text, str) or not (unit is None or isinstance(unit, str)):
-            raise InvalidArgument(
-                "describe()", got=(text, unit), expected="a sentence, and a unit like 'bytes' or None"
-            )
-        self._described[self._prefix + check_name(name)] = (text, unit)
+        self._described[self._prefix + check_name(name)] = Description.checked(text, unit, buckets)
         self.revision += 1
 
     def remove(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> bool:
@@ -329,8 +328,8 @@ class Registry:
             if next(self.metrics(), None) is not None:
                 _ = self.connection  # makes it
 
-    def descriptions(self) -> dict[str, tuple[str, str | None]]:
-        """Return name to text and unit."""
+    def descriptions(self) -> dict[str, Description]:
+        """Return what was said of each name."""
         return dict(self._described)
 
     def reject(self, name: str, labels: Labels, value: Any, why: str) -> None:

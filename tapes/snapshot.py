@@ -10,13 +10,15 @@ Times are in seconds, rates in events per second.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from math import inf, isfinite
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol, Union
 
 import addict
 
+from tapes.errors import InvalidArgument
 from tapes.naming import Labels, canonical_labels, selector
 from tapes.sums import Number
 from tapes.view import View
@@ -24,6 +26,7 @@ from tapes.view import View
 __all__ = [
     "FIELDS",
     "CounterSeries",
+    "Description",
     "Family",
     "GaugeSeries",
     "HistogramSeries",
@@ -34,6 +37,8 @@ __all__ = [
 ]
 
 _log = logging.getLogger("tapes.snapshot")
+
+_MOST_BUCKETS = 1000
 
 _QUANTILES = (
     ("q50", 0.5), ("q75", 0.75), ("q95", 0.95), ("q98", 0.98), ("q99", 0.99), ("q999", 0.999),
@@ -46,12 +51,14 @@ class CounterSeries(NamedTuple):
     Attributes:
         total: What was added; never falls.
         decremented: Whether anything was ever taken away.
+        created: When it began to count, in seconds since 1970; of several processes the first.
     """
 
     labels: Labels
     value: Number
     total: Number
     decremented: bool
+    created: float = inf
 
     def fields(self) -> dict[str, Number]:
         """Return what ``get_stats()`` shows."""
@@ -77,6 +84,7 @@ class MeterSeries(NamedTuple):
     m1: float
     m5: float
     m15: float
+    created: float = inf
 
     def fields(self) -> dict[str, Number]:
         """Return what ``get_stats()`` shows."""
@@ -89,6 +97,7 @@ class HistogramSeries(NamedTuple):
     labels: Labels
     lifetime: View
     recent: View
+    created: float = inf
 
     @property
     def count(self) -> Number:  # type: ignore[override]  # likewise
@@ -114,6 +123,7 @@ class TimerSeries(NamedTuple):
     m15: float
     lifetime: View
     recent: View
+    created: float = inf
 
     @property
     def count(self) -> Number:  # type: ignore[override]  # likewise
@@ -170,13 +180,47 @@ class _State(Protocol):
     def series(self, labels: Labels, tick: int) -> Series | None: ...
 
 
+class Description(NamedTuple):
+    """What ``describe()`` says of a metric.
+
+    Attributes:
+        text: What it means; empty where nothing was said.
+        unit: The unit of its values, or ``None``; always ``"seconds"`` for timers.
+        buckets: The upper bounds of its buckets where it is exposed as such; empty for the usual ones.
+    """
+
+    text: str = ""
+    unit: str | None = None
+    buckets: tuple[float, ...] = ()
+
+    @classmethod
+    def checked(cls, text: str, unit: str | None, buckets: Sequence[float]) -> Description:
+        """Return one of these; raises `InvalidArgument` for what can't be one."""
+        if not isinstance(text, str) or not (unit is None or isinstance(unit, str)):
+            raise InvalidArgument(
+                "describe()", got=(text, unit), expected="a sentence, and a unit like 'bytes' or None"
+            )
+        try:
+            bounds = tuple(map(float, buckets))
+            valid = all(map(isfinite, bounds)) and sorted(set(bounds)) == list(bounds)
+        except (TypeError, ValueError, OverflowError):
+            valid = False
+        if not valid or len(bounds) > _MOST_BUCKETS:
+            raise InvalidArgument(
+                "the buckets of describe()",
+                got=buckets,
+                expected=f"finite upper bounds in ascending order, {_MOST_BUCKETS} at most",
+                remedy="leave +Inf out, it is always there",
+            )
+        return cls(text, unit, bounds)
+
+
 class Family(NamedTuple):
     """All series of one name.
 
     Attributes:
         kind: ``"counter"``, ``"gauge"``, ``"meter"``, ``"histogram"`` or ``"timer"``.
-        text: What ``describe()`` said of it; empty where it said nothing.
-        unit: The unit of its values, or ``None``; always ``"seconds"`` for timers.
+        text, unit, buckets: As `Description`.
         series: Sorted by labels.
     """
 
@@ -185,21 +229,22 @@ class Family(NamedTuple):
     text: str
     unit: str | None
     series: tuple[Series, ...]
+    buckets: tuple[float, ...] = ()
 
     @classmethod
     def of(
         cls,
         name: str,
         kind: str,
-        described: tuple[str, str | None] | None,
+        described: Description | None,
         states: Iterable[tuple[Labels, _State]],
         tick: int,
     ) -> Family:
         """Return what a reader sees of one name, given its states by labels, as of ``tick``."""
-        text, unit = described or ("", None)
+        text, unit, buckets = described or Description()
         shown = (state.series(labels, tick) for labels, state in sorted(states, key=itemgetter(0)))
         series = tuple(one for one in shown if one is not None)
-        return cls(name, kind, text, "seconds" if kind == "timer" else unit, series)
+        return cls(name, kind, text, "seconds" if kind == "timer" else unit, series, buckets)
 
 
 class Snapshot:

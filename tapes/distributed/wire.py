@@ -46,6 +46,7 @@ from tapes.metrics import (
 )
 from tapes.naming import Labels
 from tapes.sketch import EMPTY, Sketch, counts_array
+from tapes.snapshot import Description
 from tapes.sums import Number, Total
 
 __all__ = [
@@ -57,8 +58,7 @@ VERSION = 1
 MAX_BYTES = 64 << 20
 """A longer message is dropped by the socket."""
 
-Descriptions = dict[str, tuple[str, Union[str, None]]]
-"""Name to help text and unit."""
+Descriptions = dict[str, Description]
 
 
 class Item(NamedTuple):
@@ -179,7 +179,7 @@ def _plain_field(value: Any) -> Any:
     if isinstance(value, list):
         return [[item.kind, item.name, item.labels, _PLAIN[item.kind](item.state)] for item in value]
     if isinstance(value, dict):
-        return [[name, text, unit] for name, (text, unit) in value.items()]
+        return [[name, *described] for name, described in value.items()]
     return value
 
 
@@ -210,11 +210,11 @@ def _plain_sketch(sketch: Sketch) -> list[Any]:
 
 
 _PLAIN: dict[str, Callable[[Any], Any]] = {
-    "counter": lambda state: [_plain_total(state.up), _plain_total(state.down)],
+    "counter": lambda state: [_plain_total(state.up), _plain_total(state.down), state.created],
     "gauge": _plain_gauge,
-    "meter": lambda state: [_plain_total(state.count), _plain_rates(state.rates)],
-    "histogram": lambda state: _plain_sketch(state.sketch),
-    "timer": lambda state: [_plain_sketch(state.sketch), _plain_rates(state.rates)],
+    "meter": lambda state: [_plain_total(state.count), _plain_rates(state.rates), state.created],
+    "histogram": lambda state: [_plain_sketch(state.sketch), state.created],
+    "timer": lambda state: [_plain_sketch(state.sketch), _plain_rates(state.rates), state.created],
 }
 
 
@@ -261,6 +261,11 @@ def _floats(value: Any) -> tuple[float, ...]:
     return tuple(map(_float, _list(value)))
 
 
+def _created(value: Any) -> float:
+    _check(type(value) is float and value > 0, "no time of its making")  # infinite where nobody knows
+    return value  # type: ignore[no-any-return]
+
+
 def _total(plain: Any) -> Total:
     whole, parts = _list(plain)
     if type(whole) is str:
@@ -297,8 +302,8 @@ def _sketch(plain: Any) -> Sketch:
 
 
 def _counter(plain: Any) -> CounterState:
-    up, down = _list(plain)
-    return CounterState(_total(up), _total(down))
+    up, down, created = _list(plain)
+    return CounterState(_total(up), _total(down), _created(created))
 
 
 def _gauge(plain: Any) -> GaugeState:
@@ -310,20 +315,25 @@ def _gauge(plain: Any) -> GaugeState:
 
 
 def _meter(plain: Any) -> MeterState:
-    count, rates = _list(plain)
-    return MeterState(_total(count), _rates(rates))
+    count, rates, created = _list(plain)
+    return MeterState(_total(count), _rates(rates), _created(created))
+
+
+def _histogram(plain: Any) -> HistogramState:
+    sketch, created = _list(plain)
+    return HistogramState(_sketch(sketch), _created(created))
 
 
 def _timer(plain: Any) -> TimerState:
-    sketch, rates = _list(plain)
-    return TimerState(_sketch(sketch), _rates(rates))
+    sketch, rates, created = _list(plain)
+    return TimerState(_sketch(sketch), _rates(rates), _created(created))
 
 
 _STATES: dict[str, Callable[[Any], State]] = {
     "counter": _counter,
     "gauge": _gauge,
     "meter": _meter,
-    "histogram": lambda plain: HistogramState(_sketch(plain)),
+    "histogram": _histogram,
     "timer": _timer,
 }
 assert _STATES.keys() == _PLAIN.keys() == KINDS.keys()
@@ -347,7 +357,8 @@ def _items(plain: Any) -> list[Item]:
 
 def _descriptions(plain: Any) -> Descriptions:
     return {
-        _text(name): (_text(text), None if unit is None else _text(unit)) for name, text, unit in _list(plain)
+        _text(name): Description.checked(_text(text), unit, _floats(buckets))
+        for name, text, unit, buckets in _list(plain)
     }
 
 

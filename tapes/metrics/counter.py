@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 from typing import Any, NamedTuple
 
+from tapes.clock import wall
 from tapes.metrics.base import DOWN, FULL, Metric, checked_number
 from tapes.naming import Labels
 from tapes.snapshot import CounterSeries
@@ -18,27 +20,30 @@ class CounterState(NamedTuple):
 
     up: Total = Total()
     down: Total = Total()
+    created: float = inf
 
     @staticmethod
     def merge(states: Iterable[CounterState]) -> CounterState:
         """Return the sum of the counters."""
         every = list(states)
         return CounterState(
-            Total.merge(state.up for state in every), Total.merge(state.down for state in every)
+            Total.merge(state.up for state in every),
+            Total.merge(state.down for state in every),
+            min(state.created for state in every),
         )
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing was counted."""
-        return self == CounterState()
+        return self.up == self.down == Total()
 
     def series(self, labels: Labels, tick: int) -> CounterSeries:
         """Return what a reader sees."""
         up, down = self.up.value, self.down.value
         if not down:
-            return CounterSeries(labels, up, up, False)
+            return CounterSeries(labels, up, up, False, self.created)
         net = Total.merge((self.up, Total(-self.down.whole, tuple(-p for p in self.down.parts))))
-        return CounterSeries(labels, net.value, up, True)
+        return CounterSeries(labels, net.value, up, True, self.created)
 
 
 class Counter(Metric):
@@ -77,15 +82,15 @@ class Counter(Metric):
             self._fold(0.0)
 
     def _initial(self, now: float) -> CounterState:
-        return CounterState()
+        return CounterState(created=wall())
 
     def _absorb(self, values: list[Any]) -> CounterState:
         state = self._state
-        up, down = state
+        up, down, created = state
         if values.count(1) == len(values):
-            return CounterState(Total(up.whole + len(values), up.parts), down)
+            return CounterState(Total(up.whole + len(values), up.parts), down, created)
         if tuple not in map(type, values):
-            return CounterState(add_up(up, values), down)
+            return CounterState(add_up(up, values), down, created)
         ups: list[Any] = []
         downs: list[Any] = []
         for value in values:
@@ -93,7 +98,7 @@ class Counter(Metric):
                 downs.append(value[0])
             else:
                 ups.append(value)
-        return CounterState(add_up(up, ups), add_up(down, downs))
+        return CounterState(add_up(up, ups), add_up(down, downs), created)
 
     def _checked(self, value: Any) -> Any:
         if not _is_down(value):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 from typing import Any, NamedTuple
 
-from tapes.clock import tick_at
+from tapes.clock import tick_at, wall
 from tapes.metrics.base import FULL, Metric
 from tapes.naming import Labels
 from tapes.sketch import EMPTY, Sketch
@@ -19,11 +20,15 @@ class HistogramState(NamedTuple):
     """The sketch of all values."""
 
     sketch: Sketch = EMPTY
+    created: float = inf
 
     @staticmethod
     def merge(states: Iterable[HistogramState]) -> HistogramState:
         """Return the state of one histogram that saw all streams."""
-        return HistogramState(Sketch.merge(state.sketch for state in states))
+        every = list(states)
+        return HistogramState(
+            Sketch.merge(state.sketch for state in every), min(state.created for state in every)
+        )
 
     @property
     def is_empty(self) -> bool:
@@ -32,7 +37,7 @@ class HistogramState(NamedTuple):
 
     def series(self, labels: Labels, tick: int) -> HistogramSeries:
         """Return what a reader sees."""
-        return HistogramSeries(labels, self.sketch.lifetime, self.sketch.recent)
+        return HistogramSeries(labels, self.sketch.lifetime, self.sketch.recent, self.created)
 
 
 class Histogram(Metric):
@@ -64,7 +69,7 @@ class Histogram(Metric):
             self._fold(0.0)
 
     def _initial(self, now: float) -> HistogramState:
-        return HistogramState()
+        return HistogramState(EMPTY, wall())
 
     def _is_settled(self) -> bool:
         settled: bool = self._state.sketch.is_settled
@@ -72,8 +77,8 @@ class Histogram(Metric):
 
     def _settled(self) -> HistogramState:
         state = self._state
-        return state if state.sketch.is_settled else HistogramState(state.sketch.settled())
+        return state if state.sketch.is_settled else HistogramState(state.sketch.settled(), state.created)
 
     def _absorb(self, values: list[Any]) -> HistogramState:
         state = self._state
-        return HistogramState(state.sketch.fold(values, tick_at(self._clock())))
+        return HistogramState(state.sketch.fold(values, tick_at(self._clock())), state.created)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 from typing import Any, NamedTuple
 
-from tapes.clock import TICK_SECONDS, tick_at
+from tapes.clock import TICK_SECONDS, tick_at, wall
 from tapes.ewma import Rates
 from tapes.metrics.base import FULL, Metric
 from tapes.metrics.counter import add_up
@@ -21,6 +22,7 @@ class MeterState(NamedTuple):
 
     count: Total  # type: ignore[assignment]  # shadows tuple.count, on purpose
     rates: Rates
+    created: float = inf
 
     @staticmethod
     def merge(states: Iterable[MeterState]) -> MeterState:
@@ -29,6 +31,7 @@ class MeterState(NamedTuple):
         return MeterState(
             Total.merge(state.count for state in every),
             Rates.merge(state.rates for state in every),
+            min(state.created for state in every),
         )
 
     @property
@@ -38,7 +41,8 @@ class MeterState(NamedTuple):
 
     def series(self, labels: Labels, tick: int) -> MeterSeries:
         """Return what a reader sees as of ``tick``."""
-        return MeterSeries(labels, self.count.value, *self.rates.read(tick))
+        m1, m5, m15 = self.rates.read(tick)
+        return MeterSeries(labels, self.count.value, m1, m5, m15, self.created)
 
 
 class Ticking(Metric):
@@ -94,7 +98,7 @@ class Meter(Ticking):
 
     def _initial(self, now: float) -> MeterState:
         self._set_tick(now)
-        return MeterState(Total(), Rates.started(self._tick))
+        return MeterState(Total(), Rates.started(self._tick), wall())
 
     def _absorb(self, values: list[Any]) -> MeterState:
         state = self._state
@@ -106,4 +110,4 @@ class Meter(Ticking):
             events: Number = count.whole - state.count.whole
         else:
             (events, *_) = exact_sum(values) or (0.0,)
-        return MeterState(count, state.rates.mark(events, self._tick))
+        return MeterState(count, state.rates.mark(events, self._tick), state.created)

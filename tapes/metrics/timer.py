@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable
+from math import inf
 from types import TracebackType
 from typing import Any, Callable, NamedTuple, TypeVar, cast
 
+from tapes.clock import wall
 from tapes.errors import InvalidArgument
 from tapes.ewma import Rates
 from tapes.metrics.base import FULL
@@ -27,6 +29,7 @@ class TimerState(NamedTuple):
 
     sketch: Sketch
     rates: Rates
+    created: float = inf
 
     @staticmethod
     def merge(states: Iterable[TimerState]) -> TimerState:
@@ -35,6 +38,7 @@ class TimerState(NamedTuple):
         return TimerState(
             Sketch.merge(state.sketch for state in every),
             Rates.merge(state.rates for state in every),
+            min(state.created for state in every),
         )
 
     @property
@@ -45,7 +49,7 @@ class TimerState(NamedTuple):
     def series(self, labels: Labels, tick: int) -> TimerSeries:
         """Return what a reader sees as of ``tick``."""
         m1, m5, m15 = self.rates.read(tick)
-        return TimerSeries(labels, m1, m5, m15, self.sketch.lifetime, self.sketch.recent)
+        return TimerSeries(labels, m1, m5, m15, self.sketch.lifetime, self.sketch.recent, self.created)
 
 
 class Timer(Ticking):
@@ -94,20 +98,22 @@ class Timer(Ticking):
 
     def _initial(self, now: float) -> TimerState:
         self._set_tick(now)
-        return TimerState(EMPTY, Rates.started(self._tick))
+        return TimerState(EMPTY, Rates.started(self._tick), wall())
 
     def _is_settled(self) -> bool:
         settled: bool = self._state.sketch.is_settled
         return settled
 
     def _settled(self) -> TimerState:
-        state = self._state
-        return state if state.sketch.is_settled else TimerState(state.sketch.settled(), state.rates)
+        state: TimerState = self._state
+        if state.sketch.is_settled:
+            return state
+        return TimerState(state.sketch.settled(), state.rates, state.created)
 
     def _absorb(self, values: list[Any]) -> TimerState:
         state = self._state
         sketch = state.sketch.fold(values, self._tick, self._least)
-        return TimerState(sketch, state.rates.mark(len(values), self._tick))
+        return TimerState(sketch, state.rates.mark(len(values), self._tick), state.created)
 
 
 class Timing:

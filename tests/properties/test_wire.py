@@ -25,6 +25,7 @@ from tapes.distributed.wire import (
 from tapes.errors import WireError
 from tapes.forks import Process
 from tapes.metrics import MERGE_MODES
+from tapes.snapshot import Description
 from tapes.testing import ManualClock
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -49,7 +50,10 @@ def updates(draw, ancestors=1):
         clock.advance(draw(st.integers(0, 20)))
     registry.counter("c", l=label).decrement(3)
     items = [Item(*series) for series in registry.collect()]
-    described = {name: (draw(text), draw(st.one_of(st.none(), text))) for name in draw(st.sets(text))}
+    described = {
+        name: Description(draw(text), draw(st.one_of(st.none(), text)), tuple(sorted(draw(st.sets(finite)))))
+        for name in draw(st.sets(text))
+    }
     base = draw(st.integers(0, 5))
     before = draw(st.lists(updates(ancestors=0), max_size=2)) if ancestors else []
     return Update(
@@ -132,7 +136,7 @@ def test_a_sketch_whose_bins_do_not_add_up_is_refused():
     registry.histogram("h").update(1)
     update = Update(bytes(16), Process(1, 0), "", 1, 0, [Item(*s) for s in registry.collect()], {})
     tree = msgpack.unpackb(encode(update))
-    tree[7][0][3][0] = 2
+    tree[7][0][3][0][0] = 2
     with pytest.raises(WireError, match="add up"):
         decode(msgpack.packb(tree))
 

@@ -190,6 +190,15 @@ def test_descriptions_are_checked(registry, text, unit):
         registry.describe("c", text, unit=unit)
 
 
+@pytest.mark.parametrize(
+    "buckets", [(1, 1), (2, 1), (1, float("inf")), (float("nan"),), ("x",), 5, range(1001)]
+)
+def test_buckets_are_checked(registry, buckets):
+    """Ascending and finite."""
+    with pytest.raises(InvalidArgument, match="ascending"):
+        registry.describe("c", "text", buckets=buckets)
+
+
 @pytest.mark.parametrize("producer", [5, "x", object()])
 def test_a_producer_must_be_callable(registry, producer):
     """A common slip: gauge(name, value)."""
