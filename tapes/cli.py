@@ -12,6 +12,7 @@ import tapes
 from tapes.environment import is_disabled
 from tapes.errors import TapesError
 from tapes.forks import this_process
+from tapes.reporting.configured import HTTP, STATSD
 
 __all__ = ["main"]
 
@@ -28,10 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="run a command whose processes answer for each other",
         description="Start an aggregator and become COMMAND: every process that it starts and that uses "
         "tapes connects by itself. The aggregator leaves 2 s after the last of them.",
-        usage="tapes run [--http [HOST:]PORT] [--addr ADDR] -- COMMAND [ARGUMENT ...]",
+        usage="tapes run [--http [HOST:]PORT] [--statsd ADDRESS] [--addr ADDR] -- COMMAND [ARGUMENT ...]",
     )
     run.add_argument(
         "--http", metavar="[HOST:]PORT", help="have the aggregator answer over HTTP; on loopback"
+    )
+    run.add_argument(
+        "--statsd",
+        metavar="ADDRESS",
+        help="have the aggregator report to StatsD every 10 s: [tcp://]HOST[:PORT] or unix:///PATH, "
+        "with any of ?prefix=NAME&interval=SECONDS&tags=1",
     )
     run.add_argument("--addr", help="where to meet (default: TAPES_ADDR, or a private directory)")
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=argparse.SUPPRESS)
@@ -39,16 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = given.command[1:] if given.command[:1] == ["--"] else given.command
     if not command:
         run.error("there is no command to run: tapes run -- COMMAND")
-    _run(command, given.http, given.addr)
+    _run(command, {HTTP: given.http, STATSD: given.statsd}, given.addr)
 
 
-def _run(command: list[str], http: str | None, addr: str | None) -> None:
+def _run(command: list[str], reporters: dict[str, str | None], addr: str | None) -> None:
     program = shutil.which(command[0])
     if program is None:
         sys.stderr.write(f"tapes: there is no command {command[0]!r}\n")
         sys.exit(_NOT_FOUND)
-    if http is not None:
-        os.environ["TAPES_HTTP"] = http
+    os.environ.update({name: told for name, told in reporters.items() if told is not None})
     try:
         if not is_disabled():
             from tapes.distributed.joining import Supervisor, meet
@@ -56,7 +62,8 @@ def _run(command: list[str], http: str | None, addr: str | None) -> None:
             meet(Supervisor(this_process(), f"tapes run (pid {os.getpid()})"), addr)
     except TapesError as error:
         sys.exit(f"tapes: {error}")
-    os.environ.pop("TAPES_HTTP", None)  # it answers there already
+    for name in reporters:
+        os.environ.pop(name, None)  # the aggregator that there is reports already
     try:
         # To become the command, and not to be its parent, passes on every signal and its exit status.
         os.execv(program, command)  # noqa: S606 - the command is the user's own

@@ -10,7 +10,13 @@ __all__ = ["Connection"]
 
 
 class Connection:
-    """What answers for the whole service while it is attached to a registry."""
+    """What answers for the whole service while it is attached to a registry.
+
+    Attributes:
+        is_aggregator: Whether this process is the one that adds up what all others count.
+    """
+
+    is_aggregator = False
 
     def snapshot(self) -> Snapshot:
         """Return the merged view."""

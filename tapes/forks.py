@@ -14,6 +14,7 @@ request starts; the moment is then that at which the kernel started the child.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import mmap
 import os
@@ -26,8 +27,8 @@ from functools import lru_cache
 from typing import Any, Callable, NamedTuple
 
 __all__ = [
-    "CONNECTED", "Ancestor", "Process", "add", "check", "connected_parent", "fork_unnoticed", "host", "mark",
-    "origin", "process_of", "stamp", "this_process",
+    "CONNECTED", "Ancestor", "Process", "add", "add_user", "check", "connected_parent", "fork_unnoticed",
+    "host", "mark", "origin", "process_of", "stamp", "this_process",
 ]  # fmt: skip
 
 
@@ -120,6 +121,11 @@ def add(registry: Any) -> None:
     _registries.add(registry)
 
 
+def add_user(user: Any) -> None:
+    """Have the same called of what uses registries: it holds still before they do, and goes on after them."""
+    _users.add(user)
+
+
 def check() -> None:
     """Notice a fork of which no hook told; cheap enough for every request."""
     if os.getpid() != _here.process.pid:
@@ -180,12 +186,12 @@ class _Here:
     def before(self) -> None:
         self._becomes_another = _becomes_another_program()
         if self._matters():
-            _each(lambda registry: registry.before_fork())
+            _each(lambda one: one.before_fork(), _users, _registries)
             self._version = stamp()
 
     def in_parent(self) -> None:
         if self._matters():
-            _each(lambda registry: registry.go_on())
+            _each(lambda one: one.go_on(), _registries, _users)
         self._becomes_another = False
 
     def in_child(self) -> None:
@@ -203,7 +209,7 @@ class _Here:
     def _change(self, version: int) -> None:
         parent, self.process = self.process, process_of(os.getpid())
         if self._matters():
-            _each(lambda registry: registry.forked(parent, version))
+            _each(lambda one: one.forked(parent, version), _registries, _users)
 
     def _matters(self) -> bool:
         is_quiet = self._becomes_another or self.quiet_thread == threading.get_ident()
@@ -222,16 +228,17 @@ def _becomes_another_program() -> bool:
     return frame is not None
 
 
-def _each(action: Callable[[Any], None]) -> None:
-    for registry in list(_registries):
+def _each(action: Callable[[Any], None], *groups: weakref.WeakSet[Any]) -> None:
+    for one in itertools.chain.from_iterable(map(list, groups)):
         try:
-            action(registry)
+            action(one)
         except Exception:  # one of them must not keep the others from it
-            _log.exception("tapes: a registry could not follow a fork")
+            _log.exception("tapes: a %s could not follow a fork", type(one).__name__)
 
 
 _log = logging.getLogger("tapes.forks")
 _registries: weakref.WeakSet[Any] = weakref.WeakSet()
+_users: weakref.WeakSet[Any] = weakref.WeakSet()
 _here = _Here()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_here.before, after_in_parent=_here.in_parent, after_in_child=_here.in_child)

@@ -68,6 +68,8 @@ _log = logging.getLogger("tapes.distributed")
 class _MergedView(Connection):
     """The connection of the registry that reporters read: it answers from the ledger."""
 
+    is_aggregator = True
+
     def __init__(self, ledger: Ledger, registry: Registry) -> None:
         self._ledger = ledger
         self._registry = registry

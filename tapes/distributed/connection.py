@@ -5,7 +5,7 @@ the aggregator has everything published before; if some of that is still under w
 and gets a keyframe. So a reader always sees its own events.
 
 Leaving is a request too: the last values, acknowledged. If nobody answers they are left as a will beside the
-socket. Every end of the interpreter leaves, and that of a child of multiprocessing, which runs no ``atexit``.
+socket. Every end of a process that `tapes.endings` knows leaves.
 
 At a fork the parent holds still, so that no thread and no socket is in the middle of anything; the child
 attaches a connection of its own.
@@ -13,12 +13,9 @@ attaches a connection of its own.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import itertools
 import logging
-import multiprocessing
-import multiprocessing.util
 import os
 import threading
 import time
@@ -45,6 +42,7 @@ from tapes.distributed.wire import (
     decode,
     encode,
 )
+from tapes.endings import GOODBYE, at_end
 from tapes.environment import is_disabled
 from tapes.errors import AggregatorUnavailable, InvalidArgument, WireError
 from tapes.metrics import State
@@ -121,10 +119,6 @@ def _leave() -> None:
                 _log.exception("tapes could not say goodbye")
 
 
-def _leave_at_the_end_of_this_child(_: object = None) -> None:
-    multiprocessing.util.Finalize(None, _leave, exitpriority=100)
-
-
 def _renew_lock() -> None:
     global _connecting
     _connecting = threading.Lock()
@@ -138,11 +132,7 @@ _abandoned: list[AggregatorConnection] = []
 """Those of the parent, in a child: kept, as letting go of their sockets would touch what the parent uses."""
 _unsaid: weakref.WeakKeyDictionary[Registry, list[Update]] = weakref.WeakKeyDictionary()
 
-atexit.register(_leave)
-# In a child of multiprocessing finalizers are cleared after the fork's hooks, and before these.
-multiprocessing.util.register_after_fork(_leave, _leave_at_the_end_of_this_child)
-if multiprocessing.parent_process() is not None:
-    _leave_at_the_end_of_this_child()
+at_end(_leave, GOODBYE)
 
 
 class AggregatorConnection(Connection):

@@ -20,13 +20,12 @@ from tapes.distributed.address import Endpoints, resolve
 from tapes.distributed.lease import Lease
 from tapes.errors import AddressError, AddressInUse, AggregatorUnavailable, InvalidArgument, TapesError
 from tapes.forks import Process
-from tapes.reporting import Reporter
-from tapes.reporting.http import HTTPReporter
+from tapes.reporting.configured import reporters_from
 
 if TYPE_CHECKING:
     from tapes.distributed.aggregator import Aggregator
 
-__all__ = ["Readiness", "launch", "reporters_from", "serve"]
+__all__ = ["Readiness", "launch", "serve"]
 
 _READY_SECONDS = 10.0
 _END = b"\0"
@@ -177,22 +176,6 @@ def serve(address: str, pid: str, started: str, reason: str, uid: str, gid: str,
         sys.exit(1)
     lease = Lease.joined(Process(int(pid), int(started)))
     sys.exit(readiness.run(Aggregator(endpoints, reporters, lease, reason=reason)))
-
-
-def reporters_from(environment: os._Environ[str] | dict[str, str]) -> list[Reporter]:
-    """Return the reporters that the environment asks for: ``TAPES_HTTP=[HOST:]PORT``.
-
-    Raises:
-        InvalidArgument: If a variable can't be understood.
-    """
-    reporters: list[Reporter] = []
-    http = environment.get("TAPES_HTTP", "")
-    if http:
-        host, _, port = http.rpartition(":")
-        if not (port.isascii() and port.isdigit()):
-            raise InvalidArgument("TAPES_HTTP", got=http, expected="PORT or HOST:PORT")
-        reporters.append(HTTPReporter(int(port), host=host.strip("[]") or "127.0.0.1"))
-    return reporters
 
 
 def _become(user: directory.User) -> None:

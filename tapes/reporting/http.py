@@ -9,6 +9,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+from tapes import forks
 from tapes.errors import AddressError, AddressInUse, InvalidArgument
 from tapes.exposition.endpoint import Answer, answer, refusal
 from tapes.registry import Registry
@@ -35,7 +36,7 @@ class HTTPReporter(Reporter):
     """
 
     def __init__(self, port: int, registry: Registry | None = None, *, host: str = "127.0.0.1") -> None:
-        super().__init__(registry)
+        super().__init__(registry=registry)
         if not isinstance(port, int) or not 0 <= port <= 65535:
             raise InvalidArgument("a TCP port", got=port, expected="a whole number from 0 to 65535")
         self.port = port
@@ -44,12 +45,20 @@ class HTTPReporter(Reporter):
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Listen, and answer from a daemon thread.
+        """Listen, and answer from a daemon thread, and another one for each client.
+
+        A forked child does not listen: the port stays with the process that started it.
 
         Raises:
+            InvalidArgument: If it was started already.
             AddressInUse: If something else listens on the port.
             AddressError: If the address can't be bound for another reason.
         """
+        forks.check()
+        if self._server is not None:
+            raise InvalidArgument(
+                "HTTPReporter.start() was called before", expected="one start() for each stop()"
+            )
         try:
             self._server = _server(self.host, self.port, self)
         except OSError as error:
@@ -65,6 +74,7 @@ class HTTPReporter(Reporter):
             target=self._server.serve_forever, args=(0.1,), name="tapes-http", daemon=True
         )
         self._thread.start()
+        forks.add_user(self)
 
     def stop(self) -> None:
         """Stop listening; nothing if it wasn't started."""
@@ -72,6 +82,12 @@ class HTTPReporter(Reporter):
             self._server.shutdown()
             self._server.server_close()
             self._thread.join()
+        self._server = self._thread = None
+
+    def forked(self, parent: forks.Process, version: int) -> None:
+        """Called in a forked child: let go of the port, which clients would wait at in vain."""
+        if self._server is not None:
+            self._server.socket.close()
         self._server = self._thread = None
 
 
@@ -92,6 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
     server_version = "tapes"
     sys_version = ""
     timeout = _CLIENT_TIMEOUT_SECONDS
+    error_content_type = "text/plain; charset=utf-8"
+    error_message_format = "%(message)s.\n"
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
@@ -104,12 +122,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
     do_HEAD = do_GET  # noqa: N815 - the base class's spelling
+
+    def do_POST(self) -> None:
+        self.close_connection = True  # what it sends is not read
+        self.do_GET()
+
+    do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_POST  # noqa: N815
 
     def answer(self, accept: str, query: str) -> Answer:
         raise NotImplementedError

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import signal
+import socket
 import sys
 
 import pytest
@@ -103,6 +105,31 @@ python; python & python & wait
     assert home.run([TAPES, "run", "--", "sh", "-ec", script], PYTHON=sys.executable)[:2] == (0, "15\n")
 
 
+def test_several_reporters_tell_of_all_processes(home):
+    """One aggregator answers over HTTP and sends to StatsD, each count once, to the last one."""
+    program = "import tapes; tapes.counter('c').increment(5)"
+    script = f"""
+"$PYTHON" -c "{program}" & "$PYTHON" -c "{program}" & wait
+"$PYTHON" -c "import tapes, urllib.request as r; tapes.counter('c').increment(5); tapes.get_stats()
+print(r.urlopen('http://127.0.0.1:$PORT/?format=prometheus').read().decode().count('c_total 15'))"
+"""
+    port = free_port()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(("127.0.0.1", 0))
+        receiver.settimeout(10)
+        statsd = f"127.0.0.1:{receiver.getsockname()[1]}?prefix=shop&interval=0.05"
+        arguments = ["run", "--http", str(port), "--statsd", statsd, "--", "sh", "-ec", script]
+        done = home.run([TAPES, *arguments], PYTHON=sys.executable, PORT=str(port))
+        assert done[:2] == (0, "1\n")
+        wait_for(home.nothing_left, "the aggregator has left", 4)
+        receiver.setblocking(False)
+        lines = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                lines += receiver.recv(1 << 16).decode().split("\n")
+    assert sum(int(line[7:-2]) for line in lines if line.startswith("shop.c:")) == 15, lines
+
+
 def test_what_can_not_be_run_says_why(home):
     """One sentence each, and the status that shells use."""
     for arguments, expected, words in (
@@ -110,6 +137,7 @@ def test_what_can_not_be_run_says_why(home):
         (["run"], 2, "there is no command to run"),
         (["run", "--addr", "here", "--", "true"], 1, "ipc://PATH"),
         (["run", "--http", "eighty", "--", "true"], 1, "TAPES_HTTP"),
+        (["run", "--statsd", "http://localhost", "--", "true"], 1, "unix:///PATH"),
         (["walk"], 2, "invalid choice"),
     ):
         status, _, errors = home.run([TAPES, *arguments])

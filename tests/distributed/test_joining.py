@@ -190,6 +190,8 @@ def test_reporters_come_from_the_environment(home):
     wait_for(home.nothing_left, "nothing is left", 4)
     done = run(home, "import tapes; tapes.join()", status=1, TAPES_HTTP="eighty")
     assert "TAPES_HTTP: got 'eighty', expected PORT or HOST:PORT" in done[1]
+    done = run(home, "import tapes; tapes.join()", status=1, TAPES_STATSD="localhost?intervall=5")
+    assert "TAPES_STATSD: got 'localhost?intervall=5', expected [tcp://]HOST[:PORT]" in done[1]
 
 
 def test_what_can_not_be_started_says_why(home):

@@ -1,0 +1,64 @@
+"""Reporters that the environment asks for, as they are given on a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from tapes.errors import InvalidArgument
+from tapes.reporting.base import Reporter
+from tapes.reporting.http import HTTPReporter
+from tapes.reporting.statsd import StatsdReporter
+
+__all__ = ["HTTP", "STATSD", "http_reporter", "reporters_from", "statsd_reporter"]
+
+HTTP, STATSD = "TAPES_HTTP", "TAPES_STATSD"
+
+_STATSD_FORM = "[tcp://]HOST[:PORT] or unix:///PATH, and after a ? any of prefix=, interval=SECONDS, tags=1"
+
+
+def reporters_from(environment: Mapping[str, str]) -> list[Reporter]:
+    """Return the reporters of ``TAPES_HTTP`` and ``TAPES_STATSD``, where these are set.
+
+    Raises:
+        InvalidArgument: If one of them can't be understood.
+    """
+    makers = {HTTP: http_reporter, STATSD: statsd_reporter}
+    return [make(environment[name]) for name, make in makers.items() if environment.get(name)]
+
+
+def http_reporter(address: str) -> Reporter:
+    """Return the reporter of ``[HOST:]PORT``; raises `InvalidArgument` if it can't be understood."""
+    host, _, port = address.rpartition(":")
+    if not (port.isascii() and port.isdigit()):
+        raise InvalidArgument(HTTP, got=address, expected="PORT or HOST:PORT")
+    return HTTPReporter(int(port), host=host.strip("[]") or "127.0.0.1")
+
+
+def statsd_reporter(address: str) -> Reporter:
+    """Return the reporter of ``[tcp://]HOST[:PORT]`` or ``unix:///PATH``, with options after a ``?``.
+
+    Raises:
+        InvalidArgument: If it can't be understood.
+    """
+    try:
+        url = urlsplit(address if "://" in address else f"udp://{address}")
+        options = parse_qs(url.query, keep_blank_values=True, strict_parsing=bool(url.query))
+        interval = timedelta(seconds=float(options.pop("interval", ["10"])[-1]))
+        tags = {"1": True, "0": False}[options.pop("tags", ["0"])[-1]]
+        prefix = options.pop("prefix", [""])[-1] or None
+        if options or url.fragment or url.username is not None:
+            raise ValueError(f"nothing is known of {sorted(options)}")
+        told: dict[str, Any]
+        if url.scheme == "unix" and url.path and not url.netloc:
+            told = {"host": f"unix://{unquote(url.path)}"}
+        elif url.scheme in ("udp", "tcp") and url.hostname and url.path in ("", "/"):
+            port = 8125 if url.port is None else url.port
+            told = {"host": url.hostname, "port": port, "protocol": url.scheme}
+        else:
+            raise ValueError("no such address")
+        return StatsdReporter(interval, prefix=prefix, tags=tags, **told)
+    except (ValueError, KeyError, OverflowError):
+        raise InvalidArgument(STATSD, got=address, expected=_STATSD_FORM) from None

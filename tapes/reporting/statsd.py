@@ -1,0 +1,267 @@
+"""Metrics to StatsD, and to whatever else speaks its protocol.
+
+Theory. StatsD adds up what it is sent, and forgets it when it is restarted. So of counts only what came since
+the last report is sent (``c``), and everything else as a value that stands (``g``). What was told is kept
+with the registry for each receiver, series by series, and moves on only when the packet with the difference
+was sent; so nothing is told twice or lost when a send fails, or when one reporter is stopped and another one
+started. When a series began is part of what is kept: one that began later is another, and all of it is new.
+
+As StatsD adds up, each process tells the counts that it recorded itself, and an aggregator those of the whole
+service. Gauges and distributions are told as they stand for the whole service by whoever tells them.
+
+Source: the protocol is Etsy's StatsD (``docs/metric_types.md``), tags are Datadog's extension of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from tapes.clock import tick_at
+from tapes.errors import InvalidArgument
+from tapes.naming import Labels
+from tapes.registry import Registry
+from tapes.reporting.base import Reporter
+from tapes.reporting.scheduled import ScheduledReporter
+from tapes.reporting.transport import Transport
+from tapes.snapshot import Snapshot
+from tapes.sums import LARGE, Number
+
+__all__ = ["SENDS_FAILED", "StatsdClient", "StatsdReporter"]
+
+SENDS_FAILED = "tapes.statsd.failed"
+"""The counter {reporter} of packets that could not be sent."""
+
+_MILLISECONDS = frozenset({"min", "max", "mean", "stddev", "q50", "q75", "q95", "q98", "q99", "q999"})
+_NOT_GAUGES = frozenset({"count", "sum"})
+
+_WAIT_SECONDS = 1.0
+_NOT_IN_NAMES, _NOT_IN_LEVELS = re.compile(r"[^a-zA-Z0-9_.-]"), re.compile(r"[^a-zA-Z0-9_-]")
+_NOT_IN_TAGS = re.compile(r"[,|#\s\x00-\x1f\x7f]")
+
+_Key = tuple[str, Labels]
+
+
+class StatsdReporter(ScheduledReporter):
+    """Reports to StatsD from a thread: at once, every interval, and a last time when it is stopped.
+
+    =========  ====================================================================================
+    counter    ``name``: what was added less what was taken away since the last report, as ``c``
+    meter      ``name.count``: events since the last report, as ``c``; ``name.m1 m5 m15``, as ``g``
+    histogram  ``name.count`` as ``c``; ``name.min max mean stddev q50 q75 q95 q98 q99 q999`` as ``g``
+    timer      both, and its times in milliseconds
+    gauge      ``name`` as ``g``; a negative value follows a 0, as a sign means a change
+    =========  ====================================================================================
+
+    Labels become levels of the name, before the field (``jobs.done.queue.mail.count``), or tags. Packets are
+    filled to the MTU. What can't be sent is sent by the next report; failed sends are counted in
+    ``tapes.statsd.failed``.
+
+    In a connected worker it tells the counts of that worker, as StatsD adds them up; in an aggregator, those
+    of the whole service.
+
+    Args:
+        interval: The time between reports; a ``timedelta``. StatsD's own is 10 s.
+        host: The receiver's name or address, or ``unix:///PATH``.
+        port: Its port.
+        prefix: Put before every name, with a dot.
+        registry: What to report; the default registry if ``None``.
+        tags: Send labels as tags (``name:1|c|#queue:mail``), which Datadog's agent, Telegraf, StatsD 0.9 and
+            statsd_exporter understand.
+        protocol: ``"udp"`` or ``"tcp"``; of a unix socket they mean datagrams and a stream.
+
+    Raises:
+        InvalidArgument: If one of them is out of its range.
+    """
+
+    def __init__(
+        self,
+        interval: timedelta,
+        host: str = "localhost",
+        port: int = 8125,
+        prefix: str | None = None,
+        registry: Registry | None = None,
+        *,
+        tags: bool = False,
+        protocol: str = "udp",
+    ) -> None:
+        super().__init__(interval, registry)
+        self.client = StatsdClient(host, port, prefix, tags, protocol)
+
+    def report(self) -> None:
+        """Send all values once; raises `OSError` if something can't be sent."""
+        self.client.send(self)
+
+    def stop(self) -> None:
+        """Report a last time, end the thread and close the connection; nothing if it wasn't started."""
+        super().stop()
+        self.client.close()
+
+
+class _Told(NamedTuple):
+    """What a receiver was told of a series: its count less what was taken away, and what tells a restart."""
+
+    value: Number
+    total: Number
+    created: float
+
+
+class _Line(NamedTuple):
+    """One value, or two lines that belong together; and what is told when it was sent."""
+
+    text: bytes
+    key: _Key | None = None
+    told: _Told | None = None
+
+
+class _Memory:
+    """What a receiver was told of a registry; one report at a time reads and writes it."""
+
+    def __init__(self) -> None:
+        self.told: dict[_Key, _Told] = {}
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[dict[_Key, _Told]]:
+        if self._pid != os.getpid():  # forked: whoever held the lock is not here
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        if not self._lock.acquire(timeout=_WAIT_SECONDS):
+            raise TimeoutError("another report to the same receiver is under way")
+        try:
+            yield self.told
+        finally:
+            self._lock.release()
+
+
+_memories: weakref.WeakKeyDictionary[Registry, dict[object, _Memory]] = weakref.WeakKeyDictionary()
+"""By registry and receiver; a reporter that is made anew goes on where the last one was."""
+
+
+class StatsdClient:
+    """What StatsD reporters share: from a registry to packets, and what was told by them."""
+
+    def __init__(self, host: str, port: int, prefix: str | None, tags: bool, protocol: str) -> None:
+        if prefix is not None and not isinstance(prefix, str):
+            raise InvalidArgument("a prefix", got=prefix, expected="a text like 'shop', or None")
+        self._transport = Transport(host, port, protocol)
+        prefix = (prefix or "").rstrip(".")
+        self._prefix = prefix + "." if prefix else ""
+        self._tags = tags
+        self._receiver = (host, port, protocol, self._prefix, tags)
+
+    def close(self) -> None:
+        """Close the connection; the next report opens another."""
+        self._transport.close()
+
+    def send(self, reporter: Reporter) -> None:
+        """Send what there is to tell of the reporter's registry.
+
+        Raises:
+            OSError: If something can't be sent; it stays to be told.
+        """
+        memories = _memories.setdefault(reporter.registry, {})
+        with memories.setdefault(self._receiver, _Memory()).alone() as told:
+            packets = list(self._packets(self._lines(reporter.registry, told)))
+            for number, lines in enumerate(packets):
+                try:
+                    self._send(lines, told)
+                except OSError:
+                    reporter.count(SENDS_FAILED, len(packets) - number)
+                    raise
+
+    def _send(self, lines: list[_Line], told: dict[_Key, _Told]) -> None:
+        sent = self._transport.send([line.text for line in lines])
+        for line in lines[:sent]:
+            if line.key is not None and line.told is not None:
+                told[line.key] = line.told
+        if sent < len(lines):
+            raise ConnectionError(f"the connection to {self._transport.address} broke")
+
+    def _lines(self, registry: Registry, told: dict[_Key, _Told]) -> Iterator[_Line]:
+        snapshot = registry.snapshot()
+        counts = list(_counts(registry, snapshot))
+        for key in told.keys() - {key for key, *_ in counts}:
+            del told[key]  # it was removed
+        for key, field, now in counts:
+            before = told.get(key)
+            if before is None or now.created > before.created or now.total < before.total:
+                before = _Told(0, 0, now.created)
+            difference = now.value - before.value
+            if difference:
+                yield _Line(self._line(*key, field, difference, "c"), key, now)
+        for family in snapshot:
+            for series in family.series:
+                for field, value in _standing(family.kind, series):
+                    line = self._line(family.name, series.labels, field, value, "g")
+                    zero = self._line(family.name, series.labels, field, 0, "g") + b"\n" if value < 0 else b""
+                    yield _Line(zero + line)
+
+    def _line(self, name: str, labels: Labels, field: str, value: Number, kind: str) -> bytes:
+        before, after = _parts(self._prefix + name, labels, field, self._tags)
+        return f"{before}:{value!r}|{kind}{after}".encode()
+
+    def _packets(self, lines: Iterable[_Line]) -> Iterator[list[_Line]]:
+        """Yield ``lines`` in packets that are as full as they may be."""
+        packet: list[_Line] = []
+        size = 0
+        for line in lines:
+            if packet and size + len(line.text) + 1 > self._transport.most_bytes:
+                yield packet
+                packet, size = [], 0
+            packet.append(line)
+            size += len(line.text) + 1
+        if packet:
+            yield packet
+
+
+def _counts(registry: Registry, snapshot: Snapshot) -> Iterator[tuple[_Key, str, _Told]]:
+    """Yield what this process has to account for: a series, the field of its count, and what it stands at."""
+    connection = registry.connection
+    if connection is not None and connection.is_aggregator:
+        every = [(family.kind, family.name, series) for family in snapshot for series in family.series]
+    else:
+        tick = tick_at(registry.clock())
+        every = [
+            (kind, name, series)
+            for kind, name, labels, state in registry.collect()
+            if (series := state.series(labels, tick)) is not None
+        ]
+    for kind, name, series in every:
+        one: Any = series
+        if kind == "counter":
+            yield (name, one.labels), "", _Told(one.value, one.total, one.created)
+        elif kind != "gauge":
+            yield (name, one.labels), "count", _Told(one.count, one.count, one.created)
+
+
+def _standing(kind: str, series: Any) -> Iterator[tuple[str, Number]]:
+    """Yield field and value of what is told as it stands."""
+    if kind == "gauge":
+        yield "", series.value
+    elif kind != "counter":
+        scale = 1000.0 if kind == "timer" else 1.0
+        for field, value in series.fields().items():
+            if field not in _NOT_GAUGES:
+                yield field, min(value * scale, LARGE) if field in _MILLISECONDS else value
+
+
+@lru_cache(maxsize=1 << 14)
+def _parts(name: str, labels: Labels, field: str, tags: bool) -> tuple[str, str]:
+    """Return what comes before and after the value."""
+    levels = [_NOT_IN_NAMES.sub("_", name)]
+    if not tags:
+        levels += [_NOT_IN_LEVELS.sub("_", text) or "_" for label in labels for text in label]
+    after = ",".join([f"{_tag(label)}:{_tag(value)}" for label, value in labels]) if tags else ""
+    return ".".join([*levels, field] if field else levels), "|#" + after if after else ""
+
+
+def _tag(text: str) -> str:
+    return _NOT_IN_TAGS.sub("_", text.encode(errors="replace").decode()) or "_"

@@ -1,0 +1,163 @@
+"""Reports on the schedule of a Tornado IOLoop, which they never hold up.
+
+Theory. The loop keeps the schedule; a report runs beside it. An ``async def report`` runs on the loop, as
+it gives way by itself. Any other may take as long as it likes: it gets a daemon thread of its own, so it must
+not touch what belongs to the loop. There is one report at a time; those that fall due meanwhile are skipped
+and counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from datetime import timedelta
+from typing import Any, Callable
+
+from tapes import forks
+from tapes.clock import monotonic
+from tapes.endings import LAST_REPORT, at_end
+from tapes.errors import MissingExtra
+from tapes.registry import Registry
+from tapes.reporting.base import SKIPPED, Reporter
+from tapes.reporting.scheduled import STOP_SECONDS, Grid, Run, Scheduled
+
+try:
+    from tornado import gen
+    from tornado.ioloop import IOLoop
+except ImportError:
+    raise MissingExtra("tapes.reporting.tornado", "tornado") from None
+
+__all__ = ["TornadoScheduledReporter"]
+
+
+class TornadoScheduledReporter(Scheduled):
+    """Calls `report` on the schedule of an IOLoop: at once, then every interval, and when it is stopped.
+
+    Subclasses override `report`: with ``async def`` it runs on the loop, with ``def`` in a thread of its own,
+    so it never holds up the loop. What it raises is counted in ``tapes.reports.failed``, logged once a minute
+    at most, and does not end the schedule. Reports that fall due while one is under way are skipped and
+    counted in ``tapes.reports.skipped``.
+
+    Call its methods on the loop's thread. Start it after ``fork()``, as the loop itself.
+
+    Args:
+        interval: The time between the beginnings of reports; a ``timedelta``.
+        registry: What to report; the default registry if ``None``.
+        io_loop: The loop; the current one of `start` if ``None``.
+
+    Raises:
+        InvalidArgument: If the interval is not a positive ``timedelta``.
+    """
+
+    def __init__(
+        self, interval: timedelta, registry: Registry | None = None, io_loop: IOLoop | None = None
+    ) -> None:
+        super().__init__(interval, registry)
+        self.io_loop = io_loop
+
+    def stop(self) -> None:
+        """Report a last time and end the schedule; nothing if it wasn't started.
+
+        Returns at once if the loop runs: the last report is then done beside it, and the end of the process
+        waits for it. Else it waits itself. Both wait 2 s at most.
+        """
+        super().stop()
+
+    def forked(self, parent: forks.Process, version: int) -> None:
+        """In a forked child its loop is of no use: it is not started there."""
+        self._run = None
+
+    def _begin(self, grid: Grid) -> Run:
+        return _LoopRun(self, grid, self.io_loop or IOLoop.current())
+
+
+class _LoopRun(Run):
+    """Timers on a loop, and the report that is under way."""
+
+    def __init__(self, reporter: Reporter, grid: Grid, loop: IOLoop) -> None:
+        self._reporter = reporter
+        self._grid = grid
+        self._loop: Any = loop
+        self._timer: Any = None
+        self._is_stopped = self._is_busy = False
+        report = reporter.report
+        self._is_async = inspect.iscoroutinefunction(report) or gen.is_coroutine_function(report)
+        self._task: asyncio.Future[None] | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._loop.add_callback(self._tick)
+
+    def stop(self) -> None:
+        self._is_stopped = True
+        if self._timer is not None:
+            self._loop.remove_timeout(self._timer)
+        is_running = self._loop.asyncio_loop.is_running()
+        if not self._is_async:
+            self._start_thread(self._last_report_in_thread, self._thread)
+            if is_running:
+                at_end(self._join, LAST_REPORT)
+            else:
+                self._join()
+        elif is_running:
+            self._loop.add_callback(self._last_report_on_loop)
+        else:
+            try:
+                self._loop.run_sync(self._last_report_on_loop, timeout=STOP_SECONDS)
+            except Exception as error:  # it took too long, or the loop is closed
+                self._reporter.failed(error)
+
+    def _tick(self) -> None:
+        if self._is_stopped:
+            return
+        if self._is_busy:
+            self._reporter.count(SKIPPED)
+        elif self._is_async:
+            self._is_busy = True
+            self._task = asyncio.ensure_future(self._report_on_loop())
+        else:
+            self._is_busy = True
+            self._start_thread(self._report_in_thread)
+        missed = self._grid.pass_by(monotonic())
+        if missed:  # the loop itself was held up
+            self._reporter.count(SKIPPED, missed)
+        self._timer = self._loop.call_later(max(0.0, self._grid.due - monotonic()), self._tick)
+
+    async def _report_on_loop(self) -> None:
+        report: Any = self._reporter.report
+        try:
+            await report()
+        except Exception as error:
+            self._reporter.failed(error)
+        finally:
+            self._is_busy = False
+
+    async def _last_report_on_loop(self) -> None:
+        if self._task is not None:
+            await self._task
+        await self._report_on_loop()
+
+    def _start_thread(self, target: Callable[..., None], *arguments: Any) -> None:
+        name = f"tapes-{type(self._reporter).__name__}"
+        self._thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
+        self._thread.start()
+
+    def _report_in_thread(self) -> None:
+        try:
+            self._reporter.report()
+        except BaseException as error:  # whatever ends a thread
+            self._reporter.failed(error)
+        finally:
+            self._is_busy = False
+
+    def _last_report_in_thread(self, before: threading.Thread | None) -> None:
+        if before is not None:
+            before.join()
+        self._report_in_thread()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join(STOP_SECONDS)
+            if self._thread.is_alive():
+                self._reporter.warn(f"its last report was not done within {STOP_SECONDS:g} s")

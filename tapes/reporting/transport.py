@@ -1,0 +1,172 @@
+"""A connection to a receiver of lines, over UDP, TCP or a unix socket.
+
+What counts as sent: a datagram that the system took, and of which it didn't say at once that nobody is there
+(on one host it knows); of a stream, the lines that were handed over as a whole. Everything else raises, and
+the next send begins with another look at the address. A stream that the receiver has closed is noticed before
+something is sent into it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Sequence
+
+from tapes.clock import monotonic
+from tapes.errors import InvalidArgument
+
+__all__ = ["PROTOCOLS", "Transport"]
+
+PROTOCOLS = ("udp", "tcp")
+_UNIX = "unix://"
+_TIMEOUT_SECONDS = 1.0
+"""So long a connection or a send may take."""
+_LOOK_UP_SECONDS = 60.0
+"""An address is looked up again after this time even if nothing fails: datagrams get lost without a word."""
+_DATAGRAM_BYTES = 1432
+"""What fits into a frame of Ethernet beside the headers of IPv6 and UDP, with some for tunnels."""
+_UNIX_DATAGRAM_BYTES = 8192
+_STREAM_BYTES = 1 << 16
+_LISTENED_TO = 16
+"""So many times 4 KB of what a receiver says are thrown away before each packet."""
+
+
+class Transport:
+    """Sends lines to ``host``: a name, an address, or ``unix:///PATH``.
+
+    Args:
+        host: Where to.
+        port: The port, from 1 to 65535; means nothing for a unix socket.
+        protocol: ``"udp"`` or ``"tcp"``; of a unix socket they mean datagrams and a stream.
+
+    Raises:
+        InvalidArgument: If one of them is out of its range.
+    """
+
+    def __init__(self, host: str, port: int, protocol: str) -> None:
+        if not isinstance(host, str) or not host:
+            raise InvalidArgument("a host", got=host, expected="a name, an address, or unix:///PATH")
+        if isinstance(port, bool) or not isinstance(port, int) or not 0 < port <= 65535:
+            raise InvalidArgument("a port", got=port, expected="a whole number from 1 to 65535")
+        if protocol not in PROTOCOLS:
+            raise InvalidArgument("a protocol", got=protocol, expected=" or ".join(PROTOCOLS))
+        self._path = host[len(_UNIX) :] if host.startswith(_UNIX) else ""
+        self._host = host
+        self._port = port
+        self._is_stream = protocol == "tcp"
+        self._socket: socket.socket | None = None
+        self._pid = 0
+        self._opened = 0.0
+        self._turn = 0
+        self.address = self._path or f"{host}:{port}"
+
+    @property
+    def most_bytes(self) -> int:
+        """How many bytes a packet may have."""
+        if self._is_stream:
+            return _STREAM_BYTES
+        return _UNIX_DATAGRAM_BYTES if self._path else _DATAGRAM_BYTES
+
+    def send(self, lines: Sequence[bytes]) -> int:
+        """Send one packet of ``lines``; return how many of them were sent, all unless the stream broke.
+
+        Raises:
+            OSError: If none was.
+        """
+        try:
+            connection = self._open()
+            if self._is_stream:
+                return self._write(connection, lines)
+            connection.send(b"\n".join(lines))
+            error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                raise OSError(error, os.strerror(error))
+            return len(lines)
+        except OSError:
+            self.close()
+            self._turn += 1
+            raise
+
+    def close(self) -> None:
+        """Close the connection; the next `send` opens another."""
+        connection, self._socket = self._socket, None
+        if connection is not None:
+            connection.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_socket", None) is not None:  # else its arguments were refused
+            self.close()
+
+    def _open(self) -> socket.socket:
+        """Return a connection of this process, the one that is open unless there is reason for another."""
+        if self._socket is not None and (self._pid != os.getpid() or self._is_stale(self._socket)):
+            self.close()
+        if self._socket is None:
+            self._socket = self._connected()
+            self._pid, self._opened = os.getpid(), monotonic()
+        return self._socket
+
+    def _is_stale(self, connection: socket.socket) -> bool:
+        if not self._is_stream:
+            return monotonic() - self._opened > _LOOK_UP_SECONDS
+        connection.setblocking(False)
+        try:  # whatever it has to say, nobody asked; an end is what it can tell
+            return not all(connection.recv(4096) for _ in range(_LISTENED_TO))
+        except BlockingIOError:
+            connection.settimeout(_TIMEOUT_SECONDS)
+            return False
+        except OSError:
+            return True
+
+    def _connected(self) -> socket.socket:
+        kind = socket.SOCK_STREAM if self._is_stream else socket.SOCK_DGRAM
+        if self._path:
+            return _connected(socket.AF_UNIX, kind, self._path)
+        found = socket.getaddrinfo(self._host, self._port, type=kind)
+        found.sort(key=lambda info: info[0] != socket.AF_INET)  # most receivers listen there alone
+        if not self._is_stream:  # only sending tells whether somebody is there: another one each time
+            family, _, _, _, address = found[self._turn % len(found)]
+            return _connected(family, kind, address)
+        for family, _, _, _, address in found[:-1]:
+            try:
+                return _connected(family, kind, address)
+            except OSError:
+                continue
+        return _connected(found[-1][0], kind, found[-1][4])
+
+    def _write(self, connection: socket.socket, lines: Sequence[bytes]) -> int:
+        """Write ``lines`` to a stream; return how many were handed over as a whole."""
+        data = b"".join([line + b"\n" for line in lines])
+        written = 0
+        try:
+            while written < len(data):
+                written += connection.send(data[written:])
+        except OSError:
+            whole = _whole_lines(lines, written)
+            if not whole:
+                raise
+            self.close()  # what follows would be taken for the rest of a line
+            return whole
+        return len(lines)
+
+
+def _whole_lines(lines: Sequence[bytes], written: int) -> int:
+    for number, line in enumerate(lines):
+        written -= len(line) + 1
+        if written < 0:
+            return number
+    return len(lines)
+
+
+def _connected(family: int, kind: int, address: object) -> socket.socket:
+    connection = socket.socket(family, kind)
+    try:
+        connection.settimeout(_TIMEOUT_SECONDS)
+        connection.connect(address)  # type: ignore[arg-type]  # one of the family
+    except OSError as error:
+        connection.close()
+        if error.errno == errno.EPROTOTYPE:
+            raise OSError(error.errno, "the socket is of the other kind: try another protocol") from None
+        raise
+    return connection

@@ -1,0 +1,120 @@
+"""Metrics over HTTP, for applications that have no HTTP of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+
+import pytest
+
+import tapes
+from tapes.errors import AddressInUse, InvalidArgument
+from tapes.reporting.http import HTTPReporter
+from tests.processes import get, wait_for
+
+
+@pytest.fixture
+def reporter():
+    registry = tapes.Registry()
+    registry.counter("c").increment(3)
+    with HTTPReporter(0, registry) as reporter:
+        yield reporter
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/metrics/", "/metrics?format=json"])
+def test_it_answers_as_the_adapters_do(reporter, path):
+    """JSON unless the client asks for something else; on a port that the system chose, on loopback."""
+    status, headers, body = get(reporter.port, path)
+    assert (status, headers["Content-Type"], json.loads(body)) == (
+        200,
+        "application/json",
+        {"c": {"value": 3}},
+    )
+    assert (headers["Vary"], headers["Cache-Control"]) == ("Accept", "no-store")
+    assert b"c_total 3" in get(reporter.port, path.partition("?")[0], Accept="text/plain")[2]
+    with socket.socket() as other, pytest.raises(ConnectionRefusedError):
+        other.connect(("127.0.0.2", reporter.port))
+
+
+def test_head_is_get_without_its_body(reporter):
+    """The headers are the same."""
+    (status, headers, body), (_, expected, _) = (
+        get(reporter.port, "/", method) for method in ("HEAD", "GET")
+    )
+    assert (status, body) == (200, b"")
+    assert headers["Content-Length"] == expected["Content-Length"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "says"),
+    [
+        ("GET", "/nothing", 404, "/metrics"),
+        ("GET", "/?format=xml", 400, "openmetrics"),
+        ("POST", "/", 405, "can only be read"),
+        ("DELETE", "/metrics", 405, "can only be read"),
+        ("OPTIONS", "/", 405, "can only be read"),
+    ],
+)
+def test_refusals_are_plain_sentences(reporter, method, path, status, says):
+    """And say what to do instead."""
+    answered, headers, body = get(reporter.port, path, method)
+    assert (answered, headers["Content-Type"]) == (status, "text/plain; charset=utf-8")
+    assert says in body.decode()
+
+
+def test_a_client_that_says_nothing_holds_up_no_other(reporter):
+    """Each has a thread of its own."""
+    with socket.create_connection(("127.0.0.1", reporter.port)):
+        assert get(reporter.port, "/")[0] == 200
+
+
+def test_start_twice_and_a_port_that_is_taken_are_errors(reporter):
+    """Stop gives the port back, and can be called twice."""
+    with pytest.raises(InvalidArgument, match="called before"):
+        reporter.start()
+    another = HTTPReporter(reporter.port)
+    with pytest.raises(AddressInUse, match=str(reporter.port)):
+        another.start()
+    another.stop()
+    reporter.stop()
+    reporter.stop()
+    with another:
+        assert get(another.port, "/")[0] == 200
+    with reporter:
+        assert get(reporter.port, "/")[0] == 200
+
+
+@pytest.mark.parametrize("port", [-1, 65536, "8889", None, 1.5])
+def test_a_port_is_checked(port):
+    """Where it is given."""
+    with pytest.raises(InvalidArgument, match="a TCP port"):
+        HTTPReporter(port)
+
+
+def test_a_forked_child_lets_go_of_the_port(reporter):
+    """So nobody waits at it once the parent has stopped; the child can listen at another."""
+    receiver, sender = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(sender)
+        reporter.port = 0
+        with reporter:
+            served = get(reporter.port, "/")[0] == 200
+            os.read(receiver, 1)
+        os._exit(0 if served else 1)
+    assert get(reporter.port, "/")[0] == 200
+    reporter.stop()
+    with pytest.raises(ConnectionRefusedError):
+        get(reporter.port, "/")
+    os.close(sender)
+    os.close(receiver)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_nothing_is_left(reporter):
+    """No thread after stop()."""
+    get(reporter.port, "/")
+    reporter.stop()
+    wait_for(lambda: not [t for t in threading.enumerate() if t.name == "tapes-http"], "its end")

@@ -1,0 +1,268 @@
+"""Reports on a schedule: when they come, what becomes of those that fail, and how they end."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from datetime import timedelta
+
+import pytest
+
+import tapes
+from tapes.errors import AggregatorUnavailable, InvalidArgument
+from tapes.reporting import Reporter, ScheduledReporter
+from tapes.reporting.scheduled import Grid
+from tests.processes import run_python, wait_for
+
+LONG, SHORT = timedelta(hours=1), timedelta(milliseconds=5)
+
+
+class Noting(ScheduledReporter):
+    """Notes its reports, and does in them what it is told."""
+
+    def __init__(self, interval, registry=None, action=lambda: None):
+        super().__init__(interval, registry or tapes.Registry())
+        self.reports = []
+        self.action = action
+
+    def report(self):
+        self.reports.append(threading.current_thread())
+        self.action()
+
+
+def count(reporter, name):
+    series = reporter.registry.snapshot().get(name, reporter=type(reporter).__name__)
+    return series.value if series else 0
+
+
+def test_the_first_report_comes_at_once_and_the_last_at_the_end():
+    """Whatever the interval; from a daemon thread that has a name."""
+    with Noting(LONG) as reporter:
+        wait_for(lambda: reporter.reports, "the first report")
+        (thread,) = reporter.reports
+        assert (thread.daemon, thread.name) == (True, "tapes-Noting")
+    assert len(reporter.reports) == 2
+    assert not thread.is_alive()
+
+
+def test_reports_come_every_interval():
+    """Without end."""
+    with Noting(SHORT) as reporter:
+        wait_for(lambda: len(reporter.reports) > 20, "twenty reports")
+
+
+@pytest.mark.parametrize(
+    ("now", "due", "missed"),
+    [(100.0, 110.0, 0), (109.9, 110.0, 0), (110.0, 120.0, 1), (131.0, 140.0, 3), (99.0, 110.0, 0)],
+)
+def test_a_grid_does_not_drift(now, due, missed):
+    """What a report takes does not move those after it; moments that pass meanwhile are counted."""
+    grid = Grid(10.0, 100.0)
+    assert grid.due == 100.0
+    assert grid.pass_by(now) == missed
+    assert grid.due == due
+
+
+def test_a_slow_report_has_those_that_it_misses_counted():
+    """And it is never run twice at once."""
+    passed = threading.Event()
+    with Noting(SHORT, action=lambda: passed.wait(0.1)) as reporter:
+        wait_for(lambda: count(reporter, "tapes.reports.skipped") > 10, "reports are skipped")
+        passed.set()
+    assert len(set(reporter.reports)) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), OSError("y"), AggregatorUnavailable("z"), SystemExit(1)])
+def test_what_a_report_raises_is_counted_and_logged_once(error, caplog):
+    """The schedule goes on; only a mistake is worth a traceback."""
+
+    def fail():
+        raise error
+
+    with Noting(SHORT, action=fail) as reporter:
+        wait_for(lambda: len(reporter.reports) > 5, "it goes on")
+    assert count(reporter, "tapes.reports.failed") == len(reporter.reports)
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("tapes.reporting", logging.WARNING)
+    assert type(error).__name__ in record.getMessage()
+    assert bool(record.exc_info) == isinstance(error, (ValueError, SystemExit))
+
+
+def test_it_is_logged_again_a_minute_later(caplog, monkeypatch):
+    """With how often it was not said in between."""
+    now = [1000.0]
+    monkeypatch.setattr("tapes.reporting.base.monotonic", lambda: now[0])
+    reporter = Noting(LONG)
+    for seconds in (0, 30, 29, 2):
+        now[0] += seconds
+        reporter.failed(OSError("refused"))
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "OSError: refused" in first
+    assert "times" not in first
+    assert "2 times" in second
+
+
+def test_start_twice_is_an_error_and_stop_twice_is_none():
+    """It can be started again after it was stopped."""
+    reporter = Noting(LONG)
+    reporter.stop()
+    with reporter:
+        with pytest.raises(InvalidArgument, match="called before"):
+            reporter.start()
+        wait_for(lambda: reporter.reports, "the first report")
+    reporter.stop()
+    assert len(reporter.reports) == 2
+    with reporter:
+        wait_for(lambda: len(reporter.reports) > 2, "it reports again")
+
+
+def test_a_report_may_stop_its_reporter():
+    """It doesn't wait for itself."""
+    reporter = Noting(SHORT)
+    reporter.action = reporter.stop
+    reporter.start()
+    wait_for(lambda: len(reporter.reports) == 2, "the last report")
+    wait_for(lambda: not reporter.reports[0].is_alive(), "the end of the thread")
+
+
+def test_stop_leaves_a_report_that_hangs_to_itself(caplog, monkeypatch):
+    """And says so; what comes of it later disturbs nobody."""
+    monkeypatch.setattr("tapes.reporting.scheduled.STOP_SECONDS", 0.05)
+    hanging = threading.Event()
+    reporter = Noting(LONG, action=hanging.wait)
+    with reporter:
+        wait_for(lambda: reporter.reports, "the first report")
+    assert "was not done within" in caplog.text
+    with reporter:
+        wait_for(lambda: len(reporter.reports) == 2, "a new run")
+        hanging.set()
+    for thread in reporter.reports:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("interval", [10, 0.5, None, timedelta(0), timedelta(seconds=-1), "10s"])
+def test_an_interval_is_a_positive_timedelta(interval):
+    """The error says so."""
+    with pytest.raises(InvalidArgument, match="timedelta"):
+        Noting(interval)
+
+
+def test_a_registry_is_a_registry():
+    """An argument in the wrong place is noticed at once; none is the default registry."""
+    with pytest.raises(InvalidArgument, match="registry of ScheduledReporter"):
+        ScheduledReporter(LONG, "localhost")
+    assert ScheduledReporter(LONG).registry is tapes.registry.default_registry
+
+
+def test_what_is_not_overridden_is_named():
+    """By its class."""
+
+    class Mine(Reporter):
+        pass
+
+    for method in ("report", "start", "stop"):
+        with pytest.raises(NotImplementedError, match=f"Mine has no {method}"):
+            getattr(Mine(), method)()
+
+
+PROGRAM = """
+import os, pathlib, sys, time, tapes
+from datetime import timedelta
+from tapes.reporting import ScheduledReporter
+
+class Printer(ScheduledReporter):
+    def report(self):
+        os.write(1, f"{os.getpid()} {self.registry.get_stats().c.value}\\n".encode())
+
+def reported(pid):
+    while f"{pid} " not in pathlib.Path(sys.argv[1]).read_text():
+        time.sleep(0.01)
+
+tapes.counter("c").increment()
+printer = Printer(timedelta(milliseconds=20))
+printer.start()
+"""
+
+
+def run_printing(program, short_dir):
+    """Run ``program`` after the start of a reporter; return what each process reported, by order."""
+    output = short_dir / "output"
+    done = run_python(
+        f"import os, sys; sys.argv = ['', {str(output)!r}]\n"
+        f"os.dup2(os.open({str(output)!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)\n" + PROGRAM + program,
+        cwd=short_dir,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    reports = [line.split() for line in output.read_text().splitlines()]
+    return {pid: [int(value) for one, value in reports if one == pid] for pid, _ in reports}
+
+
+def test_the_end_of_the_process_is_the_last_report(short_dir):
+    """Nobody has to call stop()."""
+    (values,) = run_printing("reported(os.getpid()); tapes.counter('c').increment(41)", short_dir).values()
+    assert values[-1] == 42
+
+
+def test_it_goes_on_in_forked_children(short_dir):
+    """By itself; a start() of the child's own is welcome, a second one is not."""
+    program = """
+pid = os.fork()
+if not pid:
+    tapes.counter("c").increment(10)
+    reported(os.getpid())
+    printer.start()
+    try:
+        printer.start()
+    except tapes.TapesError:
+        printer.stop()
+        os.write(1, f"{os.getpid()} 99\\n".encode())
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+printer.stop()
+"""
+    parent, child = sorted(run_printing(program, short_dir).values(), key=max)
+    assert set(parent) == {1}
+    assert child[-2:] == [11, 99]
+
+
+def test_children_of_multiprocessing_report_a_last_time(short_dir):
+    """Though they run no atexit functions."""
+    program = """
+import multiprocessing
+child = multiprocessing.get_context("fork").Process(target=lambda: tapes.counter("c").increment(10))
+child.start()
+child.join(20)
+assert child.exitcode == 0
+"""
+    assert 11 in [values[-1] for values in run_printing(program, short_dir).values()]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="older ones do not warn")
+def test_a_fork_beside_a_reporter_raises_no_warning(short_dir):
+    """The thread ends before it: Python warns of forks beside threads."""
+    run_printing("os.fork() or os._exit(0)", short_dir)
+
+
+def test_forks_wait_for_the_report_under_way(short_dir):
+    """So a child finds nothing half done."""
+    program = """
+done = []
+class Slow(ScheduledReporter):
+    def report(self):
+        done.append(os.getpid())
+        time.sleep(0.002)
+        done.append(os.getpid())
+slow = Slow(timedelta(milliseconds=3))
+slow.start()
+for _ in range(30):
+    while not len(done) % 2:
+        time.sleep(0.0001)
+    pid = os.fork()
+    if not pid:
+        slow.stop()
+        os._exit(done.count(os.getppid()) % 2)
+    assert os.waitpid(pid, 0)[1] == 0
+"""
+    run_printing(program, short_dir)
