@@ -20,7 +20,6 @@ from contenders import all_statements, unfolded
 from measure import Figure, Statement, latencies, measure, medians_of
 
 import tapes
-from tapes.exposition import prometheus as exposition
 from tapes.sketch import EMPTY
 
 __all__ = [
@@ -173,24 +172,10 @@ def threads() -> tuple[list[list[str]], list[Row]]:
     return table, [Row("totals of 1, 2, 4 and 8 threads", "exact" if exact else "NOT EXACT", "exact", exact)]
 
 
-# Work that takes milliseconds: folding, reading, rendering.
+# Work that takes milliseconds: folding and reading.
 
 
 def works() -> tuple[list[list[str]], list[Row]]:
-    import prometheus_client
-
-    theirs = prometheus_client.CollectorRegistry()
-    ours = tapes.Registry(max_series=20_000)
-    their_counter = prometheus_client.Counter("reqs", "Requests", ["path"], registry=theirs)
-    for number in range(10_000):
-        their_counter.labels(f"/api/{number}").inc(number)
-        ours.counter("reqs", path=f"/api/{number}").increment(number)
-    our_histograms, their_histograms = tapes.Registry(), prometheus_client.CollectorRegistry()
-    their_histogram = prometheus_client.Histogram("lat", "Latency", ["path"], registry=their_histograms)
-    for number in range(588):
-        for value in latencies(8, number):
-            their_histogram.labels(f"/api/{number}").observe(value)
-            our_histograms.timer("lat", path=f"/api/{number}").update(value)
     wide = latencies(256 * 64)
     rng = random.Random(3)
     narrow = [0.02 * math.exp(rng.gauss(0, 0.3)) for _ in wide]
@@ -214,10 +199,6 @@ def works() -> tuple[list[list[str]], list[Row]]:
             "fold wide": fold(wide),
             "snapshot": timers.snapshot,
             "get_stats": timers.get_stats,
-            "render counters": lambda: exposition.render(ours),
-            "their counters": lambda: prometheus_client.generate_latest(theirs),
-            "render histograms": lambda: exposition.render(our_histograms),
-            "their histograms": lambda: prometheus_client.generate_latest(their_histograms),
         }
     )
     table = [
@@ -225,15 +206,8 @@ def works() -> tuple[list[list[str]], list[Row]]:
         ["fold a value, 1,500 bins", f"{seconds['fold wide'] / len(wide) * 1e9:.0f} ns"],
         ["snapshot of 1,000 timers", f"{seconds['snapshot'] * 1e3:.1f} ms"],
         ["get_stats() of 1,000 timers", f"{seconds['get_stats'] * 1e3:.1f} ms"],
-        ["Prometheus text of 10,000 counters", f"{seconds['render counters'] * 1e3:.1f} ms"],
-        ["Prometheus text of 588 timers, 10,000 lines", f"{seconds['render histograms'] * 1e3:.1f} ms"],
     ]
-    counters = seconds["render counters"] / seconds["their counters"]
-    histograms = seconds["render histograms"] / seconds["their histograms"]
-    return table, [
-        ratio_row("Prometheus text of 10,000 counters", counters, 0.2, "prometheus_client"),
-        ratio_row("Prometheus text of 588 timers", histograms, 0.2, "prometheus_client"),
-    ]
+    return table, []
 
 
 # Memory.

@@ -26,6 +26,7 @@ from questions import (
     threads,
     works,
 )
+from rendering import rendering
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
@@ -117,9 +118,15 @@ Under gunicorn with 4 workers of 4 threads, over the same application without me
 Nanoseconds per call over all threads.
 
 {threads}
-## Folding, reading, writing
+## Folding and reading
 
 {works}
+## Writing for Prometheus
+
+All values as text and as OpenMetrics, as they stand, and after every series was recorded into, folding
+included; in brackets the ratio to prometheus_client with the same names, labels, values and buckets.
+
+{rendering}
 ## Memory
 
 {memory}
@@ -142,11 +149,12 @@ def main() -> None:
         "under_gunicorn": ["a request has", "requests a second", "processor time a request"],
         "threads": ["", "1", "2", "4", "8 threads"],
         "works": ["what", "time"],
+        "rendering": ["", "text", "text, all recorded into", "OpenMetrics", "OpenMetrics, all recorded into"],
         "memory": ["what", "size"],
         "imports": ["what", "time"],
         "quantiles": ["values", "one sketch", "merged over 8"],
     }
-    for section in (adapters, under_gunicorn, threads, works, memory, imports, quantiles):
+    for section in (adapters, under_gunicorn, threads, works, rendering, memory, imports, quantiles):
         table, more = section()
         sections[section.__name__] = markdown(heads[section.__name__], table)
         rows += more

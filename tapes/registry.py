@@ -84,6 +84,7 @@ class Registry:
         self._timers: dict[_Words, Timer] = {}
         self._gauges: dict[_Words, Gauge] = {}
         self._complained: set[tuple[str, Labels]] = set()
+        self._memory: dict[str, Any] = {}
         self.revision = self.made = 0
         self.identity = os.urandom(16)
         self.ancestors: tuple[forks.Ancestor, ...] = ()
@@ -258,22 +259,22 @@ class Registry:
             return connection.snapshot()
         self.refresh()
         tick = tick_at(self.clock())
-        states: dict[str, list[tuple[Labels, State]]] = {}
-        kinds: dict[str, str] = {}
-        for metric in self.metrics():
-            kinds[metric.name] = metric.kind
-            states.setdefault(metric.name, []).append((metric.labels, metric.whole()))
-        return Snapshot(
-            Family.of(name, kinds[name], self._described.get(name), group, tick)
-            for name, group in states.items()
-        )
+        families = []
+        for name, every in self._by_name():
+            labels, states = [metric.labels for metric in every], [metric.whole() for metric in every]
+            families.append(Family(name, every[0].kind, self._described.get(name), labels, states, tick))
+        return Snapshot(families, self._memory)
 
     def metrics(self) -> Iterator[Metric]:
         """Yield every metric; the counter of bad values last, as those are found when others are folded."""
+        for _, every in self._by_name():
+            yield from every
+
+    def _by_name(self) -> Iterator[tuple[str, list[Metric]]]:
         for name in [*(name for name, _ in self._catalogue.items() if name != REJECTED), REJECTED]:
             metrics = self._catalogue.get(name)
-            if metrics is not None:
-                yield from list(metrics.by_labels.values())
+            if metrics is not None and (every := list(metrics.by_labels.values())):
+                yield name, every
 
     def collect(self) -> Iterator[tuple[str, str, Labels, State]]:
         """Yield kind, name, labels and state of every series of this process, without what it inherited."""
@@ -288,7 +289,7 @@ class Registry:
     def gauges(self) -> list[Gauge]:
         """Return every gauge; looks at no other metric."""
         found = [metrics.by_labels for _, metrics in self._catalogue.items() if metrics.kind is Gauge]
-        return [cast("Gauge", gauge) for gauges in found for gauge in list(gauges.values())]
+        return cast("list[Gauge]", [gauge for gauges in found for gauge in list(gauges.values())])
 
     def take(self) -> Iterator[tuple[str, str, Labels, State]]:
         """Yield what `collect` does and start again from zero, under another identity; see `Metric.take`."""

@@ -42,6 +42,8 @@ __all__ = ["EMPTY", "PENDING", "Sketch", "counts_array"]
 PENDING = 4096
 """So many pending keys are counted at once, and two more for each fresh count that is there already."""
 
+_FEW = 8
+"""Fresh keys are few where there are so many bins for each."""
 _DECAY_PER_TICK = 0.015 * TICK_SECONDS
 _FORGOTTEN = 1e-15
 """A recent weight below this is dropped: one value, 38 minutes after it was the newest."""
@@ -149,6 +151,9 @@ class Sketch(NamedTuple):
         if self.is_settled:
             return self
         fresh = self._fresh()
+        if _FEW * len(fresh) <= len(self.keys):
+            with suppress(OverflowError):  # a count is beyond the narrow array
+                return self._with_few(fresh)
         keys, counts, weights = self.keys.tolist(), self.counts.tolist(), self.weights.tolist()
         place_of = dict(zip(keys, range(len(keys))))
         new = [key for key in fresh if key not in place_of]
@@ -173,6 +178,22 @@ class Sketch(NamedTuple):
             self.tick,
             array("d", weights),
             self.recent_sum,
+        )
+
+    def _with_few(self, fresh: Counter[int]) -> Sketch:
+        """Return the same with ``fresh`` in their bins, at a price that depends on how few they are."""
+        keys, counts, weights = self.keys[:], self.counts[:], self.weights[:]
+        for key, count in fresh.items():
+            place = bisect_left(keys, key)
+            if place == len(keys) or keys[place] != key:
+                keys.insert(place, key)
+                counts.insert(place, 0)
+                weights.insert(place, 0.0)
+            counts[place] += count
+            weights[place] += count
+        sum_parts = exact_sum(self.sum_parts)
+        return Sketch(
+            self.count, sum_parts, self.low, self.high, keys, counts, self.tick, weights, self.recent_sum
         )
 
     def _as_of(self, tick: int) -> Sketch:

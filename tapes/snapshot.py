@@ -52,6 +52,7 @@ class CounterSeries(NamedTuple):
         total: What was added; never falls.
         decremented: Whether anything was ever taken away.
         created: When it began to count, in seconds since 1970; of several processes the first.
+        told: How much of it aggregators before the present one were told.
     """
 
     labels: Labels
@@ -59,6 +60,7 @@ class CounterSeries(NamedTuple):
     total: Number
     decremented: bool
     created: float = inf
+    told: Number = 0
 
     def fields(self) -> dict[str, Number]:
         """Return what ``get_stats()`` shows."""
@@ -85,6 +87,7 @@ class MeterSeries(NamedTuple):
     m5: float
     m15: float
     created: float = inf
+    told: Number = 0
 
     def fields(self) -> dict[str, Number]:
         """Return what ``get_stats()`` shows."""
@@ -98,6 +101,7 @@ class HistogramSeries(NamedTuple):
     lifetime: View
     recent: View
     created: float = inf
+    told: Number = 0
 
     @property
     def count(self) -> Number:  # type: ignore[override]  # likewise
@@ -124,6 +128,7 @@ class TimerSeries(NamedTuple):
     lifetime: View
     recent: View
     created: float = inf
+    told: Number = 0
 
     @property
     def count(self) -> Number:  # type: ignore[override]  # likewise
@@ -215,45 +220,65 @@ class Description(NamedTuple):
         return cls(text, unit, bounds)
 
 
-class Family(NamedTuple):
-    """All series of one name.
+class Family:
+    """All series of one name, frozen.
 
     Attributes:
         kind: ``"counter"``, ``"gauge"``, ``"meter"``, ``"histogram"`` or ``"timer"``.
         text, unit, buckets: As `Description`.
-        series: Sorted by labels.
+        labels, states: What its series are made of, in any order: for who needs a few numbers of very many.
+        tick: What they are as of.
     """
 
-    name: str
-    kind: str
-    text: str
-    unit: str | None
-    series: tuple[Series, ...]
-    buckets: tuple[float, ...] = ()
+    __slots__ = ("_series", "buckets", "kind", "labels", "name", "states", "text", "tick", "unit")
 
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         name: str,
         kind: str,
         described: Description | None,
-        states: Iterable[tuple[Labels, _State]],
+        labels: Sequence[Labels],
+        states: Sequence[_State],
         tick: int,
-    ) -> Family:
-        """Return what a reader sees of one name, given its states by labels, as of ``tick``."""
-        text, unit, buckets = described or Description()
-        shown = (state.series(labels, tick) for labels, state in sorted(states, key=itemgetter(0)))
-        series = tuple(one for one in shown if one is not None)
-        return cls(name, kind, text, "seconds" if kind == "timer" else unit, series, buckets)
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.text, unit, self.buckets = described or Description()
+        self.unit = "seconds" if kind == "timer" else unit
+        self.labels = labels
+        self.states = states
+        self.tick = tick
+        self._series: tuple[Series, ...] | None = None
+
+    def __repr__(self) -> str:
+        return f"<tapes family {self.name!r}: {self.kind}, {len(self.states)} series>"
+
+    @property
+    def series(self) -> tuple[Series, ...]:
+        """What there is to see of each, sorted by labels; put together when first asked for."""
+        series = self._series
+        if series is None:
+            states = sorted(zip(self.labels, self.states), key=itemgetter(0))
+            shown = (state.series(labels, self.tick) for labels, state in states)
+            series = self._series = tuple(one for one in shown if one is not None)
+        return series
 
 
 class Snapshot:
-    """One consistent, frozen cut of a registry; iterating yields its families sorted by name."""
+    """One consistent, frozen cut of a registry; iterating yields its families sorted by name.
 
-    __slots__ = ("_families",)
+    Args:
+        families: In any order.
+        memory: Where readers keep what spares them work with the next snapshot of the same source, each
+            under a key of its own: what is true of names and labels, never numbers. A source hands the same
+            one to all its snapshots; so what is kept is replaced as a whole, as several threads may read.
+    """
 
-    def __init__(self, families: Iterable[Family]) -> None:
+    __slots__ = ("_families", "memory")
+
+    def __init__(self, families: Iterable[Family], memory: dict[str, Any] | None = None) -> None:
         self._families = {family.name: family for family in sorted(families, key=lambda family: family.name)}
+        self.memory = {} if memory is None else memory
 
     def __iter__(self) -> Iterator[Family]:
         return iter(self._families.values())

@@ -10,6 +10,7 @@ import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from itertools import accumulate
 from math import ceil, fsum, sqrt
 from typing import NamedTuple
@@ -21,6 +22,11 @@ from tapes.sums import Number
 __all__ = ["Bins", "View"]
 
 _HALF_BIN = 2.0**-8
+
+
+@lru_cache(maxsize=256)
+def _keys_of(bounds: tuple[float, ...]) -> list[int]:
+    return list(map(bin_key, bounds))
 
 
 class Bins(NamedTuple):
@@ -158,6 +164,20 @@ class View:
             return cumulative[-1]
         below = bisect_right(bins.keys, bin_key(x))
         return cumulative[below - 1] if below else 0
+
+    def counts_below(self, bounds: tuple[float, ...]) -> list[Number]:
+        """Return `count_below` of each of ``bounds``, which ascend, and last the count of all values."""
+        bins, cumulative = self._bins()
+        if not cumulative:
+            return [0] * (len(bounds) + 1)
+        keys, low = bins.keys, bins.low
+        counts: list[Number] = []
+        below = 0
+        for bound, key in zip(bounds, _keys_of(bounds)):
+            below = bisect_right(keys, key, below)
+            counts.append(cumulative[below - 1] if below and bound >= low else 0)
+        counts.append(cumulative[-1])
+        return counts
 
     def bins(self) -> list[tuple[float, Number]]:
         """Return ``(centre, weight)`` of every bin that has a value, in ascending order."""

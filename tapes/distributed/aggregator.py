@@ -29,19 +29,10 @@ from tapes.distributed import directory
 from tapes.distributed.address import Endpoints, Lock
 from tapes.distributed.lease import Lease
 from tapes.distributed.ledger import Ledger
+from tapes.distributed.messages import Goodbye, Hello, Item, Read, Reply, Update
 from tapes.distributed.processes import ProcessWatch
 from tapes.distributed.wills import Wills
-from tapes.distributed.wire import (
-    MAX_BYTES,
-    Goodbye,
-    Hello,
-    Item,
-    Read,
-    Reply,
-    Update,
-    decode,
-    encode,
-)
+from tapes.distributed.wire import MAX_BYTES, decode, encode
 from tapes.errors import AddressError, AddressInUse, WireError
 from tapes.exposition import FORMS, write
 from tapes.metrics import Counter, Gauge, Timer
@@ -313,7 +304,7 @@ class Aggregator:
             for process in question.processes if question.host == self._host else ():
                 self._lease.stay_for(process)
             return Reply(number, "ok", b"")
-        if not self._apply(question.update):
+        if not self._apply(question.update, published=isinstance(question, Goodbye)):
             return Reply(number, "behind", b"")
         if isinstance(question, Goodbye):
             self._retire(question.update.identity)
@@ -326,8 +317,8 @@ class Aggregator:
             _log.exception("tapes: the aggregator could not answer a read")
             return Reply(number, "error", repr(error).encode())
 
-    def _apply(self, update: Update) -> bool:
-        complete, refused = self._ledger.apply(update)
+    def _apply(self, update: Update, *, published: bool = True) -> bool:
+        complete, refused = self._ledger.apply(update, published=published)
         for name in refused:
             self._registry.reject(name, (), name, "another worker has it as another kind of metric")
         return complete

@@ -30,18 +30,9 @@ from tapes.connection import Connection
 from tapes.distributed import wills
 from tapes.distributed.address import Endpoints, resolve
 from tapes.distributed.ledger import snapshot_of
+from tapes.distributed.messages import Goodbye, Hello, Merged, Read, Reply, Update
 from tapes.distributed.publisher import Outbox, Publisher
-from tapes.distributed.wire import (
-    MAX_BYTES,
-    Goodbye,
-    Hello,
-    Merged,
-    Read,
-    Reply,
-    Update,
-    decode,
-    encode,
-)
+from tapes.distributed.wire import MAX_BYTES, decode, encode
 from tapes.endings import GOODBYE, at_end
 from tapes.environment import is_disabled
 from tapes.errors import AggregatorUnavailable, InvalidArgument, WireError

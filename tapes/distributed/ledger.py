@@ -16,15 +16,16 @@ The ledger does no I/O and knows no clock. One lock makes it safe to read from r
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tapes.catalogue import MAX_SERIES, OVERFLOW, warn_of_overflow
-from tapes.distributed.wire import Descriptions, Item, Merged, Update
+from tapes.distributed.messages import Descriptions, Item, Merged, Update
 from tapes.forks import Process
 from tapes.metrics import KINDS, GaugeState, State
 from tapes.naming import Labels
 from tapes.snapshot import Family, Snapshot
+from tapes.sums import Number
 from tapes.threads import RLock
 
 __all__ = ["Ledger", "Worker"]
@@ -33,6 +34,7 @@ _REMEMBERED = 100_000
 """So many identities of workers that have left are kept; late words come within seconds."""
 
 _Key = tuple[str, Labels]
+_Group = tuple[list[Labels], list[State]]
 
 
 class Worker(NamedTuple):
@@ -47,11 +49,12 @@ class Worker(NamedTuple):
 class _Account:
     """What is known of one worker: everything up to its update ``known``, and which one brought a series."""
 
-    __slots__ = ("ancestors", "dead", "known", "places", "seqs", "worker")
+    __slots__ = ("ancestors", "dead", "heard", "known", "places", "seqs", "worker")
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.known = 0
+        self.heard = False
         self.dead = False
         self.seqs: dict[_Key, int] = {}
         self.places: dict[_Key, _Key] = {}
@@ -86,6 +89,7 @@ class Ledger:
         self._max_series = MAX_SERIES
         self._descriptions: Descriptions = {}
         self._left: OrderedDict[bytes, None] = OrderedDict()
+        self._memory: dict[str, Any] = {}
         self.retired = 0
 
     @property
@@ -106,8 +110,12 @@ class Ledger:
             living = (account.ancestors for account in self._accounts.values() if not account.dead)
             return set().union(*living)
 
-    def apply(self, update: Update) -> tuple[bool, list[str]]:
+    def apply(self, update: Update, *, published: bool = True) -> tuple[bool, list[str]]:
         """Take in a worker's update.
+
+        Args:
+            update: What it says.
+            published: Whether it published that or left with it; ``False`` if it came with a question.
 
         Returns:
             Whether everything up to this update is known now, and the names that were refused because
@@ -116,8 +124,8 @@ class Ledger:
         with self._lock:
             refused: list[str] = []
             for ancestor in update.ancestors:
-                refused += self._apply(ancestor, silent=True)[1]
-            complete, own = self._apply(update, silent=False)
+                refused += self._apply(ancestor, silent=True, published=published)[1]
+            complete, own = self._apply(update, silent=False, published=published)
             return complete, refused + own
 
     def bury(self, identity: bytes) -> None:
@@ -151,19 +159,44 @@ class Ledger:
     def merged(self, tick: int) -> Merged:
         """Return the states of the whole service."""
         with self._lock:
-            names = self._worker_names()
             items = [
-                item
-                for (name, labels), entry in self._entries.items()
-                for item in _merged_items(name, labels, entry, names)
+                Item(self._kinds[name], name, labels, state)
+                for name, group in self._merged_groups().items()
+                for labels, state in zip(*group)
             ]
             return Merged(tick, items, dict(self._descriptions))
 
     def snapshot(self, tick: int) -> Snapshot:
         """Return what a reader sees of the whole service as of ``tick``."""
-        return snapshot_of(self.merged(tick))
+        with self._lock:
+            families = [
+                Family(name, self._kinds[name], self._descriptions.get(name), *group, tick)
+                for name, group in self._merged_groups().items()
+            ]
+        return Snapshot(families, self._memory)
 
-    def _apply(self, update: Update, *, silent: bool) -> tuple[bool, list[str]]:
+    def _merged_groups(self) -> dict[str, _Group]:
+        """Return the labels and the merged states of every name's series."""
+        names = self._worker_names()
+        groups: dict[str, _Group] = {}
+        for (name, labels), entry in self._entries.items():
+            if name not in groups:
+                groups[name] = ([], [])
+            every_labels, states = groups[name]
+            merged = entry.merged
+            if merged is None:
+                retired = () if entry.retired is None else (entry.retired,)
+                merged = entry.merged = KINDS[entry.kind].merge((*retired, *entry.by_worker.values()))
+            if isinstance(merged, GaugeState) and merged.mode == "each":
+                for its_labels, state in _of_each_worker(labels, entry, names):
+                    every_labels.append(its_labels)
+                    states.append(state)
+            else:
+                every_labels.append(labels)
+                states.append(merged)
+        return {name: group for name, group in groups.items() if group[1]}
+
+    def _apply(self, update: Update, *, silent: bool, published: bool) -> tuple[bool, list[str]]:
         if update.identity in self._left:
             return True, []
         account = self._accounts.get(update.identity)
@@ -176,7 +209,8 @@ class Ledger:
         else:
             account.ancestors |= {ancestor.identity for ancestor in update.ancestors}
             self._max_series = max(self._max_series, update.max_series)
-        refused = [item.name for item in update.items if not self._put(account, update.seq, item)]
+        refused = [i.name for i in update.items if not self._put(account, update.seq, i, published)]
+        account.heard = account.heard or published
         self._descriptions.update(update.descriptions)
         if update.base == 0 and not silent:
             self._drop_removed(account, update)
@@ -185,10 +219,12 @@ class Ledger:
             account.known = max(account.known, update.seq)
         return complete, refused
 
-    def _put(self, account: _Account, seq: int, item: Item) -> bool:
+    def _put(self, account: _Account, seq: int, item: Item, published: bool) -> bool:
         """Take in one series of a worker; return whether its kind agrees with what is known."""
         key = (item.name, item.labels)
         if account.seqs.get(key, 0) >= seq or (account.dead and item.kind == "gauge"):
+            if published and not account.heard:  # a question has overtaken it
+                self._note_told(account, key, item)
             return True
         if self._kinds.setdefault(item.name, item.kind) != item.kind:
             return False
@@ -196,10 +232,21 @@ class Ledger:
         if place is None:
             place = account.places[key] = self._place(key, item.kind)
         entry = self._entries[place]
-        entry.by_worker[account.worker.identity, item.labels] = item.state
+        whose = (account.worker.identity, item.labels)
+        told = _told_before(account, entry.by_worker.get(whose), item, published)
+        entry.by_worker[whose] = item.state if told is None else _with_told(item.state, told)
         entry.merged = None
         account.seqs[key] = seq
         return True
+
+    def _note_told(self, account: _Account, key: _Key, item: Item) -> None:
+        """Take from ``item`` what aggregators before this one were told."""
+        entry = self._entries[account.places[key]] if key in account.places else None
+        if entry is not None and entry.kind == item.kind != "gauge":
+            whose = (account.worker.identity, item.labels)
+            given: Any = item.state
+            entry.by_worker[whose] = _with_told(entry.by_worker[whose], given.origin.told)
+            entry.merged = None
 
     def _place(self, key: _Key, kind: str) -> _Key:
         """Return where a series is kept: in its own place, or with all that have none."""
@@ -243,34 +290,48 @@ class Ledger:
         }
 
 
-def _merged_items(name: str, labels: Labels, entry: _Entry, workers: dict[bytes, str]) -> Iterable[Item]:
-    if entry.merged is None:
-        retired = () if entry.retired is None else (entry.retired,)
-        entry.merged = KINDS[entry.kind].merge((*retired, *entry.by_worker.values()))
-    if isinstance(entry.merged, GaugeState) and entry.merged.mode == "each":
-        states: dict[str, list[Any]] = {}
-        for (identity, _), state in entry.by_worker.items():
-            if identity in workers:
-                states.setdefault(workers[identity], []).append(state)
-        for worker, own in states.items():
-            its_labels = tuple(sorted({**dict(labels), "worker": worker}.items()))
-            yield Item(entry.kind, name, its_labels, own[0] if len(own) == 1 else GaugeState.add(own))
-    else:
-        yield Item(entry.kind, name, labels, entry.merged)
+def _of_each_worker(
+    labels: Labels, entry: _Entry, workers: dict[bytes, str]
+) -> Iterator[tuple[Labels, GaugeState]]:
+    """Yield the gauge of each worker that speaks, with its name among the labels."""
+    states: dict[str, list[Any]] = {}
+    for (identity, _), state in entry.by_worker.items():
+        if identity in workers:
+            states.setdefault(workers[identity], []).append(state)
+    for worker, own in states.items():
+        its_labels = tuple(sorted({**dict(labels), "worker": worker}.items()))
+        yield its_labels, own[0] if len(own) == 1 else GaugeState.add(own)
+
+
+def _told_before(account: _Account, before: Any, item: Item, published: bool) -> Number | None:
+    """Return how much of a count other aggregators were told; ``None`` if it is as ``item`` says.
+
+    A worker publishes only when it has noticed that the aggregator is another one, and says so. A question
+    may come before that: until then everything counts as told. What was said once stands, whatever becomes
+    of the connection.
+    """
+    state: Any = item.state
+    if item.kind == "gauge" or (published and not account.heard) or (account.heard and before is None):
+        return None
+    told: Number = before.origin.told if account.heard else state.counted
+    return told
+
+
+def _with_told(state: Any, told: Number) -> State:
+    given: State = state._replace(origin=state.origin._replace(told=told))
+    return given
 
 
 def snapshot_of(merged: Merged) -> Snapshot:
     """Return what a reader sees of the whole service."""
-    groups: dict[str, list[Item]] = {}
+    kinds: dict[str, str] = {}
+    groups: dict[str, _Group] = {}
     for item in merged.items:
-        groups.setdefault(item.name, []).append(item)
+        kinds[item.name] = item.kind
+        labels, states = groups.setdefault(item.name, ([], []))
+        labels.append(item.labels)
+        states.append(item.state)
     return Snapshot(
-        Family.of(
-            name,
-            items[0].kind,
-            merged.descriptions.get(name),
-            [(item.labels, item.state) for item in items],
-            merged.tick,
-        )
-        for name, items in groups.items()
+        Family(name, kinds[name], merged.descriptions.get(name), *group, merged.tick)
+        for name, group in groups.items()
     )

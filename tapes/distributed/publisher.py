@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Callable
 import zmq
 
 from tapes import forks, threads
+from tapes.distributed.messages import Item, Update
 from tapes.distributed.producers import Producers
-from tapes.distributed.wire import Item, Update, encode
+from tapes.distributed.wire import encode
 from tapes.metrics import Metric, State, Timer
 from tapes.naming import Labels
 from tapes.registry import Registry
@@ -112,6 +113,16 @@ class Outbox:
         self.registry.own(Timer, DURATION).update(time.monotonic() - started)
         return True
 
+    def begin_anew(self) -> None:
+        """Note that there is another aggregator: what was published was told to the one before."""
+        with self._lock:
+            for series in self._series.values():
+                if series.told is not None:
+                    series.metric.note_told(series.told)
+            for ancestor in self.registry.ancestors:
+                for metric in ancestor.metrics:
+                    metric.note_told(metric.state)
+
     def farewell(self) -> Update:
         """Return everything as the last update; the registry starts again from zero."""
         with self._lock:
@@ -193,7 +204,7 @@ class Publisher:
             self._socket.setsockopt(option, value)
         self._socket.setsockopt(zmq.IPV6, int("[" in endpoints.publish))
         self._socket.connect(endpoints.publish)
-        self._subscribed = False
+        self._subscribed = self._was_subscribed = False
         self._keyframe_due = False
         self._failed = False
         self._abandoned = False
@@ -325,8 +336,10 @@ class Publisher:
                 message = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._subscribed = message[:1] == b"\x01"
-            self._keyframe_due = self._subscribed
+            self._subscribed = self._keyframe_due = message[:1] == b"\x01"
+            if self._subscribed and self._was_subscribed:
+                self._outbox.begin_anew()
+            self._was_subscribed = True
 
     def _send(self, update: Update) -> bool:
         try:

@@ -12,7 +12,8 @@ import time
 from collections.abc import Iterator
 
 from tapes.distributed.address import Endpoints
-from tapes.distributed.wire import MAX_BYTES, Goodbye, decode, encode
+from tapes.distributed.messages import Goodbye
+from tapes.distributed.wire import MAX_BYTES, decode, encode
 from tapes.errors import WireError
 
 __all__ = ["MARK", "Wills", "leave", "withdraw"]

@@ -1,18 +1,6 @@
-"""The wire: messages to bytes and back, with no I/O.
+"""The wire: messages (`tapes.distributed.messages`) to bytes and back, with no I/O.
 
-A message is one MessagePack array: wire version, type, fields. Workers send
-
-    Update    what a worker's series stand at: all of them, or those that changed since an earlier update
-    Read      a question, with an update of what the asker holds
-    Hello     which processes to stay for
-    Goodbye   a worker's last update
-
-and get a `Reply`. A `Merged` is the payload of a reply to a reader that wants the states themselves.
-
-An update has a sequence number, and says after which earlier one it continues (``base``; 0 for a *keyframe*,
-which has every series). States are cumulative, so the newest of a series supersedes all before it. Numbers
-are moments of the host's monotonic clock in nanoseconds, so that what a forked child says of its parent (an
-*ancestor*) is in order with what the parent says itself.
+A message is one MessagePack array: wire version, type, fields.
 
 `decode` returns a valid message or raises `WireError`, whatever it is given: every field is checked for type
 and range, and what belongs together must agree (the counts of a sketch's bins add up to its count).
@@ -25,12 +13,22 @@ from __future__ import annotations
 from array import array
 from math import isfinite
 from operator import lt
-from typing import Any, Callable, NamedTuple, Union
+from typing import Any, Callable
 
 import msgpack
 
 from tapes.bins import MAX_KEY
-from tapes.catalogue import MAX_SERIES
+from tapes.distributed.messages import (
+    Descriptions,
+    Goodbye,
+    Hello,
+    Item,
+    Merged,
+    Message,
+    Read,
+    Reply,
+    Update,
+)
 from tapes.errors import WireError
 from tapes.ewma import Rates
 from tapes.forks import Process
@@ -44,104 +42,17 @@ from tapes.metrics import (
     State,
     TimerState,
 )
+from tapes.metrics.origin import Origin
 from tapes.naming import Labels
 from tapes.sketch import EMPTY, Sketch, counts_array
 from tapes.snapshot import Description
 from tapes.sums import Number, Total
 
-__all__ = [
-    "MAX_BYTES", "VERSION", "Descriptions", "Goodbye", "Hello", "Item", "Merged", "Message", "Read", "Reply",
-    "Update", "decode", "encode",
-]  # fmt: skip
+__all__ = ["MAX_BYTES", "VERSION", "decode", "encode"]
 
 VERSION = 1
 MAX_BYTES = 64 << 20
 """A longer message is dropped by the socket."""
-
-Descriptions = dict[str, Description]
-
-
-class Item(NamedTuple):
-    """One series: its kind, its name, its labels sorted by name, and its state."""
-
-    kind: str
-    name: str
-    labels: Labels
-    state: State
-
-
-class Update(NamedTuple):
-    """What a worker's series stand at.
-
-    Attributes:
-        identity: Sixteen random bytes; a reused pid is a new worker.
-        process, host: Whose death to watch for.
-        seq: The number of this update, from 1.
-        base: The update that this one continues; 0 for a keyframe, which has every series.
-        items: The series.
-        descriptions: In keyframes.
-        ancestors: In keyframes: what processes that this one descends from had recorded when they forked.
-        max_series: How many label sets of a name the worker allows.
-    """
-
-    identity: bytes
-    process: Process
-    host: str
-    seq: int
-    base: int
-    items: list[Item]
-    descriptions: Descriptions
-    ancestors: tuple[Update, ...] = ()
-    max_series: int = MAX_SERIES
-
-
-class Read(NamedTuple):
-    """A question: ``what`` is a form of `tapes.exposition.FORMS`, or ``"states"`` for a `Merged`."""
-
-    correlation: int
-    what: str
-    update: Update
-
-
-class Hello(NamedTuple):
-    """A request to stay for as long as one of these processes of ``host`` lives."""
-
-    correlation: int
-    host: str
-    processes: tuple[Process, ...]
-
-
-class Goodbye(NamedTuple):
-    """A worker's last words."""
-
-    correlation: int
-    update: Update
-
-
-class Reply(NamedTuple):
-    """An answer.
-
-    Attributes:
-        correlation: Of the question.
-        status: ``"ok"``, ``"behind"`` (send a keyframe, some of what it builds on is missing) or
-            ``"error"``.
-        payload: The answer; for an error, a sentence.
-    """
-
-    correlation: int
-    status: str
-    payload: bytes
-
-
-class Merged(NamedTuple):
-    """The states of the whole service."""
-
-    tick: int
-    items: list[Item]
-    descriptions: Descriptions
-
-
-Message = Union[Update, Read, Hello, Goodbye, Reply, Merged]
 
 
 def encode(message: Message) -> bytes:
@@ -188,6 +99,11 @@ def _fits(whole: int) -> bool:
     return -(1 << 63) <= whole < 1 << 63
 
 
+def _plain_origin(origin: Origin) -> list[Any]:
+    told = origin.told
+    return [origin.created, told if type(told) is float or _fits(int(told)) else float(told)]
+
+
 def _plain_total(total: Total) -> list[Any]:
     return [total.whole if _fits(total.whole) else str(total.whole), list(total.parts)]
 
@@ -210,11 +126,19 @@ def _plain_sketch(sketch: Sketch) -> list[Any]:
 
 
 _PLAIN: dict[str, Callable[[Any], Any]] = {
-    "counter": lambda state: [_plain_total(state.up), _plain_total(state.down), state.created],
+    "counter": lambda state: [_plain_total(state.up), _plain_total(state.down), _plain_origin(state.origin)],
     "gauge": _plain_gauge,
-    "meter": lambda state: [_plain_total(state.count), _plain_rates(state.rates), state.created],
-    "histogram": lambda state: [_plain_sketch(state.sketch), state.created],
-    "timer": lambda state: [_plain_sketch(state.sketch), _plain_rates(state.rates), state.created],
+    "meter": lambda state: [
+        _plain_total(state.count),
+        _plain_rates(state.rates),
+        _plain_origin(state.origin),
+    ],
+    "histogram": lambda state: [_plain_sketch(state.sketch), _plain_origin(state.origin)],
+    "timer": lambda state: [
+        _plain_sketch(state.sketch),
+        _plain_rates(state.rates),
+        _plain_origin(state.origin),
+    ],
 }
 
 
@@ -261,9 +185,10 @@ def _floats(value: Any) -> tuple[float, ...]:
     return tuple(map(_float, _list(value)))
 
 
-def _created(value: Any) -> float:
-    _check(type(value) is float and value > 0, "no time of its making")  # infinite where nobody knows
-    return value  # type: ignore[no-any-return]
+def _origin(plain: Any) -> Origin:
+    created, told = _list(plain)
+    _check(type(created) is float and created > 0, "no time of its making")  # infinite where nobody knows
+    return Origin(created, _number(told))
 
 
 def _total(plain: Any) -> Total:
@@ -302,8 +227,8 @@ def _sketch(plain: Any) -> Sketch:
 
 
 def _counter(plain: Any) -> CounterState:
-    up, down, created = _list(plain)
-    return CounterState(_total(up), _total(down), _created(created))
+    up, down, origin = _list(plain)
+    return CounterState(_total(up), _total(down), _origin(origin))
 
 
 def _gauge(plain: Any) -> GaugeState:
@@ -315,18 +240,18 @@ def _gauge(plain: Any) -> GaugeState:
 
 
 def _meter(plain: Any) -> MeterState:
-    count, rates, created = _list(plain)
-    return MeterState(_total(count), _rates(rates), _created(created))
+    count, rates, origin = _list(plain)
+    return MeterState(_total(count), _rates(rates), _origin(origin))
 
 
 def _histogram(plain: Any) -> HistogramState:
-    sketch, created = _list(plain)
-    return HistogramState(_sketch(sketch), _created(created))
+    sketch, origin = _list(plain)
+    return HistogramState(_sketch(sketch), _origin(origin))
 
 
 def _timer(plain: Any) -> TimerState:
-    sketch, rates, created = _list(plain)
-    return TimerState(_sketch(sketch), _rates(rates), _created(created))
+    sketch, rates, origin = _list(plain)
+    return TimerState(_sketch(sketch), _rates(rates), _origin(origin))
 
 
 _STATES: dict[str, Callable[[Any], State]] = {

@@ -22,12 +22,10 @@ class Form(NamedTuple):
 
     Attributes:
         content_type: What HTTP says of it.
-        media_types: What a client names to ask for it.
         write: Writes a snapshot.
     """
 
     content_type: str
-    media_types: tuple[str, ...]
     write: Callable[[Snapshot], bytes]
 
 
@@ -36,16 +34,15 @@ def _write_json(snapshot: Snapshot) -> bytes:
 
 
 FORMS = {
-    "json": Form("application/json", ("application/json", "application/*", "*/*"), _write_json),
-    "prometheus": Form(
-        "text/plain; version=0.0.4; charset=utf-8", ("text/plain", "text/*"), prometheus.write
-    ),
+    "json": Form("application/json", _write_json),
+    "prometheus": Form("text/plain; version=0.0.4; charset=utf-8", prometheus.write),
     "openmetrics": Form(
         "application/openmetrics-text; version=1.0.0; charset=utf-8",
-        ("application/openmetrics-text",),
         lambda snapshot: prometheus.write(snapshot, openmetrics=True),
     ),
 }
+
+_SCRAPERS_TYPES = ("application/openmetrics-text", "application/vnd.google.protobuf")
 
 
 def render(registry: Registry, form: str) -> bytes:
@@ -67,9 +64,13 @@ def write(snapshot: Snapshot, form: str) -> bytes:
 def negotiate(accept: str = "", wanted: str = "") -> str:
     """Return the name of the form that a client gets.
 
+    A form has the quality of the range that names it most closely: its media type with its version, its media
+    type without one, ``text/*``, ``*/*``. The highest quality wins, then the closest range, then the one that
+    comes first, then JSON. Who names a format that only scrapers know gets the text format where others get
+    JSON: by ``*/*``, and where nothing that we write is acceptable.
+
     Args:
-        accept: The request's ``Accept`` header. The form of the highest quality wins, and of several the
-            one that the header names first; JSON for ``*/*``, no header, or nothing that we write.
+        accept: The request's ``Accept`` header.
         wanted: What ``?format=`` says; wins over ``accept``.
 
     Raises:
@@ -79,22 +80,41 @@ def negotiate(accept: str = "", wanted: str = "") -> str:
         if wanted in FORMS:
             return wanted
         raise InvalidArgument("the format", got=wanted, expected=" or ".join(FORMS))
-    best, best_quality = "json", 0.0
-    for part in accept.lower().split(","):
-        media_type, *parameters = (piece.strip() for piece in part.split(";"))
-        quality = _quality(parameters)
-        for name, form in FORMS.items():
-            if media_type in form.media_types and quality > best_quality:
-                best, best_quality = name, quality
+    ranges = [_parsed(part) for part in accept.split(",")]
+    scraper = any(kind in _SCRAPERS_TYPES or (kind == "text/plain" and "version" in p) for kind, p in ranges)
+    names = sorted(FORMS, key="prometheus".__ne__) if scraper else list(FORMS)
+    best, best_rank = names[0], (0.0, 0, 0)
+    for name in names:
+        matching = [
+            (closeness, -place, _quality(parameters))
+            for place, (kind, parameters) in enumerate(ranges)
+            if (closeness := _closeness(FORMS[name], kind, parameters))
+        ]
+        closeness, place, quality = max(matching, default=(0, 0, 0.0))
+        if quality and (quality, closeness, place) > best_rank:
+            best, best_rank = name, (quality, closeness, place)
     return best
 
 
-def _quality(parameters: list[str]) -> float:
-    for parameter in parameters:
-        name, _, value = parameter.partition("=")
-        if name.strip() == "q":
-            try:
-                return float(value)
-            except ValueError:
-                return 0.0
-    return 1.0
+def _parsed(part: str) -> tuple[str, dict[str, str]]:
+    """Return the media type and the parameters of one part of a header."""
+    kind, *parameters = (piece.strip() for piece in part.lower().split(";"))
+    pairs = (parameter.partition("=") for parameter in parameters)
+    return kind, {name.strip(): value.strip().strip('"') for name, _, value in pairs}
+
+
+def _closeness(form: Form, kind: str, parameters: dict[str, str]) -> int:
+    """Return how closely a range names ``form``; 0 if it doesn't."""
+    own_kind, own_parameters = _parsed(form.content_type)
+    if kind == own_kind:
+        version = parameters.get("version")
+        return 3 if version is None else 4 if version == own_parameters.get("version") else 0
+    return {"*/*": 1, own_kind.partition("/")[0] + "/*": 2}.get(kind, 0)
+
+
+def _quality(parameters: dict[str, str]) -> float:
+    try:
+        quality = float(parameters.get("q", "1"))
+    except ValueError:
+        return 0.0
+    return quality if 0.0 <= quality <= 1.0 else 0.0

@@ -2,31 +2,50 @@
 
 Counters and meters are counters (``…_total``), gauges are gauges, timers and histograms are histograms with
 cumulative buckets. A bucket's bound includes the whole bin of the sketch that it falls into: what is at or
-below it always counts, what is up to 0.8 % above may.
+below it always counts, what is up to 0.8 % above may. OpenMetrics also says when each began (``…_created``).
 
-Source: the Prometheus text format 0.0.4 and OpenMetrics 1.0.0 for the syntax; OpenTelemetry's HTTP
-semantic conventions for the buckets of timers, its SDK's defaults for those of histograms.
+Both formats show the same families: what would collide in one of them is left out of both. Names are written
+in letters, digits and ``_`` alone, which every scraper takes whatever it has said of escaping.
+
+Theory of the cost. Most of a line, its labels, never changes, and the order of the lines does only when
+series come or go. Both are remembered from one snapshot of a source to the next, family by family, so that
+what is left is to read the numbers and to put them behind. No number is remembered.
+
+Source: the Prometheus text format 0.0.4 and OpenMetrics 1.0.0 for the syntax; OpenTelemetry's HTTP semantic
+conventions for the buckets of timers, its SDK's defaults for those of histograms.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from math import isfinite
+from operator import attrgetter
+from typing import Any, NamedTuple
 
-from tapes.naming import Labels, escape_label_value
+from tapes.exposition.spelling import (
+    bound_labels,
+    braces,
+    escape_help,
+    metric_name,
+    unit_name,
+    within_floats,
+    without_le,
+)
+from tapes.naming import Labels
 from tapes.registry import Registry
 from tapes.snapshot import Family, Snapshot
 from tapes.sums import Number
 
 __all__ = ["HISTOGRAM_BUCKETS", "TIMER_BUCKETS", "render", "write"]
 
-TIMER_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+TIMER_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 """Upper bounds in seconds."""
 
-HISTOGRAM_BUCKETS = (0, 5, 10, 25, 50, 75, 100, 250, 500, 750, 1000, 2500, 5000, 7500, 10000)
+HISTOGRAM_BUCKETS = (
+    0.0, 5.0, 10.0, 25.0, 50.0, 75.0, 100.0, 250.0, 500.0, 750.0, 1000.0, 2500.0, 5000.0, 7500.0, 10000.0,
+)  # fmt: skip
 """Upper bounds in the histogram's unit."""
 
 _TYPES = {
@@ -34,7 +53,47 @@ _TYPES = {
     "histogram": "histogram", "timer": "histogram",
 }  # fmt: skip
 
+_CLAIMS = {
+    "counter": ("", "_total", "_created"),
+    "gauge": ("",),
+    "histogram": ("", "_bucket", "_sum", "_count", "_created"),
+}
+"""Type to what a family's samples may be called, in either format, after its name."""
+
+_NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "counter": attrgetter("up.value"), "meter": attrgetter("count.value"), "gauge": attrgetter("value"),
+}  # fmt: skip
+"""Kind to where a state has its number."""
+
+_TAKEN_AWAY = attrgetter("down.value")
+_PAIRS_LOGGED = 1 << 12
+_MEMORY = "prometheus"
+
 _log = logging.getLogger("tapes.exposition")
+
+
+class _Written(NamedTuple):
+    """What the labels of a family's series look like once written.
+
+    Attributes:
+        kind: The family's.
+        labels: The labels, in the order in which the family has them.
+        order: Where in it the series are that are shown, sorted by labels.
+        heads: What is written between each one's name and number.
+    """
+
+    kind: str
+    labels: Sequence[Labels]
+    order: Sequence[int]
+    heads: Sequence[str]
+
+
+class _Metric(NamedTuple):
+    """A family of Prometheus's: its name without the suffixes of samples, its type, and what writes them."""
+
+    name: str
+    type: str
+    samples: Callable[[bool], list[str]]
 
 
 def render(registry: Registry, *, openmetrics: bool = False) -> bytes:
@@ -56,113 +115,142 @@ def write(snapshot: Snapshot, *, openmetrics: bool = False) -> bytes:
     """Write ``snapshot``; see `render`."""
     lines: list[str] = []
     owners: dict[str, str] = {}
+    before = snapshot.memory.get(_MEMORY, {})
+    now: dict[str, _Written] = {}
     for family in snapshot:
-        for name, kind, text, samples in _families(family, openmetrics):
-            base = name[: -len("_total")] if openmetrics and kind == "counter" else name
-            taken = [owners[claim] for claim in _claims(name, base, kind) if claim in owners]
+        written = before.get(family.name)
+        if written is None or written.kind != family.kind or written.labels != family.labels:
+            written = _written(family)
+        now[family.name] = written
+        for metric in _metrics(family, written):
+            name = metric.name
+            claims = [name + suffix for suffix in _CLAIMS[metric.type]]
+            taken = [owners[claim] for claim in claims if claim in owners]
             if taken:
                 _collision(name, taken[0], family.name)
                 continue
-            owners.update(dict.fromkeys(_claims(name, base, kind), family.name))
-            lines.append(f"# HELP {base} {_escape_help(text, openmetrics)}")
-            lines.append(f"# TYPE {base} {kind}")
-            if openmetrics and family.unit and base.endswith("_" + family.unit):
-                lines.append(f"# UNIT {base} {family.unit}")
-            lines.extend(samples)
+            samples = metric.samples(openmetrics)
+            if samples:
+                owners.update(dict.fromkeys(claims, family.name))
+                lines += _head(metric, family, openmetrics)
+                lines += samples
+    snapshot.memory[_MEMORY] = now
     if openmetrics:
         lines.append("# EOF")
     return ("\n".join(lines) + "\n").encode("utf-8", "replace") if lines else b""
 
 
-def _claims(name: str, base: str, kind: str) -> set[str]:
-    """Return the names that no other family may use: its own, and those of its samples."""
-    suffixes = ("_bucket", "_sum", "_count") if kind == "histogram" else ()
-    return {name, base, *(name + suffix for suffix in suffixes)}
+def _head(metric: _Metric, family: Family, openmetrics: bool) -> Iterator[str]:
+    """Yield the lines that say what a family of Prometheus's is."""
+    name = metric.name if openmetrics or metric.type != "counter" else metric.name + "_total"
+    text = family.text.strip() or f"The {family.kind} {family.name}, recorded by tapes."
+    yield f"# HELP {name} {escape_help(text, openmetrics)}"
+    yield f"# TYPE {name} {metric.type}"
+    unit = unit_name(family.unit)
+    if openmetrics and unit and name.endswith("_" + unit):
+        yield f"# UNIT {name} {unit}"
 
 
-def _families(family: Family, openmetrics: bool) -> Iterator[tuple[str, str, str, Iterable[str]]]:
-    """Yield name, type, help text and sample lines of what ``family`` is to Prometheus."""
+def _metrics(family: Family, written: _Written) -> Iterator[_Metric]:
+    """Yield what ``family`` is to Prometheus."""
     name = metric_name(family.name)
-    if family.unit and family.kind in ("timer", "histogram") and not name.endswith("_" + family.unit):
-        name = metric_name(f"{name}_{family.unit}")
-    text = family.text or f"The {family.kind} {family.name}, recorded by tapes."
     kind = _TYPES[family.kind]
-    series: Any = family.series
-    if not series:
-        return
+    states: list[Any] = list(map(family.states.__getitem__, written.order))
     if kind == "histogram":
-        bounds = TIMER_BUCKETS if family.kind == "timer" else HISTOGRAM_BUCKETS
-        yield name, kind, text, _distribution(name, series, bounds, openmetrics)
-    elif family.kind == "gauge":
-        yield name, kind, text, (_sample(name, one.labels, one.value) for one in series)
-    else:
-        total = name if name.endswith("_total") else name + "_total"
-        field = "total" if family.kind == "counter" else "count"
-        yield total, kind, text, (_sample(total, s.labels, getattr(s, field)) for s in series)
-        lowered = [one for one in series if family.kind == "counter" and one.decremented]
-        if lowered:
-            net = name + "_net"
-            yield net, "gauge", text, [_sample(net, one.labels, one.value) for one in lowered]
+        unit = unit_name(family.unit)
+        if unit and not name.endswith("_" + unit):
+            name = f"{name}_{unit}"
+        bounds = family.buckets or (TIMER_BUCKETS if family.kind == "timer" else HISTOGRAM_BUCKETS)
+        yield _Metric(name, kind, partial(_distributions, name, written.heads, states, bounds))
+        return
+    numbers = list(map(_NUMBERS[family.kind], states))
+    if kind == "gauge":
+        yield _Metric(name, kind, partial(_gauges, name, written.heads, numbers))
+        return
+    base = name[: -len("_total")] if name.endswith("_total") and name != "_total" else name
+    yield _Metric(base, kind, partial(_counters, base, written.heads, numbers, states))
+    if family.kind == "counter" and any(map(_TAKEN_AWAY, states)):
+        lowered = [place for place, state in enumerate(states) if _TAKEN_AWAY(state)]
+        heads = [written.heads[place] for place in lowered]
+        net = [states[place].counted for place in lowered]
+        yield _Metric(name + "_net", "gauge", partial(_gauges, name + "_net", heads, net))
 
 
-def _distribution(
-    name: str, series: Iterable[Any], bounds: tuple[float, ...], openmetrics: bool
-) -> Iterator[str]:
-    for one in series:
-        pairs = _label_pairs(_without_le(one.labels))
-        before = f"{name}_bucket{{{pairs},le=" if pairs else f"{name}_bucket{{le="
-        view = one.lifetime
-        for bound in bounds:
-            yield f'{before}"{_number(float(bound))}"}} {_number(view.count_below(bound))}'
-        yield f'{before}"+Inf"}} {_number(view.count)}'
-        if openmetrics and view.min < 0:
-            continue  # OpenMetrics has no sum, and hence no count, where values are negative
-        braces = f"{{{pairs}}}" if pairs else ""
-        yield f"{name}_sum{braces} {_number(view.sum)}"
-        yield f"{name}_count{braces} {_number(view.count)}"
+def _counters(
+    name: str, heads: Sequence[str], numbers: list[Number], states: list[Any], openmetrics: bool
+) -> list[str]:
+    numbers = within_floats(numbers)
+    if not openmetrics:
+        return [f"{name}_total{head}{number!r}" for head, number in zip(heads, numbers)]
+    return [
+        f"{name}_total{head}{number!r}{_began(name, head, state)}"
+        for head, number, state in zip(heads, numbers, states)
+    ]
 
 
-def _without_le(labels: Labels) -> Labels:
-    """Return ``labels`` with ``le``, which is the bucket's bound, under a name that is free."""
-    names = [name for name, _ in labels]
-    if "le" not in names:
-        return labels
-    free = "exported_le"
-    while free in names:
-        free = "exported_" + free
-    return tuple((free if name == "le" else name, value) for name, value in labels)
+def _gauges(name: str, heads: Sequence[str], numbers: list[Number | None], openmetrics: bool) -> list[str]:
+    known = [number for number in numbers if number is not None]
+    if len(known) < len(numbers):  # the producers of some failed
+        heads = [head for head, number in zip(heads, numbers) if number is not None]
+    return [f"{name}{head}{number!r}" for head, number in zip(heads, within_floats(known))]
 
 
-def _sample(name: str, labels: Labels, value: Number) -> str:
-    pairs = _label_pairs(labels)
-    return f"{name}{{{pairs}}} {_number(value)}" if pairs else f"{name} {_number(value)}"
+def _distributions(
+    name: str, heads: Sequence[str], states: list[Any], bounds: tuple[float, ...], openmetrics: bool
+) -> list[str]:
+    lines: list[str] = []
+    le_labels = bound_labels(bounds)
+    for head, state in zip(heads, states):
+        view = state.sketch.lifetime
+        counts = view.counts_below(bounds)
+        bucket = f"{name}_bucket{head[:-2]}," if len(head) > 1 else f"{name}_bucket{{"
+        lines += [f"{bucket}{le}{count}" for le, count in zip(le_labels, counts)]
+        if not openmetrics:
+            lines += (f"{name}_sum{head}{view.sum}", f"{name}_count{head}{counts[-1]}")
+        elif bounds[0] < 0 or view.min < 0:
+            # OpenMetrics has no sum, and hence no count, where values or bounds are negative.
+            lines[-1] += _began(name, head, state)
+        else:
+            began = _began(name, head, state)
+            lines += (f"{name}_sum{head}{view.sum}", f"{name}_count{head}{counts[-1]}{began}")
+    return lines
 
 
-@lru_cache(maxsize=1 << 14)
-def _label_pairs(labels: Labels) -> str:
-    return ",".join([f'{name}="{escape_label_value(value)}"' for name, value in labels])
+def _began(name: str, head: str, state: Any) -> str:
+    """Return a further line that says when a series began, if that is known."""
+    created = state.origin.created
+    return f"\n{name}_created{head}{created:.3f}" if isfinite(created) else ""
 
 
-def _number(value: Number) -> str:
-    return repr(value) if type(value) is float else str(value)
+def _written(family: Family) -> _Written:
+    """Write the labels of a family; of series that look the same, the first is shown."""
+    labels = family.labels
+    free_le = _TYPES[family.kind] == "histogram"
+    order: list[int] = []
+    heads: dict[str, None] = {}
+    for place in sorted(range(len(labels)), key=labels.__getitem__):
+        text = braces(without_le(labels[place]) if free_le else labels[place])
+        if text in heads:
+            _same_series(family.name, text)
+            continue
+        heads[text] = None
+        order.append(place)
+    return _Written(family.kind, labels, order, list(heads))
 
 
-@lru_cache(maxsize=4096)
-def metric_name(name: str) -> str:
-    """Write a metric's name as Prometheus wants it: dots and whatever else it refuses become ``_``."""
-    name = re.sub(r"[^a-zA-Z0-9_:]", "_", name)
-    return "_" + name if name[0].isdigit() else name
-
-
-def _escape_help(text: str, openmetrics: bool) -> str:
-    text = text.replace("\\", r"\\").replace("\n", r"\n")
-    return text.replace('"', r"\"") if openmetrics else text
-
-
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=_PAIRS_LOGGED)
 def _collision(name: str, first: str, second: str) -> None:
     """Log, once for each pair, that the second metric can't be shown."""
     _log.warning(
         "%r is not exposed: its Prometheus name %s, or one of its samples', is taken by %r; rename one",
         second, name, first,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=_PAIRS_LOGGED)
+def _same_series(name: str, head: str) -> None:
+    """Log, once for each, that a series can't be shown."""
+    _log.warning(
+        "a series of %r is not exposed: another one of it is written %s too; give one other labels",
+        name, head.strip(),
     )  # fmt: skip

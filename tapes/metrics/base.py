@@ -149,6 +149,19 @@ class Metric:
         """Return whether ``state`` is all there is, with nothing to be folded."""
         return self._state is state and not self._buffer
 
+    def note_told(self, state: Any) -> None:
+        """Note that what ``state`` of this metric counts was told to an aggregator before the present one."""
+        lock = self._lock
+        try:  # as in _fold
+            lock.acquire(timeout=_WAIT_SECONDS)
+            origin = self._state.origin._replace(told=state.counted)
+            self._state = self._state._replace(origin=origin)
+        finally:
+            try:  # noqa: SIM105
+                lock.release()
+            except RuntimeError:
+                pass
+
     def take(self) -> State:
         """Return the state and start again from zero, in one step: every event is in one of the two.
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import inf
 from typing import Any, NamedTuple
 
-from tapes.clock import wall
 from tapes.metrics.base import DOWN, FULL, Metric, checked_number
+from tapes.metrics.origin import NOWHERE, Origin
 from tapes.naming import Labels
 from tapes.snapshot import CounterSeries
 from tapes.sums import LARGE, Number, Total
@@ -20,7 +19,7 @@ class CounterState(NamedTuple):
 
     up: Total = Total()
     down: Total = Total()
-    created: float = inf
+    origin: Origin = NOWHERE
 
     @staticmethod
     def merge(states: Iterable[CounterState]) -> CounterState:
@@ -29,7 +28,7 @@ class CounterState(NamedTuple):
         return CounterState(
             Total.merge(state.up for state in every),
             Total.merge(state.down for state in every),
-            min(state.created for state in every),
+            Origin.merge(state.origin for state in every),
         )
 
     @property
@@ -37,13 +36,18 @@ class CounterState(NamedTuple):
         """Whether nothing was counted."""
         return self.up == self.down == Total()
 
+    @property
+    def counted(self) -> Number:
+        """What was added less what was taken away."""
+        down = Total(-self.down.whole, tuple(-part for part in self.down.parts))
+        return Total.merge((self.up, down)).value
+
     def series(self, labels: Labels, tick: int) -> CounterSeries:
         """Return what a reader sees."""
         up, down = self.up.value, self.down.value
         if not down:
-            return CounterSeries(labels, up, up, False, self.created)
-        net = Total.merge((self.up, Total(-self.down.whole, tuple(-p for p in self.down.parts))))
-        return CounterSeries(labels, net.value, up, True, self.created)
+            return CounterSeries(labels, up, up, False, *self.origin)
+        return CounterSeries(labels, self.counted, up, True, *self.origin)
 
 
 class Counter(Metric):
@@ -82,15 +86,15 @@ class Counter(Metric):
             self._fold(0.0)
 
     def _initial(self, now: float) -> CounterState:
-        return CounterState(created=wall())
+        return CounterState(origin=Origin.now())
 
     def _absorb(self, values: list[Any]) -> CounterState:
         state = self._state
-        up, down, created = state
+        up, down, origin = state
         if values.count(1) == len(values):
-            return CounterState(Total(up.whole + len(values), up.parts), down, created)
+            return CounterState(Total(up.whole + len(values), up.parts), down, origin)
         if tuple not in map(type, values):
-            return CounterState(add_up(up, values), down, created)
+            return CounterState(add_up(up, values), down, origin)
         ups: list[Any] = []
         downs: list[Any] = []
         for value in values:
@@ -98,7 +102,7 @@ class Counter(Metric):
                 downs.append(value[0])
             else:
                 ups.append(value)
-        return CounterState(add_up(up, ups), add_up(down, downs), created)
+        return CounterState(add_up(up, ups), add_up(down, downs), origin)
 
     def _checked(self, value: Any) -> Any:
         if not _is_down(value):

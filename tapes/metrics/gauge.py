@@ -204,10 +204,12 @@ class Gauge(Metric):
         A producer that is running already is not run again: it may itself be the reader.
         """
         producing = self._producer
+        if producing is None:
+            return
         last = self._produced
         now = self._clock()
         young = last.since is not None and now - last.since < max_age_seconds
-        if producing is None or young or self._producing == os.getpid():
+        if young or self._producing == os.getpid():
             return
         self._producing = os.getpid()  # in a forked child whoever was running it is not there
         try:
@@ -219,7 +221,8 @@ class Gauge(Metric):
         """Return the value: as set and moved, or as last produced (`refresh`)."""
         if self._producer is not None:
             return self._produced
-        super().collect()
+        if self._buffer or self._bad or self._state.base is not self._set:
+            self._fold(self._clock(), wait=True)
         state: GaugeState = self._state.state
         return state
 
@@ -246,6 +249,9 @@ class Gauge(Metric):
         aside = super().set_aside()
         self._set = None
         return aside
+
+    def note_told(self, state: Any) -> None:
+        """Nothing: it is not a count."""
 
     def take(self) -> GaugeState:
         """Return the value, which stays: it is not a count that could be handed over."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import inf
 from typing import Any, NamedTuple
 
-from tapes.clock import tick_at, wall
+from tapes.clock import tick_at
 from tapes.metrics.base import FULL, Metric
+from tapes.metrics.origin import NOWHERE, Origin
 from tapes.naming import Labels
 from tapes.sketch import EMPTY, Sketch
 from tapes.snapshot import HistogramSeries
@@ -20,14 +20,14 @@ class HistogramState(NamedTuple):
     """The sketch of all values."""
 
     sketch: Sketch = EMPTY
-    created: float = inf
+    origin: Origin = NOWHERE
 
     @staticmethod
     def merge(states: Iterable[HistogramState]) -> HistogramState:
         """Return the state of one histogram that saw all streams."""
         every = list(states)
         return HistogramState(
-            Sketch.merge(state.sketch for state in every), min(state.created for state in every)
+            Sketch.merge(state.sketch for state in every), Origin.merge(state.origin for state in every)
         )
 
     @property
@@ -35,9 +35,14 @@ class HistogramState(NamedTuple):
         """Whether no value was recorded."""
         return self.sketch.count == 0
 
+    @property
+    def counted(self) -> Number:
+        """How many values."""
+        return self.sketch.count
+
     def series(self, labels: Labels, tick: int) -> HistogramSeries:
         """Return what a reader sees."""
-        return HistogramSeries(labels, self.sketch.lifetime, self.sketch.recent, self.created)
+        return HistogramSeries(labels, self.sketch.lifetime, self.sketch.recent, *self.origin)
 
 
 class Histogram(Metric):
@@ -69,7 +74,7 @@ class Histogram(Metric):
             self._fold(0.0)
 
     def _initial(self, now: float) -> HistogramState:
-        return HistogramState(EMPTY, wall())
+        return HistogramState(EMPTY, Origin.now())
 
     def _is_settled(self) -> bool:
         settled: bool = self._state.sketch.is_settled
@@ -77,8 +82,8 @@ class Histogram(Metric):
 
     def _settled(self) -> HistogramState:
         state = self._state
-        return state if state.sketch.is_settled else HistogramState(state.sketch.settled(), state.created)
+        return state if state.sketch.is_settled else HistogramState(state.sketch.settled(), state.origin)
 
     def _absorb(self, values: list[Any]) -> HistogramState:
         state = self._state
-        return HistogramState(state.sketch.fold(values, tick_at(self._clock())), state.created)
+        return HistogramState(state.sketch.fold(values, tick_at(self._clock())), state.origin)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import inf
 from typing import Any, NamedTuple
 
-from tapes.clock import TICK_SECONDS, tick_at, wall
+from tapes.clock import TICK_SECONDS, tick_at
 from tapes.ewma import Rates
 from tapes.metrics.base import FULL, Metric
 from tapes.metrics.counter import add_up
+from tapes.metrics.origin import NOWHERE, Origin
 from tapes.naming import Labels
 from tapes.snapshot import MeterSeries
 from tapes.sums import Number, Total, exact_sum
@@ -22,7 +22,7 @@ class MeterState(NamedTuple):
 
     count: Total  # type: ignore[assignment]  # shadows tuple.count, on purpose
     rates: Rates
-    created: float = inf
+    origin: Origin = NOWHERE
 
     @staticmethod
     def merge(states: Iterable[MeterState]) -> MeterState:
@@ -31,7 +31,7 @@ class MeterState(NamedTuple):
         return MeterState(
             Total.merge(state.count for state in every),
             Rates.merge(state.rates for state in every),
-            min(state.created for state in every),
+            Origin.merge(state.origin for state in every),
         )
 
     @property
@@ -39,10 +39,15 @@ class MeterState(NamedTuple):
         """Whether nothing was marked."""
         return self.count == Total()
 
+    @property
+    def counted(self) -> Number:
+        """How many events."""
+        return self.count.value
+
     def series(self, labels: Labels, tick: int) -> MeterSeries:
         """Return what a reader sees as of ``tick``."""
         m1, m5, m15 = self.rates.read(tick)
-        return MeterSeries(labels, self.count.value, m1, m5, m15, self.created)
+        return MeterSeries(labels, self.count.value, m1, m5, m15, *self.origin)
 
 
 class Ticking(Metric):
@@ -98,7 +103,7 @@ class Meter(Ticking):
 
     def _initial(self, now: float) -> MeterState:
         self._set_tick(now)
-        return MeterState(Total(), Rates.started(self._tick), wall())
+        return MeterState(Total(), Rates.started(self._tick), Origin.now())
 
     def _absorb(self, values: list[Any]) -> MeterState:
         state = self._state
@@ -110,4 +115,4 @@ class Meter(Ticking):
             events: Number = count.whole - state.count.whole
         else:
             (events, *_) = exact_sum(values) or (0.0,)
-        return MeterState(count, state.rates.mark(events, self._tick), state.created)
+        return MeterState(count, state.rates.mark(events, self._tick), state.origin)

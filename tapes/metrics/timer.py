@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable
-from math import inf
 from types import TracebackType
 from typing import Any, Callable, NamedTuple, TypeVar, cast
 
-from tapes.clock import wall
 from tapes.errors import InvalidArgument
 from tapes.ewma import Rates
 from tapes.metrics.base import FULL
 from tapes.metrics.meter import Ticking
+from tapes.metrics.origin import NOWHERE, Origin
 from tapes.naming import Labels
 from tapes.sketch import EMPTY, Sketch
 from tapes.snapshot import TimerSeries
@@ -29,7 +28,7 @@ class TimerState(NamedTuple):
 
     sketch: Sketch
     rates: Rates
-    created: float = inf
+    origin: Origin = NOWHERE
 
     @staticmethod
     def merge(states: Iterable[TimerState]) -> TimerState:
@@ -38,7 +37,7 @@ class TimerState(NamedTuple):
         return TimerState(
             Sketch.merge(state.sketch for state in every),
             Rates.merge(state.rates for state in every),
-            min(state.created for state in every),
+            Origin.merge(state.origin for state in every),
         )
 
     @property
@@ -46,10 +45,15 @@ class TimerState(NamedTuple):
         """Whether no value was recorded."""
         return self.sketch.count == 0
 
+    @property
+    def counted(self) -> Number:
+        """How many durations."""
+        return self.sketch.count
+
     def series(self, labels: Labels, tick: int) -> TimerSeries:
         """Return what a reader sees as of ``tick``."""
         m1, m5, m15 = self.rates.read(tick)
-        return TimerSeries(labels, m1, m5, m15, self.sketch.lifetime, self.sketch.recent, self.created)
+        return TimerSeries(labels, m1, m5, m15, self.sketch.lifetime, self.sketch.recent, *self.origin)
 
 
 class Timer(Ticking):
@@ -98,7 +102,7 @@ class Timer(Ticking):
 
     def _initial(self, now: float) -> TimerState:
         self._set_tick(now)
-        return TimerState(EMPTY, Rates.started(self._tick), wall())
+        return TimerState(EMPTY, Rates.started(self._tick), Origin.now())
 
     def _is_settled(self) -> bool:
         settled: bool = self._state.sketch.is_settled
@@ -108,12 +112,12 @@ class Timer(Ticking):
         state: TimerState = self._state
         if state.sketch.is_settled:
             return state
-        return TimerState(state.sketch.settled(), state.rates, state.created)
+        return TimerState(state.sketch.settled(), state.rates, state.origin)
 
     def _absorb(self, values: list[Any]) -> TimerState:
         state = self._state
         sketch = state.sketch.fold(values, self._tick, self._least)
-        return TimerState(sketch, state.rates.mark(len(values), self._tick), state.created)
+        return TimerState(sketch, state.rates.mark(len(values), self._tick), state.origin)
 
 
 class Timing:

@@ -106,7 +106,13 @@ class StatsdReporter(ScheduledReporter):
 
 
 class _Told(NamedTuple):
-    """What a receiver was told of a series: its count less what was taken away, and what tells a restart."""
+    """What a receiver was told of a series.
+
+    Attributes:
+        value: What it counted less what was taken away, and less what an aggregator before this one told.
+        total: What it counted.
+        created: When it began.
+    """
 
     value: Number
     total: Number
@@ -192,10 +198,12 @@ class StatsdClient:
             del told[key]  # it was removed
         for key, field, now in counts:
             before = told.get(key)
-            if before is None or now.created > before.created or now.total < before.total:
+            if before is None or now.created > before.created:
                 before = _Told(0, 0, now.created)
             difference = now.value - before.value
-            if difference:
+            if now.total < before.total:  # a worker has removed it, and others have not
+                told[key] = now
+            elif difference:
                 yield _Line(self._line(*key, field, difference, "c"), key, now)
         for family in snapshot:
             for series in family.series:
@@ -225,21 +233,20 @@ class StatsdClient:
 def _counts(registry: Registry, snapshot: Snapshot) -> Iterator[tuple[_Key, str, _Told]]:
     """Yield what this process has to account for: a series, the field of its count, and what it stands at."""
     connection = registry.connection
-    if connection is not None and connection.is_aggregator:
-        every = [(family.kind, family.name, series) for family in snapshot for series in family.series]
+    is_aggregator = connection is not None and connection.is_aggregator
+    every: Iterable[tuple[str, str, Any]]
+    if is_aggregator:
+        every = ((family.kind, family.name, series) for family in snapshot for series in family.series)
     else:
         tick = tick_at(registry.clock())
-        every = [
-            (kind, name, series)
-            for kind, name, labels, state in registry.collect()
-            if (series := state.series(labels, tick)) is not None
-        ]
+        collected = registry.collect()
+        every = ((kind, name, state.series(labels, tick)) for kind, name, labels, state in collected)
     for kind, name, series in every:
-        one: Any = series
-        if kind == "counter":
-            yield (name, one.labels), "", _Told(one.value, one.total, one.created)
-        elif kind != "gauge":
-            yield (name, one.labels), "count", _Told(one.count, one.count, one.created)
+        if kind != "gauge":
+            field, counted = ("", series.value) if kind == "counter" else ("count", series.count)
+            total = series.total if kind == "counter" else counted
+            told = series.told if is_aggregator else 0
+            yield (name, series.labels), field, _Told(counted - told, total, series.created)
 
 
 def _standing(kind: str, series: Any) -> Iterator[tuple[str, Number]]:

@@ -11,8 +11,9 @@ import threading
 import pytest
 import zmq
 
+from tapes.distributed.messages import Reply
 from tapes.distributed.registry import DistributedRegistry
-from tapes.distributed.wire import Reply, encode
+from tapes.distributed.wire import encode
 from tests.processes import clean_environment, run_python, wait_for
 
 

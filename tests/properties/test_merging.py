@@ -186,7 +186,7 @@ def test_metrics_of_workers_merge_to_those_of_one_that_saw_all(steps):
     assert counter.value == plain([*seen, *(-number for number in taken)])
     assert isinstance(counter.total, int) or not all(isinstance(number, int) for number in seen)
     assert meter.count == plain(seen)
-    created = [one.collect().created for one in metrics[0]]
+    created = [one.collect().origin.created for one in metrics[0]]
     assert [one.created for one in series] == created
     assert meter[2:5] == pytest.approx(rates.read(tick), rel=1e-9)
     assert (histogram.count, timer.count) == (len(seen), len(seen))

@@ -10,18 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tapes
-from tapes.distributed.wire import (
-    VERSION,
-    Goodbye,
-    Hello,
-    Item,
-    Merged,
-    Read,
-    Reply,
-    Update,
-    decode,
-    encode,
-)  # fmt: skip
+from tapes.distributed.messages import Goodbye, Hello, Item, Merged, Read, Reply, Update
+from tapes.distributed.wire import VERSION, decode, encode
 from tapes.errors import WireError
 from tapes.forks import Process
 from tapes.metrics import MERGE_MODES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 
 import pytest
@@ -11,8 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 import tapes
 from tapes.errors import InvalidArgument
-from tapes.exposition import negotiate, render
+from tapes.exposition import FORMS, negotiate, render, write
 from tapes.exposition.prometheus import render as render_prometheus
+from tapes.metrics.counter import CounterState
+from tapes.snapshot import Family, Snapshot
 
 
 @pytest.fixture
@@ -65,6 +68,42 @@ def test_promtool_finds_nothing_to_complain_of(filled):
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
 
 
+@pytest.mark.needs("promtool")
+def test_promtool_reads_hostile_names_labels_and_texts(registry):
+    """Whatever can be recorded, as long as a name is in the case that promtool likes."""
+    hostile = [
+        '"',
+        "\\",
+        "\n",
+        "\r\n",
+        "\u2028",
+        "\x85",
+        "\x00",
+        "",
+        " x ",
+        '"} 1 # ',
+        "é",
+        "\udc80",
+        "{x=y}",
+    ]
+    for number, text in enumerate(hostile):
+        registry.describe(f"c{number}", f"{text} help {text}", unit=text)
+        registry.counter(f"c{number}", quantity=text).increment(2**70)
+        registry.gauge("g", text=text).set(-1.5)
+        registry.describe(f"h{number}", f"{text} help {text}", unit=text, buckets=(-1.5, 1e6, 1e300))
+        registry.histogram(f"h{number}", le=text, exported_le=text).update(-3)
+    for name in ("5xx", "größe", "x-y z", "x/y", "z:x", 'z"y', "z\\z", "_total", "x_created", "y_count"):
+        registry.counter(name).increment()
+        registry.timer(name + "_x").update(1)
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"],
+        input=render(registry, "prometheus"),
+        capture_output=True,
+        check=False,
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
+
+
 def test_json_is_the_tree(filled):
     """What get_stats() returns, and nothing that JSON doesn't have."""
     assert json.loads(render(filled, "json")) == filled.get_stats()
@@ -78,12 +117,39 @@ def test_names_that_collide_are_reported_and_the_text_stays_valid(registry, capl
     assert "a_b" in caplog.text
 
 
+def test_a_collision_is_logged_once_with_both_names(registry, caplog):
+    """However often it is read, and by whom."""
+    registry.counter("twice.said").increment(1)
+    registry.gauge("twice_said").set(2)
+    for form in ("prometheus", "openmetrics", "prometheus"):
+        assert b"twice_said 2" not in render(registry, form)
+    (record,) = caplog.records
+    assert "'twice_said' is not exposed" in record.message
+    assert "taken by 'twice.said'; rename one" in record.message
+
+
+def test_series_that_look_the_same_are_shown_once(registry, caplog):
+    """Of two that differ only in what no encoding can say, the first; the other one is logged, once."""
+    registry.counter("c", path="\udc80").increment(2)
+    registry.counter("c", path="?").increment(1)
+    for _ in range(2):
+        assert re.findall(b"^c_total.*", render(registry, "prometheus"), re.MULTILINE) == [
+            b'c_total{path="?"} 1'
+        ]
+    (record,) = caplog.records
+    assert """'c' is not exposed: another one of it is written {path="?"} too""" in record.message
+
+
 COLLISIONS = [
     (("histogram", "a"), ("gauge", "a_count")),
     (("timer", "a"), ("gauge", "a.seconds.sum")),
     (("histogram", "a"), ("histogram", "a_bucket")),
     (("counter", "a.b"), ("gauge", "a_b")),
     (("counter", "x.y.seconds"), ("timer", "x.y")),
+    (("counter", "a"), ("gauge", "a_created")),
+    (("timer", "a"), ("gauge", "a_seconds_created")),
+    (("histogram", "a"), ("counter", "a.count_total")),
+    (("counter", "a"), ("meter", "a_total")),
 ]
 
 
@@ -114,6 +180,109 @@ def test_whatever_is_a_name_is_written_as_prometheus_takes_it(registry, name):
     assert family.samples[0].value == 1
 
 
+def test_colons_are_left_to_recording_rules(registry):
+    """As Prometheus asks of those who expose."""
+    registry.gauge("job:size").set(1)
+    assert b"job_size 1\n" in render(registry, "prometheus")
+
+
+def test_a_counter_called_total_keeps_a_name(registry):
+    """Its name without ``_total`` would be empty."""
+    registry.counter("-total").increment()
+    (family,) = parse_openmetrics(render(registry, "openmetrics").decode())
+    assert (family.name, family.samples[0].name) == ("_total", "_total_total")
+
+
+def test_openmetrics_says_when_a_series_began(registry):
+    """In unix seconds, to the millisecond; what is not known is left out, and the text format has none."""
+    registry.counter("c", queue="mail").increment()
+    registry.timer("t").update(0.25)
+    registry.gauge("g").set(1)
+    began = {name: registry.snapshot().series(name)[0].created for name in ("c", "t")}
+    text = render(registry, "openmetrics").decode()
+    assert f'c_total{{queue="mail"}} 1\nc_created{{queue="mail"}} {began["c"]:.3f}\n' in text
+    assert f"t_seconds_count 1\nt_seconds_created {began['t']:.3f}\n" in text
+    assert text.count("_created") == 2
+    assert b"_created" not in render(registry, "prometheus")
+    unknown = Family("c", "counter", None, [()], [CounterState()], 0)
+    assert b"_created" not in write(Snapshot([unknown]), "openmetrics")
+
+
+def test_whole_numbers_are_written_to_the_last_digit(registry):
+    """Beyond what a float holds exactly; and where a sum is beyond any float, the largest."""
+    registry.counter("c").increment(2**53 + 1)
+    for _ in range(3):
+        registry.counter("huge").increment(int(1.7e308))
+        registry.counter("low").decrement(int(1.7e308))
+    text = render(registry, "prometheus").decode()
+    assert "c_total 9007199254740993\n" in text
+    assert "huge_total 1.7976931348623157e+308\n" in text
+    assert "low_net -1.7976931348623157e+308\n" in text
+
+
+def test_a_description_says_which_buckets(registry):
+    """For histograms and timers; bounds are spelled as Go does; other kinds have none."""
+    bounds = (0.0, 0.5, 3, 99999.5, 1e6, 12345678, 1e16)
+    for kind in ("histogram", "timer", "counter", "meter"):
+        registry.describe(f"my.{kind}", "What it is.", buckets=bounds)
+    registry.histogram("my.histogram").update(3)
+    registry.timer("my.timer").update(4)
+    registry.counter("my.counter").increment()
+    registry.meter("my.meter").mark()
+    text = render(registry, "prometheus").decode()
+    spelled = ["0.0", "0.5", "3.0", "99999.5", "1e+06", "1.2345678e+07", "1e+16", "+Inf"]
+    for name, counts in (
+        ("my_histogram", [0, 0, 1, 1, 1, 1, 1, 1]),
+        ("my_timer_seconds", [0, 0, 0, 1, 1, 1, 1, 1]),
+    ):
+        found = re.findall(rf'^{name}_bucket{{le="(.*)"}} (\d+)$', text, re.MULTILINE)
+        assert found == [(bound, str(count)) for bound, count in zip(spelled, counts)]
+    assert text.count("_bucket") == 2 * len(spelled)
+
+
+def test_negative_bounds_leave_openmetrics_without_a_sum(registry):
+    """As its parser demands; the text format has both."""
+    registry.describe("h", "Degrees.", buckets=(-10, 0, 10))
+    registry.histogram("h").update(5)
+    assert b"h_sum 5.0\nh_count 1\n" in render(registry, "prometheus")
+    assert b'h_bucket{le="-10.0"} 0\n' in render(registry, "openmetrics")
+    assert b"h_sum" not in render(registry, "openmetrics")
+    list(parse_openmetrics(render(registry, "openmetrics").decode()))
+
+
+@pytest.mark.parametrize(
+    ("unit", "name"), [("bytes", "h_bytes"), ("m/s", "h_m_s"), ("°C", "h_C"), ("%", "h")]
+)
+def test_a_unit_is_the_end_of_the_name(registry, unit, name):
+    """As OpenMetrics demands, whatever the unit looks like; one without a letter is nobody's."""
+    registry.describe("h", "How much.", unit=unit)
+    registry.histogram("h").update(1)
+    (family,) = parse_openmetrics(render(registry, "openmetrics").decode())
+    assert family.name == name
+    assert family.unit == name[2:]
+
+
+def test_a_gauge_whose_producer_failed_is_not_there(registry):
+    """The others of its name are."""
+    registry.gauge("g", lambda: 1 / 0, number="1")
+    registry.gauge("g", number="2").set(2)
+    registry.gauge("none", lambda: 1 / 0)
+    text = render(registry, "prometheus").decode()
+    assert re.findall(r"^g.*", text, re.MULTILINE) == ['g{number="2"} 2']
+    assert "none" not in text
+
+
+def test_both_sources_remember_only_what_they_still_have(registry):
+    """A series that was removed leaves nothing behind."""
+    registry.counter("c").increment()
+    registry.counter("gone").increment()
+    render(registry, "prometheus")
+    memory = registry.snapshot().memory
+    registry.remove("gone")
+    render(registry, "openmetrics")
+    assert [set(kept) for kept in memory.values()] == [{"c"}]
+
+
 def test_a_label_called_le_does_not_break_buckets(registry):
     """It gets a name that is free, as the bucket's bound has that name; elsewhere it stays."""
     registry.histogram("h", le="x", exported_le="y").update(1)
@@ -138,11 +307,66 @@ def test_an_empty_registry_is_written():
     assert json.loads(render(empty, "json")) == {}
 
 
-PROMETHEUS_2 = (
-    "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
-    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
-)
-BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+OM_1, OM_0 = "application/openmetrics-text;version=1.0.0", "application/openmetrics-text;version=0.0.1"
+PROTOBUF = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited"
+SCRAPERS = {
+    "Prometheus 2.5": (f"{OM_0},text/plain;version=0.0.4;q=0.5,*/*;q=0.1", "prometheus"),
+    "Prometheus 2.40": (f"{OM_1},{OM_0};q=0.75,text/plain;version=0.0.4;q=0.5,*/*;q=0.1", "openmetrics"),
+    "Prometheus 2.40, native histograms": (
+        f"{PROTOBUF},{OM_1};q=0.8,{OM_0};q=0.75,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+        "openmetrics",
+    ),
+    "Prometheus 2.49": (f"{OM_1};q=0.5,{OM_0};q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2", "openmetrics"),
+    "Prometheus 2.49, native histograms": (
+        f"{PROTOBUF};q=0.5,{OM_1};q=0.4,{OM_0};q=0.3,text/plain;version=0.0.4;q=0.2,*/*;q=0.1",
+        "openmetrics",
+    ),
+    "Prometheus 3": (
+        f"{OM_1};escaping=allow-utf-8;q=0.6,{OM_0};q=0.5,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,"
+        "text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+        "openmetrics",
+    ),
+    "Prometheus 3, legacy names": (
+        f"{OM_1};escaping=underscores;q=0.6,{OM_0};q=0.5,text/plain;version=1.0.0;escaping=underscores;q=0.4,"
+        "text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+        "openmetrics",
+    ),
+    "Prometheus 3, native histograms": (
+        f"{PROTOBUF};q=0.6,{OM_1};escaping=dots;q=0.5,{OM_0};q=0.4,text/plain;version=1.0.0;escaping=dots;"
+        "q=0.3,text/plain;version=0.0.4;q=0.2,*/*;q=0.1",
+        "openmetrics",
+    ),
+    "Prometheus 3, PrometheusText0.0.4": ("text/plain;version=0.0.4;q=0.2,*/*;q=0.1", "prometheus"),
+    "Prometheus 3, PrometheusText1.0.0": (
+        "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.2,*/*;q=0.1",
+        "prometheus",
+    ),
+    "Prometheus 3, OpenMetricsText0.0.1": (f"{OM_0};q=0.2,*/*;q=0.1", "prometheus"),
+    "Prometheus 3, PrometheusProto": (f"{PROTOBUF};q=0.2,*/*;q=0.1", "prometheus"),
+    "vmagent": ("text/plain;version=0.0.4;q=1,*/*;q=0.1", "prometheus"),
+    "Telegraf": (f"{PROTOBUF};q=0.7,text/plain;version=0.0.4;q=0.3,*/*;q=0.1", "prometheus"),
+    "Datadog": ("text/plain", "prometheus"),
+    "Datadog, use_latest_spec": (
+        "application/openmetrics-text; version=0.0.1; charset=utf-8",
+        "prometheus",
+    ),
+    "OpenMetrics alone": ("application/openmetrics-text; version=1.0.0; charset=utf-8", "openmetrics"),
+    "OpenMetrics of a version to come": ("application/openmetrics-text; version=2.0.0", "prometheus"),
+}
+BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
+
+
+@pytest.mark.parametrize("scraper", SCRAPERS)
+def test_scrapers_get_the_best_that_they_accept(scraper):
+    """By the headers that they send; the text format where they accept anything, or nothing that we write."""
+    accept, form = SCRAPERS[scraper]
+    assert negotiate(accept) == form
+
+
+def test_content_types_are_those_that_prometheus_demands():
+    """Prometheus 3 refuses a scrape whose content type it doesn't know."""
+    assert FORMS["prometheus"].content_type == "text/plain; version=0.0.4; charset=utf-8"
+    assert FORMS["openmetrics"].content_type == "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
 @pytest.mark.parametrize(
@@ -155,11 +379,19 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
         ("TEXT/PLAIN; charset=utf-8", "prometheus"),
         ("text/plain;q=0.5, application/json", "json"),
         ("application/json;q=0.5, text/plain;q=0.9", "prometheus"),
+        ("application/json, text/plain, */*", "json"),
+        ("text/plain, application/json", "prometheus"),
+        ("text/plain, */*", "prometheus"),
         ("text/plain;q=0", "json"),
         ("*/*, text/plain;q=0.1", "json"),
+        ("*/*;q=0.5, application/json;q=0", "prometheus"),
+        ("*/*, application/openmetrics-text;q=0", "prometheus"),
+        ("application/*", "json"),
         ("text/*", "prometheus"),
         ("text/plain;q=x", "json"),
-        (PROMETHEUS_2, "openmetrics"),
+        ("text/plain;q=nan", "json"),
+        ('text/plain; version="0.0.4"', "prometheus"),
+        ("text/plain; version=1.0.0; q=0, application/json; q=0.1", "json"),
         (BROWSER, "json"),
     ],
 )

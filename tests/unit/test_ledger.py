@@ -9,7 +9,7 @@ import pytest
 
 import tapes
 from tapes.distributed.ledger import Ledger
-from tapes.distributed.wire import Item, Update
+from tapes.distributed.messages import Item, Update
 from tapes.forks import Process
 from tapes.testing import ManualClock
 
@@ -291,3 +291,59 @@ def test_each_shows_who_speaks_and_within_the_limit():
     assert snapshot.series("g") == ()
     assert len(snapshot.series("h")) == 2001
     assert snapshot.get("h", overflow="true", worker="1").value == 2
+
+
+def new_to(ledger, name="c"):
+    """How much of a count no aggregator was told before."""
+    series = ledger.snapshot(200).get(name)
+    return series.value - series.told
+
+
+def test_what_another_aggregator_was_told_is_known_of_every_worker():
+    """Of those that live, and of those that have left since."""
+    ledger, workers = Ledger(), [Worker() for _ in range(3)]
+    for worker in workers:
+        counter = worker.registry.counter("c")
+        counter.increment(10)
+        counter.decrement(2)
+        counter.note_told(counter.collect())
+        worker.registry.meter("m").mark(3)
+        counter.increment(1)
+        ledger.apply(worker.update())
+    assert (value(ledger), new_to(ledger)) == (27, 3)
+    ledger.retire(workers[0].identity)
+    workers[1].registry.counter("c").increment(5)
+    ledger.apply(workers[1].update(base=1))
+    assert (value(ledger), new_to(ledger)) == (32, 8)
+    assert ledger.snapshot(200).series("m")[0].told == 0
+
+
+def test_a_question_that_comes_first_does_not_make_it_new():
+    """A worker asks before it has noticed that the aggregator is another one; its publication tells."""
+    ledger, worker = Ledger(), Worker()
+    counter = worker.registry.counter("c")
+    counter.increment(10)
+    before = counter.collect()
+    counter.increment(1)
+    asked = worker.update()
+    ledger.apply(asked, published=False)
+    assert (value(ledger), new_to(ledger)) == (11, 0)
+    counter.note_told(before)
+    overtaken = worker.update()._replace(seq=asked.seq)
+    ledger.apply(overtaken)
+    assert (value(ledger), new_to(ledger)) == (11, 1)
+    counter.increment(1)
+    ledger.apply(worker.update(base=1), published=False)
+    assert (value(ledger), new_to(ledger)) == (12, 2)
+
+
+def test_a_connection_that_breaks_makes_nothing_old():
+    """A worker can't know that it is the same aggregator; that does."""
+    ledger, worker = Ledger(), Worker()
+    counter = worker.registry.counter("c")
+    counter.increment(10)
+    ledger.apply(worker.update())
+    counter.note_told(counter.collect())
+    counter.increment(1)
+    ledger.apply(worker.update())
+    assert (value(ledger), new_to(ledger)) == (11, 11)

@@ -15,49 +15,9 @@ import tapes
 from tapes.errors import InvalidArgument
 from tapes.reporting.statsd import StatsdReporter
 from tests.processes import free_port, wait_for
+from tests.receivers import Receiver
 
 LONG = timedelta(hours=1)
-
-
-class Receiver:
-    """A socket that remembers packets; several lives, one address."""
-
-    def __init__(self) -> None:
-        self.port = free_port()
-        self.packets: list[bytes] = []
-        self.open()
-
-    def open(self) -> None:
-        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.bind(("127.0.0.1", self.port))
-        self.socket.setblocking(False)
-
-    def close(self) -> None:
-        self.take()
-        self.socket.close()
-
-    def take(self) -> list[bytes]:
-        """Return the packets since the last call: on loopback they are there when they were sent."""
-        new = []
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                new.append(self.socket.recv(1 << 16))
-        self.packets += new
-        return new
-
-    def lines(self) -> list[str]:
-        return [line for packet in self.take() for line in packet.decode().split("\n")]
-
-    def counts(self) -> dict[str, float]:
-        """Return the sums of all counts that ever came."""
-        self.take()
-        sums: dict[str, float] = {}
-        for line in b"\n".join(self.packets).decode().split("\n"):
-            name, _, rest = line.partition(":")
-            value, _, kind = rest.partition("|")
-            if kind.startswith("c"):
-                sums[name] = sums.get(name, 0) + float(value)
-        return sums
 
 
 @pytest.fixture

@@ -1,0 +1,185 @@
+"""Reporters in an aggregator: each count once, over restarts too; none suffers from another's receiver."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import signal
+import socket
+import sys
+import threading
+
+import pytest
+
+from tapes.distributed.registry import DistributedRegistry
+from tests.processes import free_port, get, running, wait_for
+from tests.receivers import Receiver
+
+PROGRAM = """
+import sys
+from datetime import timedelta
+from tapes.distributed.registry import RegistryAggregator
+from tapes.reporting.http import HTTPReporter
+from tapes.reporting.statsd import StatsdReporter
+from tapes.reporting.stream import ThreadedStreamReporter
+SHORT = timedelta(milliseconds=20)
+RegistryAggregator([{reporters}], "ipc://m.ipc").start(fork=False)
+"""
+
+
+@contextlib.contextmanager
+def aggregator(directory, reporters):
+    """Run an aggregator with ``reporters`` in a process of its own, until it is terminated."""
+    with running([sys.executable, "-c", PROGRAM.format(reporters=reporters)], cwd=directory) as process:
+        wait_for((directory / "m.ipc.read").exists, "the aggregator listens")
+        yield process
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(8) == 0
+
+
+@pytest.fixture
+def receiver():
+    with contextlib.closing(Receiver()) as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def connected(short_dir):
+    """Connected registries, each a worker."""
+    workers = [DistributedRegistry(f"ipc://{short_dir}/m.ipc") for _ in range(3)]
+    for worker in workers:
+        worker.connect()
+    yield workers
+    for worker in workers:
+        worker.close()
+
+
+def test_what_one_aggregator_told_the_next_does_not_tell_again(short_dir, receiver, connected):
+    """Counts of workers that live on, leave and join meanwhile: StatsD's sum is theirs, never too much."""
+    to_statsd = f"StatsdReporter(SHORT, '127.0.0.1', {receiver.port})"
+
+    def count(*workers):
+        for worker in workers:
+            worker.counter("c").increment(100)
+            worker.timer("t", l="x").update(1)
+
+    def all_told(total):
+        wait_for(lambda: receiver.counts().get("c") == total * 100, f"{total} are told")
+        assert receiver.counts()["t.l.x.count"] == total
+
+    first, second, third = connected
+    with aggregator(short_dir, to_statsd):
+        count(first, second)
+        first.counter("c").decrement(30)
+        second.counter("c").increment(30)
+        all_told(2)
+    for round_ in range(3):
+        with aggregator(short_dir, to_statsd):
+            wait_for(lambda: third.snapshot().get("c"), "the workers are back")
+            all_told(2 + 2 * round_)
+            count(first, third)
+            all_told(4 + 2 * round_)
+    second.close()  # while nobody listens: a will
+    with aggregator(short_dir, to_statsd):
+        count(first)
+        all_told(9)
+    negative = [line for packet in receiver.packets for line in packet.split(b"\n") if b":-" in line]
+    assert negative == []
+
+
+def test_a_worker_that_tells_statsd_itself_tells_its_own(short_dir, receiver, connected):
+    """StatsD adds up what the workers tell; gauges are those of all, whoever tells them."""
+    from datetime import timedelta
+
+    from tapes.reporting.statsd import StatsdReporter
+
+    with aggregator(short_dir, ""):
+        for number, worker in enumerate(connected, 1):
+            worker.counter("c").increment(number)
+            worker.gauge("g").set(number)
+            wait_for(lambda n=number, w=worker: w.get_stats().c.value == n * (n + 1) // 2, "all is known")
+        for worker in connected:
+            with StatsdReporter(timedelta(hours=1), "127.0.0.1", receiver.port, registry=worker):
+                worker.counter("c").increment(10)
+        assert receiver.counts()["c"] == 36
+        gauges = [line for packet in receiver.packets for line in packet.split(b"\n") if line[:2] == b"g:"]
+        assert set(gauges) == {b"g:6|g"}
+
+
+class Hostile:
+    """A TCP port that accepts and never reads, says garbage for ever, or hangs up on everybody."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listening.getsockname()[1]
+        self.connections: list[socket.socket] = []
+        self.threads = [threading.Thread(target=self._accept)]
+        self.threads[0].start()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.listening.shutdown(socket.SHUT_RDWR)
+        self.listening.close()
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+        for thread in self.threads:
+            thread.join()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.listening.accept()
+                self.connections.append(connection)
+                if self.kind == "hangs up":
+                    connection.close()
+                elif self.kind == "garbage":
+                    self.threads.append(threading.Thread(target=self._talk, args=(connection,)))
+                    self.threads[-1].start()
+
+    def _talk(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection.sendall(b"\x00\xffgarbage|c\n" * 1000)
+
+
+@pytest.mark.parametrize("kind", ["hangs", "refuses", "garbage", "hangs up"])
+def test_a_receiver_in_trouble_is_nobody_elses(short_dir, receiver, connected, kind):
+    """The application and the other reporters go on; the trouble is counted, logged once, and bounded."""
+    http = free_port()
+    with contextlib.closing(Hostile(kind)) as hostile:
+        port = free_port() if kind == "refuses" else hostile.port
+        reporters = f"""
+    HTTPReporter({http}),
+    StatsdReporter(SHORT, "127.0.0.1", {port}, "x" * 2000, protocol="tcp"),
+    StatsdReporter(4 * SHORT, "127.0.0.1", {receiver.port}, "good"),
+    ThreadedStreamReporter(SHORT, open("lines", "w")),
+"""
+        with aggregator(short_dir, reporters) as process:
+            worker = connected[0]
+            for number in range(60):  # so few that a report does not overflow the receiver's buffer
+                worker.histogram("h", n=number).update(number)
+            worker.counter("c").increment(5)
+            wait_for(lambda: receiver.counts().get("good.c") == 5, "the other one is told")
+            for name in ("tapes.reports.failed", "tapes.statsd.failed"):
+                wait_for(lambda n=name: worker.snapshot().get(n, reporter="StatsdReporter"), "it fails", 30)
+            before = memory(process.pid)
+            for round_ in range(2, 12):
+                worker.counter("c").increment(5)
+                wait_for(lambda r=round_: receiver.counts()["good.c"] == 5 * r, "reports go on")
+                assert json.loads(get(http, "/")[2])["c"]["value"] == 5 * round_
+            assert memory(process.pid) < before + (8 << 20)
+            lines = (short_dir / "lines").read_text().splitlines()
+            assert len(lines) > 10
+            assert all(map(json.loads, lines[:-1]))
+    logged = (short_dir / "output.log").read_text().splitlines()
+    assert len([line for line in logged if "StatsdReporter goes on" in line]) == 1, logged
+
+
+def memory(pid: int) -> int:
+    """Return the resident memory of a process in bytes."""
+    return int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
