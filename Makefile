@@ -44,7 +44,7 @@ suites: $(DEV_STAMP)
 	$(BIN)/python -m tests.contrib.suites
 
 clean:
-	rm -rf $(VENV) .interpreters .pytest_tmp docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .interpreters .parts .pytest_tmp docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -74,7 +74,7 @@ def join(addr: str | None = None) -> None:
     and leaves 2 s after the last. Sets ``TAPES_ADDR`` for the processes that this one starts.
 
     ``TAPES_AUTOSTART=0`` forbids to start one, ``TAPES_DISABLED=1`` makes this do nothing;
-    ``TAPES_HTTP=PORT`` has the aggregator answer over HTTP.
+    ``TAPES_HTTP=PORT`` has the aggregator answer over HTTP, ``TAPES_STATSD=HOST:PORT`` report to StatsD.
 
     Args:
         addr: Where to meet; by default ``TAPES_ADDR`` from the environment, or else a private directory that

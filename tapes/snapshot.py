@@ -223,11 +223,12 @@ class Description(NamedTuple):
 class Family:
     """All series of one name, frozen.
 
+    For who needs a few numbers of very many series, ``labels`` and ``states`` are what these are made of, in
+    any order, and ``tick`` what they are as of.
+
     Attributes:
         kind: ``"counter"``, ``"gauge"``, ``"meter"``, ``"histogram"`` or ``"timer"``.
         text, unit, buckets: As `Description`.
-        labels, states: What its series are made of, in any order: for who needs a few numbers of very many.
-        tick: What they are as of.
     """
 
     __slots__ = ("_series", "buckets", "kind", "labels", "name", "states", "text", "tick", "unit")

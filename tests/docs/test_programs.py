@@ -37,7 +37,7 @@ def test_the_readmes_first_program_prints_what_it_says(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, printed, "")
 
 
-@pytest.mark.parametrize("page", ["quickstart.md", "testing.md"])
+@pytest.mark.parametrize("page", ["quickstart.md", "exposing.md", "reporters.md", "testing.md"])
 def test_a_page_prints_what_it_says(tmp_path, page):
     """Its programs, one after the other, in one process."""
     blocks = list(programs((ROOT / "docs" / page).read_text()))
