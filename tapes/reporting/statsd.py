@@ -44,7 +44,7 @@ _NOT_GAUGES = frozenset({"count", "sum"})
 
 _WAIT_SECONDS = 1.0
 _NOT_IN_NAMES, _NOT_IN_LEVELS = re.compile(r"[^a-zA-Z0-9_.-]"), re.compile(r"[^a-zA-Z0-9_-]")
-_NOT_IN_TAGS = re.compile(r"[,|#\s\x00-\x1f\x7f]")
+_NOT_IN_TAGS = re.compile(r"[^!-~]|[,;|#]")
 
 _Key = tuple[str, Labels]
 
@@ -209,7 +209,8 @@ class StatsdClient:
             for series in family.series:
                 for field, value in _standing(family.kind, series):
                     line = self._line(family.name, series.labels, field, value, "g")
-                    zero = self._line(family.name, series.labels, field, 0, "g") + b"\n" if value < 0 else b""
+                    signed = value < 0 or repr(value) == "-0.0"
+                    zero = self._line(family.name, series.labels, field, 0, "g") + b"\n" if signed else b""
                     yield _Line(zero + line)
 
     def _line(self, name: str, labels: Labels, field: str, value: Number, kind: str) -> bytes:
@@ -271,4 +272,4 @@ def _parts(name: str, labels: Labels, field: str, tags: bool) -> tuple[str, str]
 
 
 def _tag(text: str) -> str:
-    return _NOT_IN_TAGS.sub("_", text.encode(errors="replace").decode()) or "_"
+    return _NOT_IN_TAGS.sub("_", text) or "_"

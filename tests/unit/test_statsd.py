@@ -68,6 +68,7 @@ def test_counts_are_differences_since_the_last_report(receiver, registry):
         (0, ["g:0|g"]),
         (-5, ["g:0|g", "g:-5|g"]),
         (-0.5, ["g:0|g", "g:-0.5|g"]),
+        (-0.0, ["g:0|g", "g:-0.0|g"]),
         (1e300, ["g:1e+300|g"]),
     ],
 )
@@ -90,12 +91,12 @@ def test_labels_are_levels_of_the_name(receiver, registry):
 
 def test_labels_are_tags_on_request(receiver, registry):
     """As Datadog spells them."""
-    registry.counter("jobs.done", queue="mail", path="/a,b|c#d é").increment()
+    registry.counter("jobs.done", queue="mail", path="/a,b|c#d é;e:f").increment()
     registry.gauge("g", x="y").set(-1)
     registry.gauge("h").set(1)
     reporter_to(receiver, registry, tags=True).report()
     assert receiver.lines() == [
-        "jobs.done:1|c|#path:/a_b_c_d_é,queue:mail", "g:0|g|#x:y", "g:-1|g|#x:y", "h:1|g",
+        "jobs.done:1|c|#path:/a_b_c_d___e:f,queue:mail", "g:0|g|#x:y", "g:-1|g|#x:y", "h:1|g",
     ]  # fmt: skip
 
 
