@@ -38,6 +38,8 @@ from tapes.exposition import FORMS, write
 from tapes.metrics import Counter, Gauge, Timer
 from tapes.registry import Registry
 from tapes.reporting import Reporter
+from tapes.reporting.base import FAILED, SKIPPED
+from tapes.reporting.statsd import SENDS_FAILED
 from tapes.snapshot import Snapshot
 
 __all__ = ["Aggregator"]
@@ -76,6 +78,9 @@ class _MergedView(Connection):
         registry.describe("tapes.rejected", "Values and messages that were dropped.")
         registry.describe("tapes.publish.lag", "From the making of a publication to its arrival.")
         registry.describe("tapes.publish.duration", "What a worker spends on a publication.")
+        registry.describe(FAILED, "Reports that failed.")
+        registry.describe(SKIPPED, "Reports left out as the one before was not done.")
+        registry.describe(SENDS_FAILED, "Packets for StatsD that could not be sent.")
 
     def snapshot(self) -> Snapshot:
         self.include_ourselves()

@@ -214,8 +214,8 @@ class StatsdClient:
                     yield _Line(zero + line)
 
     def _line(self, name: str, labels: Labels, field: str, value: Number, kind: str) -> bytes:
-        before, after = _parts(self._prefix + name, labels, field, self._tags)
-        return f"{before}:{value!r}|{kind}{after}".encode()
+        before, after = _parts(self._prefix + name, labels, self._tags)
+        return f"{before}{field and '.'}{field}:{value!r}|{kind}{after}".encode()
 
     def _packets(self, lines: Iterable[_Line]) -> Iterator[list[_Line]]:
         """Yield ``lines`` in packets that are as full as they may be."""
@@ -262,13 +262,14 @@ def _standing(kind: str, series: Any) -> Iterator[tuple[str, Number]]:
 
 
 @lru_cache(maxsize=1 << 14)
-def _parts(name: str, labels: Labels, field: str, tags: bool) -> tuple[str, str]:
-    """Return what comes before and after the value."""
-    levels = [_NOT_IN_NAMES.sub("_", name)]
-    if not tags:
-        levels += [_NOT_IN_LEVELS.sub("_", text) or "_" for label in labels for text in label]
-    after = ",".join([f"{_tag(label)}:{_tag(value)}" for label, value in labels]) if tags else ""
-    return ".".join([*levels, field] if field else levels), "|#" + after if after else ""
+def _parts(name: str, labels: Labels, tags: bool) -> tuple[str, str]:
+    """Return what comes before the field, and after the value."""
+    name = _NOT_IN_NAMES.sub("_", name)
+    if not labels:
+        return name, ""
+    if tags:
+        return name, "|#" + ",".join([f"{_tag(label)}:{_tag(value)}" for label, value in labels])
+    return ".".join([name, *(_NOT_IN_LEVELS.sub("_", text) or "_" for label in labels for text in label)]), ""
 
 
 def _tag(text: str) -> str:
