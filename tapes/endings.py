@@ -10,11 +10,13 @@ import atexit
 import logging
 import multiprocessing
 import multiprocessing.util
+from operator import itemgetter
 from typing import Callable
 
-__all__ = ["GOODBYE", "LAST_REPORT", "at_end", "forget"]
+__all__ = ["GOODBYE", "LAST_REPORT", "NO_MORE_REPORTS", "at_end", "forget"]
 
-LAST_REPORT, GOODBYE = range(2)
+NO_MORE_REPORTS, LAST_REPORT, GOODBYE = range(3)
+"""The order of what is done: all reporters are told, so that waiting for them is done for all at once."""
 
 _log = logging.getLogger("tapes")
 _actions: dict[Callable[[], object], int] = {}
@@ -31,13 +33,19 @@ def forget(action: Callable[[], object]) -> None:
 
 
 def _end() -> None:
+    interruption: BaseException | None = None
     while _actions:  # one of them may bring another
-        action = min(_actions, key=_actions.__getitem__)
-        del _actions[action]
+        action, _ = min(_actions.copy().items(), key=itemgetter(1))
+        if _actions.pop(action, None) is None:  # another thread was faster
+            continue
         try:
             action()
         except Exception:  # one of them must not keep the others from it
             _log.exception("tapes could not do what it does at the end of a process")
+        except BaseException as error:
+            interruption = error
+    if interruption is not None:
+        raise interruption
 
 
 def _in_child(_: object = None) -> None:

@@ -28,7 +28,7 @@ from typing import Any, Callable, NamedTuple
 
 __all__ = [
     "CONNECTED", "Ancestor", "Process", "add", "add_user", "check", "connected_parent", "fork_unnoticed",
-    "host", "mark", "origin", "process_of", "stamp", "this_process",
+    "host", "is_uwsgi_master", "mark", "origin", "process_of", "stamp", "this_process", "when_uwsgi_forks",
 ]  # fmt: skip
 
 
@@ -122,7 +122,10 @@ def add(registry: Any) -> None:
 
 
 def add_user(user: Any) -> None:
-    """Have the same called of what uses registries: it holds still before they do, and goes on after them."""
+    """Have the same called of what uses registries: it holds still before they do, and goes on after them.
+
+    And ``user.let_go()`` in a child that is no worker.
+    """
     _users.add(user)
 
 
@@ -130,6 +133,26 @@ def check() -> None:
     """Notice a fork of which no hook told; cheap enough for every request."""
     if os.getpid() != _here.process.pid:
         _here.noticed_late()
+
+
+def is_uwsgi_master() -> bool:
+    """Return whether this is uWSGI before it forks its workers: in C, so no thread may run meanwhile."""
+    uwsgi: Any = sys.modules.get("uwsgi")
+    return uwsgi is not None and not uwsgi.worker_id()
+
+
+def when_uwsgi_forks(action: Callable[[], None]) -> None:
+    """Have uWSGI's workers `check`, and call ``action``, when they are forked."""
+    uwsgi: Any = sys.modules.get("uwsgi")
+    before = getattr(uwsgi, "post_fork_hook", None)
+
+    def hook() -> None:
+        check()
+        action()
+        if before is not None:
+            before()
+
+    uwsgi.post_fork_hook = hook
 
 
 def mark() -> Any:
@@ -167,6 +190,8 @@ def fork_unnoticed() -> int:
     try:
         pid = os.fork()
         _here.is_worker = _here.is_worker and pid != 0
+        if pid == 0:
+            _each(lambda one: one.let_go(), _users)
     finally:
         _here.quiet_thread = 0
     return pid

@@ -148,10 +148,12 @@ class Aggregator:
             stack.callback(context.destroy, linger=0)
             updates, questions = self._bind(context)
             stack.enter_context(self._signals())
+            started: list[Reporter] = []
+            stack.callback(_stop, started)
             for reporter in self._reporters:
                 reporter.registry = self._registry
                 reporter.start()
-                stack.callback(_stop, reporter)
+                started.append(reporter)
             _log.info(
                 "tapes aggregator %d listens at %s%s",
                 os.getpid(), self._endpoints.publish, self._reason and f", started for {self._reason}",
@@ -367,11 +369,13 @@ class Aggregator:
             watch.close()
 
 
-def _stop(reporter: Reporter) -> None:
-    try:
-        reporter.stop()
-    except Exception:
-        _log.exception("tapes: %s failed to stop", type(reporter).__name__)
+def _stop(reporters: list[Reporter]) -> None:
+    """Have all of them report a last time, beside each other, and wait for them."""
+    for end in (*(r._no_more_reports for r in reporters), *(r.stop for r in reporters)):
+        try:
+            end()
+        except Exception:
+            _log.exception("tapes: a reporter failed to stop")
 
 
 def _resident_bytes() -> int:

@@ -201,11 +201,16 @@ class AggregatorConnection(Connection):
             self._closing = True
             idle = self._changed.wait_for(lambda: not self._in_flight, TIMEOUT_SECONDS)
         ended = self._publisher.stop(max(0.0, deadline - time.monotonic()))
-        _unsaid.setdefault(self.registry, []).append(self._outbox.farewell())
+        farewell = self._outbox.farewell()
+        if not self._publisher.is_subscribed:
+            farewell = self._outbox.for_another(farewell)
+        unsaid = _unsaid.setdefault(self.registry, [])
+        unsaid.append(farewell)
         try:
             self._on_a_reader(self._say_goodbyes, deadline)
         except AggregatorUnavailable:
-            for update in _unsaid.get(self.registry, []):
+            unsaid[:] = [self._outbox.for_another(u) if u is farewell else u for u in unsaid]
+            for update in unsaid:
                 wills.leave(self.endpoints, Goodbye(0, update))
         self._shut(ended and (idle or not self._in_flight))
 

@@ -16,7 +16,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from tapes.distributed import directory
-from tapes.distributed.address import Endpoints, resolve
+from tapes.distributed.address import Endpoints, is_served, resolve
 from tapes.distributed.lease import Lease
 from tapes.errors import AddressError, AddressInUse, AggregatorUnavailable, InvalidArgument, TapesError
 from tapes.forks import Process
@@ -141,8 +141,11 @@ def launch(endpoints: Endpoints, owner: Process, reason: str, user: directory.Us
     except OSError as error:
         readiness.give_up()
         raise AggregatorUnavailable(f"the aggregator can't be started ({error})") from None
-    with contextlib.suppress(AddressInUse):  # the one that is there is the one to use
+    try:
         readiness.wait()
+    except AddressInUse:
+        if endpoints.path is not None and not is_served(endpoints):
+            raise  # by a reporter's; else the aggregator that is there is the one to use
 
 
 # The working directory is taken off the path before anything is imported, so that no file in it can

@@ -210,7 +210,7 @@ class Ledger:
             account.ancestors |= {ancestor.identity for ancestor in update.ancestors}
             self._max_series = max(self._max_series, update.max_series)
         refused = [i.name for i in update.items if not self._put(account, update.seq, i, published)]
-        account.heard = account.heard or published
+        account.heard = account.heard or (published and not silent)
         self._descriptions.update(update.descriptions)
         if update.base == 0 and not silent:
             self._drop_removed(account, update)
@@ -306,14 +306,22 @@ def _of_each_worker(
 def _told_before(account: _Account, before: Any, item: Item, published: bool) -> Number | None:
     """Return how much of a count other aggregators were told; ``None`` if it is as ``item`` says.
 
-    A worker publishes only when it has noticed that the aggregator is another one, and says so. A question
-    may come before that: until then everything counts as told. What was said once stands, whatever becomes
-    of the connection.
+    A worker publishes only when it has noticed that the aggregator may be another one, and then says what the
+    one before was told. A question may come before that: until then everything counts as told. What a worker
+    has said itself stands, as a connection may break and come again: what it tells later is new.
     """
     state: Any = item.state
-    if item.kind == "gauge" or (published and not account.heard) or (account.heard and before is None):
+    if item.kind == "gauge":
         return None
-    told: Number = before.origin.told if account.heard else state.counted
+    told: Number
+    if account.heard:
+        told = 0 if before is None else before.origin.told
+    elif not published:
+        told = state.counted
+    elif account.worker.silent and before is not None:  # several descendants speak of it
+        told = max(before.origin.told, state.origin.told)
+    else:
+        return None
     return told
 
 

@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 import zmq
 
@@ -114,7 +114,7 @@ class Outbox:
         return True
 
     def begin_anew(self) -> None:
-        """Note that there is another aggregator: what was published was told to the one before."""
+        """Note that who subscribes may be another aggregator: what was published, the one before was told."""
         with self._lock:
             for series in self._series.values():
                 if series.told is not None:
@@ -129,6 +129,17 @@ class Outbox:
             ancestors = self._ancestors()
             items = [Item(*series) for series in self.registry.take()]
             return self._message(0, items, ancestors)
+
+    def for_another(self, farewell: Update) -> Update:
+        """Return the last update as it is to be said to an aggregator that heard of none before it."""
+        items = [_told(item, self.published((item.name, item.labels))) for item in farewell.items]
+        ancestors = farewell.ancestors
+        if self.published_seq:  # with all that is known of them
+            ancestors = tuple(
+                ancestor._replace(items=[_told(item, item.state) for item in ancestor.items])
+                for ancestor in ancestors
+            )
+        return farewell._replace(items=items, ancestors=ancestors)
 
     def _fold(self) -> bool:
         """Fold what is pending; return whether anything changed since the last publication."""
@@ -190,6 +201,14 @@ class Outbox:
         )  # fmt: skip
 
 
+def _told(item: Item, published: Any) -> Item:
+    """Return ``item`` with what the state ``published`` counts as told."""
+    state: Any = item.state
+    if published is None or item.kind == "gauge":
+        return item
+    return item._replace(state=state._replace(origin=state.origin._replace(told=published.counted)))
+
+
 class Publisher:
     """Publishes an outbox: a daemon thread of its own does, or the end of every request."""
 
@@ -204,7 +223,7 @@ class Publisher:
             self._socket.setsockopt(option, value)
         self._socket.setsockopt(zmq.IPV6, int("[" in endpoints.publish))
         self._socket.connect(endpoints.publish)
-        self._subscribed = self._was_subscribed = False
+        self._subscribed = False
         self._keyframe_due = False
         self._failed = False
         self._abandoned = False
@@ -227,6 +246,11 @@ class Publisher:
             _log.info("tapes publishes at the end of every request, as no thread can be started")
         self._thread = None
         self._outbox.registry.tells_at_request_end = True
+
+    @property
+    def is_subscribed(self) -> bool:
+        """Whether an aggregator listens, as far as is known."""
+        return self._subscribed
 
     def is_me(self) -> bool:
         """Return whether it is the publisher's thread that asks."""
@@ -337,9 +361,8 @@ class Publisher:
             except zmq.Again:
                 return
             self._subscribed = self._keyframe_due = message[:1] == b"\x01"
-            if self._subscribed and self._was_subscribed:
+            if self._subscribed:
                 self._outbox.begin_anew()
-            self._was_subscribed = True
 
     def _send(self, update: Update) -> bool:
         try:

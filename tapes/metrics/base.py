@@ -154,8 +154,13 @@ class Metric:
         lock = self._lock
         try:  # as in _fold
             lock.acquire(timeout=_WAIT_SECONDS)
-            origin = self._state.origin._replace(told=state.counted)
-            self._state = self._state._replace(origin=origin)
+            told = state.counted
+            while True:
+                before = self._state
+                noted = before._replace(origin=before.origin._replace(told=told))
+                if self._state is before:
+                    self._state = noted
+                    break
         finally:
             try:  # noqa: SIM105
                 lock.release()

@@ -10,7 +10,6 @@ from typing import TypeVar
 
 from tapes.clock import monotonic
 from tapes.errors import InvalidArgument, TapesError, safe_text
-from tapes.forks import Process
 from tapes.metrics import Counter
 from tapes.registry import Registry, default_registry
 
@@ -67,15 +66,6 @@ class Reporter:
         """End it, and release what it holds; nothing if it wasn't started."""
         raise NotImplementedError(f"{type(self).__name__} has no stop()")
 
-    def before_fork(self) -> None:
-        """Called before this process forks; these three only where `tapes.forks.add_user` was asked to."""
-
-    def go_on(self) -> None:
-        """Called in the parent after a fork."""
-
-    def forked(self, parent: Process, version: int) -> None:
-        """Called in a forked child."""
-
     def __enter__(self: R) -> R:
         self.start()
         return self
@@ -88,18 +78,24 @@ class Reporter:
     ) -> None:
         self.stop()
 
-    def count(self, name: str, n: int = 1) -> None:
+    def _release(self) -> None:
+        """Let go of what reports need, after the last one."""
+
+    def _no_more_reports(self) -> None:
+        """Report a last time, without anybody waiting for it; `stop` follows."""
+
+    def _count(self, name: str, n: int = 1) -> None:
         """Add ``n`` to the counter ``name`` {reporter}, which tells of this reporter's troubles."""
         with contextlib.suppress(TapesError):  # if the name belongs to another kind of metric
             self.registry.own(Counter, name, reporter=type(self).__name__).increment(n)
 
-    def failed(self, error: BaseException) -> None:
+    def _failed(self, error: BaseException) -> None:
         """Count a report that failed, and log it unless something was logged in the last minute."""
-        self.count(FAILED)
+        self._count(FAILED)
         expected = isinstance(error, (OSError, TapesError))  # the network's or the service's, and no mistake
-        self.warn(f"a report failed ({type(error).__name__}: {safe_text(error)})", traceback=not expected)
+        self._warn(f"a report failed ({type(error).__name__}: {safe_text(error)})", traceback=not expected)
 
-    def warn(self, what: str, *, traceback: bool = False) -> None:
+    def _warn(self, what: str, *, traceback: bool = False) -> None:
         """Log ``what``, once a minute at most."""
         now = monotonic()
         if now < self._quiet_until:
@@ -108,4 +104,4 @@ class Reporter:
         more = f" (and {self._unsaid} times in the last minute)" if self._unsaid else ""
         self._quiet_until, self._unsaid = now + _LOG_SECONDS, 0
         with contextlib.suppress(Exception):  # whatever logging is made to do
-            _log.warning("tapes: %s goes on, but %s%s", type(self).__name__, what, more, exc_info=traceback)
+            _log.warning("tapes: %s: %s%s", type(self).__name__, what, more, exc_info=traceback)

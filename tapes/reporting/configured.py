@@ -32,9 +32,12 @@ def reporters_from(environment: Mapping[str, str]) -> list[Reporter]:
 def http_reporter(address: str) -> Reporter:
     """Return the reporter of ``[HOST:]PORT``; raises `InvalidArgument` if it can't be understood."""
     host, _, port = address.rpartition(":")
-    if not (port.isascii() and port.isdigit()):
-        raise InvalidArgument(HTTP, got=address, expected="PORT or HOST:PORT")
-    return HTTPReporter(int(port), host=host.strip("[]") or "127.0.0.1")
+    try:
+        if not (port.isascii() and port.isdigit()):
+            raise ValueError("no port")
+        return HTTPReporter(int(port), host=host.strip("[]") or "127.0.0.1")
+    except ValueError:
+        raise InvalidArgument(HTTP, got=address, expected="PORT or HOST:PORT") from None
 
 
 def statsd_reporter(address: str) -> Reporter:
@@ -60,5 +63,5 @@ def statsd_reporter(address: str) -> Reporter:
         else:
             raise ValueError("no such address")
         return StatsdReporter(interval, prefix=prefix, tags=tags, **told)
-    except (ValueError, KeyError, OverflowError):
+    except (ValueError, KeyError, OverflowError):  # our own errors are among these
         raise InvalidArgument(STATSD, got=address, expected=_STATSD_FORM) from None

@@ -7,11 +7,10 @@ import logging
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import urlsplit
 
 from tapes import forks
 from tapes.errors import AddressError, AddressInUse, InvalidArgument
-from tapes.exposition.endpoint import Answer, answer, refusal
+from tapes.exposition.endpoint import answer, refusal
 from tapes.registry import Registry
 from tapes.reporting.base import Reporter
 
@@ -37,11 +36,13 @@ class HTTPReporter(Reporter):
 
     def __init__(self, port: int, registry: Registry | None = None, *, host: str = "127.0.0.1") -> None:
         super().__init__(registry=registry)
-        if not isinstance(port, int) or not 0 <= port <= 65535:
+        if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65535:
             raise InvalidArgument("a TCP port", got=port, expected="a whole number from 0 to 65535")
+        if not isinstance(host, str) or not host or "/" in host:
+            raise InvalidArgument("a host", got=host, expected="an address or a name, such as '127.0.0.1'")
         self.port = port
         self.host = host
-        self._server: ThreadingHTTPServer | None = None
+        self._server: _Server | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -55,12 +56,12 @@ class HTTPReporter(Reporter):
             AddressError: If the address can't be bound for another reason.
         """
         forks.check()
-        if self._server is not None:
+        if self._server is not None and self._server.is_open:
             raise InvalidArgument(
                 "HTTPReporter.start() was called before", expected="one start() for each stop()"
             )
         try:
-            self._server = _server(self.host, self.port, self)
+            server = _Server(self)
         except OSError as error:
             kind = AddressInUse if error.errno == errno.EADDRINUSE else AddressError
             raise kind(
@@ -69,41 +70,58 @@ class HTTPReporter(Reporter):
                 if kind is AddressInUse
                 else "choose a host of this machine and a port that this user may use",
             ) from None
-        self.port = self._server.server_address[1]
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.1,), name="tapes-http", daemon=True
-        )
-        self._thread.start()
-        forks.add_user(self)
+        thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="tapes-http", daemon=True)
+        try:
+            thread.start()
+        except BaseException:
+            server.server_close()
+            raise
+        self.port = server.server_address[1]
+        self._server, self._thread = server, thread
+        forks.add_user(server)
 
     def stop(self) -> None:
         """Stop listening; nothing if it wasn't started."""
-        if self._server is not None and self._thread is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
+        server, thread = self._server, self._thread
         self._server = self._thread = None
+        if server is not None and thread is not None and server.is_open:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, reporter: HTTPReporter) -> None:
+        self.reporter = reporter
+        self.is_open = True
+        self.address_family = socket.AF_INET6 if ":" in reporter.host else socket.AF_INET
+        super().__init__((reporter.host, reporter.port), _Handler)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Note that a client was cut off, or cut us off."""
+        _log.debug("tapes: a request from %s failed", client_address, exc_info=True)
+
+    def before_fork(self) -> None:
+        """Called before this process forks."""
+
+    def go_on(self) -> None:
+        """Called in the parent after a fork."""
 
     def forked(self, parent: forks.Process, version: int) -> None:
-        """Called in a forked child: let go of the port, which clients would wait at in vain."""
-        if self._server is not None:
-            self._server.socket.close()
-        self._server = self._thread = None
+        """Called in a forked child."""
+        self.let_go()
 
-
-def _server(host: str, port: int, reporter: HTTPReporter) -> ThreadingHTTPServer:
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-
-    class Handler(_Handler):
-        def answer(self, accept: str, query: str) -> Answer:
-            return answer(reporter.registry, accept, query)
-
-    return Server((host, port), Handler)
+    def let_go(self) -> None:
+        """In a forked child, let go of the port, at which clients would wait in vain."""
+        self.is_open = False
+        self.socket.close()
 
 
 class _Handler(BaseHTTPRequestHandler):
+    server: _Server
     protocol_version = "HTTP/1.1"
     server_version = "tapes"
     sys_version = ""
@@ -112,13 +130,16 @@ class _Handler(BaseHTTPRequestHandler):
     error_message_format = "%(message)s.\n"
 
     def do_GET(self) -> None:
-        url = urlsplit(self.path)
-        if url.path not in _PATHS:
+        path, _, query = self.path.partition("?")
+        if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
+            self.close_connection = True  # what it sends is not read
+        if path not in _PATHS:
             status, headers = 404, {"Content-Type": "text/plain; charset=utf-8"}
             body = b"There is nothing here. The metrics are at /metrics.\n"
         else:
             refused = refusal(self.command, self.headers.get("Authorization", ""))
-            status, headers, body = refused or self.answer(self.headers.get("Accept", ""), url.query)
+            accept = self.headers.get("Accept", "")
+            status, headers, body = refused or answer(self.server.reporter.registry, accept, query)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -129,16 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    do_HEAD = do_GET  # noqa: N815 - the base class's spelling
-
-    def do_POST(self) -> None:
-        self.close_connection = True  # what it sends is not read
-        self.do_GET()
-
-    do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_POST  # noqa: N815
-
-    def answer(self, accept: str, query: str) -> Answer:
-        raise NotImplementedError
+    do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET  # noqa: N815 - their spelling
 
     def log_message(self, format: str, *args: object) -> None:
         _log.debug(format, *args)

@@ -2,11 +2,12 @@
 
 Theory. A schedule is a grid of moments: the start, and every interval after it. A report belongs to a moment
 of the grid, so nothing drifts, whatever a report takes; moments that pass while a report is under way are
-skipped and counted. A run of the schedule is an object that its thread holds: one that was left behind, as it
-hung when it was stopped, can't disturb the next.
+skipped and counted. A run of the schedule is an object of its own: one that was left behind, as it hung when
+it was stopped, can't disturb the next.
 
 A thread does not survive a fork, and what it was doing would be torn in the child. So it ends before a fork,
-and the schedule goes on by new ones in both processes.
+and the schedule goes on by new ones in both processes; a report that hangs holds up nobody for long. uWSGI
+forks in C, where nothing can be done before: there the schedule begins in the workers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from datetime import timedelta
 
 from tapes import forks
 from tapes.clock import monotonic
-from tapes.endings import LAST_REPORT, at_end, forget
+from tapes.endings import LAST_REPORT, NO_MORE_REPORTS, at_end, forget
 from tapes.errors import InvalidArgument
 from tapes.registry import Registry
 from tapes.reporting.base import SKIPPED, Reporter
@@ -25,7 +26,7 @@ __all__ = ["STOP_SECONDS", "Grid", "Run", "Scheduled", "ScheduledReporter"]
 
 STOP_SECONDS = 2.0
 """So long `stop` waits for a report that is under way and for the final one."""
-_PAUSE_SECONDS = 1.0
+_PAUSE_SECONDS = 0.25
 """So long a fork waits for a report that is under way."""
 
 
@@ -42,6 +43,11 @@ class Grid:
         """When the next report is due."""
         return self._start + self._number * self._interval
 
+    @property
+    def wait_seconds(self) -> float:
+        """How long it is until then; no longer than a thread can wait."""
+        return min(max(0.0, self.due - monotonic()), threading.TIMEOUT_MAX)
+
     def pass_by(self, now: float) -> int:
         """Go on to the first moment after ``now``; return how many were left out on the way there."""
         before = self._number
@@ -56,8 +62,12 @@ class Run:
         """Begin with it."""
         raise NotImplementedError
 
+    def tell(self) -> None:
+        """Tell it to report a last time and to end."""
+        raise NotImplementedError
+
     def stop(self) -> None:
-        """Report a last time, and end it."""
+        """Wait until it has; 2 s at most since it was told."""
         raise NotImplementedError
 
 
@@ -77,25 +87,40 @@ class Scheduled(Reporter):
         Raises:
             InvalidArgument: If it was started already.
         """
-        forks.check()
         if self._run is not None:
             raise InvalidArgument(
                 f"{type(self).__name__}.start() was called before", expected="one start() for each stop()"
             )
-        self._run = self._begin(Grid(self._interval_seconds, monotonic()))
-        forks.add_user(self)
+        self._run = run = self._begin(Grid(self._interval_seconds, monotonic()))
+        at_end(self._no_more_reports, NO_MORE_REPORTS)
         at_end(self.stop, LAST_REPORT)
-        self._run.start()
+        try:
+            run.start()
+        except BaseException:
+            self._forget_run()
+            raise
 
     def stop(self) -> None:
         """Report a last time and end the schedule; nothing if it wasn't started.
 
         Takes 2 s at most: a report that hangs is left to itself.
         """
+        run = self._run
+        if run is None:
+            self._release()
+            return
+        self._forget_run()
+        run.tell()
+        run.stop()
+
+    def _no_more_reports(self) -> None:
+        if self._run is not None:
+            self._run.tell()
+
+    def _forget_run(self) -> None:
+        self._run = None
+        forget(self._no_more_reports)
         forget(self.stop)
-        run, self._run = self._run, None
-        if run is not None:
-            run.stop()
 
     def _begin(self, grid: Grid) -> Run:
         raise NotImplementedError
@@ -130,84 +155,125 @@ class ScheduledReporter(Scheduled):
     """
 
     _run: _ThreadRun | None
-    _goes_on = False
+
+    def __init__(self, interval: timedelta, registry: Registry | None = None) -> None:
+        super().__init__(interval, registry)
 
     def start(self) -> None:
-        """Report from a thread, for the first time at once; raises as `Scheduled.start`."""
+        """Report from a thread, for the first time at once; returns at once.
+
+        Raises:
+            InvalidArgument: If it was started already.
+        """
         forks.check()
-        if self._goes_on:
-            self._goes_on = False
+        if self._run is not None and self._run.goes_on:
+            self._run.goes_on = False
         else:
             super().start()
-
-    def stop(self) -> None:
-        """Report a last time and end the thread; nothing if it wasn't started; see `Scheduled.stop`."""
-        self._goes_on = False
-        super().stop()
-
-    def before_fork(self) -> None:
-        """End the thread; what it is about may take a second."""
-        if self._run is not None:
-            self._run.pause()
-
-    def go_on(self) -> None:
-        """In the parent after a fork, have another thread go on with the same schedule."""
-        if self._run is not None:
-            self._run = self._run.resumed()
-            self._run.start()
-
-    def forked(self, parent: forks.Process, version: int) -> None:
-        """Likewise in a forked child."""
-        self._goes_on = self._run is not None
-        self.go_on()
 
     def _begin(self, grid: Grid) -> Run:
         return _ThreadRun(self, grid)
 
 
 class _ThreadRun(Run):
-    """A thread that reports at the moments of a grid, until it is stopped or paused."""
+    """A thread that reports at the moments of a grid; another one after each fork.
+
+    Attributes:
+        goes_on: Whether this process was forked from one that started it, and has not done so itself.
+    """
+
+    _thread: threading.Thread
+    _ending: threading.Event
 
     def __init__(self, reporter: Reporter, grid: Grid) -> None:
         self._reporter = reporter
         self._grid = grid
-        self._ending = threading.Event()
-        self._is_paused = False
-        self._thread = threading.Thread(target=self._go, name=f"tapes-{type(reporter).__name__}", daemon=True)
+        self._lock = threading.Lock()
+        self._holds = 0
+        self._told_at: float | None = None
+        self.goes_on = False
+        self._renew()
+        forks.add_user(self)
 
     def start(self) -> None:
-        self._thread.start()
+        if forks.is_uwsgi_master():
+            forks.when_uwsgi_forks(self._start_in_worker)
+        else:
+            self._thread.start()
+
+    def _start_in_worker(self) -> None:
+        if self._told_at is None and self._thread.ident is None:
+            self._thread.start()
+
+    def tell(self) -> None:
+        if self._told_at is None:
+            self._told_at = monotonic()
+            self._ending.set()
 
     def stop(self) -> None:
-        if not self._end(STOP_SECONDS):
-            self._reporter.warn(f"its last report was not done within {STOP_SECONDS:g} s")
+        since = 0.0 if self._told_at is None else monotonic() - self._told_at
+        if not self._has_ended_within(max(0.0, STOP_SECONDS - since)):
+            self._reporter._warn(f"its last report was not done within {STOP_SECONDS:g} s")
 
-    def pause(self) -> None:
-        """End it without a last report."""
-        self._is_paused = True
-        self._end(_PAUSE_SECONDS)
+    def before_fork(self) -> None:
+        """End the thread without a last report, unless a report takes too long."""
+        with self._lock:  # threads may fork at the same time
+            self._holds += 1
+            is_ours = self._thread is threading.current_thread()  # a report that forks goes on
+            if self._holds == 1 and self._told_at is None and not is_ours:
+                self._is_paused = True
+                self._ending.set()
+                if not self._has_ended_within(_PAUSE_SECONDS):
+                    self._is_paused = False
+                    self._ending.clear()
 
-    def resumed(self) -> _ThreadRun:
-        """Return one that goes on where this one was paused."""
-        return _ThreadRun(self._reporter, self._grid)
+    def go_on(self) -> None:
+        """In the parent after a fork, go on by another thread, unless the one before goes on itself."""
+        with self._lock:
+            self._holds -= 1
+            if not self._holds and self._told_at is None and not self._thread.is_alive():
+                self._renew()
+                self._thread.start()
 
-    def _end(self, timeout_seconds: float) -> bool:
-        self._ending.set()
-        if self._thread is not threading.current_thread():  # else it is report() that calls
-            self._thread.join(timeout_seconds)
+    def forked(self, parent: forks.Process, version: int) -> None:
+        """Likewise in a forked child."""
+        self._lock = threading.Lock()
+        self._holds = 0
+        if self._told_at is None:
+            if self._thread is threading.current_thread():
+                self._ending.set()
+            self.goes_on = True
+            self._renew()
+            self._thread.start()
+
+    def let_go(self) -> None:
+        """Nothing: where the thread is not, it does not report."""
+
+    def _renew(self) -> None:
+        self._ending = threading.Event()
+        self._is_paused = False
+        name = f"tapes-{type(self._reporter).__name__}"
+        self._thread = threading.Thread(target=self._go, args=(self._ending,), name=name, daemon=True)
+
+    def _has_ended_within(self, timeout_seconds: float) -> bool:
+        """Wait for the end of the thread; return whether it has ended, or it is itself that asks."""
+        if self._thread is threading.current_thread() or self._thread.ident is None:
+            return True
+        self._thread.join(timeout_seconds)
         return not self._thread.is_alive()
 
-    def _go(self) -> None:
-        while not self._ending.wait(max(0.0, self._grid.due - monotonic())):
+    def _go(self, ending: threading.Event) -> None:
+        while not ending.wait(self._grid.wait_seconds):
             self._report()
             missed = self._grid.pass_by(monotonic())
-            if missed and not self._ending.is_set():
-                self._reporter.count(SKIPPED, missed)
+            if missed and not ending.is_set():
+                self._reporter._count(SKIPPED, missed)
         if not self._is_paused:
             self._report()
+            self._reporter._release()
 
     def _report(self) -> None:
         try:
             self._reporter.report()
         except BaseException as error:  # nothing that ends a thread may end the schedule
-            self._reporter.failed(error)
+            self._reporter._failed(error)

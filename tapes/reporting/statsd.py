@@ -25,7 +25,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tapes.clock import tick_at
-from tapes.errors import InvalidArgument
+from tapes.errors import InvalidArgument, TapesError
 from tapes.naming import Labels
 from tapes.registry import Registry
 from tapes.reporting.base import Reporter
@@ -43,6 +43,7 @@ _MILLISECONDS = frozenset({"min", "max", "mean", "stddev", "q50", "q75", "q95", 
 _NOT_GAUGES = frozenset({"count", "sum"})
 
 _WAIT_SECONDS = 1.0
+_MOST_LINE_BYTES = 8000
 _NOT_IN_NAMES, _NOT_IN_LEVELS = re.compile(r"[^a-zA-Z0-9_.-]"), re.compile(r"[^a-zA-Z0-9_-]")
 _NOT_IN_TAGS = re.compile(r"[^!-~]|[,;|#]")
 
@@ -99,9 +100,7 @@ class StatsdReporter(ScheduledReporter):
         """Send all values once; raises `OSError` if something can't be sent."""
         self.client.send(self)
 
-    def stop(self) -> None:
-        """Report a last time, end the thread and close the connection; nothing if it wasn't started."""
-        super().stop()
+    def _release(self) -> None:
         self.client.close()
 
 
@@ -109,14 +108,25 @@ class _Told(NamedTuple):
     """What a receiver was told of a series.
 
     Attributes:
-        value: What it counted less what was taken away, and less what an aggregator before this one told.
+        value: What it counted less what was taken away.
         total: What it counted.
-        created: When it began.
+        before: How much of it was known to aggregators before this one, and not to be told.
+        created: When it began; in an aggregator 0, as a series goes on that one of its workers removes.
     """
 
     value: Number
     total: Number
+    before: Number
     created: float
+
+    def since(self, last: _Told | None) -> Number:
+        """Return what is to be told if ``last`` was told before, or nothing."""
+        if last is None or self.created != last.created:
+            return self.value - self.before
+        known = self.before - last.before
+        if self.total - last.total < known or self.total < last.total:
+            return 0  # it was removed by a worker, or turned out to have been told before
+        return self.value - last.value - known
 
 
 class _Line(NamedTuple):
@@ -172,16 +182,25 @@ class StatsdClient:
 
         Raises:
             OSError: If something can't be sent; it stays to be told.
+            AggregatorUnavailable: If gauges and distributions can't be known; counts are sent.
         """
         memories = _memories.setdefault(reporter.registry, {})
         with memories.setdefault(self._receiver, _Memory()).alone() as told:
-            packets = list(self._packets(self._lines(reporter.registry, told)))
-            for number, lines in enumerate(packets):
+            snapshot, failure = Snapshot([]), None
+            try:
+                snapshot = reporter.registry.snapshot()
+            except TapesError as error:  # the service can't be asked: what this process counted can be told
+                failure = error
+            lines = self._short(reporter, self._lines(reporter.registry, snapshot, told))
+            packets = list(self._packets(lines))
+            for number, packet in enumerate(packets):
                 try:
-                    self._send(lines, told)
+                    self._send(packet, told)
                 except OSError:
-                    reporter.count(SENDS_FAILED, len(packets) - number)
+                    reporter._count(SENDS_FAILED, len(packets) - number)
                     raise
+            if failure is not None:
+                raise failure
 
     def _send(self, lines: list[_Line], told: dict[_Key, _Told]) -> None:
         sent = self._transport.send([line.text for line in lines])
@@ -191,20 +210,16 @@ class StatsdClient:
         if sent < len(lines):
             raise ConnectionError(f"the connection to {self._transport.address} broke")
 
-    def _lines(self, registry: Registry, told: dict[_Key, _Told]) -> Iterator[_Line]:
-        snapshot = registry.snapshot()
+    def _lines(self, registry: Registry, snapshot: Snapshot, told: dict[_Key, _Told]) -> Iterator[_Line]:
         counts = list(_counts(registry, snapshot))
         for key in told.keys() - {key for key, *_ in counts}:
             del told[key]  # it was removed
         for key, field, now in counts:
-            before = told.get(key)
-            if before is None or now.created > before.created:
-                before = _Told(0, 0, now.created)
-            difference = now.value - before.value
-            if now.total < before.total:  # a worker has removed it, and others have not
-                told[key] = now
-            elif difference:
+            difference = now.since(told.get(key))
+            if difference:
                 yield _Line(self._line(*key, field, difference, "c"), key, now)
+            else:
+                told[key] = now
         for family in snapshot:
             for series in family.series:
                 for field, value in _standing(family.kind, series):
@@ -216,6 +231,15 @@ class StatsdClient:
     def _line(self, name: str, labels: Labels, field: str, value: Number, kind: str) -> bytes:
         before, after = _parts(self._prefix + name, labels, self._tags)
         return f"{before}{field and '.'}{field}:{value!r}|{kind}{after}".encode()
+
+    def _short(self, reporter: Reporter, lines: Iterable[_Line]) -> Iterator[_Line]:
+        """Yield ``lines`` but those that no receiver would take, which would keep others from being told."""
+        for line in lines:
+            if len(line.text) <= _MOST_LINE_BYTES:
+                yield line
+            else:
+                reporter._count(SENDS_FAILED)
+                reporter._warn(f"a line of {len(line.text)} bytes is not sent ({line.text[:60]!r}…)")
 
     def _packets(self, lines: Iterable[_Line]) -> Iterator[list[_Line]]:
         """Yield ``lines`` in packets that are as full as they may be."""
@@ -246,8 +270,8 @@ def _counts(registry: Registry, snapshot: Snapshot) -> Iterator[tuple[_Key, str,
         if kind != "gauge":
             field, counted = ("", series.value) if kind == "counter" else ("count", series.count)
             total = series.total if kind == "counter" else counted
-            told = series.told if is_aggregator else 0
-            yield (name, series.labels), field, _Told(counted - told, total, series.created)
+            origin = (series.told, 0.0) if is_aggregator else (0, series.created)
+            yield (name, series.labels), field, _Told(counted, total, *origin)
 
 
 def _standing(kind: str, series: Any) -> Iterator[tuple[str, Number]]:

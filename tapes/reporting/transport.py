@@ -83,9 +83,9 @@ class Transport:
             if error:
                 raise OSError(error, os.strerror(error))
             return len(lines)
-        except OSError:
+        except OSError as error:
             self.close()
-            self._turn += 1
+            self._turn += not isinstance(error, socket.gaierror)
             raise
 
     def close(self) -> None:
@@ -109,15 +109,19 @@ class Transport:
 
     def _is_stale(self, connection: socket.socket) -> bool:
         if not self._is_stream:
-            return monotonic() - self._opened > _LOOK_UP_SECONDS
+            if monotonic() - self._opened <= _LOOK_UP_SECONDS:
+                return False
+            self._turn = 0
+            return True
         connection.setblocking(False)
         try:  # whatever it has to say, nobody asked; an end is what it can tell
             return not all(connection.recv(4096) for _ in range(_LISTENED_TO))
         except BlockingIOError:
-            connection.settimeout(_TIMEOUT_SECONDS)
             return False
         except OSError:
             return True
+        finally:
+            connection.settimeout(_TIMEOUT_SECONDS)
 
     def _connected(self) -> socket.socket:
         kind = socket.SOCK_STREAM if self._is_stream else socket.SOCK_DGRAM

@@ -120,3 +120,42 @@ def test_workers_that_are_recycled_and_killed(short_dir, mode):
         process.terminate()
         process.wait(10)
     wait_for(service.nothing_left, "nothing is left", 4)
+
+
+REPORTING = """
+import os, datetime, tapes
+from tapes.reporting import ScheduledReporter
+
+class Noting(ScheduledReporter):
+    def report(self):
+        with open("reports", "a") as file:
+            file.write(f"{os.getpid()} {self.registry.get_stats().n.value}\\n")
+
+for number in range(300):  # a first report that takes its time
+    tapes.timer("t", number=number).update(1)
+tapes.counter("n").increment(5)
+Noting(datetime.timedelta(milliseconds=50)).start()
+
+def application(environ, start_response):
+    tapes.counter("n").increment()
+    start_response("200 OK", [])
+    return [b"%d" % os.getpid()]
+"""
+
+
+@pytest.mark.parametrize("mode", [["--enable-threads"], ["--enable-threads", "--lazy-apps"], []])
+def test_a_reporter_that_is_started_at_import_reports_in_every_worker(short_dir, mode):
+    """uWSGI's master forks in C: no thread runs meanwhile, and each worker has one of its own."""
+    service = Service(short_dir, *mode)
+    (short_dir / "shop.py").write_text(REPORTING.replace("application", "app"))
+    reports = short_dir / "reports"
+
+    def told():
+        lines = reports.read_text().split("\n")[:-1]
+        return {pid: int(value) for pid, value in map(str.split, lines)}
+
+    with service.running():
+        pids = [wait_for(lambda: get(service.port, "/"), "uWSGI is up", 20)[2].decode() for _ in range(20)]
+        if mode:  # without Python threads, a thread runs when a request does
+            wait_for(lambda: sum(told().values()) == 5 * len(told()) + 20 and len(told()) == 3, "all is told")
+        assert set(pids) <= set(map(str, mentions(str(short_dir))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 
 from tests.processes import free_port, get, wait_for
@@ -192,6 +193,14 @@ def test_reporters_come_from_the_environment(home):
     assert "TAPES_HTTP: got 'eighty', expected PORT or HOST:PORT" in done[1]
     done = run(home, "import tapes; tapes.join()", status=1, TAPES_STATSD="localhost?intervall=5")
     assert "TAPES_STATSD: got 'localhost?intervall=5', expected [tcp://]HOST[:PORT]" in done[1]
+
+
+def test_a_port_that_is_taken_is_an_error(home):
+    """And not an aggregator that is there already."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run(home, "import tapes; tapes.join()", status=1, TAPES_HTTP=port)
+    assert f"HTTPReporter can't listen on 127.0.0.1:{port}" in done[1]
 
 
 def test_what_can_not_be_started_says_why(home):

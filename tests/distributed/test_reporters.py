@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
 import signal
 import socket
@@ -13,7 +14,7 @@ import threading
 import pytest
 
 from tapes.distributed.registry import DistributedRegistry
-from tests.processes import free_port, get, running, wait_for
+from tests.processes import free_port, get, mentions, running, wait_for
 from tests.receivers import Receiver
 
 PROGRAM = """
@@ -87,6 +88,115 @@ def test_what_one_aggregator_told_the_next_does_not_tell_again(short_dir, receiv
         all_told(9)
     negative = [line for packet in receiver.packets for line in packet.split(b"\n") if b":-" in line]
     assert negative == []
+
+
+FAMILY = """
+import os, sys, time
+from tapes.distributed.registry import DistributedRegistry
+registry = DistributedRegistry("ipc://m.ipc")
+registry.connect()
+counter = registry.counter("c")
+
+def wait(step):
+    while not os.path.exists(step):
+        time.sleep(0.005)
+
+counter.increment(10)
+if os.fork():  # the parent counts on, and is heard later than its child
+    counter.increment(990)
+    wait("away")
+    os.fork() or (counter.increment(7), wait("again"), registry.close(), os._exit(0))
+    wait("again")
+    os.wait(), os.wait()
+else:
+    wait("again")
+registry.close()
+"""
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["anyone first", "the child first"])
+def test_families_tell_nothing_twice_when_the_aggregator_is_another(short_dir, receiver, late):
+    """A child tells of its parent too; forks while nobody listens; and those that leave then."""
+    to_statsd = f"StatsdReporter(SHORT, '127.0.0.1', {receiver.port})"
+    (short_dir / "family").mkdir()
+    with running([sys.executable, "-c", FAMILY.replace("ipc://m.ipc", f"ipc://{short_dir}/m.ipc")],
+                 cwd=short_dir / "family") as family:  # fmt: skip
+        with aggregator(short_dir, to_statsd):
+            wait_for(lambda: receiver.counts().get("c") == 1000, "all is told")
+        (short_dir / "family" / "away").touch()
+        wait_for(lambda: len(mentions(str(short_dir / "family"))) == 3, "it has forked again")
+        if late:
+            os.kill(family.pid, signal.SIGSTOP)
+        with aggregator(short_dir, to_statsd):
+            if late:
+                wait_for(lambda: receiver.counts().get("c") == 1007, "what is new is told")
+                os.kill(family.pid, signal.SIGCONT)
+            (short_dir / "family" / "again").touch()
+            assert family.wait(10) == 0
+        assert receiver.counts()["c"] == 1007
+    assert [
+        line for packet in receiver.packets for line in packet.split(b"\n") if line.startswith(b"c:-")
+    ] == []
+
+
+def test_who_leaves_while_nobody_listens_leaves_only_what_is_new(short_dir, receiver, connected):
+    """In a will; and when that is said again by the next connection."""
+    to_statsd = f"StatsdReporter(SHORT, '127.0.0.1', {receiver.port})"
+    one, two, _ = connected
+    with aggregator(short_dir, to_statsd):
+        for worker in (one, two):
+            worker.counter("c").increment(100)
+            worker.histogram("h").update(1)
+        wait_for(lambda: receiver.counts().get("c") == 200, "all is told")
+    one.close()
+    two.counter("c").increment(1)
+    two.close()
+    one.connect()
+    with aggregator(short_dir, to_statsd):
+        wait_for(lambda: one.snapshot().get("c").value == 201, "the wills are read")
+        wait_for(lambda: receiver.counts()["c"] == 201, "what is new is told")
+    assert receiver.counts()["h.count"] == 2
+
+
+def test_a_series_that_one_worker_removes_goes_on(short_dir, receiver, connected):
+    """What others counted of it is not told again."""
+    with aggregator(short_dir, f"StatsdReporter(SHORT, '127.0.0.1', {receiver.port})"):
+        for number, worker in enumerate(connected, 1):
+            worker.counter("c").increment(number)
+        wait_for(lambda: receiver.counts().get("c") == 6, "all is told")
+        connected[0].remove("c")
+        wait_for(lambda: connected[1].snapshot().get("c").value == 5, "it is removed")
+        connected[1].counter("d").increment()
+        wait_for(lambda: receiver.counts().get("d") == 1, "another report")
+        connected[2].counter("c").increment(3)
+        wait_for(lambda: receiver.counts()["c"] == 9, "what is new is told")
+
+
+def test_reporters_that_hang_do_not_keep_another_from_its_last_report(short_dir, receiver):
+    """And the aggregator leaves in time, with all that it has made."""
+    program = f"""
+import os, threading, time
+from datetime import timedelta
+from tapes.distributed.registry import *
+from tapes.reporting import ScheduledReporter
+from tapes.reporting.statsd import StatsdReporter
+class Hanging(ScheduledReporter):
+    def report(self):
+        threading.Event().wait()
+HOUR = timedelta(hours=1)
+reporters = [Hanging(HOUR), StatsdReporter(HOUR, "127.0.0.1", {receiver.port}), Hanging(HOUR), Hanging(HOUR)]
+aggregator = RegistryAggregator(reporters, "ipc://m.ipc")
+aggregator.start()
+registry = DistributedRegistry("ipc://m.ipc")
+registry.connect()
+registry.counter("c").increment(5)
+registry.close()
+aggregator.stop()
+assert not [name for name in os.listdir() if name != "output.log"], os.listdir()
+"""
+    with running([sys.executable, "-c", program], cwd=short_dir) as process:
+        assert process.wait(20) == 0
+    assert receiver.counts()["c"] == 5
 
 
 def test_a_worker_that_tells_statsd_itself_tells_its_own(short_dir, receiver, connected):
@@ -177,7 +287,7 @@ def test_a_receiver_in_trouble_is_nobody_elses(short_dir, receiver, connected, k
             assert len(lines) > 10
             assert all(map(json.loads, lines[:-1]))
     logged = (short_dir / "output.log").read_text().splitlines()
-    assert len([line for line in logged if "StatsdReporter goes on" in line]) == 1, logged
+    assert len([line for line in logged if "StatsdReporter: a report failed" in line]) == 1, logged
 
 
 def memory(pid: int) -> int:

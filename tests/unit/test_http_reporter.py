@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -106,11 +107,39 @@ def test_a_forked_child_lets_go_of_the_port(reporter):
         os._exit(0 if served else 1)
     assert get(reporter.port, "/")[0] == 200
     reporter.stop()
-    with pytest.raises(ConnectionRefusedError):
-        get(reporter.port, "/")
+
+    def is_free():
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", reporter.port)) == errno.ECONNREFUSED
+
+    wait_for(is_free, "the child has let go")
     os.close(sender)
     os.close(receiver)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.parametrize(
+    "request_", [b"GET http://[ HTTP/1.1", b"\x16\x03\x01garbage", b"GET / HTTP/9.9", b"FOO / HTTP/1.1"]
+)
+def test_garbage_is_answered_or_cut_off(reporter, request_, capfd):
+    """Without a word on standard error, and others are answered."""
+    with socket.create_connection(("127.0.0.1", reporter.port), timeout=5) as client:
+        client.sendall(request_ + b"\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello")
+        while client.recv(4096):  # the end of the connection, as what was sent is not read
+            pass
+    with socket.create_connection(("127.0.0.1", reporter.port)) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset at its end
+    assert get(reporter.port, "/")[0] == 200
+    reporter.stop()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("host", ["", None, 5, "http://localhost"])
+def test_a_host_is_checked(host):
+    """An empty one would be all addresses."""
+    with pytest.raises(InvalidArgument, match="a host"):
+        HTTPReporter(0, host=host)
 
 
 def test_nothing_is_left(reporter):

@@ -96,7 +96,7 @@ def test_it_is_logged_again_a_minute_later(caplog, monkeypatch):
     reporter = Noting(LONG)
     for seconds in (0, 30, 29, 2):
         now[0] += seconds
-        reporter.failed(OSError("refused"))
+        reporter._failed(OSError("refused"))
     first, second = (record.getMessage() for record in caplog.records)
     assert "OSError: refused" in first
     assert "times" not in first
@@ -124,6 +124,54 @@ def test_a_report_may_stop_its_reporter():
     reporter.start()
     wait_for(lambda: len(reporter.reports) == 2, "the last report")
     wait_for(lambda: not reporter.reports[0].is_alive(), "the end of the thread")
+
+
+def test_a_report_that_stops_its_reporter_is_no_report_that_hangs(caplog):
+    """Nothing is said of it."""
+    reporter = Noting(SHORT)
+    reporter.action = reporter.stop
+    reporter.start()
+    wait_for(lambda: len(reporter.reports) == 2, "the last report")
+    assert caplog.records == []
+
+
+def test_subclasses_may_call_their_attributes_as_they_like():
+    """The schedule needs none of these names."""
+
+    class Named(Noting):
+        count = failed = warn = release = forked = go_on = before_fork = tell = 0
+
+        def report(self):
+            super().report()
+            self.count += 1
+            raise OSError("refused")
+
+    with Named(SHORT) as reporter:
+        wait_for(lambda: reporter.count > 5, "it goes on")
+
+
+def test_the_longest_interval_there_is():
+    """Is longer than a thread can wait."""
+    with Noting(timedelta.max) as reporter:
+        wait_for(lambda: reporter.reports, "the first report")
+    assert len(reporter.reports) == 2
+
+
+def test_a_start_that_fails_is_none(monkeypatch):
+    """It can be started again, and stopped."""
+    reporter = Noting(LONG)
+
+    def start(self):
+        raise RuntimeError("no thread can be started")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError):
+            reporter.start()
+    reporter.stop()
+    with reporter:
+        pass
+    assert reporter.reports
 
 
 def test_stop_leaves_a_report_that_hangs_to_itself(caplog, monkeypatch):
@@ -186,16 +234,21 @@ printer.start()
 """
 
 
-def run_printing(program, short_dir):
-    """Run ``program`` after the start of a reporter; return what each process reported, by order."""
-    output = short_dir / "output"
-    done = run_python(
+def run_program(program, directory):
+    """Run ``program`` after the start of a reporter; it writes to the file ``output``."""
+    output = directory / "output"
+    return run_python(
         f"import os, sys; sys.argv = ['', {str(output)!r}]\n"
         f"os.dup2(os.open({str(output)!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)\n" + PROGRAM + program,
-        cwd=short_dir,
+        cwd=directory,
     )
+
+
+def run_printing(program, short_dir):
+    """Run ``program`` likewise; return what each process reported, by order."""
+    done = run_program(program, short_dir)
     assert (done.returncode, done.stderr) == (0, "")
-    reports = [line.split() for line in output.read_text().splitlines()]
+    reports = [line.split() for line in (short_dir / "output").read_text().splitlines()]
     return {pid: [int(value) for one, value in reports if one == pid] for pid, _ in reports}
 
 
@@ -243,6 +296,85 @@ assert child.exitcode == 0
 def test_a_fork_beside_a_reporter_raises_no_warning(short_dir):
     """The thread ends before it: Python warns of forks beside threads."""
     run_printing("os.fork() or os._exit(0)", short_dir)
+
+
+def test_threads_that_fork_at_once_leave_one_thread(short_dir):
+    """However the hooks of their forks come after each other."""
+    program = """
+import threading
+def fork():
+    for _ in range(40):
+        pid = os.fork() or os._exit(0)
+        os.waitpid(pid, 0)
+threads = [threading.Thread(target=fork) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+def ours():
+    return [thread for thread in threading.enumerate() if thread.name == "tapes-Printer"]
+assert len(ours()) == 1, ours()
+printer.stop()
+assert not ours()
+"""
+    run_printing(program, short_dir)
+
+
+def test_a_report_that_hangs_holds_up_no_fork_for_long(short_dir):
+    """Its thread goes on in the parent; a child begins with a thread of its own."""
+    program = """
+import threading
+printer.stop()
+hanging = threading.Event()
+class Hanging(ScheduledReporter):
+    def report(self):
+        os.write(1, f"{os.getpid()} 5\\n".encode())
+        hanging.wait()
+reporter = Hanging(timedelta(milliseconds=10))
+reporter.start()
+pid = os.getpid()
+while pathlib.Path(sys.argv[1]).read_text().count(f"{pid} 5") != 1:
+    time.sleep(0.01)
+for _ in range(3):
+    child = os.fork()
+    if not child:
+        while f"{os.getpid()} 5" not in pathlib.Path(sys.argv[1]).read_text():
+            time.sleep(0.01)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+assert len([thread for thread in threading.enumerate() if thread.name == "tapes-Hanging"]) == 1
+hanging.set()
+while pathlib.Path(sys.argv[1]).read_text().count(f"{pid} 5") < 5:  # it reports on
+    time.sleep(0.01)
+"""
+    assert len(run_printing(program, short_dir)) == 4
+
+
+def test_the_end_of_a_process_waits_for_all_reports_at_once(short_dir):
+    """One that hangs doesn't keep another from its last report; an interruption neither."""
+    program = """
+import signal, threading
+printer.stop()
+class Hanging(ScheduledReporter):
+    def report(self):
+        threading.Event().wait()
+class Good(Printer):
+    pass
+hung = [Hanging(timedelta(hours=1)) for _ in range(3)]
+good = Good(timedelta(hours=1))
+for reporter in (*hung, good):
+    reporter.start()
+reported(os.getpid())
+tapes.counter("c").increment(6)
+threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start() if interrupted else None
+"""
+    for interrupted in (False, True):
+        source = f"interrupted = {interrupted}\n" + program
+        output = short_dir / str(interrupted)
+        output.mkdir()
+        done = run_program(source, output)
+        assert done.returncode == 0
+        assert (output / "output").read_text().splitlines()[-1].endswith(" 7")
 
 
 def test_forks_wait_for_the_report_under_way(short_dir):

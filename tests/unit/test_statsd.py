@@ -12,7 +12,8 @@ from datetime import timedelta
 import pytest
 
 import tapes
-from tapes.errors import InvalidArgument
+from tapes.distributed.registry import DistributedRegistry
+from tapes.errors import AggregatorUnavailable, InvalidArgument
 from tapes.reporting.statsd import StatsdReporter
 from tests.processes import free_port, wait_for
 from tests.receivers import Receiver
@@ -330,6 +331,53 @@ def test_the_address_is_looked_up_again_now_and_then(receiver, registry, monkeyp
     assert receiver.counts() == {"c": 3}
 
 
+def test_a_failed_look_up_does_not_turn_to_another_address(receiver, registry, monkeypatch):
+    """Which may swallow everything without a word; and the first one has its turn again in a minute."""
+    now = [1000.0]
+    monkeypatch.setattr("tapes.reporting.transport.monotonic", lambda: now[0])
+    with contextlib.closing(Receiver()) as silent:
+        answers = []
+
+        def getaddrinfo(host, port, **_):
+            if answers.pop(0) == "fails":
+                raise socket.gaierror(-3, "Temporary failure in name resolution")
+            return [(socket.AF_INET, 0, 0, "", ("127.0.0.1", one.port)) for one in (receiver, silent)]
+
+        monkeypatch.setattr("tapes.reporting.transport.socket.getaddrinfo", getaddrinfo)
+        reporter = StatsdReporter(LONG, "statsd.example", registry=registry)
+        for answer in ("works", "fails", "works", "works"):
+            answers.append(answer)
+            registry.counter("c").increment()
+            with contextlib.suppress(socket.gaierror):
+                reporter.report()
+            now[0] += 61
+        assert receiver.counts()["c"] == 4
+        assert silent.counts() == {}
+
+
+def test_a_line_that_nobody_would_take_keeps_no_other_from_being_sent(receiver, registry, caplog):
+    """It is left out, counted and logged."""
+    registry.counter("a").increment()
+    registry.counter("b", path="x" * 70_000).increment()
+    registry.counter("c").increment()
+    reporter_to(receiver, registry).report()
+    assert receiver.counts() == {"a": 1, "c": 1}
+    assert "70011 bytes" in caplog.text
+    assert registry.get_stats().tapes.statsd.failed['{reporter="StatsdReporter"}'].value == 1
+
+
+def test_counts_are_told_though_the_service_can_not_be_asked(receiver, short_dir):
+    """What a process counted it knows; that the rest is missing is an error."""
+    registry = DistributedRegistry(f"ipc://{short_dir}/m.ipc")
+    registry.connect()
+    registry.counter("c").increment(3)
+    registry.gauge("g").set(1)
+    with pytest.raises(AggregatorUnavailable):
+        reporter_to(receiver, registry).report()
+    registry.close()
+    assert receiver.lines() == ["c:3|c"]
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -354,10 +402,9 @@ def test_a_schedule_of_reports_arrives(receiver):
     before = len(list(pathlib.Path("/proc/self/fd").iterdir()))
     registry = tapes.Registry()
     with StatsdReporter(timedelta(milliseconds=5), "127.0.0.1", receiver.port, "p", registry):
-        for _ in range(10):
+        for number in range(1, 11):
             registry.counter("c").increment()
-            expected = receiver.counts().get("p.c", 0) + 1
-            wait_for(lambda: receiver.counts().get("p.c", 0) >= expected, "it is told")  # noqa: B023
+            wait_for(lambda n=number: receiver.counts().get("p.c") == n, "it is told")
         registry.counter("c").increment(5)
-    assert receiver.counts() == {"p.c": 15}
+    assert receiver.counts()["p.c"] == 15
     assert len(list(pathlib.Path("/proc/self/fd").iterdir())) == before

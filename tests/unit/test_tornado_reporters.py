@@ -152,6 +152,54 @@ def test_a_loop_that_is_over_does_not_keep_the_last_report_from_being_made(kind)
     asyncio.set_event_loop(None)
 
 
+def test_a_thread_that_can_not_be_started_is_a_report_that_failed(monkeypatch):
+    """The schedule goes on, and the last report is made."""
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    async def main():
+        with Noting(SHORT) as reporter, monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            await until(lambda: count(reporter, "tapes.reports.failed") > 2)
+            patched.undo()
+            await until(lambda: len(reporter.reports) > 2)
+
+    asyncio.run(main())
+
+
+def test_nothing_is_left_of_a_reporter_that_was_stopped():
+    """Nothing waits for the end of the process, and sockets are closed."""
+    from tapes import endings
+
+    before = set(endings._actions)
+
+    async def main():
+        for _ in range(5):
+            with TornadoStatsdReporter(LONG, "127.0.0.1", 9, registry=tapes.Registry()) as reporter:
+                reporter.registry.gauge("g").set(1)
+                await until(lambda r=reporter: r.client._transport._opened)
+            await until(lambda r=reporter: r.client._transport._socket is None)
+        await until(lambda: set(endings._actions) == before)
+
+    asyncio.run(main())
+
+
+def test_a_loop_that_is_closed_makes_no_last_report(caplog):
+    """It is said in one line."""
+
+    async def main():
+        reporter = NotingOnTheLoop(LONG)
+        reporter.start()
+        await until(lambda: reporter.reports)
+        return reporter
+
+    asyncio.run(main()).stop()
+    (record,) = caplog.records
+    assert not record.exc_info
+    assert "the loop is closed" in caplog.text
+
+
 def test_start_twice_is_an_error_and_stop_twice_is_none():
     """It can be started again after it was stopped."""
 
@@ -250,6 +298,8 @@ pid = os.fork() or (asyncio.run(main()), os._exit(0))
 assert os.waitpid(pid, 0)[1] == 0
 pid = asyncio.run(parent())
 if not pid:
+    reporter.stop()
+    reporter.start()
     reporter.stop()
     os._exit(0)
 assert os.waitpid(pid, 0)[1] == 0

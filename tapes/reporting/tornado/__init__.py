@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import threading
 from datetime import timedelta
 from typing import Any, Callable
 
-from tapes import forks
 from tapes.clock import monotonic
-from tapes.endings import LAST_REPORT, at_end
+from tapes.endings import LAST_REPORT, at_end, forget
 from tapes.errors import MissingExtra
 from tapes.registry import Registry
 from tapes.reporting.base import SKIPPED, Reporter
@@ -50,23 +50,32 @@ class TornadoScheduledReporter(Scheduled):
         InvalidArgument: If the interval is not a positive ``timedelta``.
     """
 
+    _run: _LoopRun | None
+
     def __init__(
         self, interval: timedelta, registry: Registry | None = None, io_loop: IOLoop | None = None
     ) -> None:
         super().__init__(interval, registry)
         self.io_loop = io_loop
 
+    def start(self) -> None:
+        """Report as soon as the loop has its turn, and every interval from then on; returns at once.
+
+        Raises:
+            InvalidArgument: If it was started already.
+        """
+        if self._run is not None and self._run.pid != os.getpid():
+            self._forget_run()
+        super().start()
+
     def stop(self) -> None:
         """Report a last time and end the schedule; nothing if it wasn't started.
 
-        Returns at once if the loop runs: the last report is then done beside it, and the end of the process
-        waits for it. Else it waits itself. Both wait 2 s at most.
+        Returns at once if the loop runs: the last report is then made beside it, and the end of the process
+        waits for it, 2 s at most; with ``async def`` it is made on the loop, if that runs on. If the loop
+        does not run, it waits itself, 2 s at most.
         """
         super().stop()
-
-    def forked(self, parent: forks.Process, version: int) -> None:
-        """In a forked child its loop is of no use: it is not started there."""
-        self._run = None
 
     def _begin(self, grid: Grid) -> Run:
         return _LoopRun(self, grid, self.io_loop or IOLoop.current())
@@ -80,6 +89,7 @@ class _LoopRun(Run):
         self._grid = grid
         self._loop: Any = loop
         self._timer: Any = None
+        self.pid = os.getpid()
         self._is_stopped = self._is_busy = False
         report = reporter.report
         self._is_async = inspect.iscoroutinefunction(report) or gen.is_coroutine_function(report)
@@ -89,47 +99,62 @@ class _LoopRun(Run):
     def start(self) -> None:
         self._loop.add_callback(self._tick)
 
-    def stop(self) -> None:
+    def tell(self) -> None:
+        if self._is_stopped:
+            return
         self._is_stopped = True
+        if self.pid != os.getpid():  # a forked child has no use for the loop of its parent
+            return
         if self._timer is not None:
             self._loop.remove_timeout(self._timer)
-        is_running = self._loop.asyncio_loop.is_running()
         if not self._is_async:
             self._start_thread(self._last_report_in_thread, self._thread)
-            if is_running:
-                at_end(self._join, LAST_REPORT)
-            else:
-                self._join()
-        elif is_running:
+        elif self._loop.asyncio_loop.is_running():
             self._loop.add_callback(self._last_report_on_loop)
+        elif self._loop.asyncio_loop.is_closed():
+            self._reporter._warn("its last report was not made, as the loop is closed")
         else:
             try:
                 self._loop.run_sync(self._last_report_on_loop, timeout=STOP_SECONDS)
-            except Exception as error:  # it took too long, or the loop is closed
-                self._reporter.failed(error)
+            except Exception as error:  # it took too long
+                self._reporter._failed(error)
+
+    def stop(self) -> None:
+        thread = self._thread
+        if thread is None or self.pid != os.getpid():
+            return
+        if not self._loop.asyncio_loop.is_running():
+            self._join()
+            return
+        at_end(self._join, LAST_REPORT)
+        if not thread.is_alive():
+            forget(self._join)
 
     def _tick(self) -> None:
         if self._is_stopped:
             return
+        missed = self._grid.pass_by(monotonic())  # the first of them is this one
+        self._timer = self._loop.call_later(self._grid.wait_seconds, self._tick)
+        if missed + self._is_busy:  # the loop was held up, or the report before is not done
+            self._reporter._count(SKIPPED, missed + self._is_busy)
         if self._is_busy:
-            self._reporter.count(SKIPPED)
-        elif self._is_async:
-            self._is_busy = True
+            return
+        self._is_busy = True
+        if self._is_async:
             self._task = asyncio.ensure_future(self._report_on_loop())
-        else:
-            self._is_busy = True
+            return
+        try:
             self._start_thread(self._report_in_thread)
-        missed = self._grid.pass_by(monotonic())
-        if missed:  # the loop itself was held up
-            self._reporter.count(SKIPPED, missed)
-        self._timer = self._loop.call_later(max(0.0, self._grid.due - monotonic()), self._tick)
+        except RuntimeError as error:  # no thread can be started
+            self._is_busy = False
+            self._reporter._failed(error)
 
     async def _report_on_loop(self) -> None:
         report: Any = self._reporter.report
         try:
             await report()
         except Exception as error:
-            self._reporter.failed(error)
+            self._reporter._failed(error)
         finally:
             self._is_busy = False
 
@@ -137,17 +162,19 @@ class _LoopRun(Run):
         if self._task is not None:
             await self._task
         await self._report_on_loop()
+        self._reporter._release()
 
     def _start_thread(self, target: Callable[..., None], *arguments: Any) -> None:
         name = f"tapes-{type(self._reporter).__name__}"
-        self._thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
+        thread.start()
+        self._thread = thread
 
     def _report_in_thread(self) -> None:
         try:
             self._reporter.report()
         except BaseException as error:  # whatever ends a thread
-            self._reporter.failed(error)
+            self._reporter._failed(error)
         finally:
             self._is_busy = False
 
@@ -155,9 +182,11 @@ class _LoopRun(Run):
         if before is not None:
             before.join()
         self._report_in_thread()
+        self._reporter._release()
+        forget(self._join)
 
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join(STOP_SECONDS)
             if self._thread.is_alive():
-                self._reporter.warn(f"its last report was not done within {STOP_SECONDS:g} s")
+                self._reporter._warn(f"its last report was not done within {STOP_SECONDS:g} s")

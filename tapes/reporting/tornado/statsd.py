@@ -44,3 +44,6 @@ class TornadoStatsdReporter(TornadoScheduledReporter):
     def report(self) -> None:
         """Send all values once; raises `OSError` if something can't be sent."""
         self.client.send(self)
+
+    def _release(self) -> None:
+        self.client.close()
