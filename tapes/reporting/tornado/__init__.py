@@ -108,7 +108,10 @@ class _LoopRun(Run):
         if self._timer is not None:
             self._loop.remove_timeout(self._timer)
         if not self._is_async:
-            self._start_thread(self._last_report_in_thread, self._thread)
+            try:
+                self._start_thread(self._last_report_in_thread, self._thread)
+            except RuntimeError:  # Python 3.12 starts none at the end of the process
+                self._last_report_in_thread(self._thread)
         elif self._loop.asyncio_loop.is_running():
             self._loop.add_callback(self._last_report_on_loop)
         elif self._loop.asyncio_loop.is_closed():
@@ -180,13 +183,19 @@ class _LoopRun(Run):
 
     def _last_report_in_thread(self, before: threading.Thread | None) -> None:
         if before is not None:
-            before.join()
-        self._report_in_thread()
-        self._reporter._release()
+            before.join(STOP_SECONDS)
+        if before is None or not before.is_alive():
+            self._report_in_thread()
+            self._reporter._release()
+        else:
+            self._say_late()
         forget(self._join)
 
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join(STOP_SECONDS)
             if self._thread.is_alive():
-                self._reporter._warn(f"its last report was not done within {STOP_SECONDS:g} s")
+                self._say_late()
+
+    def _say_late(self) -> None:
+        self._reporter._warn(f"its last report was not done within {STOP_SECONDS:g} s")
