@@ -35,7 +35,6 @@ M = TypeVar("M", bound=Metric)
 
 REJECTED = "tapes.rejected"
 """The counter of values and messages that were dropped."""
-
 _Words = tuple[str, ...]
 _log = logging.getLogger("tapes.registry")
 
@@ -317,6 +316,7 @@ class Registry:
             aside = metric.set_aside()
             told = None if connection is None else connection.published((metric.name, metric.labels))
             if aside is not None and not aside.is_at(told):
+                aside.note_told(told)
                 untold.append(aside)
         if untold:
             base = connection.published_version() if connection is not None else 0

@@ -33,6 +33,9 @@ __all__ = ["Ledger", "Worker"]
 _REMEMBERED = 100_000
 """So many identities of workers that have left are kept; late words come within seconds."""
 
+_ASKED, _OF_IT, _ITSELF = range(3)
+"""How a worker was heard: it asked, descendants published what they know of it, or it did itself."""
+
 _Key = tuple[str, Labels]
 _Group = tuple[list[Labels], list[State]]
 
@@ -54,7 +57,7 @@ class _Account:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.known = 0
-        self.heard = False
+        self.heard = _ASKED
         self.dead = False
         self.seqs: dict[_Key, int] = {}
         self.places: dict[_Key, _Key] = {}
@@ -209,8 +212,9 @@ class Ledger:
         else:
             account.ancestors |= {ancestor.identity for ancestor in update.ancestors}
             self._max_series = max(self._max_series, update.max_series)
-        refused = [i.name for i in update.items if not self._put(account, update.seq, i, published)]
-        account.heard = account.heard or (published and not silent)
+        says = _ITSELF if published and not silent else _OF_IT if published else _ASKED
+        refused = [item.name for item in update.items if not self._put(account, update.seq, item, says)]
+        account.heard = max(account.heard, says)
         self._descriptions.update(update.descriptions)
         if update.base == 0 and not silent:
             self._drop_removed(account, update)
@@ -219,11 +223,11 @@ class Ledger:
             account.known = max(account.known, update.seq)
         return complete, refused
 
-    def _put(self, account: _Account, seq: int, item: Item, published: bool) -> bool:
+    def _put(self, account: _Account, seq: int, item: Item, says: int) -> bool:
         """Take in one series of a worker; return whether its kind agrees with what is known."""
         key = (item.name, item.labels)
         if account.seqs.get(key, 0) >= seq or (account.dead and item.kind == "gauge"):
-            if published and not account.heard:  # a question has overtaken it
+            if says > account.heard:  # a question has overtaken it
                 self._note_told(account, key, item)
             return True
         if self._kinds.setdefault(item.name, item.kind) != item.kind:
@@ -233,7 +237,7 @@ class Ledger:
             place = account.places[key] = self._place(key, item.kind)
         entry = self._entries[place]
         whose = (account.worker.identity, item.labels)
-        told = _told_before(account, entry.by_worker.get(whose), item, published)
+        told = _told_before(account, entry.by_worker.get(whose), item, says)
         entry.by_worker[whose] = item.state if told is None else _with_told(item.state, told)
         entry.merged = None
         account.seqs[key] = seq
@@ -303,23 +307,24 @@ def _of_each_worker(
         yield its_labels, own[0] if len(own) == 1 else GaugeState.add(own)
 
 
-def _told_before(account: _Account, before: Any, item: Item, published: bool) -> Number | None:
+def _told_before(account: _Account, before: Any, item: Item, says: int) -> Number | None:
     """Return how much of a count other aggregators were told; ``None`` if it is as ``item`` says.
 
     A worker publishes only when it has noticed that the aggregator may be another one, and then says what the
-    one before was told. A question may come before that: until then everything counts as told. What a worker
-    has said itself stands, as a connection may break and come again: what it tells later is new.
+    one before was told. A question may come before that: until then everything counts as told. What was said
+    once stands, as a connection may break and come again: what is told later is new. But what a worker says
+    itself is better than what its descendants say of it.
     """
     state: Any = item.state
-    if item.kind == "gauge":
+    if item.kind == "gauge" or says > max(account.heard, _ASKED):
         return None
     told: Number
-    if account.heard:
-        told = 0 if before is None else before.origin.told
-    elif not published:
+    if not account.heard:
         told = state.counted
-    elif account.worker.silent and before is not None:  # several descendants speak of it
-        told = max(before.origin.told, state.origin.told)
+    elif before is not None:
+        told = before.origin.told
+    elif account.heard == _ITSELF:
+        told = 0
     else:
         return None
     return told

@@ -119,7 +119,7 @@ class Outbox:
             for series in self._series.values():
                 if series.told is not None:
                     series.metric.note_told(series.told)
-            for ancestor in self.registry.ancestors:
+            for ancestor in self.registry.ancestors if self.published_seq else ():
                 for metric in ancestor.metrics:
                     metric.note_told(metric.state)
 

@@ -151,6 +151,8 @@ class Metric:
 
     def note_told(self, state: Any) -> None:
         """Note that what ``state`` of this metric counts was told to an aggregator before the present one."""
+        if state is None:
+            return
         lock = self._lock
         try:  # as in _fold
             lock.acquire(timeout=_WAIT_SECONDS)

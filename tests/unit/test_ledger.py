@@ -347,3 +347,19 @@ def test_a_connection_that_breaks_makes_nothing_old():
     counter.increment(1)
     ledger.apply(worker.update())
     assert (value(ledger), new_to(ledger)) == (11, 11)
+
+
+def test_what_descendants_tell_of_a_process_stands_until_it_speaks_itself():
+    """Told before or new: the first of them says, and nobody after it; but for the process itself."""
+    ledger, parent, one, two = Ledger(), Worker(), Worker(), Worker()
+    counter = parent.registry.counter("c")
+    counter.increment(10)
+    ledger.apply(told_by(one, parent, 100))
+    assert (value(ledger), new_to(ledger)) == (10, 10)
+    counter.note_told(counter.collect())
+    counter.increment(1)
+    ledger.apply(told_by(two, parent, 200))
+    assert (value(ledger), new_to(ledger)) == (11, 11)
+    counter.increment(1)
+    ledger.apply(parent.update()._replace(seq=300))
+    assert (value(ledger), new_to(ledger)) == (12, 2)
