@@ -14,6 +14,7 @@ request starts; the moment is then that at which the kernel started the child.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import mmap
@@ -23,15 +24,19 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Callable, NamedTuple
 
 __all__ = [
     "CONNECTED", "Ancestor", "Process", "add", "add_user", "check", "connected_parent", "fork_unnoticed",
-    "host", "is_uwsgi_master", "mark", "origin", "process_of", "stamp", "this_process", "when_uwsgi_forks",
+    "host", "is_uwsgi_master", "mark", "no_fork", "origin", "process_of", "stamp", "this_process",
+    "when_uwsgi_forks",
 ]  # fmt: skip
 
 
+_WAIT_SECONDS = 1.0
+"""So long a fork waits for those of other threads."""
 _WIPE_ON_FORK = 18  # Linux's MADV_WIPEONFORK
 
 CONNECTED = "TAPES_CONNECTED"
@@ -184,6 +189,17 @@ class _PidMark:
         self._pid = os.getpid() if value else 0
 
 
+@contextlib.contextmanager
+def no_fork() -> Iterator[None]:
+    """Have the forks of other threads wait, a second at most, for the end of this block.
+
+    A child that is forked while a program is being started holds the pipe whose end says that it was, so that
+    who starts it would wait for the child.
+    """
+    with _here.forking:
+        yield
+
+
 def fork_unnoticed() -> int:
     """Fork a child that is no worker: in it, and in those it forks, registries stay as they are."""
     _here.quiet_thread = threading.get_ident()
@@ -207,8 +223,10 @@ class _Here:
         self._becomes_another = False
         self._version = 0
         self._lock = threading.Lock()
+        self.forking = threading.RLock()
 
     def before(self) -> None:
+        self.forking.acquire(timeout=_WAIT_SECONDS)
         self._becomes_another = _becomes_another_program()
         if self._matters():
             _each(lambda one: one.before_fork(), _users, _registries)
@@ -218,6 +236,8 @@ class _Here:
         if self._matters():
             _each(lambda one: one.go_on(), _registries, _users)
         self._becomes_another = False
+        with contextlib.suppress(RuntimeError):  # it took too long to get it
+            self.forking.release()
 
     def in_child(self) -> None:
         self._lock = threading.Lock()
@@ -232,6 +252,7 @@ class _Here:
                 self._change(stamp() - int(ago * 1e9))
 
     def _change(self, version: int) -> None:
+        self.forking = threading.RLock()
         parent, self.process = self.process, process_of(os.getpid())
         if self._matters():
             _each(lambda one: one.forked(parent, version), _registries, _users)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+from tapes import forks
 from tapes.distributed import directory
 from tapes.distributed.address import Endpoints, is_served, resolve
 from tapes.distributed.lease import Lease
@@ -124,20 +125,21 @@ def launch(endpoints: Endpoints, owner: Process, reason: str, user: directory.Us
     python = _python()
     readiness = Readiness()
     environment = {name: text for name, text in os.environ.items() if name not in _NOT_HANDED_ON}
+    command = [
+        python, "-c", _BOOTSTRAP, os.pathsep.join(filter(None, sys.path)), endpoints.publish,
+        str(owner.pid), str(owner.started), reason, str(user.uid), str(user.gid), str(readiness.sender),
+    ]  # fmt: skip
     try:
-        subprocess.run(
-            [
-                python, "-c", _BOOTSTRAP, os.pathsep.join(filter(None, sys.path)), endpoints.publish,
-                str(owner.pid), str(owner.started), reason, str(user.uid), str(user.gid),
-                str(readiness.sender),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[readiness.sender],
-            start_new_session=True,
-            env=environment,
-            check=False,
-        )  # fmt: skip
+        with forks.no_fork():
+            starting = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[readiness.sender],
+                start_new_session=True,
+                env=environment,
+            )
+        starting.wait()
     except OSError as error:
         readiness.give_up()
         raise AggregatorUnavailable(f"the aggregator can't be started ({error})") from None

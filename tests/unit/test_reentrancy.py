@@ -32,8 +32,11 @@ def total(registry, kind):
 def interrupted():
     """Return a function that runs a handler every 0.2 ms of processor time while a block runs."""
     before = signal.getsignal(signal.SIGVTALRM)
-    callbacks = gc.callbacks[:]  # hypothesis has one: what is raised there is swallowed
+    # What is raised in a collection is swallowed, in the callback of hypothesis or of a weak reference.
+    callbacks = gc.callbacks[:]
     gc.callbacks.clear()
+    gc.collect()
+    gc.disable()
 
     def start(handler):
         signal.signal(signal.SIGVTALRM, handler)
@@ -43,6 +46,7 @@ def interrupted():
     signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     signal.signal(signal.SIGVTALRM, before)
     gc.callbacks.extend(callbacks)
+    gc.enable()
 
 
 def stop():
