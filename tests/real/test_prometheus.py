@@ -27,7 +27,7 @@ from tapes.exposition.prometheus import HISTOGRAM_BUCKETS, TIMER_BUCKETS
 from tests.processes import Home, children, free_port, get, wait_for
 from tests.real.prometheus import ALL, Client, Prometheus, bucket_counts, bucket_of, interpolated
 
-SECONDS = int(os.environ.get("TAPES_PROMETHEUS_SECONDS", "20"))
+SECONDS = int(os.environ.get("TAPES_PROMETHEUS_SECONDS", "10"))
 PER_SECOND = 40
 WORKERS = 4
 
