@@ -52,7 +52,6 @@ class CounterSeries(NamedTuple):
         total: What was added; never falls.
         decremented: Whether anything was ever taken away.
         created: When it began to count, in seconds since 1970; of several processes the first.
-        told: How much of it aggregators before the present one were told.
     """
 
     labels: Labels
@@ -60,7 +59,6 @@ class CounterSeries(NamedTuple):
     total: Number
     decremented: bool
     created: float = inf
-    told: Number = 0
 
     def fields(self) -> dict[str, Number]:
         """Return what ``get_stats()`` shows."""
@@ -87,7 +85,6 @@ class MeterSeries(NamedTuple):
     m5: float
     m15: float
     created: float = inf
-    told: Number = 0
 
     def fields(self) -> dict[str, Number]:
         """Return what ``get_stats()`` shows."""
@@ -101,7 +98,6 @@ class HistogramSeries(NamedTuple):
     lifetime: View
     recent: View
     created: float = inf
-    told: Number = 0
 
     @property
     def count(self) -> Number:  # type: ignore[override]  # likewise
@@ -128,7 +124,6 @@ class TimerSeries(NamedTuple):
     lifetime: View
     recent: View
     created: float = inf
-    told: Number = 0
 
     @property
     def count(self) -> Number:  # type: ignore[override]  # likewise

@@ -23,6 +23,7 @@ from tapes.catalogue import MAX_SERIES, OVERFLOW, warn_of_overflow
 from tapes.distributed.messages import Descriptions, Item, Merged, Update
 from tapes.forks import Process
 from tapes.metrics import KINDS, GaugeState, State
+from tapes.metrics.origin import with_told
 from tapes.naming import Labels
 from tapes.snapshot import Family, Snapshot
 from tapes.sums import Number
@@ -238,7 +239,7 @@ class Ledger:
         entry = self._entries[place]
         whose = (account.worker.identity, item.labels)
         told = _told_before(account, entry.by_worker.get(whose), item, says)
-        entry.by_worker[whose] = item.state if told is None else _with_told(item.state, told)
+        entry.by_worker[whose] = item.state if told is None else with_told(item.state, told)
         entry.merged = None
         account.seqs[key] = seq
         return True
@@ -249,7 +250,7 @@ class Ledger:
         if entry is not None and entry.kind == item.kind != "gauge":
             whose = (account.worker.identity, item.labels)
             given: Any = item.state
-            entry.by_worker[whose] = _with_told(entry.by_worker[whose], given.origin.told)
+            entry.by_worker[whose] = with_told(entry.by_worker[whose], given.origin.told)
             entry.merged = None
 
     def _place(self, key: _Key, kind: str) -> _Key:
@@ -328,11 +329,6 @@ def _told_before(account: _Account, before: Any, item: Item, says: int) -> Numbe
     else:
         return None
     return told
-
-
-def _with_told(state: Any, told: Number) -> State:
-    given: State = state._replace(origin=state.origin._replace(told=told))
-    return given
 
 
 def snapshot_of(merged: Merged) -> Snapshot:

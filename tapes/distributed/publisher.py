@@ -25,6 +25,7 @@ from tapes.distributed.messages import Item, Update
 from tapes.distributed.producers import Producers
 from tapes.distributed.wire import encode
 from tapes.metrics import Metric, State, Timer
+from tapes.metrics.origin import with_told
 from tapes.naming import Labels
 from tapes.registry import Registry
 
@@ -203,10 +204,9 @@ class Outbox:
 
 def _told(item: Item, published: Any) -> Item:
     """Return ``item`` with what the state ``published`` counts as told."""
-    state: Any = item.state
     if published is None or item.kind == "gauge":
         return item
-    return item._replace(state=state._replace(origin=state.origin._replace(told=published.counted)))
+    return item._replace(state=with_told(item.state, published.counted))
 
 
 class Publisher:

@@ -30,6 +30,7 @@ from typing import Any, ClassVar, Protocol, cast
 
 from tapes.clock import Clock
 from tapes.errors import safe_text
+from tapes.metrics.origin import with_told
 from tapes.naming import Labels
 from tapes.snapshot import Series
 from tapes.sums import LARGE, Number
@@ -159,7 +160,7 @@ class Metric:
             told = state.counted
             while True:
                 before = self._state
-                noted = before._replace(origin=before.origin._replace(told=told))
+                noted = with_told(before, told)
                 if self._state is before:
                     self._state = noted
                     break

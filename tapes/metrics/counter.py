@@ -46,8 +46,8 @@ class CounterState(NamedTuple):
         """Return what a reader sees."""
         up, down = self.up.value, self.down.value
         if not down:
-            return CounterSeries(labels, up, up, False, *self.origin)
-        return CounterSeries(labels, self.counted, up, True, *self.origin)
+            return CounterSeries(labels, up, up, False, self.origin.created)
+        return CounterSeries(labels, self.counted, up, True, self.origin.created)
 
 
 class Counter(Metric):

@@ -42,7 +42,7 @@ class HistogramState(NamedTuple):
 
     def series(self, labels: Labels, tick: int) -> HistogramSeries:
         """Return what a reader sees."""
-        return HistogramSeries(labels, self.sketch.lifetime, self.sketch.recent, *self.origin)
+        return HistogramSeries(labels, self.sketch.lifetime, self.sketch.recent, self.origin.created)
 
 
 class Histogram(Metric):

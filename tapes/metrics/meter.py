@@ -47,7 +47,7 @@ class MeterState(NamedTuple):
     def series(self, labels: Labels, tick: int) -> MeterSeries:
         """Return what a reader sees as of ``tick``."""
         m1, m5, m15 = self.rates.read(tick)
-        return MeterSeries(labels, self.count.value, m1, m5, m15, *self.origin)
+        return MeterSeries(labels, self.count.value, m1, m5, m15, self.origin.created)
 
 
 class Ticking(Metric):

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tapes.clock import wall
 from tapes.sums import Number, Total
 
-__all__ = ["NOWHERE", "Origin"]
+__all__ = ["NOWHERE", "Origin", "with_told"]
 
 
 class Origin(NamedTuple):
@@ -45,3 +45,8 @@ class Origin(NamedTuple):
 
 
 NOWHERE = Origin()
+
+
+def with_told(state: Any, told: Number) -> Any:
+    """Return ``state``, of any kind that counts, with ``told`` as what was told of it before."""
+    return state._replace(origin=state.origin._replace(told=told))

@@ -53,7 +53,7 @@ class TimerState(NamedTuple):
     def series(self, labels: Labels, tick: int) -> TimerSeries:
         """Return what a reader sees as of ``tick``."""
         m1, m5, m15 = self.rates.read(tick)
-        return TimerSeries(labels, m1, m5, m15, self.sketch.lifetime, self.sketch.recent, *self.origin)
+        return TimerSeries(labels, m1, m5, m15, self.sketch.lifetime, self.sketch.recent, self.origin.created)
 
 
 class Timer(Ticking):

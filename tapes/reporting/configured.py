@@ -12,7 +12,7 @@ from tapes.reporting.base import Reporter
 from tapes.reporting.http import HTTPReporter
 from tapes.reporting.statsd import StatsdReporter
 
-__all__ = ["HTTP", "STATSD", "http_reporter", "reporters_from", "statsd_reporter"]
+__all__ = ["HTTP", "STATSD", "reporters_from"]
 
 HTTP, STATSD = "TAPES_HTTP", "TAPES_STATSD"
 
@@ -25,11 +25,11 @@ def reporters_from(environment: Mapping[str, str]) -> list[Reporter]:
     Raises:
         InvalidArgument: If one of them can't be understood.
     """
-    makers = {HTTP: http_reporter, STATSD: statsd_reporter}
+    makers = {HTTP: _http, STATSD: _statsd}
     return [make(environment[name]) for name, make in makers.items() if environment.get(name)]
 
 
-def http_reporter(address: str) -> Reporter:
+def _http(address: str) -> Reporter:
     """Return the reporter of ``[HOST:]PORT``; raises `InvalidArgument` if it can't be understood."""
     host, _, port = address.rpartition(":")
     try:
@@ -40,7 +40,7 @@ def http_reporter(address: str) -> Reporter:
         raise InvalidArgument(HTTP, got=address, expected="PORT or HOST:PORT") from None
 
 
-def statsd_reporter(address: str) -> Reporter:
+def _statsd(address: str) -> Reporter:
     """Return the reporter of ``[tcp://]HOST[:PORT]`` or ``unix:///PATH``, with options after a ``?``.
 
     Raises:

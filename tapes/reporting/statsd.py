@@ -24,7 +24,6 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from tapes.clock import tick_at
 from tapes.errors import InvalidArgument, TapesError
 from tapes.naming import Labels
 from tapes.registry import Registry
@@ -259,19 +258,14 @@ def _counts(registry: Registry, snapshot: Snapshot) -> Iterator[tuple[_Key, str,
     """Yield what this process has to account for: a series, the field of its count, and what it stands at."""
     connection = registry.connection
     is_aggregator = connection is not None and connection.is_aggregator
-    every: Iterable[tuple[str, str, Any]]
+    every: Iterable[tuple[str, str, Labels, Any]] = registry.collect()
     if is_aggregator:
-        every = ((family.kind, family.name, series) for family in snapshot for series in family.series)
-    else:
-        tick = tick_at(registry.clock())
-        collected = registry.collect()
-        every = ((kind, name, state.series(labels, tick)) for kind, name, labels, state in collected)
-    for kind, name, series in every:
+        every = ((f.kind, f.name, *series) for f in snapshot for series in zip(f.labels, f.states))
+    for kind, name, labels, state in every:
         if kind != "gauge":
-            field, counted = ("", series.value) if kind == "counter" else ("count", series.count)
-            total = series.total if kind == "counter" else counted
-            origin = (series.told, 0.0) if is_aggregator else (0, series.created)
-            yield (name, series.labels), field, _Told(counted, total, *origin)
+            field, total = ("", state.up.value) if kind == "counter" else ("count", state.counted)
+            origin = (state.origin.told, 0.0) if is_aggregator else (0, state.origin.created)
+            yield (name, labels), field, _Told(state.counted, total, *origin)
 
 
 def _standing(kind: str, series: Any) -> Iterator[tuple[str, Number]]:

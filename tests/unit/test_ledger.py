@@ -295,8 +295,8 @@ def test_each_shows_who_speaks_and_within_the_limit():
 
 def new_to(ledger, name="c"):
     """How much of a count no aggregator was told before."""
-    series = ledger.snapshot(200).get(name)
-    return series.value - series.told
+    (state,) = ledger.snapshot(200).family(name).states
+    return state.counted - state.origin.told
 
 
 def test_what_another_aggregator_was_told_is_known_of_every_worker():
@@ -315,7 +315,7 @@ def test_what_another_aggregator_was_told_is_known_of_every_worker():
     workers[1].registry.counter("c").increment(5)
     ledger.apply(workers[1].update(base=1))
     assert (value(ledger), new_to(ledger)) == (32, 8)
-    assert ledger.snapshot(200).series("m")[0].told == 0
+    assert ledger.snapshot(200).family("m").states[0].origin.told == 0
 
 
 def test_a_question_that_comes_first_does_not_make_it_new():
