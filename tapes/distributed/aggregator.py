@@ -31,9 +31,10 @@ from tapes.distributed.lease import Lease
 from tapes.distributed.ledger import Ledger
 from tapes.distributed.messages import Goodbye, Hello, Item, Read, Reply, Update
 from tapes.distributed.processes import ProcessWatch
+from tapes.distributed.sockets import bind
 from tapes.distributed.wills import Wills
-from tapes.distributed.wire import MAX_BYTES, decode, encode
-from tapes.errors import AddressError, AddressInUse, WireError
+from tapes.distributed.wire import decode, encode
+from tapes.errors import AddressError, WireError
 from tapes.exposition import FORMS, write
 from tapes.metrics import Counter, Gauge, Timer
 from tapes.registry import Registry
@@ -146,7 +147,7 @@ class Aggregator:
             stack.callback(self._clear_away, lock)
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             stack.callback(context.destroy, linger=0)
-            updates, questions = self._bind(context)
+            updates, questions = bind(context, self._endpoints)
             stack.enter_context(self._signals())
             started: list[Reporter] = []
             stack.callback(_stop, started)
@@ -169,31 +170,6 @@ class Aggregator:
         self._lease.tell()
         with contextlib.suppress(OSError):
             self._wake_sender.send(b"x")
-
-    def _bind(self, context: zmq.Context[Any]) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-        updates = context.socket(zmq.SUB)
-        updates.setsockopt(zmq.SUBSCRIBE, b"")
-        questions = context.socket(zmq.ROUTER)
-        umask = os.umask(0o077)
-        try:
-            for endpoint, bound in (
-                (self._endpoints.publish, updates),
-                (self._endpoints.read, questions),
-            ):
-                bound.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
-                bound.setsockopt(zmq.LINGER, 0)
-                bound.setsockopt(zmq.IPV6, int("[" in endpoint))
-                try:
-                    bound.bind(endpoint)
-                except zmq.ZMQError as error:
-                    kind = AddressInUse if error.errno == zmq.EADDRINUSE else AddressError
-                    raise kind(
-                        f"the aggregator can't bind {endpoint} ({error.strerror})",
-                        remedy="choose another address, or stop what listens there",
-                    ) from None
-        finally:
-            os.umask(umask)
-        return updates, questions
 
     def _leave(self, updates: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> bool:
         """Return whether it may leave: nobody is joining, and nobody has since the lease was over."""

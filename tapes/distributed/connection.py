@@ -32,7 +32,8 @@ from tapes.distributed.address import Endpoints, resolve
 from tapes.distributed.ledger import snapshot_of
 from tapes.distributed.messages import Goodbye, Hello, Merged, Read, Reply, Update
 from tapes.distributed.publisher import Outbox, Publisher
-from tapes.distributed.wire import MAX_BYTES, decode, encode
+from tapes.distributed.sockets import new_reader
+from tapes.distributed.wire import decode, encode
 from tapes.endings import GOODBYE, at_end
 from tapes.environment import is_disabled
 from tapes.errors import AggregatorUnavailable, InvalidArgument, WireError
@@ -290,7 +291,7 @@ class AggregatorConnection(Connection):
     def _on_a_reader(self, talk: Callable[[zmq.Socket[bytes], float], T], deadline: float) -> T:
         """Return what ``talk`` returns, given a socket that nobody else uses."""
         try:
-            reader = self._readers.pop() if self._readers else _new_reader(self._context, self.endpoints)
+            reader = self._readers.pop() if self._readers else new_reader(self._context, self.endpoints)
             try:
                 result = talk(reader, deadline)
             except BaseException:
@@ -322,23 +323,12 @@ def stay_for(endpoints: Endpoints, *processes: forks.Process) -> bool:
     try:
         hello = Hello(1, forks.host(), processes)
         deadline = time.monotonic() + TIMEOUT_SECONDS
-        with contextlib.closing(_new_reader(context, endpoints)) as reader:
+        with contextlib.closing(new_reader(context, endpoints)) as reader:
             return _exchange(endpoints, reader, hello, deadline).status == "ok"
     except (AggregatorUnavailable, WireError, zmq.ZMQError):
         return False
     finally:
         context.destroy(linger=0)
-
-
-def _new_reader(context: zmq.Context[zmq.Socket[bytes]], endpoints: Endpoints) -> zmq.Socket[bytes]:
-    reader = context.socket(zmq.DEALER)
-    for option, value in (
-        (zmq.IMMEDIATE, 1), (zmq.LINGER, 0), (zmq.MAXMSGSIZE, MAX_BYTES),
-    ):  # fmt: skip
-        reader.setsockopt(option, value)
-    reader.setsockopt(zmq.IPV6, int("[" in endpoints.read))
-    reader.connect(endpoints.read)
-    return reader
 
 
 def _exchange(endpoints: Endpoints, reader: zmq.Socket[bytes], question: Question, deadline: float) -> Reply:

@@ -6,8 +6,10 @@ Workers send
     Read      a question, with an update of what the asker holds
     Hello     which processes to stay for
     Goodbye   a worker's last update
+    HandOver  a request to make room for an aggregator of a newer version
 
-and get a `Reply`. A `Merged` is the payload of a reply to a reader that wants the states themselves.
+and get a `Reply`. A `Merged` is the payload of a reply to a reader that wants the states themselves. To the
+one that takes its place after a crash, an aggregator leaves a `Journal` and its `Record` s.
 
 An update has a sequence number, and says after which earlier one it continues (``base``; 0 for a *keyframe*,
 which has every series). States are cumulative, so the newest of a series supersedes all before it. Numbers
@@ -26,7 +28,8 @@ from tapes.naming import Labels
 from tapes.snapshot import Description
 
 __all__ = [
-    "Descriptions", "Goodbye", "Hello", "Item", "Merged", "Message", "Read", "Reply", "Update",
+    "NOBODY", "Descriptions", "Goodbye", "HandOver", "Hello", "Item", "Journal", "Merged", "Message",
+    "Read", "Record", "Reply", "Update",
 ]  # fmt: skip
 
 Descriptions = dict[str, Description]
@@ -89,6 +92,16 @@ class Goodbye(NamedTuple):
     update: Update
 
 
+class HandOver(NamedTuple):
+    """A request to write down everything and leave, as an aggregator of ``version`` is about to start.
+
+    Its layout never changes, so that every older version understands it.
+    """
+
+    correlation: int
+    version: int
+
+
 class Reply(NamedTuple):
     """An answer.
 
@@ -112,4 +125,45 @@ class Merged(NamedTuple):
     descriptions: Descriptions
 
 
-Message = Union[Update, Read, Hello, Goodbye, Reply, Merged]
+class Journal(NamedTuple):
+    """What an aggregator knows, but the series; those are in the records that follow.
+
+    Attributes:
+        host: Where the pids mean something.
+        owners: The processes that it serves.
+        reporters: How its reporters are configured, if by the environment.
+        retired: How many workers have left.
+        left: Whose words are not to be heard again: workers that have left lately.
+        descriptions: Of all names.
+        max_series: How many label sets a name may have.
+    """
+
+    host: str
+    owners: tuple[Process, ...]
+    reporters: tuple[tuple[str, str], ...]
+    retired: int
+    left: tuple[bytes, ...]
+    descriptions: Descriptions
+    max_series: int
+
+
+class Record(NamedTuple):
+    """Series of one worker, or of the total of all that have left.
+
+    Attributes:
+        update: What it said; under the identity `NOBODY` for the total.
+        silent: Whether it is known only by what its descendants say of it.
+        ancestors: The identities of whom it descends from.
+        seqs: The number of the update that brought each series.
+    """
+
+    update: Update
+    silent: bool = False
+    ancestors: tuple[bytes, ...] = ()
+    seqs: tuple[int, ...] = ()
+
+
+NOBODY = bytes(16)
+"""The identity of no worker: the aggregator itself, and the total of those that have left."""
+
+Message = Union[Update, Read, Hello, Goodbye, HandOver, Reply, Merged, Journal, Record]

@@ -4,10 +4,6 @@ A thread sends an update at most every 0.1 s, and a keyframe whenever a subscrip
 start or restart of an aggregator. It limits itself to a twentieth of its time. It never blocks the
 application: a full queue means that what changed is sent next time, with what changed since. Where no thread
 can be relied on (uWSGI without ``enable-threads``, or with ``threads``) the end of every request sends.
-
-0MQ settings, and why: ``IMMEDIATE``, as otherwise an XPUB that connects notices neither the death nor the
-return of its subscriber; ``XPUB_NODROP`` and a short queue, as otherwise a full queue drops the newest
-message without a word; ``XPUB_VERBOSE``, so that a second subscription is seen while the first still lingers.
 """
 
 from __future__ import annotations
@@ -23,6 +19,7 @@ import zmq
 from tapes import forks, threads
 from tapes.distributed.messages import Item, Update
 from tapes.distributed.producers import Producers
+from tapes.distributed.sockets import new_publisher
 from tapes.distributed.wire import encode
 from tapes.metrics import Metric, State, Timer
 from tapes.metrics.origin import with_told
@@ -43,7 +40,6 @@ _SHARE = 20
 _LONELY_SECONDS = 5.0
 """So long without an aggregator is worth a warning, once."""
 _SUBSCRIPTION_MILLISECONDS = 100
-_QUEUE = 4
 
 _log = logging.getLogger("tapes.distributed")
 
@@ -215,14 +211,7 @@ class Publisher:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoints: Endpoints, outbox: Outbox):
         self._context = context
         self._outbox = outbox
-        self._socket = context.socket(zmq.XPUB)
-        for option, value in (
-            (zmq.IMMEDIATE, 1), (zmq.XPUB_NODROP, 1), (zmq.XPUB_VERBOSE, 1),
-            (zmq.SNDHWM, _QUEUE), (zmq.LINGER, 0),
-        ):  # fmt: skip
-            self._socket.setsockopt(option, value)
-        self._socket.setsockopt(zmq.IPV6, int("[" in endpoints.publish))
-        self._socket.connect(endpoints.publish)
+        self._socket = new_publisher(context, endpoints)
         self._subscribed = False
         self._keyframe_due = False
         self._failed = False
@@ -360,9 +349,11 @@ class Publisher:
                 message = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._subscribed = self._keyframe_due = message[:1] == b"\x01"
-            if self._subscribed:
-                self._outbox.begin_anew()
+            subscribes, topic = message[:1] == b"\x01", message[1:]
+            if not topic:
+                self._subscribed = self._keyframe_due = subscribes
+                if subscribes:
+                    self._outbox.begin_anew()
 
     def _send(self, update: Update) -> bool:
         try:

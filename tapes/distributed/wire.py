@@ -2,6 +2,14 @@
 
 A message is one MessagePack array: wire version, type, fields.
 
+Versions. A release reads its own version and the one before, and answers in the version that it was asked in,
+so the workers of the release before it go on. What an older aggregator can't read is refused; a newer worker
+asks it to hand over, by the one message whose layout is the same in every version (`HandOver`). Who changes a
+layout raises `VERSION`, and has the functions here read the former layout too.
+
+    1   the first
+    2   HandOver, Journal and Record are new; all else is as in 1
+
 `decode` returns a valid message or raises `WireError`, whatever it is given: every field is checked for type
 and range, and what belongs together must agree (the counts of a sketch's bins add up to its count).
 
@@ -21,11 +29,14 @@ from tapes.bins import MAX_KEY
 from tapes.distributed.messages import (
     Descriptions,
     Goodbye,
+    HandOver,
     Hello,
     Item,
+    Journal,
     Merged,
     Message,
     Read,
+    Record,
     Reply,
     Update,
 )
@@ -48,19 +59,25 @@ from tapes.sketch import EMPTY, Sketch, counts_array
 from tapes.snapshot import Description
 from tapes.sums import Number, Total
 
-__all__ = ["MAX_BYTES", "VERSION", "decode", "encode"]
+__all__ = ["MAX_BYTES", "VERSION", "decode", "encode", "version_to_answer"]
 
-VERSION = 1
+VERSION = 2
 MAX_BYTES = 64 << 20
 """A longer message is dropped by the socket."""
 
 
-def encode(message: Message) -> bytes:
-    """Return ``message`` as bytes."""
+def encode(message: Message, version: int | None = None) -> bytes:
+    """Return ``message`` as bytes, for who speaks ``version``; by default `VERSION`."""
     name = type(message).__name__
     fields = [_plain_field(value) for value in message]
-    packed: bytes = msgpack.packb([VERSION, name, *fields], unicode_errors="surrogatepass")
+    head = [VERSION if version is None else version, name]
+    packed: bytes = msgpack.packb(head + fields, unicode_errors="surrogatepass")
     return packed
+
+
+def version_to_answer(question: bytes) -> int:
+    """Return the version in which who sent ``question`` understands an answer."""
+    return VERSION - 1 if question[1:2] == bytes([VERSION - 1]) else VERSION
 
 
 def decode(data: bytes) -> Message:
@@ -72,8 +89,8 @@ def decode(data: bytes) -> Message:
     try:
         plain = msgpack.unpackb(data, max_map_len=0, max_ext_len=0, unicode_errors="surrogatepass")
         version, name, *fields = _list(plain)
-        if version != VERSION:
-            raise WireError("the message's version", got=version, expected=str(VERSION))
+        if version not in (VERSION, VERSION - 1) and name != HandOver.__name__:
+            raise WireError("the message's version", got=version, expected=f"{VERSION - 1} or {VERSION}")
         return _MESSAGES[_text(name)](*fields)
     except WireError:
         raise
@@ -264,8 +281,17 @@ _STATES: dict[str, Callable[[Any], State]] = {
 assert _STATES.keys() == _PLAIN.keys() == KINDS.keys()
 
 
+def _identity(plain: Any) -> bytes:
+    _check(len(_bytes(plain)) == 16, "an identity that is not sixteen bytes")
+    return plain  # type: ignore[no-any-return]
+
+
+def _pairs(plain: Any) -> tuple[tuple[str, str], ...]:
+    return tuple((_text(name), _text(value)) for name, value in _list(plain))
+
+
 def _labels(plain: Any) -> Labels:
-    labels = tuple((_text(name), _text(value)) for name, value in _list(plain))
+    labels = _pairs(plain)
     names = [name for name, _ in labels]
     _check(names == sorted(set(names)), "labels out of order")
     return labels
@@ -289,7 +315,7 @@ def _descriptions(plain: Any) -> Descriptions:
 
 def _update(*fields: Any) -> Update:
     identity, process, host, seq, base, items, descriptions, ancestors, max_series = fields
-    _check(len(_bytes(identity)) == 16, "an identity that is not sixteen bytes")
+    _identity(identity)
     _check(_whole(base) < _whole(seq, 1), "an update that continues itself")
     return Update(
         identity, _process(process), _text(host), seq, base, _items(items), _descriptions(descriptions),
@@ -301,6 +327,22 @@ def _ancestor(plain: Any) -> Update:
     fields = _list(plain)
     _check(len(fields) == 9 and fields[7] == [], "an ancestor with ancestors")
     return _update(*fields)
+
+
+def _journal(*fields: Any) -> Journal:
+    host, owners, reporters, retired, left, descriptions, max_series = fields
+    return Journal(
+        _text(host), tuple(map(_process, _list(owners))), _pairs(reporters), _whole(retired),
+        tuple(map(_identity, _list(left))), _descriptions(descriptions), _whole(max_series, 1),
+    )  # fmt: skip
+
+
+def _record(update: Any, silent: Any, ancestors: Any, seqs: Any) -> Record:
+    decoded = _update(*_list(update))
+    _check(type(silent) is bool, "something that is neither true nor false")
+    known = tuple(map(_whole, _list(seqs)))
+    _check(len(known) == len(decoded.items), "series that do not match")
+    return Record(decoded, silent, tuple(map(_identity, _list(ancestors))), known)
 
 
 def _process(plain: Any) -> Process:
@@ -315,8 +357,11 @@ _MESSAGES: dict[str, Callable[..., Message]] = {
     "Hello": lambda correlation, host, processes: Hello(
         _whole(correlation), _text(host), tuple(map(_process, _list(processes)))
     ),
+    "HandOver": lambda correlation, version: HandOver(_whole(correlation), _whole(version)),
     "Goodbye": lambda correlation, update: Goodbye(_whole(correlation), _update(*_list(update))),
     "Reply": lambda correlation, status, payload: Reply(_whole(correlation), _text(status), _bytes(payload)),
+    "Journal": _journal,
+    "Record": _record,
     "Merged": lambda tick, items, descriptions: Merged(
         _whole(tick), _items(items), _descriptions(descriptions)
     ),
