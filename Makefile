@@ -4,7 +4,9 @@
 #   make test     linters, types, floors and all tests; what CI runs
 #   make check    linters, types and floors alone
 #   make pythons  the tests of the core on every Python on the machine, CPython and PyPy
+#   make fuzz     a million odd messages to what decodes them, in about ten minutes
 #   make bench    speed and memory beside prometheus_client and others; writes docs/benchmarks.md
+#   make scale    what one aggregator sustains, in time and memory; writes docs/scale.md
 #   make docs     the documentation, in docs/_build/html
 #   make suites   the test suites of Flask, Werkzeug, Starlette and Tornado, bare and with the adapters
 
@@ -16,7 +18,7 @@ DEV_STAMP := $(VENV)/.dev-installed
 BENCH_STAMP := $(VENV)/.bench-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check pythons bench docs suites clean
+.PHONY: demo test check pythons fuzz bench scale docs suites clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_STAMP)
@@ -34,8 +36,14 @@ check: $(DEV_STAMP)
 pythons:
 	@$(PYTHON) tests/interpreters.py
 
+fuzz: $(DEV_STAMP)
+	$(BIN)/python -m tests.fuzz --messages 1000000
+
 bench: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/run.py
+
+scale: $(BENCH_STAMP)
+	$(BIN)/python benchmarks/scale.py
 
 docs: $(DEV_STAMP)
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build/html

@@ -32,6 +32,7 @@ __all__ = [
     "describe",
     "gauge",
     "get_stats",
+    "get_stats_async",
     "histogram",
     "join",
     "meter",
@@ -45,6 +46,7 @@ counter = default_registry.counter
 describe = default_registry.describe
 gauge = default_registry.gauge
 get_stats = default_registry.get_stats
+get_stats_async = default_registry.get_stats_async
 histogram = default_registry.histogram
 meter = default_registry.meter
 timer = default_registry.timer

@@ -31,10 +31,10 @@ from typing import NamedTuple
 
 from tapes.clock import TICK_SECONDS
 
-__all__ = ["MINUTES", "Rates"]
+__all__ = ["MINUTES", "MOST_EVENTS", "Rates"]
 
 MINUTES = (1, 5, 15)
-_MOST_EVENTS = 1e300
+MOST_EVENTS = 1e300
 """More events a tick are counted as so many in the rates, which thus stay finite."""
 _KEEP_EXPONENTS = tuple(-TICK_SECONDS / 60.0 / minutes for minutes in MINUTES)
 
@@ -64,7 +64,7 @@ class Rates(NamedTuple):
     def mark(self, events: float, tick: int) -> Rates:
         """Return the state with ``events`` added in the interval that ``tick`` opened."""
         now = self.advance(tick)
-        events = min(now.pending + float(min(events, _MOST_EVENTS)), _MOST_EVENTS)
+        events = min(now.pending + float(min(events, MOST_EVENTS)), MOST_EVENTS)
         return Rates(now.tick, events, now.linear, now.first, now.first_count)
 
     def advance(self, tick: int) -> Rates:
@@ -101,8 +101,12 @@ class Rates(NamedTuple):
         first = min(state.first for state in every)
         return Rates(
             tick,
-            sum((state.pending for state in every), 0.0),
-            tuple(map(sum, zip(*(state.linear for state in every)))),
+            _within(sum(state.pending for state in every)),
+            tuple(_within(sum(rates)) for rates in zip(*(state.linear for state in every))),
             first,
-            sum((state.first_count for state in every if state.first == first), 0.0),
+            _within(sum(state.first_count for state in every if state.first == first)),
         )
+
+
+def _within(events: float) -> float:
+    return min(float(events), MOST_EVENTS)

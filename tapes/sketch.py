@@ -37,10 +37,13 @@ from tapes.clock import TICK_SECONDS
 from tapes.sums import Number, exact_sum, sum_of_batch
 from tapes.view import Bins, View
 
-__all__ = ["EMPTY", "PENDING", "Sketch", "counts_array"]
+__all__ = ["EMPTY", "MOST_VALUES", "PENDING", "Sketch", "counts_array"]
 
 PENDING = 4096
 """So many pending keys are counted at once, and two more for each fresh count that is there already."""
+
+MOST_VALUES = (1 << 64) - 1
+"""The arrays have no room for more."""
 
 _FEW = 8
 """Fresh keys are few where there are so many bins for each."""
@@ -212,6 +215,8 @@ class Sketch(NamedTuple):
         full = [sketch for sketch in sketches if sketch.count]
         if len(full) < 2:
             return full[0].settled() if full else EMPTY
+        if sum(sketch.count for sketch in full) > MOST_VALUES:  # somebody lies; it must not break the rest
+            return max(full).settled()
         tick = max(sketch.tick for sketch in full)
         counts: dict[int, int] = {}
         weights: dict[int, float] = {}

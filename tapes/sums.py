@@ -98,7 +98,10 @@ class Total(NamedTuple):
 
     def add(self, values: list[Number]) -> Total:
         """Return this total with finite ``values`` added."""
-        total = sum(values)
+        try:
+            total = sum(values)
+        except OverflowError:  # a whole number that no float can hold, and floats
+            total = 0.0
         if type(total) is int:
             return self._replace(whole=self.whole + total)
         whole = sum(value for value in values if isinstance(value, int))

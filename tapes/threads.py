@@ -11,7 +11,7 @@ import sys
 import threading
 from typing import Any, Callable, TypeVar
 
-__all__ = ["RLock", "Worker", "aside", "can_be_relied_on", "is_patched", "real"]
+__all__ = ["RLock", "Worker", "aside", "beside_the_loop", "can_be_relied_on", "is_patched", "real"]
 
 T = TypeVar("T")
 
@@ -36,6 +36,18 @@ def aside(function: Callable[[], T]) -> T:
         return function()
     gevent: Any = importlib.import_module("gevent")
     result: T = gevent.get_hub().threadpool.apply(function)
+    return result
+
+
+async def beside_the_loop(function: Callable[[], T]) -> T:
+    """Return what ``function`` returns; it runs in a thread, and the event loop goes on."""
+    anyio: Any = sys.modules.get("anyio")
+    if anyio is None:
+        asyncio: Any = importlib.import_module("asyncio")
+        result: T = await asyncio.get_running_loop().run_in_executor(None, function)
+    else:  # it knows which loop this is; the application's own threads are not taken
+        run: Any = importlib.import_module("anyio.to_thread")
+        result = await run.run_sync(function, limiter=anyio.CapacityLimiter(1))
     return result
 
 

@@ -6,8 +6,14 @@
 Messages carry cumulative state, so a lost, repeated or reordered one does no harm.
 """
 
-from tapes.errors import MissingExtra
+from tapes.errors import AggregatorUnavailable, MissingExtra
 
+try:
+    import fcntl as _fcntl  # noqa: F401
+except ModuleNotFoundError:
+    raise AggregatorUnavailable(
+        "tapes connects processes on Unix only", remedy="on Windows every process answers for itself"
+    ) from None
 try:
     import msgpack as _msgpack  # noqa: F401
     import zmq as _zmq  # noqa: F401

@@ -4,6 +4,8 @@ An address names two endpoints: the one that states are published to, and, deriv
 reads (``….read`` beside an IPC socket, the next port for TCP). ZeroMQ checks little of this itself: it
 truncates long paths, steals the socket of a living server, replaces plain files, and resolves relative paths
 anew after each ``chdir``. Hence the checks here.
+
+The kernel guards the file of an IPC socket. TCP has no such guard: see `tapes.distributed.curve`.
 """
 
 from __future__ import annotations
@@ -11,14 +13,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import stat
 import sys
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import NamedTuple
 
+from tapes.distributed.curve import HOW_TO_MAKE_ONE, KeyFile
 from tapes.errors import AddressError, AddressInUse
 
-__all__ = ["DEFAULT_ADDR", "Endpoints", "Lock", "is_served", "resolve", "unlock"]
+__all__ = ["DEFAULT_ADDR", "Endpoints", "Lock", "is_served", "misses_aggregator", "resolve", "unlock"]
 
 
 class _DefaultAddress(str):
@@ -33,8 +37,10 @@ DEFAULT_ADDR: str = _DefaultAddress("ipc://tapes_metrics.ipc")
 _MAX_PATH_BYTES = 103 if sys.platform == "darwin" else 107
 """What fits into ``sockaddr_un``; Linux has 108 bytes, one of them for the final zero."""
 
+_NAME = re.compile(r"(?!(.*\.)?(\d+|0x[\da-f]*)\.?$)[\w.-]+", re.ASCII | re.IGNORECASE)
+"""A host's name; resolvers take what ends in a number for an address, ``0`` and ``127.1`` too."""
 
-_LOCK = ".lock"
+_JOINED = b"joined"
 
 
 class Endpoints(NamedTuple):
@@ -44,24 +50,41 @@ class Endpoints(NamedTuple):
         publish: Where states are published to; also the address as a whole.
         read: Where reads and goodbyes are sent to.
         path: The socket's file, or ``None`` where there is none.
+        key: The file of the key that both ends have to hold, or ``None`` for none.
     """
 
     publish: str
     read: str
     path: str | None
+    key: KeyFile | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
         """The files that ZeroMQ makes for these endpoints."""
         return (self.path, self.path + ".read") if self.path else ()
 
+    @property
+    def lock(self) -> str | None:
+        """The file that the aggregator has locked while it lives, or ``None`` where there is none."""
+        return self.path + ".lock" if self.path else None
+
+    def ready(self) -> Endpoints:
+        """Return these, of which the key file was read and is in order.
+
+        Raises:
+            AddressError: If it isn't.
+        """
+        if self.key is not None:
+            self.key.pair()
+        return self
+
 
 def resolve(addr: str | None) -> Endpoints:
     """Return the endpoints of ``addr``, made absolute against the working directory of now.
 
     Args:
-        addr: ``ipc://PATH``, or ``tcp://HOST:PORT`` on loopback; `DEFAULT_ADDR` or ``None`` for
-            ``TAPES_ADDR``.
+        addr: ``ipc://PATH``, or ``tcp://HOST:PORT``, beyond loopback with ``TAPES_CURVE_KEY`` only;
+            `DEFAULT_ADDR` or ``None`` for ``TAPES_ADDR``.
 
     Raises:
         AddressError: If the address can't be used.
@@ -98,39 +121,76 @@ def _ipc(addr: str, path: str) -> Endpoints:
 
 def _tcp(addr: str, rest: str) -> Endpoints:
     host, _, port = rest.rpartition(":")
-    bare = host.strip("[]")
-    try:
-        loopback = bare == "localhost" or ip_address(bare).is_loopback
-    except ValueError:
-        loopback = False
-    if not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65535:
+    if not (port.isascii() and port.isdigit() and len(port) <= 5) or not 0 < int(port) < 65535:
         raise AddressError(
             "the aggregator's port can't be used", got=addr, expected="a number from 1 to 65534"
         )
-    if not loopback:
+    ip = _ip(host)
+    if host == "*" or (ip is not None and ip.is_unspecified):
         raise AddressError(
-            "the aggregator listens on this machine only",
+            "workers can't connect to a wildcard",
             got=addr,
-            expected="a loopback address such as tcp://127.0.0.1:PORT",
+            expected="an address that they reach, such as tcp://127.0.0.1:PORT",
+            remedy="give the address of one of this machine's interfaces",
         )
-    return Endpoints(addr, f"tcp://{host}:{int(port) + 1}", None)
+    if ip is None and not _NAME.fullmatch(host):
+        raise AddressError(
+            "the aggregator's host can't be used",
+            got=addr,
+            expected="an IPv4 address, an IPv6 address in brackets, or a host's name",
+        )
+    key = KeyFile.told()
+    if key is None and not (host == "localhost" if ip is None else ip.is_loopback):
+        raise AddressError(
+            "without a key the aggregator listens on this machine only",
+            got=addr,
+            expected="a loopback address such as tcp://127.0.0.1:PORT, or a key file in TAPES_CURVE_KEY",
+            remedy=HOW_TO_MAKE_ONE,
+        )
+    return Endpoints(addr, f"tcp://{host}:{int(port) + 1}", None, key)
+
+
+def _ip(host: str) -> IPv4Address | IPv6Address | None:
+    """Return the IP address that ``host`` is, if it is one: the IPv4 address, where it is an IPv6 one's."""
+    bracketed = host.startswith("[") and host.endswith("]")
+    try:
+        ip = ip_address(host[1:-1] if bracketed else host)
+    except ValueError:
+        return None
+    if ip.version == 6:
+        return (ip.ipv4_mapped or ip) if bracketed else None
+    return ip
 
 
 def is_served(endpoints: Endpoints) -> bool:
     """Return whether an aggregator lives there, as its lock tells; ``False`` where there is no file."""
-    if endpoints.path is None:
-        return False
+    return _holder_of(endpoints)[0]
+
+
+def misses_aggregator(endpoints: Endpoints) -> bool:
+    """Return whether an aggregator that workers start by themselves has died there, as its lock tells."""
+    lives, joined = _holder_of(endpoints)
+    return joined and not lives
+
+
+def _holder_of(endpoints: Endpoints) -> tuple[bool, bool]:
+    """Return whether somebody holds the lock, and whether who held it last was joined."""
+    if endpoints.lock is None:
+        return False, False
     try:
-        fd = os.open(endpoints.path + _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(endpoints.lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
-        return False
+        return False, False
     try:
+        joined = _JOINED in os.pread(fd, 40, 0)
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
+        return True, joined
+    except OSError:
+        return False, False
     finally:
         unlock(fd)
-    return False
+    return False, joined
 
 
 def unlock(fd: int) -> None:
@@ -146,13 +206,15 @@ def unlock(fd: int) -> None:
 class Lock:
     """Held by the one aggregator that serves an address; gone with it, however it ends.
 
-    A file beside the socket, locked with ``flock``; it holds the pid of the owner. An abstract socket or a
-    TCP port needs none: there the kernel refuses the second.
+    A file beside the socket, locked with ``flock``; it holds the pid of the owner, and whether workers are to
+    start another one when it dies. An abstract socket or a TCP port needs none: there the kernel refuses the
+    second.
     """
 
-    def __init__(self, endpoints: Endpoints) -> None:
+    def __init__(self, endpoints: Endpoints, *, joined: bool = False) -> None:
         self._endpoints = endpoints
-        self._path = endpoints.path + _LOCK if endpoints.path else None
+        self._path = endpoints.lock
+        self._joined = joined
         self._fd = -1
 
     def acquire(self) -> None:
@@ -169,7 +231,7 @@ class Lock:
                 self._fd = self._open(self._path)
             self._clear()
             os.ftruncate(self._fd, 0)
-            os.write(self._fd, b"%d\n" % os.getpid())
+            os.write(self._fd, b"%d\n%s" % (os.getpid(), _JOINED if self._joined else b""))
         except OSError as error:
             self.release()
             raise AddressError(
@@ -193,7 +255,7 @@ class Lock:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            owner = os.pread(fd, 20, 0).strip()
+            owner = os.pread(fd, 20, 0).partition(b"\n")[0]
             if owner and not owner.isdigit():
                 os.close(fd)
                 raise AddressError(
@@ -204,7 +266,7 @@ class Lock:
                 if os.path.samestat(os.fstat(fd), os.stat(path)):
                     return fd
         except BlockingIOError:
-            holder = os.read(fd, 20).decode("ascii", "replace").strip()
+            holder = os.read(fd, 20).decode("ascii", "replace").partition("\n")[0]
             os.close(fd)
             raise AddressInUse(
                 f"another aggregator{holder and f' (pid {holder})'} serves {self._endpoints.publish}",

@@ -1,10 +1,8 @@
-"""The aggregator: one loop that takes in updates, answers reads, and watches who lives.
+"""The aggregator: one loop that takes in updates, answers questions, and lives as long as it is needed.
 
-Publications are taken in before reads are answered, so that an answer has whatever arrived before the
-question. A message that is not one of ours is dropped, counted and logged; nothing a client sends ends the
-loop. Reporters run in threads of their own and read the ledger through an ordinary registry, which also holds
-the aggregator's own metrics: ``tapes.workers`` {state}, ``tapes.messages``, ``tapes.rejected``,
-``tapes.publish.lag`` (from the making of a publication to its arrival) and ``tapes.aggregator.memory``.
+Publications are taken in before questions are answered, so that an answer has whatever arrived before the
+question. Reporters run in threads of their own. What is done with the messages is in
+`tapes.distributed.bookkeeping`.
 """
 
 from __future__ import annotations
@@ -15,116 +13,59 @@ import os
 import resource
 import signal
 import socket
-import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Callable
 
 import zmq
 
-from tapes import forks
-from tapes.clock import monotonic, tick_at
-from tapes.connection import Connection
+from tapes.clock import monotonic
 from tapes.distributed import directory
 from tapes.distributed.address import Endpoints, Lock
+from tapes.distributed.bookkeeping import Bookkeeper
 from tapes.distributed.lease import Lease
-from tapes.distributed.ledger import Ledger
-from tapes.distributed.messages import Goodbye, Hello, Item, Read, Reply, Update
-from tapes.distributed.processes import ProcessWatch
 from tapes.distributed.sockets import bind
-from tapes.distributed.wills import Wills
-from tapes.distributed.wire import decode, encode
-from tapes.errors import AddressError, WireError
-from tapes.exposition import FORMS, write
-from tapes.metrics import Counter, Gauge, Timer
-from tapes.registry import Registry
+from tapes.errors import AddressError
 from tapes.reporting import Reporter
-from tapes.reporting.base import FAILED, SKIPPED
-from tapes.reporting.statsd import SENDS_FAILED
-from tapes.snapshot import Snapshot
+from tapes.reporting.configured import reporters_from
 
 __all__ = ["Aggregator"]
 
 _TURN_MILLISECONDS = 100
 _AT_ONCE = 200
 """So many publications are taken in before the loop looks at anything else."""
-_LAST_WORDS_SECONDS = 2.0
-"""So long after its death a worker's messages may still arrive."""
-_LAST_RECORD_SECONDS = 600.0
-"""So long a child may take that was forked from a dead process to tell what that had recorded."""
-_MOST_DEAD = 1000
-_OURSELVES = bytes(16)
-_WORKERS, _MEMORY = "tapes.workers", "tapes.aggregator.memory"
+_RECOVERY_SECONDS = 1.0
+"""So long it waits for workers to tell again what they stand at."""
 
 _log = logging.getLogger("tapes.distributed")
 
 
-class _MergedView(Connection):
-    """The connection of the registry that reporters read: it answers from the ledger."""
-
-    is_aggregator = True
-
-    def __init__(self, ledger: Ledger, registry: Registry) -> None:
-        self._ledger = ledger
-        self._registry = registry
-        self._seq = 0
-        self._lock = threading.Lock()
-        self._live, self._retired = (registry.own(Gauge, _WORKERS, state=s) for s in ("live", "retired"))
-        self._memory = registry.own(Gauge, _MEMORY)
-        registry.describe(
-            _WORKERS, "Worker processes that live, and that have left, since the aggregator began."
-        )
-        registry.describe(_MEMORY, "Resident memory of the aggregator.", unit="bytes")
-        registry.describe("tapes.messages", "Messages that the aggregator received.")
-        registry.describe("tapes.rejected", "Values and messages that were dropped.")
-        registry.describe("tapes.publish.lag", "From the making of a publication to its arrival.")
-        registry.describe("tapes.publish.duration", "What a worker spends on a publication.")
-        registry.describe(FAILED, "Reports that failed.")
-        registry.describe(SKIPPED, "Reports left out as the one before was not done.")
-        registry.describe(SENDS_FAILED, "Packets for StatsD that could not be sent.")
-
-    def snapshot(self) -> Snapshot:
-        self.include_ourselves()
-        return self._ledger.snapshot(tick_at(monotonic()))
-
-    def render(self, form: str) -> bytes:
-        if form == "states":
-            self.include_ourselves()
-            return encode(self._ledger.merged(tick_at(monotonic())))
-        return write(self.snapshot(), form)
-
-    def include_ourselves(self) -> None:
-        """Enter the aggregator's own metrics into the ledger."""
-        with self._lock:
-            self._live.set(self._ledger.living - (self._seq > 0))  # it is in the ledger itself
-            self._retired.set(self._ledger.retired)
-            self._memory.set(_resident_bytes())
-            self._seq += 1
-            items = [Item(*series) for series in self._registry.collect()]
-            described = self._registry.descriptions() if self._seq == 1 else {}
-            self._ledger.apply(Update(_OURSELVES, forks.this_process(), "", self._seq, 0, items, described))
-
-
 class Aggregator:
-    """Listens at ``endpoints``, lets ``reporters`` report the sum, and lives as long as ``lease`` says."""
+    """Listens at ``endpoints``, lets ``reporters`` report the sum, and lives as long as ``lease`` says.
+
+    Args:
+        endpoints, reporters, lease: See above.
+        reason: Why it was started, for the log.
+        configured: How the reporters are configured, if by the environment; for who takes its place.
+    """
 
     def __init__(
-        self, endpoints: Endpoints, reporters: Sequence[Reporter], lease: Lease, *, reason: str = ""
+        self,
+        endpoints: Endpoints,
+        reporters: Sequence[Reporter],
+        lease: Lease,
+        *,
+        reason: str = "",
+        configured: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._endpoints = endpoints
         self._reporters = reporters
         self._lease = lease
         self._reason = reason
-        self._ledger = Ledger()
-        self._wills = Wills(endpoints)
-        self._registry = Registry()
-        self._view = _MergedView(self._ledger, self._registry)
-        self._registry.connection = self._view
-        self._watches: dict[bytes, ProcessWatch] = {}
-        self._dead: dict[bytes, float] = {}
-        self._messages = self._registry.own(Counter, "tapes.messages")
-        self._lag = self._registry.own(Timer, "tapes.publish.lag")
-        self._host = forks.host()
+        self._books = Bookkeeper(endpoints, lease, configured)
+        self._deferred: list[tuple[list[bytes], bytes]] = []
+        self._leaves = False
         self._clearing = contextlib.ExitStack()
         self._wake_sender, self._wake_receiver = socket.socketpair()
         self._wake_sender.setblocking(False)
@@ -142,17 +83,22 @@ class Aggregator:
             stack.callback(self._wake_receiver.close)
             stack.callback(self._wake_sender.close)
             directory.restore(self._endpoints, directory.User.ourselves())
-            lock = Lock(self._endpoints)
+            lock = Lock(self._endpoints, joined=self._lease.is_joined)
             lock.acquire()
+            _allow_many_files()
             stack.callback(self._clear_away, lock)
+            before = self._books.restore()
+            if before and not self._reporters:
+                self._reporters = reporters_from(before)
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             stack.callback(context.destroy, linger=0)
             updates, questions = bind(context, self._endpoints)
             stack.enter_context(self._signals())
+            self._recover(updates, questions)
             started: list[Reporter] = []
             stack.callback(_stop, started)
             for reporter in self._reporters:
-                reporter.registry = self._registry
+                reporter.registry = self._books.registry
                 reporter.start()
                 started.append(reporter)
             _log.info(
@@ -161,7 +107,7 @@ class Aggregator:
             )  # fmt: skip
             ready()
             while True:
-                self._serve(updates, questions)
+                self._serve(updates, questions, self._is_over)
                 if self._leave(updates, questions):
                     return
 
@@ -173,30 +119,37 @@ class Aggregator:
 
     def _leave(self, updates: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> bool:
         """Return whether it may leave: nobody is joining, and nobody has since the lease was over."""
+        if self._books.hands_over:
+            return True
         ourselves = directory.User.ourselves()
         with contextlib.ExitStack() as stack:
             try:
                 if not stack.enter_context(directory.start_lock(self._endpoints, ourselves, wait=False)):
                     return False
             except AddressError:  # the directory is gone: nobody can join
+                self._leaves = True
                 return True
-            self._read_wills()
             while questions.poll(0):
                 self._answer(questions)
             while not self._take_in(updates):
                 pass
-            now = monotonic()
-            if not self._lease.expired(now, self._living(now)):
+            if not self._is_over(monotonic()):
                 return False
             # Until the directory is cleared away nobody can join: the lock goes last.
             self._clearing = stack.pop_all()
+            self._leaves = True
             return True
 
     def _clear_away(self, lock: Lock) -> None:
-        """Remove everything that it has made."""
+        """Remove everything that it has made; but for the journal, if another one is to take its place."""
         for path in self._endpoints.files:
             with contextlib.suppress(OSError):
                 os.unlink(path)
+        if not self._leaves:
+            self._books.journal.close()
+            lock.release()
+            return
+        self._books.journal.remove()
         lock.release()
         with self._clearing:
             directory.clear(self._endpoints)
@@ -225,13 +178,19 @@ class Aggregator:
     def _on_signal(self, number: int, frame: object) -> None:
         self.stop()
 
-    def _serve(self, updates: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> None:
+    def _serve(
+        self,
+        updates: zmq.Socket[bytes],
+        questions: zmq.Socket[bytes],
+        is_done: Callable[[float], bool],
+    ) -> None:
         poller = zmq.Poller()
         for pollable in (updates, questions, self._wake_receiver):
             poller.register(pollable, zmq.POLLIN)
         looked = 0.0
-        while True:
-            events = dict(poller.poll(_TURN_MILLISECONDS))
+        while not self._books.hands_over:
+            busy = self._books.journal.step(monotonic())
+            events = dict(poller.poll(0 if busy else _TURN_MILLISECONDS))
             if self._wake_receiver.fileno() in events:
                 self._wake_receiver.recv(4096)
             drained = self._take_in(updates)
@@ -240,109 +199,55 @@ class Aggregator:
             now = monotonic()
             if now - looked >= _TURN_MILLISECONDS / 1000:
                 looked = now
-                self._read_wills()
-                if self._lease.expired(now, self._living(now)):
+                if is_done(now):
                     return
+
+    def _is_over(self, now: float) -> bool:
+        return self._lease.expired(now, self._books.look_around(now))
+
+    def _recover(self, updates: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> None:
+        """Wait for living workers to tell again what they stand at; whoever reads meanwhile waits too."""
+        deadline = monotonic() + _RECOVERY_SECONDS
+
+        def is_done(now: float) -> bool:
+            self._books.look_around(now)
+            return not self._books.awaited or now > deadline
+
+        if self._books.awaited:
+            self._serve(updates, questions, is_done)
+            self._books.awaited.clear()
+        for route, question in self._deferred:
+            self._respond(questions, route, question)
+        self._deferred.clear()
 
     def _take_in(self, updates: zmq.Socket[bytes]) -> bool:
         """Take in publications; return whether that was all of them for now."""
         for _ in range(_AT_ONCE):
             try:
-                data = updates.recv(zmq.NOBLOCK)
+                self._books.publication(updates.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return True
-            self._messages.increment()
-            try:
-                update = decode(data)
-                if not isinstance(update, Update):
-                    raise WireError("a publication", got=type(update).__name__, expected="Update")
-            except WireError as error:
-                self._reject(data, str(error))
-            else:
-                self._apply(update)
-                self._lag.update(max(0.0, (forks.stamp() - update.seq) / 1e9))
         return False
 
     def _answer(self, questions: zmq.Socket[bytes]) -> None:
-        try:
-            *route, data = questions.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
+        with contextlib.suppress(zmq.Again):
+            *route, question = questions.recv_multipart(zmq.NOBLOCK)
+            self._respond(questions, route, question)
+
+    def _respond(self, questions: zmq.Socket[bytes], route: list[bytes], question: bytes) -> None:
+        answer = self._books.answer(question)
+        if answer is None:
+            self._deferred.append((route, question))
             return
-        self._messages.increment()
-        try:
-            question = decode(data)
-            if not isinstance(question, (Read, Hello, Goodbye)):
-                raise WireError("a question", got=type(question).__name__, expected="Read, Hello or Goodbye")
-        except WireError as error:
-            self._reject(data, str(error))
-            reply = Reply(0, "error", f"it refused the question: {error}".encode())
-        else:
-            reply = self._reply(question)
         with contextlib.suppress(zmq.ZMQError):
-            questions.send_multipart([*route, encode(reply)], zmq.NOBLOCK)
+            questions.send_multipart([*route, answer], zmq.NOBLOCK)
 
-    def _reply(self, question: Read | Hello | Goodbye) -> Reply:
-        number = question.correlation
-        if isinstance(question, Hello):
-            for process in question.processes if question.host == self._host else ():
-                self._lease.stay_for(process)
-            return Reply(number, "ok", b"")
-        if not self._apply(question.update, published=isinstance(question, Goodbye)):
-            return Reply(number, "behind", b"")
-        if isinstance(question, Goodbye):
-            self._retire(question.update.identity)
-            return Reply(number, "ok", b"")
-        if question.what != "states" and question.what not in FORMS:
-            return Reply(number, "error", b"it does not know this format")
-        try:
-            return Reply(number, "ok", self._view.render(question.what))
-        except Exception as error:
-            _log.exception("tapes: the aggregator could not answer a read")
-            return Reply(number, "error", repr(error).encode())
 
-    def _apply(self, update: Update, *, published: bool = True) -> bool:
-        complete, refused = self._ledger.apply(update, published=published)
-        for name in refused:
-            self._registry.reject(name, (), name, "another worker has it as another kind of metric")
-        return complete
-
-    def _reject(self, data: bytes, why: str) -> None:
-        self._registry.reject("the aggregator", (), data[:40], why)
-
-    def _read_wills(self) -> None:
-        for will, data in self._wills.take_in():
-            if isinstance(will, Goodbye):
-                self._apply(will.update)
-                self._retire(will.update.identity)
-            else:
-                self._reject(data, str(will))
-
-    def _living(self, now: float) -> int:
-        """Retire workers that have ended; return how many live."""
-        workers = {w.identity: w for w in self._ledger.workers if w.identity != _OURSELVES}
-        ended = set()
-        for identity, worker in workers.items():
-            if identity not in self._watches and worker.host == self._host:
-                self._watches[identity] = ProcessWatch(worker.process)
-            watch = self._watches.get(identity)
-            if watch is not None and watch.ended():
-                ended.add(identity)
-        spoken_of = self._ledger.ancestors() if ended else set()
-        for identity in ended & spoken_of:
-            self._dead.pop(identity, None)
-        for identity in ended - spoken_of:
-            self._ledger.bury(identity)
-            patience = _LAST_RECORD_SECONDS if workers[identity].silent else _LAST_WORDS_SECONDS
-            if now - self._dead.setdefault(identity, now) >= patience or len(self._dead) > _MOST_DEAD:
-                self._retire(identity)
-        return len(workers.keys() - ended)
-
-    def _retire(self, identity: bytes) -> None:
-        self._ledger.retire(identity)
-        self._dead.pop(identity, None)
-        watch = self._watches.pop(identity, None)
-        if watch is not None:
-            watch.close()
+def _allow_many_files() -> None:
+    """Allow this process as many open files as may be: it needs three for each worker."""
+    with contextlib.suppress(ValueError, OSError):
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _stop(reporters: list[Reporter]) -> None:
@@ -352,11 +257,3 @@ def _stop(reporters: list[Reporter]) -> None:
             end()
         except Exception:
             _log.exception("tapes: a reporter failed to stop")
-
-
-def _resident_bytes() -> int:
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from typing import Callable, TypeVar, Union
+from typing import Callable, TypeVar
 
 import zmq
 
@@ -30,10 +30,12 @@ from tapes.connection import Connection
 from tapes.distributed import wills
 from tapes.distributed.address import Endpoints, resolve
 from tapes.distributed.ledger import snapshot_of
-from tapes.distributed.messages import Goodbye, Hello, Merged, Read, Reply, Update
-from tapes.distributed.publisher import Outbox, Publisher
+from tapes.distributed.messages import Goodbye, Merged, Read, Reply, Update
+from tapes.distributed.outbox import Outbox
+from tapes.distributed.publisher import Publisher
+from tapes.distributed.questions import TIMEOUT_SECONDS, Question, exchange
 from tapes.distributed.sockets import new_reader
-from tapes.distributed.wire import decode, encode
+from tapes.distributed.wire import decode
 from tapes.endings import GOODBYE, at_end
 from tapes.environment import is_disabled
 from tapes.errors import AggregatorUnavailable, InvalidArgument, WireError
@@ -42,13 +44,9 @@ from tapes.naming import Labels
 from tapes.registry import Registry, default_registry
 from tapes.snapshot import Snapshot
 
-__all__ = ["AggregatorConnection", "close", "connect", "stay_for"]
+__all__ = ["AggregatorConnection", "close", "connect"]
 
 T = TypeVar("T")
-Question = Union[Read, Hello, Goodbye]
-
-TIMEOUT_SECONDS = 1.0
-"""So long a read or a goodbye waits for the aggregator."""
 _HOLD_SECONDS = 0.25
 
 _log = logging.getLogger("tapes.distributed")
@@ -84,7 +82,7 @@ def close(registry: Registry) -> None:
 
 
 def _attach(registry: Registry, endpoints: Endpoints) -> None:
-    connection = AggregatorConnection(registry, endpoints)
+    connection = AggregatorConnection(registry, endpoints.ready())
     connection.start()
     registry.connection = connection
     _attached.add(connection)
@@ -211,8 +209,12 @@ class AggregatorConnection(Connection):
             self._on_a_reader(self._say_goodbyes, deadline)
         except AggregatorUnavailable:
             unsaid[:] = [self._outbox.for_another(u) if u is farewell else u for u in unsaid]
-            for update in unsaid:
-                wills.leave(self.endpoints, Goodbye(0, update))
+            left = [wills.leave(self.endpoints, Goodbye(0, update)) for update in unsaid]
+            if not all(left):
+                _log.warning(
+                    "tapes: no aggregator answered at %s, and no will could be left beside its socket: what "
+                    "this process had counted since its last publication is lost", self.endpoints.publish,
+                )  # fmt: skip
         self._shut(ended and (idle or not self._in_flight))
 
     def before_fork(self) -> None:
@@ -314,45 +316,4 @@ class AggregatorConnection(Connection):
                 unsaid.remove(update)
 
     def _exchange(self, reader: zmq.Socket[bytes], question: Question, deadline: float) -> Reply:
-        return _exchange(self.endpoints, reader, question, deadline)
-
-
-def stay_for(endpoints: Endpoints, *processes: forks.Process) -> bool:
-    """Ask the aggregator to live as long as ``processes``; return whether it said that it will."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    try:
-        hello = Hello(1, forks.host(), processes)
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        with contextlib.closing(new_reader(context, endpoints)) as reader:
-            return _exchange(endpoints, reader, hello, deadline).status == "ok"
-    except (AggregatorUnavailable, WireError, zmq.ZMQError):
-        return False
-    finally:
-        context.destroy(linger=0)
-
-
-def _exchange(endpoints: Endpoints, reader: zmq.Socket[bytes], question: Question, deadline: float) -> Reply:
-    """Return the answer to ``question``.
-
-    Raises:
-        AggregatorUnavailable: If there is none by ``deadline``.
-    """
-    data = encode(question)
-    _await(endpoints, reader, zmq.POLLOUT, deadline)
-    reader.send(data, zmq.NOBLOCK)
-    while True:
-        _await(endpoints, reader, zmq.POLLIN, deadline)
-        reply = decode(reader.recv(zmq.NOBLOCK))
-        # A question that could not be read is answered with number 0.
-        if isinstance(reply, Reply) and reply.correlation in (question.correlation, 0):
-            return reply
-
-
-def _await(endpoints: Endpoints, reader: zmq.Socket[bytes], event: int, deadline: float) -> None:
-    left_seconds = max(0.0, deadline - time.monotonic())
-    if not reader.poll(int(left_seconds * 1000) + 1, event):
-        raise AggregatorUnavailable(
-            f"the aggregator at {endpoints.publish} did not answer within {TIMEOUT_SECONDS:g} s",
-            remedy="see that it runs: tapes.join(), RegistryAggregator(…).start(), tapes run, or gunicorn -c "
-            "python:tapes.contrib.gunicorn_conf start one",
-        )
+        return exchange(self.endpoints, reader, question, deadline)

@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ _NAME = re.compile(r"tapes-(\d+)-(\d+)")
 _SOCKET = "metrics.ipc"
 _SHORTEST = "/tmp"  # noqa: S108 - where other directories are too long for a socket; ours in it is private
 _START_LOCK = ".start"
+_PATIENCE_SECONDS = 20.0
 
 
 class User(NamedTuple):
@@ -149,12 +151,18 @@ def _empty(directory: str) -> None:
 def start_lock(endpoints: Endpoints, user: User, *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of those who start or end the aggregator at ``endpoints``; yield whether it is held.
 
-    Where there is no file, as for TCP, there is no lock either: the kernel lets one aggregator bind.
+    Waits for 20 s at most, as whoever holds it may have been stopped. Where there is no file, as for TCP,
+    there is no lock either: the kernel lets one aggregator bind.
+
+    Raises:
+        AddressError: If there is no directory for it.
+        AggregatorUnavailable: If it can't be had in time.
     """
     if endpoints.path is None:
         yield True
         return
     path = endpoints.path + _START_LOCK
+    deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -176,14 +184,21 @@ def start_lock(endpoints: Endpoints, user: User, *, wait: bool = True) -> Iterat
                 found = os.fstat(fd)  # which may be a link that the user made
                 if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_uid == os.geteuid():
                     os.fchown(fd, *user)
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(fd), os.stat(path)):
                     yield True
                     return
         except BlockingIOError:
-            yield False
-            return
+            if not wait:
+                yield False
+                return
+            if time.monotonic() > deadline:
+                raise AggregatorUnavailable(
+                    f"somebody began to start the aggregator at {endpoints.publish} and doesn't end",
+                    remedy=f"see which process has {path} open",
+                ) from None
+            time.sleep(0.01)  # there is nothing else to wait on that has an end
         finally:
             unlock(fd)
 

@@ -1,7 +1,7 @@
 """Joining a service: whose it is, where it meets, and who starts its aggregator.
 
-The first comer starts it, under a lock, and everybody tells it whom to stay for while holding that lock; the
-aggregator takes the same lock when it leaves. So nobody joins one that is about to go.
+The first comer starts it, under a lock, and everybody tells it whom to stay for. The aggregator takes the
+same lock when it leaves, and then answers nobody: so nobody joins one that is about to go.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 from tapes import forks
 from tapes.distributed import directory
 from tapes.distributed.address import DEFAULT_ADDR, Endpoints, is_served, resolve
-from tapes.distributed.connection import AggregatorConnection, connect, stay_for
+from tapes.distributed.connection import AggregatorConnection, connect
 from tapes.distributed.launch import launch
+from tapes.distributed.questions import OlderAggregator, stay_for
+from tapes.distributed.revival import replace
 from tapes.environment import may_start
 from tapes.errors import TapesError
 from tapes.forks import Process
@@ -74,22 +76,40 @@ def meet(
     met = (forks.this_process(), endpoints)
     if met in _met and is_served(endpoints):
         return endpoints
-    with directory.start_lock(endpoints, user):
-        them = {forks.this_process(), whom.process}
-        # Where there is no file to tell, asking does.
-        served = is_served(endpoints) or (endpoints.path is None and stay_for(endpoints, *them))
-        if not served:
-            try:
-                launch(endpoints, whom.process, whom.what, user)
-            except TapesError:
-                directory.clear(endpoints, files=False)
-                raise
-        if stay_for(endpoints, *them):
-            _met.add(met)
+    stays = _stays(endpoints, whom.process) if is_served(endpoints) or endpoints.path is None else None
+    if stays is not True:
+        with directory.start_lock(endpoints, user):  # waits for who starts it, or for it to leave
+            if stays is _IS_OLDER:
+                replace(endpoints)
+            # Where there is no file to tell, asking does. One that is there and said nothing is held up.
+            if not is_served(endpoints):
+                _launch(endpoints, whom, user)
+                stays = None
+            if stays is not False:
+                stays = _stays(endpoints, whom.process)
+    if stays is True:
+        _met.add(met)
     os.environ["TAPES_ADDR"] = endpoints.publish
     return endpoints
 
 
+def _stays(endpoints: Endpoints, supervisor: Process) -> bool | str:
+    """Ask the aggregator to stay for this process too; return whether it will, or `_IS_OLDER`."""
+    try:
+        return stay_for(endpoints, *{forks.this_process(), supervisor})
+    except OlderAggregator:
+        return _IS_OLDER
+
+
+def _launch(endpoints: Endpoints, whom: Supervisor, user: directory.User) -> None:
+    try:
+        launch(endpoints, whom.process, whom.what, user)
+    except TapesError:
+        directory.clear(endpoints, files=False)
+        raise
+
+
+_IS_OLDER = "it is of an older release"
 _met: set[tuple[Process, Endpoints]] = set()
 
 

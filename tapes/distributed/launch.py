@@ -21,7 +21,7 @@ from tapes.distributed.address import Endpoints, is_served, resolve
 from tapes.distributed.lease import Lease
 from tapes.errors import AddressError, AddressInUse, AggregatorUnavailable, InvalidArgument, TapesError
 from tapes.forks import Process
-from tapes.reporting.configured import reporters_from
+from tapes.reporting.configured import HTTP, STATSD, reporters_from
 
 if TYPE_CHECKING:
     from tapes.distributed.aggregator import Aggregator
@@ -39,10 +39,18 @@ _log = logging.getLogger("tapes.distributed")
 
 
 class Readiness:
-    """A pipe on which an aggregator that is being started says that it is ready, or why it can't be."""
+    """A pipe on which an aggregator that is being started says that it is ready, or why it can't be.
+
+    Args:
+        fds: Its two ends, -1 for one that is not here; a new pipe if not given.
+    """
+
+    NOT_READY, CRASHED = 1, 2
+    """Exit statuses: it could not be started; it failed later."""
 
     def __init__(self, fds: tuple[int, int] | None = None) -> None:
         self._receiver, self._sender = os.pipe() if fds is None else fds
+        self._said = False
 
     @property
     def sender(self) -> int:
@@ -56,13 +64,18 @@ class Readiness:
         try:
             aggregator.run(lambda: self.tell("ready"))
         except TapesError as error:
-            self.tell(f"{type(error).__name__}\n{error}")
-            return 1
+            if self._said:
+                _log.exception("tapes: the aggregator ended by an error")
+            return self._fail(f"{type(error).__name__}\n{error}")
         except Exception as error:
             _log.exception("tapes: the aggregator ended by an unexpected error")
-            self.tell(f"AggregatorUnavailable\nthe aggregator failed ({error!r})")
-            return 1
+            return self._fail(f"AggregatorUnavailable\nthe aggregator failed ({error!r})")
         return 0
+
+    def _fail(self, text: str) -> int:
+        status = self.CRASHED if self._said else self.NOT_READY
+        self.tell(text)
+        return status
 
     def wait(self) -> None:
         """Return when the aggregator is ready.
@@ -72,9 +85,11 @@ class Readiness:
         """
         os.close(self._sender)
         said = b""
+        poll = select.poll()  # select() knows no descriptors above 1023
+        poll.register(self._receiver, select.POLLIN)
         try:
             # A child that was forked meanwhile may hold the other end open, so the end is marked.
-            while not said.endswith(_END) and select.select([self._receiver], [], [], _READY_SECONDS)[0]:
+            while not said.endswith(_END) and poll.poll(_READY_SECONDS * 1000):
                 piece = os.read(self._receiver, 65536)
                 said += piece
                 if not piece:
@@ -87,12 +102,13 @@ class Readiness:
             raise failure(sentence or f"the aggregator was not ready within {_READY_SECONDS:g} s")
 
     def give_up(self) -> None:
-        """Close both ends, as nobody was started."""
-        os.close(self._receiver)
-        os.close(self._sender)
+        """Close both ends: it is for others to use, or nobody was started."""
+        for fd in {self._receiver, self._sender} - {-1}:
+            os.close(fd)
 
     def tell(self, text: str) -> None:
         """Say ``text``, once."""
+        self._said = True
         if self._sender >= 0:
             with contextlib.suppress(OSError):
                 os.write(self._sender, text.encode() + _END)
@@ -175,12 +191,13 @@ def serve(address: str, pid: str, started: str, reason: str, uid: str, gid: str,
     readiness = Readiness((-1, int(ready_fd)))
     endpoints = resolve(address)
     try:
-        reporters = reporters_from(os.environ)
+        configured = {name: os.environ[name] for name in (HTTP, STATSD) if os.environ.get(name)}
+        reporters = reporters_from(configured)
     except TapesError as error:
         readiness.tell(f"{type(error).__name__}\n{error}")
         sys.exit(1)
     lease = Lease.joined(Process(int(pid), int(started)))
-    sys.exit(readiness.run(Aggregator(endpoints, reporters, lease, reason=reason)))
+    sys.exit(readiness.run(Aggregator(endpoints, reporters, lease, reason=reason, configured=configured)))
 
 
 def _become(user: directory.User) -> None:

@@ -42,6 +42,12 @@ class Lease:
         self._ownerless_since: float | None = None
         self._idle_since: float | None = None
         self.has_owner = bool(owners)
+        self.is_joined = not can_be_told
+
+    @property
+    def owners(self) -> tuple[Process, ...]:
+        """The processes that it serves."""
+        return tuple(self._watches)
 
     @classmethod
     def joined(cls, *owners: Process) -> Lease:

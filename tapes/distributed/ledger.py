@@ -7,77 +7,42 @@ with their worker. Merging is done per series when somebody reads, and kept unti
 memory and the cost of a read depend on live workers and series, not on how many workers have lived.
 
 What a worker says of its ancestors is entered as if they had said it themselves: they are accounts like any
-other, only silent ones. A name has at most as many label sets as its most generous worker allows; what comes
-after them is added up in one series labelled ``overflow="true"``, apart for each worker that still lives.
+other, only silent ones. Where workers differ in the kind of a metric, or in how a gauge merges, as in a
+rolling deploy, the one that started last is right. A name has at most as many label sets as its most generous
+worker allows; what comes after them is added up in one series labelled ``overflow="true"``, apart for each
+worker that still lives.
 
 The ledger does no I/O and knows no clock. One lock makes it safe to read from reporters' threads.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from tapes.catalogue import MAX_SERIES, OVERFLOW, warn_of_overflow
-from tapes.distributed.messages import Descriptions, Item, Merged, Update
+from tapes.distributed.accounts import ASKED, ITSELF, OF_IT, Account, Entry, Key, Worker, told_before
+from tapes.distributed.messages import NOBODY, Descriptions, Item, Journal, Merged, Record, Update
 from tapes.forks import Process
-from tapes.metrics import KINDS, GaugeState, State
+from tapes.metrics import GaugeState, State
 from tapes.metrics.origin import with_told
 from tapes.naming import Labels
 from tapes.snapshot import Family, Snapshot
-from tapes.sums import Number
 from tapes.threads import RLock
 
-__all__ = ["Ledger", "Worker"]
+__all__ = ["Ledger", "snapshot_of"]
 
 _REMEMBERED = 100_000
 """So many identities of workers that have left are kept; late words come within seconds."""
 
-_ASKED, _OF_IT, _ITSELF = range(3)
-"""How a worker was heard: it asked, descendants published what they know of it, or it did itself."""
+_REMEMBERED_BY_JOURNALS = 10_000
+_PIECE = 200
+"""So many series at most are in a record of a journal."""
 
-_Key = tuple[str, Labels]
+_Rank = tuple[int, int]
 _Group = tuple[list[Labels], list[State]]
-
-
-class Worker(NamedTuple):
-    """Who a live worker is; a silent one is known only by what its descendants say of it."""
-
-    identity: bytes
-    process: Process
-    host: str
-    silent: bool
-
-
-class _Account:
-    """What is known of one worker: everything up to its update ``known``, and which one brought a series."""
-
-    __slots__ = ("ancestors", "dead", "heard", "known", "places", "seqs", "worker")
-
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
-        self.known = 0
-        self.heard = _ASKED
-        self.dead = False
-        self.seqs: dict[_Key, int] = {}
-        self.places: dict[_Key, _Key] = {}
-        self.ancestors: frozenset[bytes] = frozenset()
-
-
-class _Entry:
-    """One series: its state by worker, the total of those that left, and both merged, if nothing changed.
-
-    States are kept by worker and the labels that it gave: an overflowing series has several of one worker.
-    """
-
-    __slots__ = ("by_worker", "kind", "merged", "retired")
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self.by_worker: dict[tuple[bytes, Labels], State] = {}
-        self.retired: State | None = None
-        self.merged: State | None = None
 
 
 class Ledger:
@@ -85,16 +50,25 @@ class Ledger:
 
     def __init__(self) -> None:
         self._lock = RLock()
-        self._accounts: dict[bytes, _Account] = {}
-        self._entries: dict[_Key, _Entry] = {}
+        self._accounts: dict[bytes, Account] = {}
+        self._numbers = itertools.count()
+        self._entries: dict[Key, Entry] = {}
         self._kinds: dict[str, str] = {}
+        self._ranks: dict[str, _Rank] = {}
+        self._described_by: dict[str, _Rank] = {}
         self._sizes: Counter[str] = Counter()
         self._overflowing: set[str] = set()
-        self._max_series = MAX_SERIES
+        self.max_series = MAX_SERIES
         self._descriptions: Descriptions = {}
         self._left: OrderedDict[bytes, None] = OrderedDict()
         self._memory: dict[str, Any] = {}
         self.retired = 0
+
+    @property
+    def descriptions(self) -> Descriptions:
+        """What was said of each name."""
+        with self._lock:
+            return dict(self._descriptions)
 
     @property
     def workers(self) -> list[Worker]:
@@ -122,8 +96,8 @@ class Ledger:
             published: Whether it published that or left with it; ``False`` if it came with a question.
 
         Returns:
-            Whether everything up to this update is known now, and the names that were refused because
-            they belong to another kind of metric.
+            Whether everything up to this update is known now, and the names that workers use in another way
+            than newer ones do; each is told once of a worker.
         """
         with self._lock:
             refused: list[str] = []
@@ -132,14 +106,17 @@ class Ledger:
             complete, own = self._apply(update, silent=False, published=published)
             return complete, refused + own
 
-    def bury(self, identity: bytes) -> None:
-        """Let the gauges of a worker that died leave; its counts can still be replaced by last words."""
+    def bury(self, identity: bytes, *, is_dead: bool = True) -> None:
+        """Let the gauges of a worker that died leave; its counts can still be replaced by last words.
+
+        Unless ``is_dead``, it lives again: it was silent for long.
+        """
         with self._lock:
             account = self._accounts.get(identity)
-            if account is not None and not account.dead:
-                account.dead = True
+            if account is not None and account.dead is not is_dead:
+                account.dead = is_dead
                 for key, place in list(account.places.items()):
-                    if self._entries[place].kind == "gauge":
+                    if is_dead and self._entries[place].kind == "gauge":
                         self._drop(account, key)
 
     def retire(self, identity: bytes) -> None:
@@ -155,10 +132,69 @@ class Ledger:
             for key in list(account.places):
                 entry = self._entries[account.places[key]]
                 if entry.kind != "gauge":
-                    state = entry.by_worker[identity, key[1]]
-                    before = () if entry.retired is None else (entry.retired,)
-                    entry.retired = KINDS[entry.kind].merge((*before, state))
+                    entry.retire(entry.by_worker[identity, key[1]])
                 self._drop(account, key)
+
+    def records_of(self, identity: bytes) -> list[Record]:
+        """Return what is known of a worker; nothing if it has left."""
+        with self._lock:
+            account = self._accounts.get(identity)
+            if account is None:
+                return []
+            worker = account.worker
+            items, seqs = [], []
+            for key, place in account.places.items():
+                entry = self._entries[place]
+                items.append(Item(entry.kind, *key, entry.by_worker[identity, key[1]]))
+                seqs.append(account.seqs[key])
+        head = Update(identity, worker.process, worker.host, max(1, account.known), 0, [], {})
+        ancestors = tuple(account.ancestors)
+        return [
+            Record(head._replace(items=some), worker.silent, ancestors, tuple(its_seqs))
+            for some, its_seqs in _pieces(items, seqs)
+        ]
+
+    def records_of_retired(self, more: list[Item]) -> tuple[list[Record], tuple[bytes, ...], int]:
+        """Return the total of those that left, with ``more``; who left lately; and how many did."""
+        with self._lock:
+            items = [
+                Item(e.kind, *key, e.retired) for key, e in self._entries.items() if e.retired is not None
+            ]
+            left = tuple(itertools.islice(reversed(self._left), _REMEMBERED_BY_JOURNALS))
+            retired = self.retired
+        head = Update(NOBODY, Process(1, 0), "", 1, 0, [], {})
+        every = [*items, *more]
+        records = [
+            Record(head._replace(items=some), True, (), tuple(seqs))
+            for some, seqs in _pieces(every, [1] * len(every))
+        ]
+        return records, left, retired
+
+    def restore(self, journal: Journal, records: Iterable[Record]) -> None:
+        """Take over what another ledger had written down: everything in it was told to an aggregator."""
+        with self._lock:
+            self.retired = journal.retired
+            self._left = OrderedDict.fromkeys(reversed(journal.left))
+            self._descriptions.update(journal.descriptions)
+            self.max_series = max(self.max_series, journal.max_series)
+            for record in records:
+                if record.update.identity == NOBODY:
+                    for item in record.update.items:
+                        self._restore_retired(item)
+                elif record.update.identity not in self._left:
+                    account = self._account(record.update, record.silent)
+                    account.known = record.update.seq
+                    account.ancestors = frozenset(record.ancestors)
+                    for item, seq in zip(record.update.items, record.seqs):
+                        self._put(account, seq, item, ASKED)
+
+    def _restore_retired(self, item: Item) -> None:
+        if self._kinds.setdefault(item.name, item.kind) == item.kind != "gauge":
+            self._ranks.setdefault(item.name, (0, 0))
+            state: Any = item.state
+            self._entries[self._place((item.name, item.labels), item.kind)].retire(
+                with_told(state, state.counted)
+            )
 
     def merged(self, tick: int) -> Merged:
         """Return the states of the whole service."""
@@ -187,12 +223,9 @@ class Ledger:
             if name not in groups:
                 groups[name] = ([], [])
             every_labels, states = groups[name]
-            merged = entry.merged
-            if merged is None:
-                retired = () if entry.retired is None else (entry.retired,)
-                merged = entry.merged = KINDS[entry.kind].merge((*retired, *entry.by_worker.values()))
+            merged = entry.whole()
             if isinstance(merged, GaugeState) and merged.mode == "each":
-                for its_labels, state in _of_each_worker(labels, entry, names):
+                for its_labels, state in entry.of_each_worker(labels, names):
                     every_labels.append(its_labels)
                     states.append(state)
             else:
@@ -200,23 +233,32 @@ class Ledger:
                 states.append(merged)
         return {name: group for name, group in groups.items() if group[1]}
 
-    def _apply(self, update: Update, *, silent: bool, published: bool) -> tuple[bool, list[str]]:
-        if update.identity in self._left:
-            return True, []
+    def _account(self, update: Update, silent: bool) -> Account:
+        """Return the account of who says ``update``; a new one, if it has not been heard of before."""
         account = self._accounts.get(update.identity)
         if account is None or (account.worker.silent and not silent):
             worker = Worker(update.identity, update.process, update.host, silent)
-            account = account or self._accounts.setdefault(update.identity, _Account(worker))
+            if account is None:
+                account = self._accounts[update.identity] = Account(worker, next(self._numbers))
             account.worker = worker
+        return account
+
+    def _apply(self, update: Update, *, silent: bool, published: bool) -> tuple[bool, list[str]]:
+        if update.identity in self._left:
+            return True, []
+        account = self._account(update, silent)
         if silent:
             account.dead = False  # a living child speaks of it
         else:
             account.ancestors |= {ancestor.identity for ancestor in update.ancestors}
-            self._max_series = max(self._max_series, update.max_series)
-        says = _ITSELF if published and not silent else _OF_IT if published else _ASKED
+            self.max_series = max(self.max_series, update.max_series)
+        says = ITSELF if published and not silent else OF_IT if published else ASKED
         refused = [item.name for item in update.items if not self._put(account, update.seq, item, says)]
         account.heard = max(account.heard, says)
-        self._descriptions.update(update.descriptions)
+        for name, description in update.descriptions.items():
+            if account.rank >= self._described_by.get(name, account.rank):
+                self._described_by[name] = account.rank
+                self._descriptions[name] = description
         if update.base == 0 and not silent:
             self._drop_removed(account, update)
         complete = update.base <= account.known
@@ -224,27 +266,52 @@ class Ledger:
             account.known = max(account.known, update.seq)
         return complete, refused
 
-    def _put(self, account: _Account, seq: int, item: Item, says: int) -> bool:
-        """Take in one series of a worker; return whether its kind agrees with what is known."""
+    def _put(self, account: Account, seq: int, item: Item, says: int) -> bool:
+        """Take in one series of a worker; return whether it agrees with what newer workers have."""
         key = (item.name, item.labels)
         if account.seqs.get(key, 0) >= seq or (account.dead and item.kind == "gauge"):
             if says > account.heard:  # a question has overtaken it
                 self._note_told(account, key, item)
             return True
+        agrees, state = True, item.state
         if self._kinds.setdefault(item.name, item.kind) != item.kind:
-            return False
+            if account.rank < self._ranks[item.name]:
+                return self._complained(account, item.name)
+            self._forget(item.name)
+            self._kinds[item.name] = item.kind
+            agrees = self._complained(account, item.name)
+        if self._ranks.setdefault(item.name, account.rank) < account.rank:
+            self._ranks[item.name] = account.rank
         place = account.places.get(key)
         if place is None:
             place = account.places[key] = self._place(key, item.kind)
         entry = self._entries[place]
         whose = (account.worker.identity, item.labels)
-        told = _told_before(account, entry.by_worker.get(whose), item, says)
-        entry.by_worker[whose] = item.state if told is None else with_told(item.state, told)
+        told = told_before(account, entry.by_worker.get(whose), item, says)
+        if item.kind == "gauge":
+            state = entry.agreed(state, account.rank)
+            agrees = state is item.state or self._complained(account, item.name)
+        entry.by_worker[whose] = state if told is None else with_told(state, told)
         entry.merged = None
         account.seqs[key] = seq
-        return True
+        return agrees
 
-    def _note_told(self, account: _Account, key: _Key, item: Item) -> None:
+    def _complained(self, account: Account, name: str) -> bool:
+        """Note that a worker uses a name in another way than newer ones; return whether that was known."""
+        known = name in account.refused
+        account.refused.add(name)
+        return known
+
+    def _forget(self, name: str) -> None:
+        """Forget all series of a name, as it is another kind of metric now."""
+        for account in self._accounts.values():
+            for key in [key for key in account.places if key[0] == name]:
+                self._drop(account, key)
+        for key in [key for key in self._entries if key[0] == name]:
+            del self._entries[key]
+        del self._sizes[name]
+
+    def _note_told(self, account: Account, key: Key, item: Item) -> None:
         """Take from ``item`` what aggregators before this one were told."""
         entry = self._entries[account.places[key]] if key in account.places else None
         if entry is not None and entry.kind == item.kind != "gauge":
@@ -253,28 +320,28 @@ class Ledger:
             entry.by_worker[whose] = with_told(entry.by_worker[whose], given.origin.told)
             entry.merged = None
 
-    def _place(self, key: _Key, kind: str) -> _Key:
+    def _place(self, key: Key, kind: str) -> Key:
         """Return where a series is kept: in its own place, or with all that have none."""
         name, labels = key
         if key not in self._entries:
-            if self._sizes[name] < self._max_series or OVERFLOW in labels:
+            if self._sizes[name] < self.max_series or OVERFLOW in labels:
                 self._sizes[name] += OVERFLOW not in labels
             else:
                 if name not in self._overflowing:
                     self._overflowing.add(name)
-                    warn_of_overflow(name, self._max_series)
+                    warn_of_overflow(name, self.max_series)
                 key = (name, (OVERFLOW,))
-            self._entries.setdefault(key, _Entry(kind))
+            self._entries.setdefault(key, Entry(kind))
         return key
 
-    def _drop_removed(self, account: _Account, keyframe: Update) -> None:
+    def _drop_removed(self, account: Account, keyframe: Update) -> None:
         """Forget the series that a worker's keyframe no longer has."""
         kept = {(item.name, item.labels) for item in keyframe.items}
         for key, seq in list(account.seqs.items()):
             if key not in kept and seq < keyframe.seq:
                 self._drop(account, key)
 
-    def _drop(self, account: _Account, key: _Key) -> None:
+    def _drop(self, account: Account, key: Key) -> None:
         """Forget one series of a worker, and the place that nobody needs any more."""
         place = account.places.pop(key)
         del account.seqs[key]
@@ -295,40 +362,10 @@ class Ledger:
         }
 
 
-def _of_each_worker(
-    labels: Labels, entry: _Entry, workers: dict[bytes, str]
-) -> Iterator[tuple[Labels, GaugeState]]:
-    """Yield the gauge of each worker that speaks, with its name among the labels."""
-    states: dict[str, list[Any]] = {}
-    for (identity, _), state in entry.by_worker.items():
-        if identity in workers:
-            states.setdefault(workers[identity], []).append(state)
-    for worker, own in states.items():
-        its_labels = tuple(sorted({**dict(labels), "worker": worker}.items()))
-        yield its_labels, own[0] if len(own) == 1 else GaugeState.add(own)
-
-
-def _told_before(account: _Account, before: Any, item: Item, says: int) -> Number | None:
-    """Return how much of a count other aggregators were told; ``None`` if it is as ``item`` says.
-
-    A worker publishes only when it has noticed that the aggregator may be another one, and then says what the
-    one before was told. A question may come before that: until then everything counts as told. What was said
-    once stands, as a connection may break and come again: what is told later is new. But what a worker says
-    itself is better than what its descendants say of it.
-    """
-    state: Any = item.state
-    if item.kind == "gauge" or says > max(account.heard, _ASKED):
-        return None
-    told: Number
-    if not account.heard:
-        told = state.counted
-    elif before is not None:
-        told = before.origin.told
-    elif account.heard == _ITSELF:
-        told = 0
-    else:
-        return None
-    return told
+def _pieces(items: list[Item], seqs: list[int]) -> Iterator[tuple[list[Item], list[int]]]:
+    """Yield both in pieces; at least one, as a worker without series is one too."""
+    for start in range(0, max(1, len(items)), _PIECE):
+        yield items[start : start + _PIECE], seqs[start : start + _PIECE]
 
 
 def snapshot_of(merged: Merged) -> Snapshot:

@@ -1,9 +1,10 @@
-"""The worker's side of publishing: what changed, and the thread that sends it.
+"""The thread that sends what a worker has to say.
 
-A thread sends an update at most every 0.1 s, and a keyframe whenever a subscription arrives, so at every
-start or restart of an aggregator. It limits itself to a twentieth of its time. It never blocks the
-application: a full queue means that what changed is sent next time, with what changed since. Where no thread
-can be relied on (uWSGI without ``enable-threads``, or with ``threads``) the end of every request sends.
+It sends an update at most every 0.1 s, and a keyframe whenever a subscription arrives, so at every start or
+restart of an aggregator; while nobody listens, it sees to it that there is one again. It limits itself to a
+twentieth of its time. It never blocks the application: a full queue means that what changed is sent next
+time, with what changed since. Where no thread can be relied on (uWSGI without ``enable-threads``, or with
+``threads``) the end of every request sends.
 """
 
 from __future__ import annotations
@@ -12,197 +13,32 @@ import logging
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
-from tapes import forks, threads
-from tapes.distributed.messages import Item, Update
+from tapes import threads
+from tapes.distributed.messages import Update
 from tapes.distributed.producers import Producers
-from tapes.distributed.sockets import new_publisher
-from tapes.distributed.wire import encode
-from tapes.metrics import Metric, State, Timer
-from tapes.metrics.origin import with_told
-from tapes.naming import Labels
-from tapes.registry import Registry
+from tapes.distributed.revival import Reviver
+from tapes.distributed.sockets import Socket, announced_version, new_publisher
+from tapes.distributed.wire import VERSION, encode
 
 if TYPE_CHECKING:
     from tapes.distributed.address import Endpoints
+    from tapes.distributed.outbox import Outbox
 
-__all__ = ["DURATION", "Outbox", "Publisher"]
-
-DURATION = "tapes.publish.duration"
-"""The timer of publications; by itself it is no reason for another one, and it is told once a second."""
+__all__ = ["Publisher"]
 
 INTERVAL_SECONDS = 0.1
-_DURATION_SECONDS = 1.0
 _SHARE = 20
 _LONELY_SECONDS = 5.0
 """So long without an aggregator is worth a warning, once."""
 _SUBSCRIPTION_MILLISECONDS = 100
+_RETRY_SECONDS = 1.0
+"""So long after no socket could be opened another one is tried."""
 
 _log = logging.getLogger("tapes.distributed")
-
-
-class _Series:
-    """A metric, and the state of it that was published last."""
-
-    __slots__ = ("key", "metric", "told")
-
-    def __init__(self, metric: Metric) -> None:
-        self.metric = metric
-        self.key = (metric.name, metric.labels)
-        self.told: State | None = None
-
-
-class Outbox:
-    """What a worker has to say: its series, and which of them changed since the last publication.
-
-    States are immutable and a series that was not touched keeps its state object, so "changed" is "another
-    object than was published". What is pending is folded before the lock is taken, as folding may log; under
-    the lock nothing waits, but in the last words.
-    """
-
-    def __init__(self, registry: Registry) -> None:
-        self.registry = registry
-        self.host = forks.host()
-        self.published_seq = 0
-        self._identity = registry.identity
-        self._process = forks.this_process()
-        self._lock = threads.RLock()
-        self._seq = 0
-        self._revision = -1
-        self._made = (-1, -1)
-        self._series: dict[tuple[str, Labels], _Series] = {}
-        self._duration_told = 0.0
-
-    def published(self, series: tuple[str, Labels]) -> State | None:
-        """Return the state of a series that was published last, ``None`` if none was."""
-        found = self._series.get(series)
-        return None if found is None else found.told
-
-    def update(self, *, keyframe: bool = False) -> Update:
-        """Return what changed since the last publication, or everything.
-
-        Sequence numbers are drawn under the lock that states are read under, so that the higher number
-        always has the newer state.
-        """
-        self._fold()
-        with self._lock:
-            return self._update(keyframe)
-
-    def publish(self, send: Callable[[Update], bool], *, keyframe: bool = False) -> bool:
-        """Pass ``send`` what changed, if anything; it counts as published if that returns ``True``."""
-        started = time.monotonic()
-        if not self._fold() and not keyframe and self.registry.revision == self._revision:
-            return True
-        with self._lock:
-            revision = self.registry.revision
-            update = self._update(keyframe or revision != self._revision)
-            if not send(update):
-                return False
-            for item in update.items:
-                self._series[item.name, item.labels].told = item.state
-                if item.name == DURATION:
-                    self._duration_told = started
-            self.published_seq = update.seq
-            self._revision = revision
-        self.registry.own(Timer, DURATION).update(time.monotonic() - started)
-        return True
-
-    def begin_anew(self) -> None:
-        """Note that who subscribes may be another aggregator: what was published, the one before was told."""
-        with self._lock:
-            for series in self._series.values():
-                if series.told is not None:
-                    series.metric.note_told(series.told)
-            for ancestor in self.registry.ancestors if self.published_seq else ():
-                for metric in ancestor.metrics:
-                    metric.note_told(metric.state)
-
-    def farewell(self) -> Update:
-        """Return everything as the last update; the registry starts again from zero."""
-        with self._lock:
-            ancestors = self._ancestors()
-            items = [Item(*series) for series in self.registry.take()]
-            return self._message(0, items, ancestors)
-
-    def for_another(self, farewell: Update) -> Update:
-        """Return the last update as it is to be said to an aggregator that heard of none before it."""
-        items = [_told(item, self.published((item.name, item.labels))) for item in farewell.items]
-        ancestors = farewell.ancestors
-        if self.published_seq:  # with all that is known of them
-            ancestors = tuple(
-                ancestor._replace(items=[_told(item, item.state) for item in ancestor.items])
-                for ancestor in ancestors
-            )
-        return farewell._replace(items=items, ancestors=ancestors)
-
-    def _fold(self) -> bool:
-        """Fold what is pending; return whether anything changed since the last publication."""
-        changed = False
-        while True:
-            made, revision = self.registry.made, self.registry.revision
-            if (made, revision) != self._made:
-                self._look_again()
-                self._made = (made, revision)
-            for series in self._series.values():
-                if not series.metric.is_at(series.told):
-                    if series.key[0] != DURATION:
-                        changed = True
-                    elif time.monotonic() - self._duration_told < _DURATION_SECONDS:
-                        continue
-                    series.metric.collect()
-            if made == self.registry.made:  # else folding has found the first bad value
-                return changed
-
-    def _look_again(self) -> None:
-        """Take notice of metrics that were made and removed."""
-        with self._lock:
-            found = {}
-            for metric in self.registry.metrics():
-                series = _Series(metric)
-                known = self._series.get(series.key)
-                found[series.key] = series if known is None or known.metric is not metric else known
-            self._series = found
-
-    def _update(self, keyframe: bool) -> Update:
-        base = 0 if keyframe else self.published_seq
-        items = [
-            Item(series.metric.kind, *series.key, state)
-            for series in self._series.values()
-            if (state := series.metric.state) is not series.told or not base
-        ]
-        return self._message(base, items, () if base else self._ancestors())
-
-    def _message(self, base: int, items: list[Item], ancestors: tuple[Update, ...]) -> Update:
-        self._seq = max(self._seq + 1, forks.stamp())
-        described = {} if base else self.registry.descriptions()
-        return Update(
-            self._identity, self._process, self.host, self._seq, base, items, described, ancestors,
-            self.registry.max_series,
-        )  # fmt: skip
-
-    def _ancestors(self) -> tuple[Update, ...]:
-        return tuple(
-            Update(
-                ancestor.identity, ancestor.process, self.host, ancestor.version, ancestor.base,
-                [
-                    Item(metric.kind, metric.name, metric.labels, state)
-                    for metric in ancestor.metrics
-                    if not (state := metric.collect()).is_empty
-                ],
-                {},
-            )
-            for ancestor in self.registry.ancestors
-        )  # fmt: skip
-
-
-def _told(item: Item, published: Any) -> Item:
-    """Return ``item`` with what the state ``published`` counts as told."""
-    if published is None or item.kind == "gauge":
-        return item
-    return item._replace(state=with_told(item.state, published.counted))
 
 
 class Publisher:
@@ -211,19 +47,23 @@ class Publisher:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoints: Endpoints, outbox: Outbox):
         self._context = context
         self._outbox = outbox
-        self._socket = new_publisher(context, endpoints)
-        self._subscribed = False
+        self._endpoints = endpoints
+        self._reviver = Reviver(endpoints)
+        self._socket: Socket | None = None
+        self._receiver = self._sender = -1
+        self._has_waited = self._was_lonely = False
+        self._subscribed = self._is_older = False
         self._keyframe_due = False
         self._failed = False
         self._abandoned = False
-        self._address = endpoints.publish
-        self._receiver, self._sender = os.pipe()
         self._producers = Producers(outbox.registry)
         self._thread: threads.Worker | None = threads.Worker(self._run, "tapes-publisher")
         self._alone = threading.Lock()
         self._request_ended = False
-        self._stopping = threading.Lock()
+        self._stopping = threads.RLock()
         self._stopped = False
+        self._end: Any = threads.real("_thread", "allocate_lock")()
+        self._end.acquire()
 
     def start(self) -> None:
         """Start the thread, if threads run here."""
@@ -254,6 +94,9 @@ class Publisher:
             if self._stopped:
                 return not self._abandoned
             self._stopped = True
+            self._end.release()
+            if self._sender >= 0:
+                os.write(self._sender, b"s")
         self._producers.stop(timeout_seconds / 4)
         if self._thread is None:
             if self._alone.acquire(timeout=timeout_seconds):  # nobody is at the end of a request
@@ -262,14 +105,11 @@ class Publisher:
                 return True
             self._abandoned = True
             return False
-        os.write(self._sender, b"s")
         if not self._thread.join(timeout_seconds):
             self._abandoned = True
             if not self._thread.join(0.0):
                 return False
             self._abandoned = False
-        os.close(self._sender)
-        os.close(self._receiver)
         return True
 
     def request_ended(self) -> None:
@@ -281,11 +121,14 @@ class Publisher:
         while self._request_ended and self._alone.acquire(False):
             try:
                 self._request_ended = False
-                if self._stopped:
+                if self._stopped or not self._open():
                     return
-                if not self._subscribed:
+                assert self._socket is not None
+                if not (self._subscribed or self._has_waited):
                     self._socket.poll(_SUBSCRIPTION_MILLISECONDS)
-                self._note_subscriptions()
+                    self._has_waited = True  # once is enough
+                self._note_subscriptions(self._socket)
+                self._see_to_the_aggregator()
                 if self._subscribed:
                     self._producers.tend()
                     self._keyframe_due = not self._publish() and self._keyframe_due
@@ -296,67 +139,122 @@ class Publisher:
         """Wait for producers of gauges that never ran yet; 0.2 s at most."""
         self._producers.await_first()
 
+    def _open(self) -> bool:
+        """Open the socket, if it isn't; return whether there is one, as descriptors may have run out."""
+        with self._stopping:
+            if self._socket is None and not self._stopped:
+                try:
+                    self._receiver, self._sender = os.pipe()
+                    self._socket = new_publisher(self._context, self._endpoints)
+                except Exception as error:
+                    self._close_pipe()
+                    self._warn(
+                        "tapes can't publish yet (%s); it goes on trying, and says so only once", error
+                    )
+            return self._socket is not None
+
     def _close(self) -> None:
-        self._socket.close()
-        os.close(self._sender)
-        os.close(self._receiver)
+        self._close_socket()
+        if self._abandoned:  # whoever stopped it did not wait
+            self._context.destroy(linger=0)
+
+    def _close_socket(self) -> None:
+        with self._stopping:
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
+            self._close_pipe()
+
+    def _close_pipe(self) -> None:
+        for fd in {self._receiver, self._sender} - {-1}:
+            os.close(fd)
+        self._receiver = self._sender = -1
 
     def _run(self) -> None:
+        try:
+            while not self._stopped:
+                if self._open():
+                    assert self._socket is not None
+                    self._publish_while_heard(self._socket)
+                else:
+                    self._end.acquire(timeout=_RETRY_SECONDS)
+        finally:
+            self._close()
+
+    def _publish_while_heard(self, publisher: Socket) -> None:
+        """Publish until this is stopped, or nobody has listened for long.
+
+        Another socket is tried then: one that has met a stranger, such as an aggregator with another key,
+        never connects again.
+        """
         poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
+        poller.register(publisher, zmq.POLLIN)
         poller.register(self._receiver, zmq.POLLIN)
         due = time.monotonic()
         patience_ends = due + _LONELY_SECONDS
-        try:
-            while True:
-                wait_seconds = max(0.0, due - time.monotonic())
-                events = dict(poller.poll(int(wait_seconds * 1000) + 1))
-                if self._receiver in events:
-                    return
-                if self._socket in events:
-                    self._note_subscriptions()
-                started = time.monotonic()
-                if started > patience_ends and not self._subscribed:
-                    patience_ends = float("inf")
-                    _log.warning("tapes has found no aggregator at %s yet; it goes on looking", self._address)
-                if started >= due:
-                    self._producers.tend()
-                if self._subscribed and (self._keyframe_due or started >= due):
-                    sent = self._publish()
-                    self._keyframe_due = self._keyframe_due and not sent
-                if started >= due:
-                    now = time.monotonic()
-                    due = now + max(INTERVAL_SECONDS, _SHARE * (now - started))
-        finally:
-            self._socket.close()
-            if self._abandoned:  # whoever stopped it did not wait
-                os.close(self._sender)
-                os.close(self._receiver)
-                self._context.destroy(linger=0)
+        while self._subscribed or time.monotonic() < patience_ends:
+            wait_seconds = max(0.0, due - time.monotonic())
+            events = dict(poller.poll(int(wait_seconds * 1000) + 1))
+            if self._receiver in events:
+                return
+            if publisher in events:
+                self._note_subscriptions(publisher)
+            started = time.monotonic()
+            if self._subscribed:
+                patience_ends = started + _LONELY_SECONDS
+            if started >= due:
+                self._producers.tend()
+            if self._subscribed and (self._keyframe_due or started >= due):
+                sent = self._publish()
+                self._keyframe_due = self._keyframe_due and not sent
+            if started >= due:
+                self._see_to_the_aggregator()
+                now = time.monotonic()
+                due = now + max(INTERVAL_SECONDS, _SHARE * (now - started))
+        self._close_socket()
+        if not self._was_lonely:
+            self._was_lonely = True
+            _log.warning(
+                "tapes has found no aggregator at %s yet; it goes on looking", self._endpoints.publish
+            )
+
+    def _see_to_the_aggregator(self) -> None:
+        if self._is_older:
+            self._reviver.replace_older()
+        elif not self._subscribed:
+            self._reviver.tend()
 
     def _publish(self) -> bool:
         try:
             return self._outbox.publish(self._send, keyframe=self._keyframe_due)
-        except Exception:
-            if not self._failed:
-                self._failed = True
-                _log.exception("tapes could not publish; it goes on trying, and says so only once")
+        except Exception as error:
+            self._warn("tapes could not publish (%r); it goes on trying, and says so only once", error)
             return False
 
-    def _note_subscriptions(self) -> None:
+    def _warn(self, what: str, error: Exception) -> None:
+        if not self._failed:
+            self._failed = True
+            _log.warning(what, error, exc_info=error)
+
+    def _note_subscriptions(self, publisher: Socket) -> None:
         while True:
             try:
-                message = self._socket.recv(zmq.NOBLOCK)
+                message = publisher.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
             subscribes, topic = message[:1] == b"\x01", message[1:]
+            version = announced_version(topic)
             if not topic:
                 self._subscribed = self._keyframe_due = subscribes
                 if subscribes:
+                    self._reviver.is_heard()
                     self._outbox.begin_anew()
+            elif version is not None:
+                self._is_older = subscribes and version < VERSION
 
     def _send(self, update: Update) -> bool:
         try:
+            assert self._socket is not None
             self._socket.send(encode(update), zmq.NOBLOCK)
         except zmq.Again:
             return False

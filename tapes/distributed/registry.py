@@ -21,6 +21,7 @@ from tapes.clock import Clock, monotonic
 from tapes.distributed import connection
 from tapes.distributed.address import DEFAULT_ADDR, resolve
 from tapes.distributed.aggregator import Aggregator
+from tapes.distributed.keeper import Keeper
 from tapes.distributed.launch import Readiness
 from tapes.distributed.lease import Lease
 from tapes.environment import is_disabled
@@ -39,9 +40,9 @@ class DistributedRegistry(Registry):
     Before `connect`, and after `close`, it is a plain `Registry`.
 
     Args:
-        socket_addr: Where the aggregator listens: ``ipc://PATH`` or ``tcp://127.0.0.1:PORT``. The default
-            stands for ``TAPES_ADDR`` from the environment, if that is set. A relative path is taken from
-            the working directory of now.
+        socket_addr: Where the aggregator listens: ``ipc://PATH``, or ``tcp://HOST:PORT``, beyond loopback
+            with ``TAPES_CURVE_KEY`` only. The default stands for ``TAPES_ADDR`` from the environment, if that
+            is set. A relative path is taken from the working directory of now.
         prefix, labels, clock, max_series: As `Registry`.
 
     Raises:
@@ -108,11 +109,13 @@ class RegistryAggregator:
     def start(self, fork: bool = True) -> None:
         """Start to listen and to report; call it before workers are forked.
 
-        The forked aggregator ignores the terminal's interrupts and ends with the process that started it.
+        The forked aggregator ignores the terminal's interrupts and ends with the process that started it. If
+        it dies before that, another one takes its place, which knows what it knew.
 
         Args:
             fork: Run in a child process and return when that is ready. If ``False``, run in this process
-                and return when it is interrupted, terminated, or stopped from another thread.
+                and return when it is interrupted, terminated, or stopped from another thread; whoever runs
+                the process has to start it again if it dies.
 
         Raises:
             AddressInUse, AddressError: If it can't bind its address, or a reporter can't bind its own.
@@ -154,22 +157,30 @@ class RegistryAggregator:
             return  # not started, or started by a process that this one was forked from
         pid, self._pid = self._pid, 0
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(pid, signal.SIGTERM)
+            os.killpg(pid, signal.SIGTERM)  # the aggregator too, should its keeper have died
             deadline = time.monotonic() + _STOP_SECONDS
             while os.waitpid(pid, os.WNOHANG) == (0, 0):
                 if time.monotonic() > deadline:
-                    os.kill(pid, signal.SIGKILL)
+                    os.killpg(pid, signal.SIGKILL)
                 time.sleep(0.01)
 
     def _run_in_child(self, owner: forks.Process, readiness: Readiness) -> None:
         """Never returns: the child must not run what belongs to its parent."""
+
+        def run(readiness: Readiness, ends: bool) -> int:
+            aggregator = Aggregator(resolve(self.socket_addr), self.reporters, Lease(owner))
+            if ends:
+                aggregator.stop()
+            try:
+                return readiness.run(aggregator)
+            finally:
+                with contextlib.suppress(Exception):
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+
         status = 1
         try:
             os.setsid()
-            aggregator = Aggregator(resolve(self.socket_addr), self.reporters, Lease(owner))
-            status = readiness.run(aggregator)
+            status = Keeper(run).keep(readiness)
         finally:
-            with contextlib.suppress(Exception):
-                sys.stdout.flush()
-                sys.stderr.flush()
             os._exit(status)

@@ -9,6 +9,8 @@ newest message without a word; XPUB_VERBOSE, so that a second subscription is se
 
 The aggregator subscribes to everything, and to a topic of its own that says which version of the wire it
 speaks: that is how a worker learns of an older one.
+
+Where the service has a key, TCP uses it at both ends: see `tapes.distributed.curve`.
 """
 
 from __future__ import annotations
@@ -19,15 +21,17 @@ from typing import Any
 
 import zmq
 
+from tapes.distributed import curve
 from tapes.distributed.address import Endpoints
 from tapes.distributed.wire import MAX_BYTES, VERSION
-from tapes.errors import AddressError, AddressInUse
+from tapes.errors import AddressError, AddressInUse, AggregatorUnavailable
 
-__all__ = ["announced_version", "bind", "new_publisher", "new_reader"]
+__all__ = ["Socket", "announced_version", "bind", "new_publisher", "new_reader"]
 
 Socket = zmq.Socket[bytes]
 
 _QUEUE = 4
+_DESCRIPTORS = 16
 _ANNOUNCEMENT = re.compile(rb"\xfftapes wire (\d{1,6})")
 
 
@@ -35,8 +39,12 @@ def bind(context: zmq.Context[Any], endpoints: Endpoints) -> tuple[Socket, Socke
     """Return the aggregator's sockets for publications and for questions, closed to other users.
 
     Raises:
-        AddressInUse, AddressError: If an address can't be bound.
+        AddressInUse, AddressError: If an address can't be bound, or its key can't be used.
+        AggregatorUnavailable: If nobody could be there to check keys.
     """
+    pair = endpoints.key.pair() if endpoints.key else None
+    if pair:
+        curve.admit(context, pair)
     updates, questions = context.socket(zmq.SUB), context.socket(zmq.ROUTER)
     updates.setsockopt(zmq.SUBSCRIBE, b"")
     updates.setsockopt(zmq.SUBSCRIBE, b"\xfftapes wire %d" % VERSION)
@@ -46,6 +54,8 @@ def bind(context: zmq.Context[Any], endpoints: Endpoints) -> tuple[Socket, Socke
             bound.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
             bound.setsockopt(zmq.LINGER, 0)
             bound.setsockopt(zmq.IPV6, int("[" in endpoint))
+            if pair:
+                curve.as_server(bound, pair)
             try:
                 bound.bind(endpoint)
             except zmq.ZMQError as error:
@@ -60,29 +70,62 @@ def bind(context: zmq.Context[Any], endpoints: Endpoints) -> tuple[Socket, Socke
 
 
 def new_publisher(context: zmq.Context[Any], endpoints: Endpoints) -> Socket:
-    """Return a worker's socket for what it publishes."""
+    """Return a worker's socket for what it publishes; raises as `new_reader`."""
+    _make_sure_of_descriptors()
     publisher: Socket = context.socket(zmq.XPUB)
     for option, value in (
         (zmq.IMMEDIATE, 1), (zmq.XPUB_NODROP, 1), (zmq.XPUB_VERBOSE, 1),
         (zmq.SNDHWM, _QUEUE), (zmq.LINGER, 0),
     ):  # fmt: skip
         publisher.setsockopt(option, value)
-    _connect(publisher, endpoints.publish)
+    _connect(publisher, endpoints, endpoints.publish)
     return publisher
 
 
 def new_reader(context: zmq.Context[Any], endpoints: Endpoints) -> Socket:
-    """Return a worker's socket for questions and goodbyes."""
+    """Return a worker's socket for questions and goodbyes.
+
+    Raises:
+        AddressError: If the address can't be used.
+        AggregatorUnavailable: If there are no file descriptors left.
+    """
+    _make_sure_of_descriptors()
     reader: Socket = context.socket(zmq.DEALER)
     for option, value in ((zmq.IMMEDIATE, 1), (zmq.LINGER, 0), (zmq.MAXMSGSIZE, MAX_BYTES)):
         reader.setsockopt(option, value)
-    _connect(reader, endpoints.read)
+    _connect(reader, endpoints, endpoints.read)
     return reader
 
 
-def _connect(connecting: Socket, endpoint: str) -> None:
+def _make_sure_of_descriptors() -> None:
+    """Raise unless there are as many file descriptors as a first socket needs.
+
+    libzmq ends the process if it gets none for some of what it makes.
+    """
+    found = []
+    try:
+        for _ in range(_DESCRIPTORS):
+            found.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        raise AggregatorUnavailable(
+            f"no socket can be opened ({error.strerror})",
+            remedy="close files, or raise the limit (ulimit -n)",
+        ) from None
+    finally:
+        for fd in found:
+            os.close(fd)
+
+
+def _connect(connecting: Socket, endpoints: Endpoints, endpoint: str) -> None:
     connecting.setsockopt(zmq.IPV6, int("[" in endpoint))
-    connecting.connect(endpoint)
+    if endpoints.key:
+        curve.as_client(connecting, endpoints.key.pair())
+    try:
+        connecting.connect(endpoint)
+    except zmq.ZMQError as error:
+        raise AddressError(
+            f"nothing can connect to {endpoint} ({error.strerror})", remedy="give another address"
+        ) from None
 
 
 def announced_version(topic: bytes) -> int | None:

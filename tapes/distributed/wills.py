@@ -33,7 +33,7 @@ def leave(endpoints: Endpoints, goodbye: Goodbye) -> bool:
         with open(fd, "wb") as file:
             file.write(encode(goodbye))
         os.replace(draft, path)
-    except OSError:
+    except (OSError, WireError):  # the disk is full, or it is too long
         with contextlib.suppress(OSError):
             os.unlink(draft)
         return False
@@ -74,6 +74,13 @@ class Wills:
             for entry in list(os.scandir(self._directory)):
                 if entry.name.startswith(self._start) and "." not in entry.name[len(self._start) :]:
                     yield from self._open(entry.path)
+
+    def remove(self) -> None:
+        """Remove them, as they are those of another service, which has ended."""
+        with contextlib.suppress(OSError):
+            for entry in list(os.scandir(self._directory)):
+                if entry.name.startswith(self._start):
+                    os.unlink(entry.path)
 
     def _open(self, path: str) -> Iterator[tuple[Goodbye | WireError, bytes]]:
         data = b""

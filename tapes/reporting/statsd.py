@@ -121,11 +121,19 @@ class _Told(NamedTuple):
     def since(self, last: _Told | None) -> Number:
         """Return what is to be told if ``last`` was told before, or nothing."""
         if last is None or self.created != last.created:
-            return self.value - self.before
-        known = self.before - last.before
-        if self.total - last.total < known or self.total < last.total:
+            return _less(self.value, self.before)
+        known = _less(self.before, last.before)
+        if _less(self.total, last.total) < known or self.total < last.total:
             return 0  # it was removed by a worker, or turned out to have been told before
-        return self.value - last.value - known
+        return _less(_less(self.value, last.value), known)
+
+
+def _less(value: Number, other: Number) -> Number:
+    """Return ``value - other``, also where a whole number is larger than any float."""
+    try:
+        return value - other
+    except OverflowError:
+        return int(value) - int(other)
 
 
 class _Line(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -505,7 +506,7 @@ def test_kinds_that_differ_between_workers_break_nothing(aggregator):
     two.meter("x").mark(5)
     two.counter("y").increment(2)
     stats = two.get_stats()
-    assert (stats.x.value, stats.y.value) == (1, 2)
+    assert (stats.x["count"], stats.y.value) == (5, 2)
     assert stats.tapes.rejected.value >= 1
     one.close()
     two.close()
@@ -567,3 +568,46 @@ def test_reporters_are_checked():
     for wrong in ([object()], 5, RegistryAggregator, tapes.default_registry):
         with pytest.raises(InvalidArgument, match="Reporter"):
             RegistryAggregator(wrong)
+
+
+def test_several_read_at_once_and_an_event_loop_goes_on(reader, address):
+    """Threads and tasks; each sees what was recorded here before."""
+    worker = DistributedRegistry(address)
+    worker.connect()
+    seen = []
+
+    def read():
+        for number in range(20):
+            worker.counter("reads").increment()
+            seen.append(worker.get_stats().reads.value > number)
+
+    async def main():
+        turns = 0
+        task = asyncio.gather(*(worker.get_stats_async() for _ in range(10)))
+        while not task.done():
+            turns += 1
+            await asyncio.sleep(0)
+        return turns, await task
+
+    threads = [threading.Thread(target=read) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    turns, stats = asyncio.run(main())
+    for thread in threads:
+        thread.join()
+    assert turns > 10
+    assert seen == [True] * 100
+    assert len(stats) == 10
+    assert worker.get_stats().reads.value == reader.get_stats().reads.value == 100
+    worker.close()
+
+
+def test_an_event_loop_of_trio_can_read_too(address):
+    """If anyio is there, which knows both."""
+    anyio = pytest.importorskip("anyio")
+    pytest.importorskip("trio")
+    worker = DistributedRegistry(address)
+    worker.connect()
+    worker.counter("c").increment(3)
+    assert anyio.run(worker.get_stats_async, backend="trio").c.value == 3
+    worker.close()

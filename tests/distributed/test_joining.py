@@ -115,7 +115,7 @@ def test_an_aggregator_does_not_mind_signals_while_it_is_needed(home):
     """Service managers signal the whole group; it goes when the last of the service has gone."""
     with waiting(home) as process:
         (service,) = home.services()
-        pid = int((service / "metrics.ipc.lock").read_text())
+        pid = int((service / "metrics.ipc.lock").read_text().split()[0])
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             os.kill(pid, number)
         # It answers after it has got them all.
@@ -128,7 +128,7 @@ def test_what_was_killed_outright_is_swept_by_the_next_start(home):
     """The whole service at once; the next one starts from zero, and finds its own."""
     with waiting(home) as process:
         (service,) = home.services()
-        for pid in (int((service / "metrics.ipc.lock").read_text()), process.pid):
+        for pid in (int((service / "metrics.ipc.lock").read_text().split()[0]), process.pid):
             os.kill(pid, signal.SIGKILL)
         process.wait()
     assert home.services() == [service]

@@ -20,6 +20,8 @@ from tapes.testing import ManualClock
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 text = st.text(max_size=12)
+names = st.from_regex(r"[a-z]{1,4}(\.[a-z]{1,4}){0,2}", fullmatch=True)
+identities = st.binary(min_size=16, max_size=16).filter(any)
 
 
 processes = st.builds(Process, st.integers(1, 2**31 - 1), st.integers(0, 2**60))
@@ -42,12 +44,12 @@ def updates(draw, ancestors=1):
     items = [Item(*series) for series in registry.collect()]
     described = {
         name: Description(draw(text), draw(st.one_of(st.none(), text)), tuple(sorted(draw(st.sets(finite)))))
-        for name in draw(st.sets(text))
+        for name in draw(st.sets(names))
     }
     base = draw(st.integers(0, 5))
     before = draw(st.lists(updates(ancestors=0), max_size=2)) if ancestors else []
     return Update(
-        draw(st.binary(min_size=16, max_size=16)), draw(processes), "host", base + 1, base, items, described,
+        draw(identities), draw(processes), "host", base + 1, base, items, described,
         tuple(before), draw(st.integers(1, 10**6)),
     )  # fmt: skip
 
@@ -124,7 +126,7 @@ def test_a_sketch_whose_bins_do_not_add_up_is_refused():
     """What belongs together must agree."""
     registry = tapes.Registry()
     registry.histogram("h").update(1)
-    update = Update(bytes(16), Process(1, 0), "", 1, 0, [Item(*s) for s in registry.collect()], {})
+    update = Update(bytes(range(16)), Process(1, 0), "", 1, 0, [Item(*s) for s in registry.collect()], {})
     tree = msgpack.unpackb(encode(update))
     tree[7][0][3][0][0] = 2
     with pytest.raises(WireError, match="add up"):
@@ -149,7 +151,7 @@ def test_a_nan_is_refused():
     """Nothing that would poison a sum gets in."""
     registry = tapes.Registry()
     registry.gauge("g").set(1)
-    update = Update(bytes(16), Process(1, 0), "", 1, 0, [Item(*s) for s in registry.collect()], {})
+    update = Update(bytes(range(16)), Process(1, 0), "", 1, 0, [Item(*s) for s in registry.collect()], {})
     tree = msgpack.unpackb(encode(update))
     tree[7][0][3][0] = math.nan
     with pytest.raises(WireError, match="finite"):

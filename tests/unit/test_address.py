@@ -18,8 +18,64 @@ from tapes.errors import AddressError, AddressInUse
 def test_bad_addresses_are_told_with_what_was_expected(addr, monkeypatch):
     """No scheme, no port, or not this machine."""
     monkeypatch.setenv("TAPES_ADDR", addr)
+    monkeypatch.delenv("TAPES_CURVE_KEY", raising=False)
     with pytest.raises(AddressError, match="expected"):
         resolve(addr or "ipc://")
+
+
+BEYOND = (
+    "192.0.2.1", "[2001:db8::1]", "[::ffff:192.0.2.1]", "metrics.example", "a-host", "127.0.0.1.example",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("host", BEYOND)
+def test_beyond_this_machine_a_key_is_needed(host, monkeypatch):
+    """The error says how to come by one; the file is read later, by who connects or binds."""
+    monkeypatch.delenv("TAPES_CURVE_KEY", raising=False)
+    with pytest.raises(AddressError, match=r"expected .*TAPES_CURVE_KEY; .*create_certificates"):
+        resolve(f"tcp://{host}:5555")
+    monkeypatch.setenv("TAPES_CURVE_KEY", "")
+    with pytest.raises(AddressError, match="TAPES_CURVE_KEY"):
+        resolve(f"tcp://{host}:5555")
+    monkeypatch.setenv("TAPES_CURVE_KEY", "/nowhere/key")
+    endpoints = resolve(f"tcp://{host}:5555")
+    assert endpoints[:3] == (f"tcp://{host}:5555", f"tcp://{host}:5556", None)
+    assert endpoints.key.path == "/nowhere/key"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.5.5.5", "[::1]", "localhost"])
+def test_on_this_machine_a_key_is_used_if_there_is_one(host, monkeypatch):
+    """And not needed."""
+    monkeypatch.delenv("TAPES_CURVE_KEY", raising=False)
+    assert resolve(f"tcp://{host}:5555").key is None
+    monkeypatch.setenv("TAPES_CURVE_KEY", "/nowhere/key")
+    assert resolve(f"tcp://{host}:5555").key is not None
+    assert resolve("ipc://m.ipc").key is None
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "*", "[::]", "[::0]", "[::ffff:0.0.0.0]"])
+def test_a_wildcard_is_refused_with_a_key_too(host, monkeypatch):
+    """Workers can't connect to it."""
+    monkeypatch.setenv("TAPES_CURVE_KEY", "/nowhere/key")
+    with pytest.raises(AddressError, match=r"wildcard: got .*, expected an address that they reach"):
+        resolve(f"tcp://{host}:5555")
+
+
+@pytest.mark.parametrize(
+    "host", ["", "::1", "2001:db8::1", "[::1", "[x]", "a b", "127.0.0.1;192.0.2.1", "0", "127.1", "0x7f.1",
+             "0X0", "a.0x0", "256.0.0.1", "::", "é"],
+)  # fmt: skip
+def test_what_is_no_host_is_refused_with_a_key_too(host, monkeypatch):
+    """An IPv6 address without brackets, and what only resolvers take for an address."""
+    monkeypatch.setenv("TAPES_CURVE_KEY", "/nowhere/key")
+    with pytest.raises(AddressError, match=r"host can't be used: got .*, expected .*brackets"):
+        resolve(f"tcp://{host}:5555")
+
+
+def test_a_port_may_be_a_very_long_number():
+    """It is refused like any other."""
+    with pytest.raises(AddressError, match="65534"):
+        resolve("tcp://127.0.0.1:" + "9" * 5000)
 
 
 def test_a_relative_path_is_made_absolute_once(short_dir, monkeypatch):

@@ -19,7 +19,8 @@ class Worker:
 
     numbers = itertools.count(1)
 
-    def __init__(self, clock=None):
+    def __init__(self, clock=None, started=0):
+        self.process = Process(1, started)
         self.registry = tapes.Registry(clock=clock or ManualClock(1000.0), max_series=3000)
         self.identity = next(self.numbers).to_bytes(16, "little")
         self.seq = 0
@@ -29,7 +30,7 @@ class Worker:
         items = [Item(*s) for s in self.registry.collect() if only is None or s[1] in only]
         return Update(
             self.identity,
-            Process(1, 0),
+            self.process,
             "h",
             self.seq,
             base,
@@ -171,15 +172,64 @@ def test_a_name_that_hides_another_workers_field_is_left_out_of_the_tree(caplog)
     assert "a.value" in caplog.text
 
 
-def test_a_name_of_another_kind_is_refused_and_nothing_else():
-    """The rest of the update counts."""
-    ledger, one, two = Ledger(), Worker(), Worker()
-    one.registry.counter("c").increment()
-    two.registry.meter("c").mark(5)
-    two.registry.counter("d").increment(2)
-    assert ledger.apply(one.update()) == (True, [])
-    assert ledger.apply(two.update()) == (True, ["c"])
-    assert (value(ledger), value(ledger, "d")) == (1, 2)
+def test_where_kinds_differ_the_worker_that_started_last_is_right():
+    """Whoever is heard first; the rest of an update counts, and each worker is complained of once."""
+    for newest_first in (False, True):
+        ledger, old, new, newest = Ledger(), Worker(started=10), Worker(started=20), Worker(started=30)
+        old.registry.counter("c").increment()
+        old.registry.counter("d").increment(2)
+        new.registry.meter("c").mark(5)
+        newest.registry.meter("c").mark(7)
+        refused = [
+            (worker, name)
+            for worker in ((newest, new, old, old) if newest_first else (old, new, newest, old, old))
+            for name in ledger.apply(worker.update())[1]
+        ]
+        assert [name for _, name in refused] == (["c"] if newest_first else ["c", "c"])
+        snapshot = ledger.snapshot(200)
+        assert (snapshot.get("c").count, snapshot.get("d").value) == (12, 2)
+        for worker in (old, new, newest):
+            ledger.retire(worker.identity)
+        assert ledger.snapshot(200).get("c").count == 12
+
+
+def test_a_newer_kind_replaces_also_what_had_left():
+    """What was counted as the former kind can't be added to it."""
+    ledger, old, new = Ledger(), Worker(started=10), Worker(started=20)
+    old.registry.counter("c").increment(3)
+    ledger.apply(old.update())
+    ledger.retire(old.identity)
+    new.registry.histogram("c").update(5)
+    assert ledger.apply(new.update()) == (True, ["c"])
+    assert ledger.snapshot(200).get("c").count == 1
+
+
+def test_where_merge_modes_differ_the_worker_that_started_last_is_right():
+    """And the values of the others are merged in its way."""
+    for order in itertools.permutations(range(3)):
+        ledger = Ledger()
+        workers = [Worker(started=started) for started in (10, 20, 30)]
+        for worker, mode, worth in zip(workers, ("sum", "max", "min"), (5, 7, 9)):
+            worker.registry.gauge("g", merge=mode).set(worth)
+        refused = [name for which in order for name in ledger.apply(workers[which].update())[1]]
+        assert value(ledger, "g") == 5
+        refused += [name for worker in workers for name in ledger.apply(worker.update())[1]]
+        assert refused == ["g", "g"]
+        workers[0].registry.gauge("g").set(3)
+        ledger.apply(workers[0].update())
+        assert (value(ledger, "g"), ledger.apply(workers[0].update())) == (3, (True, []))
+
+
+def test_where_descriptions_differ_the_worker_that_started_last_is_right():
+    """Such as in the buckets for Prometheus."""
+    for order in itertools.permutations(range(2)):
+        ledger, workers = Ledger(), [Worker(started=started) for started in (10, 20)]
+        for worker, text in zip(workers, ("old", "new")):
+            worker.registry.describe("c", text)
+            worker.registry.counter("c").increment()
+        for which in order:
+            ledger.apply(workers[which].update())
+        assert ledger.merged(200).descriptions["c"].text == "new"
 
 
 def test_rates_and_quantiles_of_many_are_those_of_one_that_saw_all():

@@ -1,0 +1,132 @@
+"""What a ledger keeps of one worker, and of one series."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from tapes.distributed.messages import Item
+from tapes.forks import Process
+from tapes.metrics import KINDS, GaugeState, State
+from tapes.naming import Labels
+from tapes.sums import Number
+
+__all__ = ["ASKED", "ITSELF", "OF_IT", "Account", "Entry", "Key", "Worker", "told_before"]
+
+ASKED, OF_IT, ITSELF = range(3)
+"""How a worker was heard: it asked, descendants published what they know of it, or it did itself."""
+
+Key = tuple[str, Labels]
+
+
+class Worker(NamedTuple):
+    """Who a live worker is; a silent one is known only by what its descendants say of it."""
+
+    identity: bytes
+    process: Process
+    host: str
+    silent: bool
+
+
+class Account:
+    """What is known of one worker: everything up to its update ``known``, and which one brought a series.
+
+    Attributes:
+        rank: Greater than that of workers that started earlier.
+        refused: The names that it uses in another way than newer workers do.
+    """
+
+    __slots__ = ("ancestors", "dead", "heard", "known", "places", "rank", "refused", "seqs", "worker")
+
+    def __init__(self, worker: Worker, number: int) -> None:
+        self.worker = worker
+        self.rank = (worker.process.started, number)
+        self.known = 0
+        self.heard = ASKED
+        self.dead = False
+        self.seqs: dict[Key, int] = {}
+        self.places: dict[Key, Key] = {}
+        self.ancestors: frozenset[bytes] = frozenset()
+        self.refused: set[str] = set()
+
+
+class Entry:
+    """One series: its state by worker, the total of those that left, and both merged, if nothing changed.
+
+    States are kept by worker and the labels that it gave: an overflowing series has several of one worker.
+
+    Attributes:
+        mode, mode_rank: How a gauge merges, and the rank of the newest worker that says so.
+    """
+
+    __slots__ = ("by_worker", "kind", "merged", "mode", "mode_rank", "retired")
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.mode = ""
+        self.mode_rank = (-1, -1)
+        self.by_worker: dict[tuple[bytes, Labels], State] = {}
+        self.retired: State | None = None
+        self.merged: State | None = None
+
+    def whole(self) -> State:
+        """Return the state of all workers together."""
+        if self.merged is None:
+            retired = () if self.retired is None else (self.retired,)
+            self.merged = KINDS[self.kind].merge((*retired, *self.by_worker.values()))
+        return self.merged
+
+    def retire(self, state: State) -> None:
+        """Add ``state`` to the total of those that left."""
+        before = () if self.retired is None else (self.retired,)
+        self.retired = KINDS[self.kind].merge((*before, state))
+        self.merged = None
+
+    def agreed(self, state: State, rank: tuple[int, int]) -> State:
+        """Return a gauge's state in the mode of the newest worker that has it; what is known follows it."""
+        assert isinstance(state, GaugeState)
+        if rank < self.mode_rank:
+            return state if state.mode == self.mode else state._replace(mode=self.mode)
+        self.mode_rank = rank
+        if state.mode == self.mode:
+            return state
+        self.mode = state.mode
+        for whose, known in self.by_worker.items():
+            assert isinstance(known, GaugeState)
+            self.by_worker[whose] = known._replace(mode=state.mode)
+        return state
+
+    def of_each_worker(
+        self, labels: Labels, workers: dict[bytes, str]
+    ) -> Iterator[tuple[Labels, GaugeState]]:
+        """Yield the gauge of each worker that speaks, with its name among the labels."""
+        states: dict[str, list[Any]] = {}
+        for (identity, _), state in self.by_worker.items():
+            if identity in workers:
+                states.setdefault(workers[identity], []).append(state)
+        for worker, own in states.items():
+            its_labels = tuple(sorted({**dict(labels), "worker": worker}.items()))
+            yield its_labels, own[0] if len(own) == 1 else GaugeState.add(own)
+
+
+def told_before(account: Account, before: Any, item: Item, says: int) -> Number | None:
+    """Return how much of a count other aggregators were told; ``None`` if it is as ``item`` says.
+
+    A worker publishes only when it has noticed that the aggregator may be another one, and then says what the
+    one before was told. A question may come before that: until then everything counts as told. What was said
+    once stands, as a connection may break and come again: what is told later is new. But what a worker says
+    itself is better than what its descendants say of it.
+    """
+    state: Any = item.state
+    if item.kind == "gauge" or says > max(account.heard, ASKED):
+        return None
+    told: Number
+    if not account.heard:
+        told = state.counted
+    elif before is not None:
+        told = before.origin.told
+    elif account.heard == ITSELF:
+        told = 0
+    else:
+        return None
+    return told

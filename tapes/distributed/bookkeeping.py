@@ -1,0 +1,285 @@
+"""What the aggregator does with messages: it enters them, answers, retires who has ended, keeps the journal.
+
+It knows no sockets. A message that is not one of ours is dropped, counted and logged; nothing a client sends
+raises here.
+
+One that takes the place of another begins with its journal, and answers no reader before the workers that
+live have told it again what they stand at: what was answered once does not decrease.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+
+from tapes import forks
+from tapes.distributed.accounts import Worker
+from tapes.distributed.address import Endpoints
+from tapes.distributed.journal import JournalFile, Saved
+from tapes.distributed.lease import Lease
+from tapes.distributed.ledger import Ledger
+from tapes.distributed.messages import (
+    NOBODY,
+    Goodbye,
+    HandOver,
+    Hello,
+    Journal,
+    Message,
+    Read,
+    Reply,
+    Update,
+)
+from tapes.distributed.outbox import ALIVE_SECONDS
+from tapes.distributed.processes import ProcessWatch, lives
+from tapes.distributed.view import JOURNAL_FAILED, LAG, MESSAGES, MergedView
+from tapes.distributed.wills import Wills
+from tapes.distributed.wire import VERSION, decode, encode, version_to_answer
+from tapes.errors import WireError
+from tapes.exposition import FORMS
+from tapes.metrics import Counter, Timer
+from tapes.registry import Registry
+
+__all__ = ["Bookkeeper"]
+
+_LAST_WORDS_SECONDS = 2.0
+"""So long after its death a worker's messages may still arrive."""
+_LAST_RECORD_SECONDS = 600.0
+"""So long a child may take that was forked from a dead process to tell what that had recorded."""
+_SILENT_SECONDS = 6 * ALIVE_SECONDS
+"""A worker whose pid means nothing here counts as dead when it has been silent for so long."""
+_MOST_DEAD = 1000
+
+_log = logging.getLogger("tapes.distributed")
+
+
+class Bookkeeper:
+    """Keeps the ledger of an aggregator that listens at ``endpoints`` for as long as ``lease`` says.
+
+    Args:
+        endpoints, lease: Of the aggregator.
+        configured: How its reporters are configured, if by the environment; for who takes its place.
+
+    Attributes:
+        registry: What reporters read: the merged view.
+        journal: Its journal.
+        hands_over: Whether it has been asked to make room for a newer version.
+        awaited: The workers of before that have yet to tell again what they stand at.
+    """
+
+    def __init__(self, endpoints: Endpoints, lease: Lease, configured: Mapping[str, str]) -> None:
+        self.registry = Registry()
+        self.journal = JournalFile(endpoints, self._pages, self._note_journal_failed)
+        self.hands_over = False
+        self.awaited: set[bytes] = set()
+        self._endpoints = endpoints
+        self._lease = lease
+        self._configured = tuple(configured.items())
+        self._ledger = Ledger()
+        self._view = MergedView(self._ledger, self.registry)
+        self.registry.connection = self._view
+        self._wills = Wills(endpoints)
+        self._watches: dict[bytes, ProcessWatch] = {}
+        self._spoke: set[bytes] = set()
+        self._heard: dict[bytes, float] = {}
+        self._dead: dict[bytes, float] = {}
+        self._journal_fails = False
+        self._messages = self.registry.own(Counter, MESSAGES)
+        self._lag = self.registry.own(Timer, LAG)
+        self._host = forks.host()
+
+    def restore(self) -> dict[str, str]:
+        """Begin with what the aggregator before this one knew, if anything of its service still lives.
+
+        Returns:
+            How that one's reporters were configured, if by the environment.
+
+        Raises:
+            AddressError: If there is somebody's file where the journal has to be.
+        """
+        try:
+            saved = self.journal.read()
+        except WireError as error:
+            self._reject(b"", error)
+            return {}
+        if saved is None:
+            return {}
+        if not self._is_of_our_service(saved):
+            self.journal.remove()
+            self._wills.remove()
+            return {}
+        self._ledger.restore(saved.journal, saved.records)
+        for goodbye in saved.goodbyes:
+            self._apply(goodbye.update)
+            self._ledger.retire(goodbye.update.identity)
+        for owner in saved.journal.owners:
+            self._lease.stay_for(owner)
+        self._configured = self._configured or saved.journal.reporters
+        self.awaited = {worker.identity for worker in self._ledger.workers if not worker.silent}
+        self.journal.changed(urgent=True)
+        _log.warning(
+            "tapes aggregator %d takes the place of one that ended, with the totals of %d workers that left",
+            os.getpid(), self._ledger.retired,
+        )  # fmt: skip
+        return dict(saved.journal.reporters)
+
+    def publication(self, data: bytes) -> None:
+        """Enter what a worker published."""
+        self._messages.increment()
+        try:
+            update = decode(data)
+            if not isinstance(update, Update):
+                raise WireError("a publication", got=type(update).__name__, expected="Update")
+            self._apply(update)
+        except Exception as error:
+            self._reject(data, error)
+        else:
+            self._lag.update(max(0.0, (forks.stamp() - update.seq) / 1e9))
+
+    def answer(self, data: bytes) -> bytes | None:
+        """Return the answer to a question; ``None`` if it has to be asked again when nobody is awaited."""
+        self._messages.increment()
+        version = version_to_answer(data)
+        try:
+            question = decode(data)
+            if not isinstance(question, (Read, Hello, Goodbye, HandOver)):
+                raise WireError("a question", got=type(question).__name__, expected="Read, Hello or Goodbye")
+            if self.awaited and isinstance(question, Read):
+                return None
+            return encode(self._reply(question, data, version), version)
+        except Exception as error:
+            self._reject(data, error)
+            refusal = Reply(0, "error", f"it refused the question: {error}".encode(errors="replace"))
+            return encode(refusal, version)
+
+    def look_around(self, now: float) -> int:
+        """Read wills, and retire workers that have ended; return how many live."""
+        for will, data in self._wills.take_in():
+            if isinstance(will, Goodbye):
+                self._leave(will, data)
+            else:
+                self._reject(data, will)
+        workers = {w.identity: w for w in self._ledger.workers if w.identity != NOBODY}
+        ended = {identity for identity, worker in workers.items() if self._has_ended(worker, now)}
+        self._spoke.clear()
+        self.awaited -= ended
+        spoken_of = self._ledger.ancestors() if ended else set()
+        if ended - spoken_of - self._dead.keys():
+            self.journal.changed(urgent=True)
+        for identity in ended & spoken_of:
+            self._dead.pop(identity, None)
+        for identity in ended - spoken_of:
+            self._ledger.bury(identity)
+            is_certain = identity in self._watches and not workers[identity].silent
+            patience = _LAST_WORDS_SECONDS if is_certain else _LAST_RECORD_SECONDS
+            if now - self._dead.setdefault(identity, now) >= patience or len(self._dead) > _MOST_DEAD:
+                self._retire(identity)
+        return len(workers.keys() - ended)
+
+    def _has_ended(self, worker: Worker, now: float) -> bool:
+        """Return whether a worker has ended; where its pid means nothing, whether it has been silent long."""
+        identity = worker.identity
+        if worker.host != self._host:
+            if identity in self._spoke or identity not in self._heard:
+                self._heard[identity] = now
+                if self._dead.pop(identity, None) is not None:
+                    self._ledger.bury(identity, is_dead=False)
+            return now - self._heard[identity] > _SILENT_SECONDS
+        if identity not in self._watches:
+            self._watches[identity] = ProcessWatch(worker.process)
+        return self._watches[identity].ended()
+
+    def _reply(self, question: Read | Hello | Goodbye | HandOver, data: bytes, version: int) -> Reply:
+        number = question.correlation
+        if isinstance(question, HandOver):
+            return self._hand_over(question)
+        if isinstance(question, Hello):
+            for process in question.processes if question.host == self._host else ():
+                self._lease.stay_for(process)
+            self.journal.changed()
+            return Reply(number, "ok", b"")
+        if isinstance(question, Goodbye):
+            return Reply(number, "ok" if self._leave(question, data) else "behind", b"")
+        if not self._apply(question.update, published=False):
+            return Reply(number, "behind", b"")
+        if question.what != "states" and question.what not in FORMS:
+            return Reply(number, "error", b"it does not know this format")
+        try:
+            if question.what == "states":
+                return Reply(number, "ok", self._view.states(version))
+            return Reply(number, "ok", self._view.render(question.what))
+        except Exception as error:
+            _log.exception("tapes: the aggregator could not answer a read")
+            return Reply(number, "error", repr(error).encode(errors="replace"))
+
+    def _leave(self, goodbye: Goodbye, data: bytes) -> bool:
+        """Retire who says goodbye, and write that down; return whether everything of it is known."""
+        if not self._apply(goodbye.update):
+            return False
+        self._retire(goodbye.update.identity)
+        self.journal.note(data)
+        return True
+
+    def _hand_over(self, question: HandOver) -> Reply:
+        """Make room for a newer version; what workers that live can't tell that one is in the journal."""
+        if question.version <= VERSION or self._endpoints.path is None or not self._lease.is_joined:
+            return Reply(question.correlation, "error", b"nobody could take its place")
+        _log.warning("tapes aggregator %d makes room for one of a newer version", os.getpid())
+        self.journal.finish()
+        self.hands_over = True
+        return Reply(question.correlation, "ok", b"")
+
+    def _apply(self, update: Update, *, published: bool = True) -> bool:
+        complete, refused = self._ledger.apply(update, published=published)
+        for name in refused:
+            self.registry.reject(
+                name,
+                (),
+                name,
+                "workers differ in its kind or in how it merges; the newest one is right",
+            )
+        if complete:
+            self.awaited.discard(update.identity)
+        self._spoke.add(update.identity)
+        self.journal.changed()
+        return complete
+
+    def _retire(self, identity: bytes) -> None:
+        self._ledger.retire(identity)
+        self._dead.pop(identity, None)
+        self._heard.pop(identity, None)
+        watch = self._watches.pop(identity, None)
+        if watch is not None:
+            watch.close()
+
+    def _reject(self, data: bytes, error: Exception) -> None:
+        self.journal.changed()
+        self.registry.reject("the aggregator", (), data[:40], str(error))
+
+    def _is_of_our_service(self, saved: Saved) -> bool:
+        if saved.journal.host != self._host:
+            return False
+        workers = (record.update.process for record in saved.records if record.update.identity != NOBODY)
+        return any(map(lives, {*saved.journal.owners, *workers}))
+
+    def _pages(self) -> Iterator[Message]:
+        """Yield what is to be in the journal: the living first, as who leaves meanwhile is in the total."""
+        for worker in self._ledger.workers:
+            if worker.identity != NOBODY:
+                yield from self._ledger.records_of(worker.identity)
+        records, left, retired = self._ledger.records_of_retired(self._view.for_the_journal())
+        yield Journal(
+            self._host, self._lease.owners, self._configured, retired, left,
+            self._ledger.descriptions, self._ledger.max_series,
+        )  # fmt: skip
+        yield from records
+
+    def _note_journal_failed(self, error: OSError) -> None:
+        self.registry.own(Counter, JOURNAL_FAILED).increment()
+        if not self._journal_fails:
+            self._journal_fails = True
+            _log.warning(
+                "tapes can't write its journal (%s): should the aggregator be killed now, what workers that "
+                "left had counted is lost; it goes on trying, and says so only once",
+                error.strerror,
+            )

@@ -1,0 +1,230 @@
+"""The journal: what an aggregator knows, in a file beside its socket, for the one that takes its place.
+
+Theory. The file is replaced as a whole (a draft, then a rename), so there is always one, and it is complete.
+It is written while something changes, at most once a second and for a tenth of the time, in slices, so that
+whoever asks is answered meanwhile. What live workers say is cumulative, and they say it again to a new
+aggregator, so it does no harm if the file is a second behind. A worker that leaves says it only once: before
+it is told that it may go, its last words are appended to a second file, the *tail*. A new tail begins when
+the totals are cut, and the former goes when these are in the file. Last words that are in both count once, as
+the totals name whose they have.
+
+There is no ``fsync``: files outlive every process, and the machine outlives none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from typing import Callable, NamedTuple
+
+from tapes.distributed.address import Endpoints
+from tapes.distributed.messages import Goodbye, Journal, Message, Record
+from tapes.distributed.wire import decode, encode
+from tapes.errors import AddressError, WireError
+
+__all__ = ["JournalFile", "Saved"]
+
+_JOURNAL, _DRAFT, _TAIL = ".journal", ".journal.draft", ".journal.tail-"
+_MAGIC = b"tapes journal\n"
+_INTERVAL_SECONDS = 1.0
+_SHARE = 9
+"""So many times as long as the last writing took there is none."""
+_SLICE_SECONDS = 0.005
+
+
+class Saved(NamedTuple):
+    """What an aggregator had written down."""
+
+    journal: Journal
+    records: list[Record]
+    goodbyes: list[Goodbye]
+
+
+class JournalFile:
+    """The files of a journal; there are none where the address is no file.
+
+    Args:
+        endpoints: Beside which socket.
+        pages: Returns everything to be written, one message at a time: records of the living, and then the
+            `Journal` with the total of those that left, cut at once.
+        failed: Called with what keeps it from being written.
+    """
+
+    def __init__(
+        self,
+        endpoints: Endpoints,
+        pages: Callable[[], Iterable[Message]],
+        failed: Callable[[OSError], None],
+    ) -> None:
+        self._base = endpoints.path
+        self._pages = pages
+        self._failed = failed
+        self._changed = False
+        self._due = self._ended = self._spent = 0.0
+        self._writing: Iterator[None] | None = None
+        self._tail = -1
+        self._tails: list[str] = []
+
+    def read(self) -> Saved | None:
+        """Return what the aggregator before this one left; ``None`` if that is nothing.
+
+        Raises:
+            WireError: If it can't be read.
+            AddressError: If the file is not one of ours.
+        """
+        if self._base is None:
+            return None
+        self._tails = sorted(glob.glob(glob.escape(self._base + _TAIL) + "*"))
+        journal, records, goodbyes = None, [], []
+        for path in (self._base + _JOURNAL, *self._tails):
+            for data in _frames(path):
+                message = decode(data)
+                if isinstance(message, Journal):
+                    journal = message
+                elif isinstance(message, Record):
+                    records.append(message)
+                elif isinstance(message, Goodbye):
+                    goodbyes.append(message)
+        if journal is None:
+            if records or goodbyes:
+                raise WireError("the journal is not complete")
+            return None
+        return Saved(journal, records, goodbyes)
+
+    def changed(self, *, urgent: bool = False) -> None:
+        """Note that there is something to be written: within a second, or as soon as may be."""
+        self._changed = True
+        if urgent:
+            self._due = min(self._due, self._ended + _SHARE * self._spent)
+
+    def note(self, goodbye: bytes) -> None:
+        """Write down the last words of a worker, now."""
+        if self._base is None:
+            return
+        self._changed = True
+        try:
+            if self._tail < 0:
+                path = f"{self._base}{_TAIL}{time.monotonic_ns():020}"
+                self._tail = _create(path, os.O_APPEND)
+                self._tails.append(path)
+                _write(self._tail, _MAGIC)
+            _write(self._tail, _frame(goodbye))
+        except OSError as error:
+            self._failed(error)
+
+    def step(self, now: float) -> bool:
+        """Write a slice, if it is time; return whether there is more to be written at once."""
+        if self._base is None or (self._writing is None and not (self._changed and now >= self._due)):
+            return False
+        if self._writing is None:
+            self._changed, self._spent = False, 0.0
+            self._writing = self._write(self._base)
+        started = now = time.monotonic()
+        try:
+            while now - started < _SLICE_SECONDS:
+                next(self._writing)
+                now = time.monotonic()
+        except StopIteration:
+            self._writing = None
+        except OSError as error:
+            self._writing, self._changed = None, True
+            self._failed(error)
+        self._ended = time.monotonic()
+        self._spent += self._ended - started
+        self._due = self._ended + max(_INTERVAL_SECONDS, _SHARE * self._spent)
+        return self._writing is not None
+
+    def finish(self) -> None:
+        """Write everything now."""
+        while self.step(float("inf")):
+            pass
+        self._changed = True
+        while self.step(float("inf")):
+            pass
+
+    def remove(self) -> None:
+        """Remove the files: nobody will take this aggregator's place."""
+        self.close()
+        if self._base is not None:
+            for path in (self._base + _JOURNAL, self._base + _DRAFT, *self._tails):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+        self._tails = []
+
+    def close(self) -> None:
+        """Stop writing, and leave the files."""
+        self._writing = None
+        if self._tail >= 0:
+            os.close(self._tail)
+            self._tail = -1
+
+    def _write(self, base: str) -> Iterator[None]:
+        """Write everything, a message a step."""
+        draft, merged = base + _DRAFT, 0
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)  # of one that was killed meanwhile
+        fd = _create(draft)
+        try:
+            _write(fd, _MAGIC)
+            for page in self._pages():
+                if isinstance(page, Journal):  # what is noted from now on is not in it
+                    merged = len(self._tails)
+                    if self._tail >= 0:
+                        os.close(self._tail)
+                        self._tail = -1
+                _write(fd, _frame(encode(page)))
+                yield
+            os.replace(draft, base + _JOURNAL)
+            for path in self._tails[:merged]:
+                os.unlink(path)
+            del self._tails[:merged]
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(draft)
+            raise
+        finally:
+            os.close(fd)
+
+
+def _create(path: str, flags: int = 0) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600)
+
+
+def _frame(data: bytes) -> bytes:
+    return len(data).to_bytes(8, "big") + data
+
+
+def _write(fd: int, data: bytes) -> None:
+    """Write all of ``data``, or nothing of it."""
+    length = os.fstat(fd).st_size
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[os.write(fd, view) :]
+    except OSError:
+        os.ftruncate(fd, length)
+        raise
+
+
+def _frames(path: str) -> Iterator[bytes]:
+    """Yield the messages in a file; not a last one that is cut short."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise WireError(f"the journal can't be read ({error.strerror})") from None
+    with open(fd, "rb") as file:
+        found = os.fstat(fd)
+        is_ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+        if not is_ours or (file.read(len(_MAGIC)) != _MAGIC and found.st_size):
+            raise AddressError(
+                f"the aggregator can't write {path}: it is somebody's file",
+                remedy="choose another address, or remove that file",
+            )
+        while (size := int.from_bytes(file.read(8), "big")) and size <= found.st_size - file.tell():
+            yield file.read(size)

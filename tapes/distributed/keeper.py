@@ -1,0 +1,89 @@
+"""The small parent of an aggregator that was started by hand: it starts another one when that dies.
+
+It holds no sockets and runs no threads: it waits for its child, and is a fork of the process that the
+reporters were made in, so another aggregator can be forked from it at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from typing import Callable
+
+from tapes.distributed.launch import Readiness
+
+__all__ = ["Keeper"]
+
+_MOST_BACK_OFF_SECONDS = 5.0
+_STABLE_SECONDS = 10.0
+"""An aggregator that lived so long is started again without delay."""
+
+_log = logging.getLogger("tapes.distributed")
+
+
+class Keeper:
+    """Runs an aggregator in a child of this process, and another one whenever it dies.
+
+    Args:
+        run: Runs an aggregator, told on a `Readiness` how it starts, and whether it is to end at once, after
+            clearing up; returns an exit status.
+    """
+
+    def __init__(self, run: Callable[[Readiness, bool], int]) -> None:
+        self._run = run
+        self._child = 0
+        self._ends = False
+
+    def keep(self, readiness: Readiness) -> int:
+        """Return when the aggregator has left by itself, or could not be started, with its exit status."""
+        for terminal in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(terminal, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, self._on_term)
+        status, started, back_off = self._once(readiness), time.monotonic(), 0.0
+        if status == Readiness.NOT_READY:
+            return status
+        # One that serves doesn't die of SIGTERM: it clears up. After another death the next one has to.
+        while status != 0 and not (self._ends and status in (Readiness.NOT_READY, -signal.SIGTERM)):
+            if time.monotonic() - started > _STABLE_SECONDS:
+                back_off = 0.0
+            _log.warning(
+                "the tapes aggregator %d died (%s); another one is started", self._child,
+                f"signal {-status}" if status < 0 else f"exit status {status}",
+            )  # fmt: skip
+            self._pause(back_off)
+            back_off = min(max(0.1, 2 * back_off), _MOST_BACK_OFF_SECONDS)
+            started = time.monotonic()
+            status = self._once(Readiness((-1, -1)))
+        return status
+
+    def _once(self, readiness: Readiness) -> int:
+        """Run one aggregator to its end; return its exit status, or minus the signal that killed it."""
+        ends = self._ends
+        self._child = os.fork()
+        if self._child == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            status = 1
+            try:
+                status = self._run(readiness, ends)
+            finally:
+                os._exit(status)
+        readiness.give_up()
+        if self._ends and not ends:  # it was said meanwhile
+            self._on_term(signal.SIGTERM, None)
+        _, status = os.waitpid(self._child, 0)
+        return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self._ends:
+            time.sleep(0.05)
+
+    def _on_term(self, number: int, frame: object) -> None:
+        self._ends = True
+        if self._child:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._child, signal.SIGTERM)

@@ -1,0 +1,188 @@
+"""What a worker has to say: its series, and which of them changed since it last said so."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Callable
+
+from tapes import forks, threads
+from tapes.distributed.messages import Item, Update
+from tapes.metrics import Metric, State, Timer
+from tapes.metrics.origin import with_told
+from tapes.naming import Labels
+from tapes.registry import Registry
+
+__all__ = ["ALIVE_SECONDS", "DURATION", "Outbox"]
+
+DURATION = "tapes.publish.duration"
+"""The timer of publications; by itself it is no reason for another one, and it is told once a second."""
+
+_DURATION_SECONDS = 1.0
+ALIVE_SECONDS = 10.0
+"""A worker that has nothing to say says so as often."""
+
+
+class _Series:
+    """A metric, and the state of it that was published last."""
+
+    __slots__ = ("key", "metric", "told")
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        self.key = (metric.name, metric.labels)
+        self.told: State | None = None
+
+
+class Outbox:
+    """What a worker has to say: its series, and which of them changed since the last publication.
+
+    States are immutable and a series that was not touched keeps its state object, so "changed" is "another
+    object than was published". What is pending is folded before the lock is taken, as folding may log; under
+    the lock nothing waits, but in the last words.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.host = forks.host()
+        self.published_seq = 0
+        self._identity = registry.identity
+        self._process = forks.this_process()
+        self._lock = threads.RLock()
+        self._seq = 0
+        self._revision = -1
+        self._made = (-1, -1)
+        self._series: dict[tuple[str, Labels], _Series] = {}
+        self._duration_told = self._sent = 0.0
+
+    def published(self, series: tuple[str, Labels]) -> State | None:
+        """Return the state of a series that was published last, ``None`` if none was."""
+        found = self._series.get(series)
+        return None if found is None else found.told
+
+    def update(self, *, keyframe: bool = False) -> Update:
+        """Return what changed since the last publication, or everything.
+
+        Sequence numbers are drawn under the lock that states are read under, so that the higher number
+        always has the newer state.
+        """
+        self._fold()
+        with self._lock:
+            return self._update(keyframe)
+
+    def publish(self, send: Callable[[Update], bool], *, keyframe: bool = False) -> bool:
+        """Pass ``send`` what changed, if anything; it counts as published if that returns ``True``.
+
+        Now and then also nothing, to say that this process lives.
+        """
+        started = time.monotonic()
+        changed = self._fold() or keyframe or self.registry.revision != self._revision
+        if not changed and started - self._sent < ALIVE_SECONDS:
+            return True
+        with self._lock:
+            revision = self.registry.revision
+            update = self._update(keyframe or revision != self._revision)
+            if not send(update):
+                return False
+            for item in update.items:
+                self._series[item.name, item.labels].told = item.state
+                if item.name == DURATION:
+                    self._duration_told = started
+            self._sent = started
+            self.published_seq = update.seq
+            self._revision = revision
+        self.registry.own(Timer, DURATION).update(time.monotonic() - started)
+        return True
+
+    def begin_anew(self) -> None:
+        """Note that who subscribes may be another aggregator: what was published, the one before was told."""
+        with self._lock:
+            for series in self._series.values():
+                if series.told is not None:
+                    series.metric.note_told(series.told)
+            for ancestor in self.registry.ancestors if self.published_seq else ():
+                for metric in ancestor.metrics:
+                    metric.note_told(metric.state)
+
+    def farewell(self) -> Update:
+        """Return everything as the last update; the registry starts again from zero."""
+        with self._lock:
+            ancestors = self._ancestors()
+            items = [Item(*series) for series in self.registry.take()]
+            return self._message(0, items, ancestors)
+
+    def for_another(self, farewell: Update) -> Update:
+        """Return the last update as it is to be said to an aggregator that heard of none before it."""
+        items = [_told(item, self.published((item.name, item.labels))) for item in farewell.items]
+        ancestors = farewell.ancestors
+        if self.published_seq:  # with all that is known of them
+            ancestors = tuple(
+                ancestor._replace(items=[_told(item, item.state) for item in ancestor.items])
+                for ancestor in ancestors
+            )
+        return farewell._replace(items=items, ancestors=ancestors)
+
+    def _fold(self) -> bool:
+        """Fold what is pending; return whether anything changed since the last publication."""
+        changed = False
+        while True:
+            made, revision = self.registry.made, self.registry.revision
+            if (made, revision) != self._made:
+                self._look_again()
+                self._made = (made, revision)
+            for series in self._series.values():
+                if not series.metric.is_at(series.told):
+                    if series.key[0] != DURATION:
+                        changed = True
+                    elif time.monotonic() - self._duration_told < _DURATION_SECONDS:
+                        continue
+                    series.metric.collect()
+            if made == self.registry.made:  # else folding has found the first bad value
+                return changed
+
+    def _look_again(self) -> None:
+        """Take notice of metrics that were made and removed."""
+        with self._lock:
+            found = {}
+            for metric in self.registry.metrics():
+                series = _Series(metric)
+                known = self._series.get(series.key)
+                found[series.key] = series if known is None or known.metric is not metric else known
+            self._series = found
+
+    def _update(self, keyframe: bool) -> Update:
+        base = 0 if keyframe else self.published_seq
+        items = [
+            Item(series.metric.kind, *series.key, state)
+            for series in self._series.values()
+            if (state := series.metric.state) is not series.told or not base
+        ]
+        return self._message(base, items, () if base else self._ancestors())
+
+    def _message(self, base: int, items: list[Item], ancestors: tuple[Update, ...]) -> Update:
+        self._seq = max(self._seq + 1, forks.stamp())
+        described = {} if base else self.registry.descriptions()
+        return Update(
+            self._identity, self._process, self.host, self._seq, base, items, described, ancestors,
+            self.registry.max_series,
+        )  # fmt: skip
+
+    def _ancestors(self) -> tuple[Update, ...]:
+        return tuple(
+            Update(
+                ancestor.identity, ancestor.process, self.host, ancestor.version, ancestor.base,
+                [
+                    Item(metric.kind, metric.name, metric.labels, state)
+                    for metric in ancestor.metrics
+                    if not (state := metric.collect()).is_empty
+                ],
+                {},
+            )
+            for ancestor in self.registry.ancestors
+        )  # fmt: skip
+
+
+def _told(item: Item, published: Any) -> Item:
+    """Return ``item`` with what the state ``published`` counts as told."""
+    if published is None or item.kind == "gauge":
+        return item
+    return item._replace(state=with_told(item.state, published.counted))

@@ -1,0 +1,117 @@
+"""One question to the aggregator, and its answer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from typing import Union
+
+import zmq
+
+from tapes import forks
+from tapes.distributed.address import Endpoints
+from tapes.distributed.messages import Goodbye, HandOver, Hello, Read, Reply
+from tapes.distributed.sockets import Socket, new_reader
+from tapes.distributed.wire import VERSION, decode, encode
+from tapes.errors import AggregatorUnavailable, WireError
+
+__all__ = ["TIMEOUT_SECONDS", "OlderAggregator", "Question", "ask_to_hand_over", "exchange", "stay_for"]
+
+Question = Union[Read, Hello, Goodbye, HandOver]
+
+TIMEOUT_SECONDS = 1.0
+"""So long a read or a goodbye waits for the aggregator."""
+_LOOK_MILLISECONDS = 100
+
+
+class OlderAggregator(AggregatorUnavailable):
+    """The aggregator speaks an older version of the wire and can't read what this process says."""
+
+
+def exchange(endpoints: Endpoints, reader: Socket, question: Question, deadline: float) -> Reply:
+    """Return the answer to ``question``.
+
+    If another aggregator takes the place of the one that was asked, it is asked again: every question may be.
+
+    Raises:
+        AggregatorUnavailable: If there is no answer by ``deadline``.
+        OlderAggregator: If it can't read the question.
+        WireError: If the answer can't be read.
+    """
+    data = encode(question)
+    asked = _incarnation(endpoints)
+    _send(endpoints, reader, data, deadline)
+    while True:
+        left = max(0.0, deadline - time.monotonic())
+        if reader.poll(min(_LOOK_MILLISECONDS, int(left * 1000) + 1), zmq.POLLIN):
+            answer = reader.recv(zmq.NOBLOCK)
+            if answer[1:2] < bytes([VERSION]):
+                raise OlderAggregator(
+                    f"the aggregator at {endpoints.publish} is of an older version of tapes",
+                    remedy="restart the process that started it",
+                )
+            reply = decode(answer)
+            # A question that could not be read is answered with number 0.
+            if isinstance(reply, Reply) and reply.correlation in (question.correlation, 0):
+                return reply
+        elif not left:
+            raise _unanswered(endpoints)
+        elif asked != (asks := _incarnation(endpoints)):
+            asked = asks
+            _send(endpoints, reader, data, deadline)
+
+
+def stay_for(endpoints: Endpoints, *processes: forks.Process) -> bool:
+    """Ask the aggregator to live as long as ``processes``; return whether it said that it will.
+
+    Raises:
+        OlderAggregator: If it can't read that.
+    """
+    return _ask_once(endpoints, Hello(1, forks.host(), processes))
+
+
+def ask_to_hand_over(endpoints: Endpoints) -> bool:
+    """Ask an aggregator of an older version to make room; return whether it will."""
+    with contextlib.suppress(OlderAggregator):  # it answers in its own version
+        return _ask_once(endpoints, HandOver(1, VERSION))
+    return True
+
+
+def _ask_once(endpoints: Endpoints, question: Question) -> bool:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        with contextlib.closing(new_reader(context, endpoints)) as reader:
+            return exchange(endpoints, reader, question, deadline).status == "ok"
+    except OlderAggregator:
+        raise
+    except (AggregatorUnavailable, WireError, zmq.ZMQError):
+        return False
+    finally:
+        context.destroy(linger=0)
+
+
+def _send(endpoints: Endpoints, reader: Socket, data: bytes, deadline: float) -> None:
+    left = max(0.0, deadline - time.monotonic())
+    if not reader.poll(int(left * 1000) + 1, zmq.POLLOUT):
+        raise _unanswered(endpoints)
+    reader.send(data, zmq.NOBLOCK)
+
+
+def _incarnation(endpoints: Endpoints) -> tuple[int, int] | None:
+    """Return what tells the aggregator at an address from the one before it; ``None`` where nothing does."""
+    try:
+        found = os.stat(endpoints.lock or "")
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _unanswered(endpoints: Endpoints) -> AggregatorUnavailable:
+    return AggregatorUnavailable(
+        f"the aggregator at {endpoints.publish} did not answer within {TIMEOUT_SECONDS:g} s",
+        remedy="see that it runs: tapes.join(), RegistryAggregator(…).start(), tapes run, or gunicorn -c "
+        "python:tapes.contrib.gunicorn_conf start one"
+        + (", and has the same TAPES_CURVE_KEY" if endpoints.key else ""),
+    )

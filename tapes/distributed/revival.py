@@ -1,0 +1,117 @@
+"""Starting the aggregator of a service again, by the first worker that misses it.
+
+A worker notices within 0.2 s that nobody listens any more. If the lock beside the socket says that whoever
+held it died, and was one that workers start by themselves, it starts another one, under the lock of those who
+start: of many that notice, one does. An aggregator of an older release is asked to make room, and replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import time
+from typing import Callable
+
+from tapes import forks, threads
+from tapes.distributed import directory
+from tapes.distributed.address import Endpoints, is_served, misses_aggregator
+from tapes.distributed.launch import launch
+from tapes.distributed.questions import ask_to_hand_over
+from tapes.environment import may_start
+
+__all__ = ["Reviver", "replace"]
+
+_LEAVING_SECONDS = 5.0
+"""So long an aggregator that makes room may take to leave."""
+_BACK_OFF_SECONDS, _MOST_BACK_OFF_SECONDS = 0.2, 10.0
+
+_log = logging.getLogger("tapes.distributed")
+
+
+class Reviver:
+    """Has the aggregator at ``endpoints`` started again when it is missed; of use to one thread."""
+
+    def __init__(self, endpoints: Endpoints) -> None:
+        self._endpoints = endpoints
+        self._thread: threads.Worker | None = None
+        self._due = 0.0
+        self._back_off = _BACK_OFF_SECONDS
+        self._has_said = False
+
+    def is_heard(self) -> None:
+        """Note that an aggregator listens."""
+        self._back_off = _BACK_OFF_SECONDS
+
+    def tend(self) -> None:
+        """Start another one if the one that was there has died; call it while nobody listens."""
+        if time.monotonic() >= self._due and misses_aggregator(self._endpoints):
+            self._begin(lambda: _revive(self._endpoints))
+
+    def replace_older(self) -> None:
+        """Replace the one that is there, as it is of an older release."""
+        if time.monotonic() >= self._due:
+            self._begin(lambda: _replace(self._endpoints))
+
+    def _begin(self, start: Callable[[], None]) -> None:
+        if not may_start() or (self._thread is not None and not self._thread.join(0.0)):
+            return
+
+        def run() -> None:
+            try:
+                start()
+            except Exception as error:
+                if not self._has_said:
+                    self._has_said = True
+                    _log.warning("tapes can't start its aggregator again (it goes on trying): %s", error)
+
+        # So that many that fail don't go on failing at once.
+        self._due = time.monotonic() + self._back_off * random.uniform(1.0, 1.5)
+        self._back_off = min(2 * self._back_off, _MOST_BACK_OFF_SECONDS)
+        if not threads.can_be_relied_on():
+            run()
+            return
+        self._thread = threads.Worker(run, "tapes-reviver")
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._thread = None
+            run()
+
+
+def replace(endpoints: Endpoints) -> bool:
+    """Have an aggregator of an older release leave; return whether it did.
+
+    Hold the lock of those who start.
+    """
+    if not ask_to_hand_over(endpoints):
+        return False
+    deadline = time.monotonic() + _LEAVING_SECONDS
+    while is_served(endpoints):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)  # there is nothing else to wait on
+    return True
+
+
+def _revive(endpoints: Endpoints) -> None:
+    user = _user_of(endpoints)
+    with directory.start_lock(endpoints, user, wait=False) as held:
+        if held and misses_aggregator(endpoints):
+            launch(endpoints, forks.this_process(), "a worker that missed it", user)
+
+
+def _replace(endpoints: Endpoints) -> None:
+    user = _user_of(endpoints)
+    with directory.start_lock(endpoints, user, wait=False) as held:
+        if held and replace(endpoints):
+            launch(endpoints, forks.this_process(), "a worker of a newer release", user)
+
+
+def _user_of(endpoints: Endpoints) -> directory.User:
+    """Return whom the aggregator was run by."""
+    with contextlib.suppress(OSError, TypeError):
+        found = os.stat(endpoints.lock or "")
+        return directory.User(found.st_uid, found.st_gid)
+    return directory.User.ourselves()
