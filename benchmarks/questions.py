@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Callable, NamedTuple
 
 from contenders import all_statements, unfolded
-from measure import Figure, Statement, latencies, measure, medians_of
+from measure import Figure, latencies, measure, medians_of
 
 import tapes
 from tapes.sketch import EMPTY
 
 __all__ = [
-    "BASE", "Row", "calls_alone", "connected", "hot_path", "imports", "memory", "quantiles", "threads",
+    "BASE", "Row", "calls_alone", "hot_path", "imports", "memory", "quantiles", "ratio_row", "threads",
     "works",
 ]  # fmt: skip
 
@@ -75,50 +73,6 @@ def calls_alone() -> list[Row]:
         )
         for name in pairs
     ]
-
-
-@contextlib.contextmanager
-def connected_registry() -> Iterator[tapes.Registry]:
-    from tapes.distributed.registry import DistributedRegistry
-
-    with tempfile.TemporaryDirectory(prefix="tb", dir="/tmp") as directory:
-        address = f"ipc://{directory}/s"
-        code = (
-            "import sys; from tapes.distributed.registry import RegistryAggregator as A; "
-            f"a = A([], {address!r}); sys.stdin.readline() if a.start() is None else None; a.stop()"
-        )
-        aggregator = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
-        registry = DistributedRegistry(address)
-        try:
-            deadline = time.monotonic() + 10
-            while not os.path.exists(f"{directory}/s") and time.monotonic() < deadline:
-                time.sleep(0.01)
-            registry.connect()
-            registry.get_stats()
-            yield registry
-            registry.close()
-        finally:
-            aggregator.communicate(b"\n", timeout=10)
-
-
-def connected() -> list[Row]:
-    local = tapes.Registry()
-    with connected_registry() as registry:
-        statements = {}
-        for side, one in (("local", local), ("connected", registry)):
-            names = {"c": one.counter("c"), "h": one.histogram("h"), "t": one.timer("t")}
-            for what, code in (
-                ("increment()", "c.increment()"),
-                ("update(v)", "h.update(v)"),
-                ("with timer.time()", "with t.time(): pass"),
-            ):
-                statements[f"{what}|{side}"] = Statement(code, names)
-        figures = measure(statements)
-    rows = []
-    for what in ("increment()", "update(v)", "with timer.time()"):
-        ratio = figures[f"{what}|connected"].empties / figures[f"{what}|local"].empties
-        rows.append(ratio_row(f"connected to an aggregator: `{what}`", ratio, 1.1, "not connected"))
-    return rows
 
 
 # Threads.

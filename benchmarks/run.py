@@ -1,6 +1,6 @@
 """`make bench`: where tapes stands, beside its peers, as ratios of one interleaved run.
 
-Writes docs/benchmarks.md and docs/benchmarks.svg. Takes about two minutes, on one core.
+Writes docs/benchmarks.md and docs/benchmarks.svg. Takes about three minutes, on two cores.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from measure import Figure
 from questions import (
     BASE,
     calls_alone,
-    connected,
     hot_path,
     imports,
     memory,
@@ -27,6 +26,7 @@ from questions import (
     works,
 )
 from rendering import rendering
+from service import connected, scraping, visibility
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
@@ -127,6 +127,17 @@ All values as text and as OpenMetrics, as they stand, and after every series was
 included; in brackets the ratio to prometheus_client with the same names, labels, values and buckets.
 
 {rendering}
+## Many processes
+
+From an event in one worker to an answer of another's `/metrics` that has it, at defaults:
+
+{visibility}
+What a scrape costs the worker that is asked, all its threads; the aggregator writes the answer. All series
+are counters, of one line each.
+
+{scraping}
+How far one aggregator goes is told by [a page of its own](scale.md).
+
 ## Memory
 
 {memory}
@@ -150,11 +161,15 @@ def main() -> None:
         "threads": ["", "1", "2", "4", "8 threads"],
         "works": ["what", "time"],
         "rendering": ["", "text", "text, all recorded into", "OpenMetrics", "OpenMetrics, all recorded into"],
+        "visibility": ["", "least", "median", "95 %", "worst"],
+        "scraping": ["", "answer", "processor time, median", "mean"],
         "memory": ["what", "size"],
         "imports": ["what", "time"],
         "quantiles": ["values", "one sketch", "merged over 8"],
     }
-    for section in (adapters, under_gunicorn, threads, works, rendering, memory, imports, quantiles):
+    for section in (
+        adapters, under_gunicorn, visibility, scraping, threads, works, rendering, memory, imports, quantiles,
+    ):  # fmt: skip
         table, more = section()
         sections[section.__name__] = markdown(heads[section.__name__], table)
         rows += more

@@ -27,7 +27,6 @@ from tapes.distributed.messages import (
     Message,
     Read,
     Record,
-    Reply,
     Update,
 )
 from tapes.distributed.reader import Reader, check
@@ -315,10 +314,6 @@ _MESSAGES: dict[str, tuple[type[Any], Callable[[Reader], Message]]] = {
     "Hello": (Hello, lambda read: Hello(_whole(read.flat()), _text(read.flat()), _processes(read))),
     "HandOver": (HandOver, lambda read: HandOver(_whole(read.flat()), _whole(read.flat()))),
     "Goodbye": (Goodbye, lambda read: Goodbye(_whole(read.flat()), _told(read))),
-    "Reply": (
-        Reply,
-        lambda read: Reply(_whole(read.flat()), _text(read.flat()), _bytes(read.flat())),
-    ),
     "Journal": (Journal, _journal),
     "Record": (Record, _record),
     "Merged": (Merged, lambda read: Merged(_whole(read.flat()), read.each(_item), _descriptions(read))),

@@ -65,9 +65,9 @@ class Outbox:
         Sequence numbers are drawn under the lock that states are read under, so that the higher number
         always has the newer state.
         """
-        self._fold()
+        changed = self._fold()
         with self._lock:
-            return self._update(keyframe)
+            return self._update(changed, keyframe)
 
     def publish(self, send: Callable[[Update], bool], *, keyframe: bool = False) -> bool:
         """Pass ``send`` what changed, if anything; it counts as published if that returns ``True``.
@@ -75,12 +75,13 @@ class Outbox:
         Now and then also nothing, to say that this process lives.
         """
         started = time.monotonic()
-        changed = self._fold() or keyframe or self.registry.revision != self._revision
-        if not changed and started - self._sent < ALIVE_SECONDS:
+        changed = self._fold()
+        is_due = keyframe or self.registry.revision != self._revision or started - self._sent > ALIVE_SECONDS
+        if not is_due and all(series.key[0] == DURATION for series in changed):
             return True
         with self._lock:
             revision = self.registry.revision
-            update = self._update(keyframe or revision != self._revision)
+            update = self._update(changed, keyframe or revision != self._revision)
             if not send(update):
                 return False
             for item in update.items:
@@ -121,21 +122,18 @@ class Outbox:
             )
         return farewell._replace(items=items, ancestors=ancestors)
 
-    def _fold(self) -> bool:
-        """Fold what is pending; return whether anything changed since the last publication."""
-        changed = False
+    def _fold(self) -> list[_Series]:
+        """Fold what is pending; return what changed since the last publication."""
         while True:
             made, revision = self.registry.made, self.registry.revision
             if (made, revision) != self._made:
                 self._look_again()
                 self._made = (made, revision)
-            for series in self._series.values():
-                if not series.metric.is_at(series.told):
-                    if series.key[0] != DURATION:
-                        changed = True
-                    elif time.monotonic() - self._duration_told < _DURATION_SECONDS:
-                        continue
-                    series.metric.collect()
+            changed = [s for s in self._series.values() if not s.metric.is_at(s.told)]
+            if time.monotonic() - self._duration_told < _DURATION_SECONDS:
+                changed = [series for series in changed if series.key[0] != DURATION]
+            for series in changed:
+                series.metric.collect()
             if made == self.registry.made:  # else folding has found the first bad value
                 return changed
 
@@ -149,11 +147,11 @@ class Outbox:
                 found[series.key] = series if known is None or known.metric is not metric else known
             self._series = found
 
-    def _update(self, keyframe: bool) -> Update:
+    def _update(self, changed: list[_Series], keyframe: bool) -> Update:
         base = 0 if keyframe else self.published_seq
         items = [
             Item(series.metric.kind, *series.key, state)
-            for series in self._series.values()
+            for series in (changed if base else self._series.values())
             if (state := series.metric.state) is not series.told or not base
         ]
         return self._message(base, items, () if base else self._ancestors())

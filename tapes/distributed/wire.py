@@ -25,7 +25,7 @@ from typing import Any, Callable
 import msgpack
 
 from tapes.distributed.decoding import MOST_DIGITS, MOST_WHOLE, STATES, decoded
-from tapes.distributed.messages import HandOver, Message
+from tapes.distributed.messages import HandOver, Message, Reply
 from tapes.distributed.reader import Reader
 from tapes.errors import WireError, safe_text
 from tapes.ewma import Rates
@@ -40,6 +40,8 @@ VERSION = 2
 MAX_BYTES = 64 << 20
 """A longer message is dropped by the socket."""
 
+_REPLY, _REPLY_HEAD = b"\xa5Reply", 64
+"""What a reply has after its first two bytes; and how many of them are enough for all but its payload."""
 _MOST_FLOAT = sys.float_info.max
 _MOST_TOTAL = 10**MOST_DIGITS - 1
 
@@ -78,6 +80,8 @@ def decode(data: bytes) -> Message:
     try:
         if len(data) > MAX_BYTES:
             raise WireError("a message's length", got=len(data), expected=f"{MAX_BYTES} bytes at most")
+        if data.startswith(_REPLY, 2):
+            return _reply(data)
         read = Reader(data)
         fields, version, name = read.count() - 2, read.flat(), read.flat()
         if name != HandOver.__name__ and (type(version) is not int or version not in (VERSION, VERSION - 1)):
@@ -88,6 +92,23 @@ def decode(data: bytes) -> Message:
     except Exception as error:
         why = f"{type(error).__name__}: {safe_text(error)[:200]}"
         raise WireError(f"the message can't be read ({why})") from None
+
+
+def _reply(data: bytes) -> Reply:
+    """Return the reply in ``data``; what it carries may be long, so it is taken out as a whole."""
+    head = msgpack.Unpacker(max_buffer_size=_REPLY_HEAD)
+    head.feed(data[:_REPLY_HEAD])
+    fields, version, _, correlation, status = head.read_array_header(), *(head.unpack() for _ in range(4))
+    start = head.tell()
+    lengths = {0xC4: 1, 0xC5: 2, 0xC6: 4}
+    payload = start + 1 + lengths[data[start]]
+    length = int.from_bytes(data[start + 1 : payload], "big")
+    if fields != 5 or type(version) is not int or version not in (VERSION, VERSION - 1):
+        raise WireError("a reply's version", got=version, expected=f"{VERSION - 1} or {VERSION}")
+    sane = type(correlation) is int and correlation >= 0 and type(status) is str
+    if not sane or payload + length != len(data):
+        raise WireError("a reply of wrong fields")
+    return Reply(correlation, status, data[payload:])
 
 
 # Encoding: every part of a message as what MessagePack knows.
