@@ -24,6 +24,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("tapes")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let tests fork in a process of pytest-xdist: it has a thread of its own, of which Python warns."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        config.addinivalue_line("filterwarnings", "ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+
 @pytest.fixture
 def clock() -> ManualClock:
     """A clock on the boundary of a tick."""

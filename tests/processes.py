@@ -25,10 +25,11 @@ NOT_YET = (OSError, http.client.HTTPException, json.JSONDecodeError, AggregatorU
 """What asking a service raises that is not up, or about to be replaced."""
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 10.0, every: float = 0.02) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 30.0, every: float = 0.02) -> Any:
     """Return the first true result of ``condition``; fail if there is none in time.
 
-    A service that can't be asked just now has not fulfilled it yet.
+    A service that can't be asked just now has not fulfilled it yet. There is time enough for tests that run
+    beside this one; fewer ``seconds`` are something that is promised.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -44,17 +45,46 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 10.0, eve
 
 
 def free_port() -> int:
-    """Return a TCP port that is free now and was not given before."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        if port not in _given:
-            _given.add(port)
-            return port
+    """Return a port that is free now, of TCP and of UDP, and was not given before, here or elsewhere.
+
+    Tests run side by side in several processes, so each has blocks of its own: who could bind the first port
+    of a block has all of it, and keeps that one for as long as it lives. The ports are below those that the
+    system gives to clients, as any connection may have got one of these when a server is about to listen.
+    """
+    return next(_ports)
 
 
-_given: set[int] = set()
+_PORTS_OF_A_BLOCK = 100
+
+
+def _free_ports() -> Iterator[int]:
+    end = 32768
+    with contextlib.suppress(OSError, ValueError):  # Linux tells; elsewhere they are usually above that
+        end = int(pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    blocks = range(10000, end if end > 20000 else 32768, _PORTS_OF_A_BLOCK)[:-1]
+    begin = os.getpid() % len(blocks)
+    for first in [*blocks[begin:], *blocks[:begin]]:
+        try:
+            with socket.socket() as holder:
+                holder.bind(("127.0.0.1", first))
+                holder.detach()  # it stays open until this process ends
+        except OSError:
+            continue
+        yield from filter(_is_free, range(first + 1, first + _PORTS_OF_A_BLOCK))
+    raise AssertionError("no port is free")
+
+
+def _is_free(port: int) -> bool:
+    try:
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+            with socket.socket(socket.AF_INET, kind) as probe:
+                probe.bind(("127.0.0.1", port))
+    except OSError:
+        return False
+    return True
+
+
+_ports = _free_ports()
 
 
 def get(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int, Any, bytes]:
@@ -97,12 +127,13 @@ def running(command: list[str], *, cwd: pathlib.Path, **environment: str) -> Ite
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """Return this process's environment without what would change how tapes behaves."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TAPES_")}
+    """Return this process's environment without what would change how tapes, or another pytest, behaves."""
+    ours = ("TAPES_", "PYTEST_XDIST_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return {**kept, "PYTHONDONTWRITEBYTECODE": "1", **more}
 
 
-def run_python(source: str, *, cwd: pathlib.Path, seconds: float = 30, **environment: str):
+def run_python(source: str, *, cwd: pathlib.Path, seconds: float = 60, **environment: str):
     """Run a Python program in a process of its own and return what became of it."""
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", source],
@@ -133,7 +164,7 @@ class Home:
         """Run a command in the background; see `running`."""
         return running(command, cwd=self.directory, **self.environment, **more)
 
-    def run(self, command: list[str], seconds: float = 30, **more: str) -> tuple[int, str, str]:
+    def run(self, command: list[str], seconds: float = 60, **more: str) -> tuple[int, str, str]:
         """Run a command; return status, output and errors, without waiting for an aggregator's end."""
         log = self.directory / "errors.log"
         with log.open("w") as errors:

@@ -190,8 +190,9 @@ class Workplace:
         place = self.directory / f"run{self._runs}"
         (place / "children").mkdir(parents=True)
         command = [
-            str(self.python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", PLUGIN, "--timeout=60",
-            "--basetemp", str(place / "tmp"), "--rootdir", str(self.root), *self.suite.options,
+            str(self.python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", PLUGIN,
+            "--timeout=60", "--basetemp", str(place / "tmp"), "--rootdir", str(self.root),
+            *self.suite.options,
             *(f"--deselect={test}" for test in EXCLUDED.get(self.name, {})),
             *(str(self.home / path) for path in tests or [self.tests]),
         ]  # fmt: skip

@@ -90,7 +90,7 @@ class Statsd(_Daemon):
         super().__init__(directory / "statsd")
         self._program = stats_js()
         self.directory.mkdir()
-        self.port, self.tcp_port, self.management_port = free_udp_port(), free_port(), free_port()
+        self.port, self.tcp_port, self.management_port = free_port(), free_port(), free_port()
         servers = [("udp", self.port), ("tcp", self.tcp_port)]
         configuration = {
             "servers": [{"server": f"./servers/{k}", "address": LOOPBACK, "port": p} for k, p in servers],
@@ -174,7 +174,7 @@ class Statsd(_Daemon):
         self._settled += 1
         self.send(f"settled:{self._settled}|g")
         settled = f"settled: {self._settled}"
-        wait_for(lambda: settled in self.ask("gauges"), "statsd took in all packets", 20)
+        wait_for(lambda: settled in self.ask("gauges"), "statsd took in all packets")
 
     def _recorded(self, what: str) -> dict[str, Any]:
         mine = ("statsd.", "settled")
@@ -245,15 +245,6 @@ ENABLE_TAGS = False
         read = json.loads(done.stdout)
         times = range(read["start"], read["end"], read["step"])
         return [(at, value) for at, value in zip(times, read["values"]) if value is not None]
-
-
-def free_udp_port() -> int:
-    """Return a UDP port that is free now, and whose number is not given for TCP either."""
-    while True:
-        port = free_port()
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-            probe.bind((LOOPBACK, port))
-            return port
 
 
 _STRING = "|".join(rf"{q}(?:[^{q}\\]|\\.)*{q}" for q in "'\"`")

@@ -115,7 +115,7 @@ def test_metered_metaclasses_can_be_stacked(registry):
 @pytest.mark.parametrize(
     "metrics",
     [[("hits", "hits.{}")], [("hits", 5, tapes.meter)], [("hits", "hits.{}", None)], ["hits"]],
-    ids=repr,
+    ids=["two", "no text", "no factory", "a name"],
 )
 def test_a_metric_that_is_no_triple_is_refused_when_the_metaclass_is_made(metrics):
     """Not when the first class is."""
