@@ -43,6 +43,7 @@ def stats(service):
     return json.loads(get(service.port, "/metrics")[2])
 
 
+@pytest.mark.timeout(300)
 def test_workers_that_are_recycled_after_150_requests(short_dir):
     """20,000 requests, about 130 workers: exact, and nothing of them is left."""
     if shutil.which("ab") is None:
@@ -70,7 +71,7 @@ def test_a_reload_under_load(short_dir, preload):
                 load.go_on()
                 before = children(process.pid)
                 process.send_signal(signal.SIGHUP)
-                wait_for(lambda b=before: not b & children(process.pid), "the workers are new", 20)
+                wait_for(lambda b=before: not b & children(process.pid), "the workers are new")
             load.go_on()
         assert load.answered == load.sent
         wait_for(lambda: gone(service.port) == load.answered, f"{load.answered} are counted")
@@ -88,9 +89,9 @@ def test_an_upgrade_under_load(short_dir):
         with Load(service.port, GONE) as load:
             load.go_on()
             process.send_signal(signal.SIGUSR2)
-            wait_for(lambda: (short_dir / "pid.2").exists(), "the new master starts", 20)
+            wait_for(lambda: (short_dir / "pid.2").exists(), "the new master starts")
             master = int((short_dir / "pid.2").read_text())
-            wait_for(lambda: len(children(master)) == 2, "it has workers", 20)
+            wait_for(lambda: len(children(master)) == 2, "it has workers")
             load.go_on()
             process.terminate()
             process.wait(20)
@@ -102,6 +103,7 @@ def test_an_upgrade_under_load(short_dir):
         wait_for(service.nothing_left, "nothing is left", 6)
 
 
+@pytest.mark.alone
 def test_a_worker_that_is_killed_under_load(short_dir):
     """kill -9 takes what that worker answered in its last interval at most; the others lose nothing."""
     service = Service(short_dir, ["-w", "3", "--log-level", "warning"])
@@ -114,7 +116,7 @@ def test_a_worker_that_is_killed_under_load(short_dir):
                 victim = min(children(process.pid))
                 kills.append(time.monotonic())
                 os.kill(victim, signal.SIGKILL)
-                wait_for(lambda v=victim: v not in children(process.pid), "another one comes", 20)
+                wait_for(lambda v=victim: v not in children(process.pid), "another one comes")
             load.go_on()
         wait_for(lambda: stats(service)["tapes"]["workers"]['{state="live"}']["value"] == 3, "all are there")
         late = sum(kill - 0.2 < answered < kill + 0.05 for kill in kills for answered in load.times)
@@ -187,9 +189,9 @@ app.wsgi_app = TapesMiddleware(app.wsgi_app)
             # One that is just being born does not mind the first TERM.
             wait_for(
                 lambda b=before: not [signal_to(p, signal.SIGTERM) for p in b & children(process.pid)],
-                "the workers are new", 20,
+                "the workers are new",
             )  # fmt: skip
-            wait_for(lambda: len(children(process.pid)) == 3, "all are there", 20)
+            wait_for(lambda: len(children(process.pid)) == 3, "all are there")
         assert stats(service)["seven"]["value"] == 7
     wait_for(service.nothing_left, "nothing is left", 4)
 
@@ -223,7 +225,7 @@ def test_root_that_drops_its_privileges(short_dir, preload):
         assert {path.stat().st_uid for path in [directory, *directory.iterdir()]} == {nobody}
         before = children(process.pid)
         process.send_signal(signal.SIGHUP)
-        wait_for(lambda: not before & children(process.pid), "the workers are new", 20)
+        wait_for(lambda: not before & children(process.pid), "the workers are new")
         wait_for(lambda: gone(service.port) == 10, "still counted")
         for pid in [*session(process.pid), aggregator]:
             signal_to(pid, signal.SIGKILL)
@@ -268,7 +270,7 @@ def test_hooks_of_ones_own_go_beside_ours(short_dir):
         service.wait_until_up()
         before = children(process.pid)
         process.send_signal(signal.SIGHUP)
-        wait_for(lambda: not before & children(process.pid), "the workers are new", 20)
+        wait_for(lambda: not before & children(process.pid), "the workers are new")
         wait_for(lambda: stats(service).get("left", {}).get("value") == 2, "both have left")
         wait_for(lambda: stats(service)["forked"]["value"] == 4, "four have come")
     assert service.output().count("mine: on_starting") == 1
@@ -294,7 +296,7 @@ def test_gevent_workers(short_dir):
             before = children(process.pid)
             process.send_signal(signal.SIGHUP)
             load.go_on(1000)
-        wait_for(lambda: all(map(has_ended, before)), "the old workers have ended", 20)
+        wait_for(lambda: all(map(has_ended, before)), "the old workers have ended")
         wait_for(lambda: gone(service.port) == load.answered, f"{load.answered} are counted")
         (aggregator,) = (p for p in mentions(str(service.private)) if p not in session(process.pid))
         signal_to(aggregator, signal.SIGSTOP)

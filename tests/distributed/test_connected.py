@@ -149,6 +149,7 @@ def connected(address):
         registry.close()
 
 
+@pytest.mark.alone
 def test_an_update_is_visible_to_others_in_time(aggregator):
     """Within 0.5 s of the event, without anybody flushing, unless the machine has no time for it."""
     address, _ = aggregator
@@ -450,6 +451,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert reader.get_stats().c.value == 3
 
 
+@pytest.mark.alone
 def test_no_answer_is_an_error_within_its_timeout_and_the_next_one_works(aggregator):
     """A stopped aggregator, then one that goes on: no reader is wedged."""
     address, process = aggregator

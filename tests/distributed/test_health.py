@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 
+import pytest
+
 from tapes.distributed.registry import DistributedRegistry
 from tests.processes import clean_environment, wait_for
 
@@ -34,6 +36,7 @@ def worker(reader, value):
     return process
 
 
+@pytest.mark.alone
 def test_every_merge_mode_over_workers_of_which_one_is_killed(reader):
     """The gauges of the dead leave at once; ``each`` has the living, by pid."""
     workers = [worker(reader, value) for value in (2, 3, 7)]
@@ -59,6 +62,7 @@ def test_every_merge_mode_over_workers_of_which_one_is_killed(reader):
             process.stdout.close()
 
 
+@pytest.mark.alone
 def test_producers_run_once_a_second_and_in_no_request(reader):
     """However often somebody reads."""
     threads = []
@@ -96,6 +100,7 @@ def test_neither_reads_nor_publications_wait_for_a_slow_producer(reader):
     wait_for(lambda: reader.get_stats().get("slow", {}).get("value") == 5, "it comes")
 
 
+@pytest.mark.alone
 def test_tapes_tells_about_itself(reader):
     """Workers, messages, what publishing costs, how late it arrives, memory; and an idle worker is silent."""
     reader.counter("c").increment()

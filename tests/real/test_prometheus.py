@@ -31,7 +31,11 @@ SECONDS = int(os.environ.get("TAPES_PROMETHEUS_SECONDS", "10"))
 PER_SECOND = 40
 WORKERS = 4
 
-pytestmark = [pytest.mark.needs("prometheus", "promtool"), pytest.mark.timeout(120 + 2 * SECONDS)]
+pytestmark = [
+    pytest.mark.needs("prometheus", "promtool"),
+    pytest.mark.timeout(120 + 2 * SECONDS),
+    pytest.mark.alone,  # it scrapes once a second, and may not miss an answer
+]
 
 APPLICATION = """
 import tapes
