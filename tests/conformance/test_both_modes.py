@@ -131,7 +131,8 @@ def test_label_sets_are_bounded(registry):
     """With nothing lost."""
     for number in range(2100):
         registry.counter("c", user=number).increment()
-    series = registry.snapshot().series("c")
+    # On a busy machine, taking in so many may take longer than a read waits.
+    series = wait_for(lambda: registry.snapshot().series("c"), "they are read")
     assert len(series) == 2001
     assert sum(one.value for one in series) == 2100
 

@@ -39,7 +39,7 @@ class Service:
 
     def wait_until_up(self) -> None:
         # Asked by a request that is not counted itself.
-        wait_for(lambda: get(self.port, "/metrics")[0] == 200, "gunicorn is up", 20)
+        wait_for(lambda: get(self.port, "/metrics")[0] == 200, "gunicorn is up")
 
     def output(self) -> str:
         return (self.directory / "output.log").read_text(errors="replace")
@@ -118,7 +118,7 @@ class Load:
         for thread in self._threads:
             thread.join()
 
-    def go_on(self, requests: int = 300, seconds: float = 20.0) -> None:
+    def go_on(self, requests: int = 300, seconds: float = 60.0) -> None:
         """Return when so many more requests were answered."""
         goal = self.answered + requests
         wait_for(lambda: self.answered >= goal, "requests are answered", seconds)

@@ -30,6 +30,7 @@ REQUESTS = {  # path: requests, and the series that they are
 
 
 @pytest.mark.needs("ab")
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("worker_class", CLASSES)
 def test_every_worker_gives_the_same_exact_counts(short_dir, worker_class):
     """20,000 requests by ab over 200, 404, 410, an unhandled exception and unmatched paths."""
@@ -61,7 +62,7 @@ def test_reads_go_to_every_worker(short_dir):
     with service.running():
         service.wait_until_up()
         seen: set[str] = set()
-        wait_for(lambda: seen.add(get(service.port, "/")[1]["X-Worker"]) or len(seen) == 4, "all answer", 20)
+        wait_for(lambda: seen.add(get(service.port, "/")[1]["X-Worker"]) or len(seen) == 4, "all answer")
 
 
 @pytest.mark.needs("promtool")
@@ -198,7 +199,7 @@ def test_metrics_of_a_worker_that_is_not_connected_are_a_503(short_dir):
     at = service.command.index("-c")
     del service.command[at : at + 2]
     with service.running():
-        wait_for(lambda: get(service.port, "/"), "gunicorn is up", 20)
+        wait_for(lambda: get(service.port, "/"), "gunicorn is up")
         assert get(service.port, "/")[0] == 200
         status, _, text = get(service.port, "/metrics")
         assert status == 503

@@ -67,12 +67,12 @@ def test_servers_that_spawn_their_workers(home, server):
         return json.loads(get(source, "/metrics")[2]).get("requests", {}).get("value", 0)
 
     with home.running(command) as process:
-        wait_for(lambda: get(port, "/metrics"), "the server is up", 20)
+        wait_for(lambda: get(port, "/metrics"), "the server is up")
         with Load(port, "/") as load:
             load.go_on()
             before = children(process.pid) - set(mentions("resource_tracker"))
             process.send_signal(signal.SIGHUP)
-            wait_for(lambda: all(map(has_ended, before)), "the old workers have ended", 20)
+            wait_for(lambda: all(map(has_ended, before)), "the old workers have ended")
             load.go_on()
         wait_for(lambda: counted() >= load.answered, f"{load.answered} are counted")
         assert load.answered <= counted() <= load.sent

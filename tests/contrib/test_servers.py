@@ -96,7 +96,7 @@ def load(port: int, path: str, number: int) -> None:
 def workers(port: int) -> set[str]:
     """Wait until two have answered, and return who they are."""
     seen: set[bytes] = set()
-    wait_for(lambda: seen.add(get(port, "/worker")[2]) or len(seen) == 2, "both workers answer", 20)
+    wait_for(lambda: seen.add(get(port, "/worker")[2]) or len(seen) == 2, "both workers answer")
     return {pid.decode().strip() for pid in seen}
 
 
@@ -120,7 +120,7 @@ def test_one_line_is_enough(home, server):
         (ROUTES[application] for application in ROUTES if application in SERVERS[server]), "/hello/<name>"
     )
     with home.running(command(SERVERS[server], port), TAPES_HTTP=str(http)) as process:
-        wait_for(lambda: get(port, "/worker"), "the server is up", 20)
+        wait_for(lambda: get(port, "/worker"), "the server is up")
         before = workers(port)
         load(port, "/hello/bob", 600)
         load(port, "/nothing/here", 200)
@@ -131,7 +131,7 @@ def test_one_line_is_enough(home, server):
         if server != "tornado":  # which knows no reload
             process.send_signal(signal.SIGHUP)
             # Not only: new ones answer. An old one that is about to end resets what it has accepted.
-            wait_for(lambda: all(has_ended(int(pid)) for pid in before), "the old workers have ended", 20)
+            wait_for(lambda: all(has_ended(int(pid)) for pid in before), "the old workers have ended")
             assert not workers(port) & before
             wait_for(lambda: counts(port) == expected, "nothing was lost")
             assert [counts(port) for _ in range(16)] == [expected] * 16
@@ -172,7 +172,7 @@ def test_workers_leave(home, server):
     home.environment["PYTHONPATH"] += f":{home.directory}"
     environment = {"TAPES_HTTP": str(http), "APPLICATION": application.removesuffix(":app")}
     with home.running([*line, "slowly:app"], **environment) as process:
-        wait_for(lambda: get(port, "/worker"), "the server is up", 20)
+        wait_for(lambda: get(port, "/worker"), "the server is up")
         workers(port)
         for _ in range(50):
             assert get(port, "/hello/bob")[0] == 200
@@ -205,7 +205,7 @@ def test_a_development_server_starts_nothing(home, server):
     port = free_port()
     (home.directory / "serve.py").write_text(WSGIREF)
     with home.running(command(DEVELOPMENT[server], port)) as process:
-        wait_for(lambda: get(port, "/worker"), "the server is up", 20)
+        wait_for(lambda: get(port, "/worker"), "the server is up")
         load(port, "/hello/bob", 50)
         wait_for(lambda: sum(counts(port).values()) == 50, "it answers for itself")
         assert not list(home.private.iterdir())
@@ -231,7 +231,7 @@ def test_who_should_join_and_can_not_says_so(home, server, case):
     port = free_port()
     home.environment.update(environment)
     with home.running(command(SERVERS[server], port)):
-        wait_for(lambda: get(port, "/worker"), "the server is up", 20)
+        wait_for(lambda: get(port, "/worker"), "the server is up")
         for _ in range(4):
             status, headers, text = get(port, "/metrics")
             assert (status, headers["Content-Type"]) == (503, "text/plain; charset=utf-8")
@@ -244,7 +244,7 @@ def test_a_stopped_aggregator_is_a_503_in_time(home, server):
     """A plain sentence within 1.5 s, while the application goes on; then the numbers are back."""
     port = free_port()
     with home.running(command(SERVERS[server], port)) as process:
-        wait_for(lambda: get(port, "/worker"), "the server is up", 20)
+        wait_for(lambda: get(port, "/worker"), "the server is up")
         workers(port)
         wait_for(lambda: get(port, "/metrics")[0] == 200, "they have joined")
         (aggregator,) = (p for p in mentions(str(home.private)) if p not in session(process.pid))

@@ -60,7 +60,7 @@ class Service:
         return running(self.command, cwd=self.directory, **self.environment)
 
     def wait_until_up(self) -> None:
-        wait_for(lambda: get(self.port, "/metrics"), "uWSGI is up", 20)
+        wait_for(lambda: get(self.port, "/metrics"), "uWSGI is up")
 
     def stats(self):
         return json.loads(get(self.port, "/metrics")[2])
@@ -89,12 +89,12 @@ def test_reloads_under_load(short_dir, mode):
         service.wait_until_up()
         with Load(service.port, "/") as load:
             load.go_on()
-            wait_for(lambda: service.are_up(imports), "all workers are up", 20)
+            wait_for(lambda: service.are_up(imports), "all workers are up")
             for number, reload in enumerate((lambda: process.send_signal(signal.SIGHUP),
                                              lambda: service.fifo.write_text("r")), 1):  # fmt: skip
                 reload()
-                wait_for(lambda n=3 * number: service.workers("retired") == n, "the old workers leave", 20)
-                wait_for(lambda n=number + 1: service.are_up(n * imports), "there are new ones", 20)
+                wait_for(lambda n=3 * number: service.workers("retired") == n, "the old workers leave")
+                wait_for(lambda n=number + 1: service.are_up(n * imports), "there are new ones")
                 load.go_on()
         # Without a thread the last request of a worker may be on its way when uWSGI ends it without a hook.
         on_their_way = 0 if mode == "threads" else 8
@@ -155,7 +155,7 @@ def test_a_reporter_that_is_started_at_import_reports_in_every_worker(short_dir,
         return {pid: int(value) for pid, value in map(str.split, lines)}
 
     with service.running():
-        pids = [wait_for(lambda: get(service.port, "/"), "uWSGI is up", 20)[2].decode() for _ in range(20)]
+        pids = [wait_for(lambda: get(service.port, "/"), "uWSGI is up")[2].decode() for _ in range(20)]
         if mode:  # without Python threads, a thread runs when a request does
             wait_for(lambda: sum(told().values()) == 5 * len(told()) + 20 and len(told()) == 3, "all is told")
         assert set(pids) <= set(map(str, mentions(str(short_dir))))

@@ -52,10 +52,10 @@ def test_label_sets_that_overflow_while_their_workers_live(reader, address, shor
         worker.connect()
         for label in range(1000):
             worker.counter("c", w=number, label=label).increment()
-        worker.get_stats()
+        wait_for(worker.get_stats, "so many are taken in")
         for label in range(1000):
             worker.counter("c", w=number, label=label).increment()
-        worker.get_stats()
+        wait_for(worker.get_stats, "so many are taken in")
     assert len(reader.snapshot().series("c")) == 2001
     assert reader.snapshot().get("c", overflow="true").value == 2000
     for worker in workers:
@@ -67,7 +67,7 @@ def test_label_sets_that_overflow_while_their_workers_live(reader, address, shor
     generous.connect()
     for label in range(3000):
         generous.counter("d", label=label).increment()
-    assert len(generous.snapshot().series("d")) == 3000
+    assert len(wait_for(lambda: generous.snapshot().series("d"), "so many are taken in")) == 3000
     generous.close()
 
 

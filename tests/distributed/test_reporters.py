@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -53,8 +54,8 @@ def connected(short_dir):
     for worker in workers:
         worker.connect()
     yield workers
-    for worker in workers:
-        worker.close()
+    with ThreadPoolExecutor(len(workers)) as aside:  # each waits for an answer that nobody gives
+        list(aside.map(DistributedRegistry.close, workers))
 
 
 def test_what_one_aggregator_told_the_next_does_not_tell_again(short_dir, receiver, connected):

@@ -396,7 +396,7 @@ def test_graphite_shows_what_was_recorded(short_dir, registry, clock):
 def assert_stored(carbon, counters):
     """What was flushed adds up to it, with the first flush that had nothing to add."""
     for name, value in counters.items():
-        wait_for(partial(is_stored, carbon, name, value), f"{value} of {name} are stored", 20, every=0.1)
+        wait_for(partial(is_stored, carbon, name, value), f"{value} of {name} are stored", every=0.1)
 
 
 def is_stored(carbon, name, value):
