@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import resource
 import signal
 import socket
 import threading
@@ -85,7 +84,6 @@ class Aggregator:
             directory.restore(self._endpoints, directory.User.ourselves())
             lock = Lock(self._endpoints, joined=self._lease.is_joined)
             lock.acquire()
-            _allow_many_files()
             stack.callback(self._clear_away, lock)
             before = self._books.restore()
             if before and not self._reporters:
@@ -241,13 +239,6 @@ class Aggregator:
             return
         with contextlib.suppress(zmq.ZMQError):
             questions.send_multipart([*route, answer], zmq.NOBLOCK)
-
-
-def _allow_many_files() -> None:
-    """Allow this process as many open files as may be: it needs three for each worker."""
-    with contextlib.suppress(ValueError, OSError):
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _stop(reporters: list[Reporter]) -> None:

@@ -7,8 +7,10 @@ or restarts it. It says on a pipe when it is ready, or why it can't be.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
+import resource
 import select
 import shutil
 import subprocess
@@ -61,6 +63,7 @@ class Readiness:
         """Run ``aggregator`` to its end, telling the other side how it started; return the exit status."""
         if self._receiver >= 0:
             os.close(self._receiver)
+        _settle()
         try:
             aggregator.run(lambda: self.tell("ready"))
         except TapesError as error:
@@ -114,6 +117,14 @@ class Readiness:
                 os.write(self._sender, text.encode() + _END)
                 os.close(self._sender)
             self._sender = -1
+
+
+def _settle() -> None:
+    """Make a process that is an aggregator's alone fit for many workers."""
+    gc.set_threshold(50_000, 20, 50)  # states have no cycles, and there are many of them
+    with contextlib.suppress(ValueError, OSError):
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a worker takes three descriptors
 
 
 def _failures(root: type[TapesError]) -> dict[str, type[TapesError]]:

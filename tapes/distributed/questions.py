@@ -45,8 +45,8 @@ def exchange(endpoints: Endpoints, reader: Socket, question: Question, deadline:
     while True:
         left = max(0.0, deadline - time.monotonic())
         if reader.poll(min(_LOOK_MILLISECONDS, int(left * 1000) + 1), zmq.POLLIN):
-            answer = reader.recv(zmq.NOBLOCK)
-            if answer[1:2] < bytes([VERSION]):
+            answer = reader.recv(zmq.NOBLOCK, copy=False).buffer
+            if len(answer) > 1 and answer[1] < VERSION:
                 raise OlderAggregator(
                     f"the aggregator at {endpoints.publish} is of an older version of tapes",
                     remedy="restart the process that started it",

@@ -71,7 +71,7 @@ def version_to_answer(question: bytes) -> int:
     return VERSION - 1 if question[1:2] == bytes([VERSION - 1]) else VERSION
 
 
-def decode(data: bytes) -> Message:
+def decode(data: bytes | memoryview) -> Message:
     """Return the message in ``data``.
 
     Raises:
@@ -80,9 +80,9 @@ def decode(data: bytes) -> Message:
     try:
         if len(data) > MAX_BYTES:
             raise WireError("a message's length", got=len(data), expected=f"{MAX_BYTES} bytes at most")
-        if data.startswith(_REPLY, 2):
+        if data[2 : 2 + len(_REPLY)] == _REPLY:
             return _reply(data)
-        read = Reader(data)
+        read = Reader(bytes(data))
         fields, version, name = read.count() - 2, read.flat(), read.flat()
         if name != HandOver.__name__ and (type(version) is not int or version not in (VERSION, VERSION - 1)):
             raise WireError("the message's version", got=version, expected=f"{VERSION - 1} or {VERSION}")
@@ -94,7 +94,7 @@ def decode(data: bytes) -> Message:
         raise WireError(f"the message can't be read ({why})") from None
 
 
-def _reply(data: bytes) -> Reply:
+def _reply(data: bytes | memoryview) -> Reply:
     """Return the reply in ``data``; what it carries may be long, so it is taken out as a whole."""
     head = msgpack.Unpacker(max_buffer_size=_REPLY_HEAD)
     head.feed(data[:_REPLY_HEAD])
@@ -108,7 +108,7 @@ def _reply(data: bytes) -> Reply:
     sane = type(correlation) is int and correlation >= 0 and type(status) is str
     if not sane or payload + length != len(data):
         raise WireError("a reply of wrong fields")
-    return Reply(correlation, status, data[payload:])
+    return Reply(correlation, status, bytes(data[payload:]))
 
 
 # Encoding: every part of a message as what MessagePack knows.
