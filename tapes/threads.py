@@ -11,7 +11,7 @@ import sys
 import threading
 from typing import Any, Callable, TypeVar
 
-__all__ = ["RLock", "Worker", "aside", "beside_the_loop", "can_be_relied_on", "is_patched", "real"]
+__all__ = ["RLock", "Worker", "aside", "beside_the_loop", "can_be_relied_on", "is_ours", "is_patched", "real"]
 
 T = TypeVar("T")
 
@@ -57,6 +57,14 @@ def RLock() -> threading.RLock:  # noqa: N802 - it stands for the class
     return lock
 
 
+_ours: set[int] = set()
+
+
+def is_ours() -> bool:
+    """Return whether it is a `Worker` that asks, which gevent knows nothing of."""
+    return real("_thread", "get_ident")() in _ours
+
+
 class Worker:
     """A daemon thread of the operating system that runs ``target``."""
 
@@ -100,9 +108,11 @@ class Worker:
 
     def _run(self) -> None:
         self._ident = real("_thread", "get_ident")()
+        _ours.add(self._ident)
         try:
             self._target()
         finally:
+            _ours.discard(self._ident)
             self._ident = 0
             self._ended.release()
 

@@ -16,6 +16,7 @@ import os
 import re
 import stat
 import sys
+import time
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import NamedTuple
 
@@ -41,6 +42,7 @@ _NAME = re.compile(r"(?!(.*\.)?(\d+|0x[\da-f]*)\.?$)[\w.-]+", re.ASCII | re.IGNO
 """A host's name; resolvers take what ends in a number for an address, ``0`` and ``127.1`` too."""
 
 _JOINED = b"joined"
+_ATTEMPTS = 20
 
 
 class Endpoints(NamedTuple):
@@ -178,7 +180,7 @@ def _holder_of(endpoints: Endpoints) -> tuple[bool, bool]:
     if endpoints.lock is None:
         return False, False
     try:
-        fd = os.open(endpoints.lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(endpoints.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return False, False
     try:
@@ -191,6 +193,18 @@ def _holder_of(endpoints: Endpoints) -> tuple[bool, bool]:
     finally:
         unlock(fd)
     return False, joined
+
+
+def _lock_soon(fd: int) -> None:
+    """Lock ``fd``, or raise BlockingIOError; those who ask whether it is locked hold it for a moment."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if attempt == _ATTEMPTS - 1:
+                raise
+        time.sleep(0.005)
 
 
 def unlock(fd: int) -> None:
@@ -215,6 +229,7 @@ class Lock:
         self._endpoints = endpoints
         self._path = endpoints.lock
         self._joined = joined
+        self._is_missed = False
         self._fd = -1
 
     def acquire(self) -> None:
@@ -229,24 +244,51 @@ class Lock:
         try:
             while self._fd < 0:
                 self._fd = self._open(self._path)
+            self._is_missed = _JOINED in os.pread(self._fd, 40, 0)
             self._clear()
-            os.ftruncate(self._fd, 0)
-            os.write(self._fd, b"%d\n%s" % (os.getpid(), _JOINED if self._joined else b""))
+            self._sign()
         except OSError as error:
-            self.release()
+            self.release(to_be_missed=self._is_missed)
             raise AddressError(
                 f"the aggregator can't bind {self._endpoints.publish} ({error.strerror or error})",
                 remedy="choose a directory that exists and can be written to",
             ) from None
         except AddressError:
-            self.release()
+            self.release(to_be_missed=self._is_missed)
             raise
 
-    def release(self) -> None:
-        """Give the lock back and remove its file; nothing if it isn't held."""
+    @property
+    def is_gone(self) -> bool:
+        """Whether the locked file was removed, as by those who clean up temporary directories."""
+        return self._fd >= 0 and self._path is not None and not os.path.lexists(self._path)
+
+    def renew(self) -> None:
+        """Make the locked file again, which was removed.
+
+        Raises:
+            OSError: If that can't be done now, or somebody else has.
+        """
+        assert self._path is not None
+        before, self._fd = (
+            self._fd,
+            os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600),
+        )
+        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._sign()
+        unlock(before)
+
+    def _sign(self) -> None:
+        """Write whose it is; over what is there, as on a full disk there is no other room."""
+        text = b"%d\n%s" % (os.getpid(), _JOINED if self._joined else b"")
+        os.pwrite(self._fd, text, 0)
+        os.ftruncate(self._fd, len(text))
+
+    def release(self, *, to_be_missed: bool = False) -> None:
+        """Give the lock back, if it is held; its file stays if workers are to miss who held it."""
         if self._fd >= 0 and self._path is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
+            if not to_be_missed:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._path)
             unlock(self._fd)
             self._fd = -1
 
@@ -254,7 +296,7 @@ class Lock:
         """Return the descriptor of the locked file, or -1 if it was removed meanwhile."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_soon(fd)
             owner = os.pread(fd, 20, 0).partition(b"\n")[0]
             if owner and not owner.isdigit():
                 os.close(fd)

@@ -24,7 +24,7 @@ from tapes.distributed import directory
 from tapes.distributed.address import Endpoints, Lock
 from tapes.distributed.bookkeeping import Bookkeeper
 from tapes.distributed.lease import Lease
-from tapes.distributed.sockets import bind
+from tapes.distributed.sockets import bind, bind_again
 from tapes.errors import AddressError
 from tapes.reporting import Reporter
 from tapes.reporting.configured import reporters_from
@@ -34,6 +34,8 @@ __all__ = ["Aggregator"]
 _TURN_MILLISECONDS = 100
 _AT_ONCE = 200
 """So many publications are taken in before the loop looks at anything else."""
+_LINGER_MILLISECONDS = 500
+"""So long its last answer may be under way."""
 _RECOVERY_SECONDS = 1.0
 """So long it waits for workers to tell again what they stand at."""
 
@@ -64,7 +66,8 @@ class Aggregator:
         self._reason = reason
         self._books = Bookkeeper(endpoints, lease, configured)
         self._deferred: list[tuple[list[bytes], bytes]] = []
-        self._leaves = False
+        self._is_missed = False
+        self._lock = Lock(endpoints, joined=lease.is_joined)
         self._clearing = contextlib.ExitStack()
         self._wake_sender, self._wake_receiver = socket.socketpair()
         self._wake_sender.setblocking(False)
@@ -82,14 +85,14 @@ class Aggregator:
             stack.callback(self._wake_receiver.close)
             stack.callback(self._wake_sender.close)
             directory.restore(self._endpoints, directory.User.ourselves())
-            lock = Lock(self._endpoints, joined=self._lease.is_joined)
-            lock.acquire()
-            stack.callback(self._clear_away, lock)
+            self._lock.acquire()
+            stack.callback(self._clear_away)
             before = self._books.restore()
+            self._is_missed = self._books.is_successor
             if before and not self._reporters:
                 self._reporters = reporters_from(before)
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-            stack.callback(context.destroy, linger=0)
+            stack.callback(lambda: context.destroy(linger=_LINGER_MILLISECONDS * self._books.hands_over))
             updates, questions = bind(context, self._endpoints)
             stack.enter_context(self._signals())
             self._recover(updates, questions)
@@ -103,6 +106,7 @@ class Aggregator:
                 "tapes aggregator %d listens at %s%s",
                 os.getpid(), self._endpoints.publish, self._reason and f", started for {self._reason}",
             )  # fmt: skip
+            self._is_missed = True
             ready()
             while True:
                 self._serve(updates, questions, self._is_over)
@@ -125,7 +129,7 @@ class Aggregator:
                 if not stack.enter_context(directory.start_lock(self._endpoints, ourselves, wait=False)):
                     return False
             except AddressError:  # the directory is gone: nobody can join
-                self._leaves = True
+                self._is_missed = False
                 return True
             while questions.poll(0):
                 self._answer(questions)
@@ -135,20 +139,20 @@ class Aggregator:
                 return False
             # Until the directory is cleared away nobody can join: the lock goes last.
             self._clearing = stack.pop_all()
-            self._leaves = True
+            self._is_missed = False
             return True
 
-    def _clear_away(self, lock: Lock) -> None:
-        """Remove everything that it has made; but for the journal, if another one is to take its place."""
+    def _clear_away(self) -> None:
+        """Remove everything that it has made; but for what another one needs that takes its place."""
         for path in self._endpoints.files:
             with contextlib.suppress(OSError):
                 os.unlink(path)
-        if not self._leaves:
+        if self._is_missed:  # it makes room, or failed
             self._books.journal.close()
-            lock.release()
+            self._lock.release(to_be_missed=True)
             return
         self._books.journal.remove()
-        lock.release()
+        self._lock.release()
         with self._clearing:
             directory.clear(self._endpoints)
 
@@ -197,8 +201,21 @@ class Aggregator:
             now = monotonic()
             if now - looked >= _TURN_MILLISECONDS / 1000:
                 looked = now
+                if self._lock.is_gone:
+                    self._settle_again(updates, questions)
                 if is_done(now):
                     return
+
+    def _settle_again(self, updates: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> None:
+        """Make the files again that somebody has removed, so that others find this aggregator."""
+        with contextlib.suppress(OSError, AddressError):
+            directory.restore(self._endpoints, directory.User.ourselves())
+            self._lock.renew()
+            self._books.journal.begin_anew()
+            bind_again(updates, questions, self._endpoints)
+            _log.warning(
+                "tapes found the files beside %s removed, and made them again", self._endpoints.publish
+            )
 
     def _is_over(self, now: float) -> bool:
         return self._lease.expired(now, self._books.look_around(now))

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from tapes import forks
 from tapes.distributed.accounts import Worker
 from tapes.distributed.address import Endpoints
-from tapes.distributed.journal import JournalFile, Saved
+from tapes.distributed.journal import JournalFile
 from tapes.distributed.lease import Lease
 from tapes.distributed.ledger import Ledger
 from tapes.distributed.messages import (
@@ -27,11 +27,12 @@ from tapes.distributed.messages import (
     Journal,
     Message,
     Read,
+    Record,
     Reply,
     Update,
 )
 from tapes.distributed.outbox import ALIVE_SECONDS
-from tapes.distributed.processes import ProcessWatch, lives
+from tapes.distributed.processes import ProcessWatch
 from tapes.distributed.view import JOURNAL_FAILED, LAG, MESSAGES, MergedView
 from tapes.distributed.wills import Wills
 from tapes.distributed.wire import VERSION, decode, encode, version_to_answer
@@ -64,13 +65,14 @@ class Bookkeeper:
         registry: What reporters read: the merged view.
         journal: Its journal.
         hands_over: Whether it has been asked to make room for a newer version.
+        is_successor: Whether it began with what another one knew.
         awaited: The workers of before that have yet to tell again what they stand at.
     """
 
     def __init__(self, endpoints: Endpoints, lease: Lease, configured: Mapping[str, str]) -> None:
         self.registry = Registry()
         self.journal = JournalFile(endpoints, self._pages, self._note_journal_failed)
-        self.hands_over = False
+        self.hands_over = self.is_successor = False
         self.awaited: set[bytes] = set()
         self._endpoints = endpoints
         self._lease = lease
@@ -104,13 +106,14 @@ class Bookkeeper:
             return {}
         if saved is None:
             return {}
-        if not self._is_of_our_service(saved):
+        if not saved.somebody_lives(self._host):
             self.journal.remove()
             self._wills.remove()
             return {}
+        self.is_successor = True
         self._ledger.restore(saved.journal, saved.records)
         for goodbye in saved.goodbyes:
-            self._apply(goodbye.update)
+            self._apply(goodbye.update, published=False, leaves=True)  # it was said to the one before
             self._ledger.retire(goodbye.update.identity)
         for owner in saved.journal.owners:
             self._lease.stay_for(owner)
@@ -143,7 +146,9 @@ class Bookkeeper:
         try:
             question = decode(data)
             if not isinstance(question, (Read, Hello, Goodbye, HandOver)):
-                raise WireError("a question", got=type(question).__name__, expected="Read, Hello or Goodbye")
+                raise WireError(
+                    "a question", got=type(question).__name__, expected="Read, Hello, Goodbye or HandOver"
+                )
             if self.awaited and isinstance(question, Read):
                 return None
             return encode(self._reply(question, data, version), version)
@@ -154,14 +159,17 @@ class Bookkeeper:
 
     def look_around(self, now: float) -> int:
         """Read wills, and retire workers that have ended; return how many live."""
-        for will, data in self._wills.take_in():
-            if isinstance(will, Goodbye):
-                self._leave(will, data)
-            else:
-                self._reject(data, will)
         workers = {w.identity: w for w in self._ledger.workers if w.identity != NOBODY}
         ended = {identity for identity, worker in workers.items() if self._has_ended(worker, now)}
         self._spoke.clear()
+        # After that: whoever has ended has left its will before.
+        for will, data in self._wills.take_in():
+            if isinstance(will, Goodbye):
+                self._leave(will, data)
+                ended.discard(will.update.identity)
+                workers.pop(will.update.identity, None)
+            else:
+                self._reject(data, will)
         self.awaited -= ended
         spoken_of = self._ledger.ancestors() if ended else set()
         if ended - spoken_of - self._dead.keys():
@@ -170,8 +178,9 @@ class Bookkeeper:
             self._dead.pop(identity, None)
         for identity in ended - spoken_of:
             self._ledger.bury(identity)
-            is_certain = identity in self._watches and not workers[identity].silent
-            patience = _LAST_WORDS_SECONDS if is_certain else _LAST_RECORD_SECONDS
+            patience = _LAST_RECORD_SECONDS if workers[identity].silent else _LAST_WORDS_SECONDS
+            if identity not in self._watches:  # it may only have been silent
+                patience = float("inf")
             if now - self._dead.setdefault(identity, now) >= patience or len(self._dead) > _MOST_DEAD:
                 self._retire(identity)
         return len(workers.keys() - ended)
@@ -214,7 +223,7 @@ class Bookkeeper:
 
     def _leave(self, goodbye: Goodbye, data: bytes) -> bool:
         """Retire who says goodbye, and write that down; return whether everything of it is known."""
-        if not self._apply(goodbye.update):
+        if not self._apply(goodbye.update, leaves=True):
             return False
         self._retire(goodbye.update.identity)
         self.journal.note(data)
@@ -224,13 +233,18 @@ class Bookkeeper:
         """Make room for a newer version; what workers that live can't tell that one is in the journal."""
         if question.version <= VERSION or self._endpoints.path is None or not self._lease.is_joined:
             return Reply(question.correlation, "error", b"nobody could take its place")
+        if not self.journal.finish():
+            return Reply(question.correlation, "error", b"it can't write down what it knows")
         _log.warning("tapes aggregator %d makes room for one of a newer version", os.getpid())
-        self.journal.finish()
         self.hands_over = True
         return Reply(question.correlation, "ok", b"")
 
-    def _apply(self, update: Update, *, published: bool = True) -> bool:
+    def _apply(self, update: Update, *, published: bool = True, leaves: bool = False) -> bool:
+        is_new = not (leaves or self._ledger.knows(update.identity))
         complete, refused = self._ledger.apply(update, published=published)
+        if is_new:  # whoever takes this aggregator's place has to wait for this worker too
+            head = update._replace(seq=1, base=0, items=[], descriptions={}, ancestors=())
+            self.journal.note(encode(Record(head)))
         for name in refused:
             self.registry.reject(
                 name,
@@ -256,12 +270,6 @@ class Bookkeeper:
         self.journal.changed()
         self.registry.reject("the aggregator", (), data[:40], str(error))
 
-    def _is_of_our_service(self, saved: Saved) -> bool:
-        if saved.journal.host != self._host:
-            return False
-        workers = (record.update.process for record in saved.records if record.update.identity != NOBODY)
-        return any(map(lives, {*saved.journal.owners, *workers}))
-
     def _pages(self) -> Iterator[Message]:
         """Yield what is to be in the journal: the living first, as who leaves meanwhile is in the total."""
         for worker in self._ledger.workers:
@@ -274,12 +282,12 @@ class Bookkeeper:
         )  # fmt: skip
         yield from records
 
-    def _note_journal_failed(self, error: OSError) -> None:
+    def _note_journal_failed(self, error: Exception) -> None:
         self.registry.own(Counter, JOURNAL_FAILED).increment()
         if not self._journal_fails:
             self._journal_fails = True
             _log.warning(
                 "tapes can't write its journal (%s): should the aggregator be killed now, what workers that "
                 "left had counted is lost; it goes on trying, and says so only once",
-                error.strerror,
+                error,
             )

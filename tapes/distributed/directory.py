@@ -17,9 +17,11 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from tapes import forks
 from tapes.distributed.address import Endpoints, resolve, unlock
+from tapes.distributed.journal import read_journal
 from tapes.distributed.processes import lives
-from tapes.errors import AddressError, AggregatorUnavailable
+from tapes.errors import AddressError, AggregatorUnavailable, TapesError, WireError
 from tapes.forks import Process
 
 __all__ = ["User", "clear", "find", "restore", "start_lock", "sweep"]
@@ -179,6 +181,7 @@ def start_lock(endpoints: Endpoints, user: User, *, wait: bool = True) -> Iterat
                 f"the aggregator can't be started at {endpoints.publish} ({error.strerror or error})",
                 remedy="choose a directory that exists and can be written to",
             ) from None
+        _held.add(fd)
         try:
             if user != User.ourselves():
                 found = os.fstat(fd)  # which may be a link that the user made
@@ -200,7 +203,20 @@ def start_lock(endpoints: Endpoints, user: User, *, wait: bool = True) -> Iterat
                 ) from None
             time.sleep(0.01)  # there is nothing else to wait on that has an end
         finally:
-            unlock(fd)
+            if fd in _held:  # not in a child that was forked meanwhile
+                _held.discard(fd)
+                unlock(fd)
+
+
+def _let_go() -> None:
+    """In a forked child, close what would hold a lock of its parent should that be killed."""
+    while _held:
+        os.close(_held.pop())
+
+
+_held: set[int] = set()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def sweep() -> None:
@@ -210,11 +226,15 @@ def sweep() -> None:
             for entry in list(os.scandir(parent)):
                 match = _NAME.fullmatch(entry.name)
                 if match is not None and not lives(Process(int(match[1]), int(match[2]))):
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError, TapesError):
                         _sweep(entry.path)
 
 
 def _sweep(directory: str) -> None:
+    with contextlib.suppress(WireError):
+        saved = read_journal(os.path.join(directory, _SOCKET))
+        if saved is not None and saved.somebody_lives(forks.host()):
+            return  # workers that outlive their supervisor are about to start another aggregator
     locks = []
     try:
         with _opened(directory, os.geteuid()) as fd:

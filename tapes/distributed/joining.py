@@ -82,7 +82,7 @@ def meet(
             if stays is _IS_OLDER:
                 replace(endpoints)
             # Where there is no file to tell, asking does. One that is there and said nothing is held up.
-            if not is_served(endpoints):
+            if not is_served(endpoints) and (endpoints.path is not None or stays is not _IS_OLDER):
                 _launch(endpoints, whom, user)
                 stays = None
             if stays is not False:

@@ -4,7 +4,8 @@ Theory. The file is replaced as a whole (a draft, then a rename), so there is al
 It is written while something changes, at most once a second and for a tenth of the time, in slices, so that
 whoever asks is answered meanwhile. What live workers say is cumulative, and they say it again to a new
 aggregator, so it does no harm if the file is a second behind. A worker that leaves says it only once: before
-it is told that it may go, its last words are appended to a second file, the *tail*. A new tail begins when
+it is told that it may go, its last words are appended to a second file, the *tail*; and so is the name of a new
+worker, as the next aggregator has to wait for everybody whose words have been read. A new tail begins when
 the totals are cut, and the former goes when these are in the file. Last words that are in both count once, as
 the totals name whose they have.
 
@@ -22,11 +23,12 @@ from collections.abc import Iterable, Iterator
 from typing import Callable, NamedTuple
 
 from tapes.distributed.address import Endpoints
-from tapes.distributed.messages import Goodbye, Journal, Message, Record
-from tapes.distributed.wire import decode, encode
+from tapes.distributed.messages import NOBODY, Goodbye, Journal, Message, Record
+from tapes.distributed.processes import lives
+from tapes.distributed.wire import VERSION, decode, encode
 from tapes.errors import AddressError, WireError
 
-__all__ = ["JournalFile", "Saved"]
+__all__ = ["JournalFile", "Saved", "read_journal"]
 
 _JOURNAL, _DRAFT, _TAIL = ".journal", ".journal.draft", ".journal.tail-"
 _MAGIC = b"tapes journal\n"
@@ -34,6 +36,8 @@ _INTERVAL_SECONDS = 1.0
 _SHARE = 9
 """So many times as long as the last writing took there is none."""
 _SLICE_SECONDS = 0.005
+_NEWER_SECONDS = 10.0
+"""So long after it was written the journal of a newer release is left to workers of that."""
 
 
 class Saved(NamedTuple):
@@ -42,6 +46,11 @@ class Saved(NamedTuple):
     journal: Journal
     records: list[Record]
     goodbyes: list[Goodbye]
+
+    def somebody_lives(self, host: str) -> bool:
+        """Return whether anybody of the service lives on ``host``, this one; else it has ended."""
+        workers = (record.update.process for record in self.records if record.update.identity != NOBODY)
+        return host == self.journal.host and any(map(lives, {*self.journal.owners, *workers}))
 
 
 class JournalFile:
@@ -58,7 +67,7 @@ class JournalFile:
         self,
         endpoints: Endpoints,
         pages: Callable[[], Iterable[Message]],
-        failed: Callable[[OSError], None],
+        failed: Callable[[Exception], None],
     ) -> None:
         self._base = endpoints.path
         self._pages = pages
@@ -74,26 +83,13 @@ class JournalFile:
 
         Raises:
             WireError: If it can't be read.
-            AddressError: If the file is not one of ours.
+            AddressError: If the file is not one of ours, or was just written by a newer release, one of whose
+                workers is to start the next one.
         """
         if self._base is None:
             return None
-        self._tails = sorted(glob.glob(glob.escape(self._base + _TAIL) + "*"))
-        journal, records, goodbyes = None, [], []
-        for path in (self._base + _JOURNAL, *self._tails):
-            for data in _frames(path):
-                message = decode(data)
-                if isinstance(message, Journal):
-                    journal = message
-                elif isinstance(message, Record):
-                    records.append(message)
-                elif isinstance(message, Goodbye):
-                    goodbyes.append(message)
-        if journal is None:
-            if records or goodbyes:
-                raise WireError("the journal is not complete")
-            return None
-        return Saved(journal, records, goodbyes)
+        self._tails = _tails_of(self._base)
+        return read_journal(self._base)
 
     def changed(self, *, urgent: bool = False) -> None:
         """Note that there is something to be written: within a second, or as soon as may be."""
@@ -101,8 +97,8 @@ class JournalFile:
         if urgent:
             self._due = min(self._due, self._ended + _SHARE * self._spent)
 
-    def note(self, goodbye: bytes) -> None:
-        """Write down the last words of a worker, now."""
+    def note(self, message: bytes) -> None:
+        """Write down the last words of a worker, or that there is a new one, now."""
         if self._base is None:
             return
         self._changed = True
@@ -111,8 +107,8 @@ class JournalFile:
                 path = f"{self._base}{_TAIL}{time.monotonic_ns():020}"
                 self._tail = _create(path, os.O_APPEND)
                 self._tails.append(path)
-                _write(self._tail, _MAGIC)
-            _write(self._tail, _frame(goodbye))
+            begins = b"" if os.fstat(self._tail).st_size else _MAGIC
+            _write(self._tail, begins + _frame(message))
         except OSError as error:
             self._failed(error)
 
@@ -130,7 +126,7 @@ class JournalFile:
                 now = time.monotonic()
         except StopIteration:
             self._writing = None
-        except OSError as error:
+        except Exception as error:  # the disk is full, or a record too long
             self._writing, self._changed = None, True
             self._failed(error)
         self._ended = time.monotonic()
@@ -138,13 +134,20 @@ class JournalFile:
         self._due = self._ended + max(_INTERVAL_SECONDS, _SHARE * self._spent)
         return self._writing is not None
 
-    def finish(self) -> None:
-        """Write everything now."""
+    def finish(self) -> bool:
+        """Write everything now; return whether that could be done."""
         while self.step(float("inf")):
             pass
         self._changed = True
         while self.step(float("inf")):
             pass
+        return not self._changed
+
+    def begin_anew(self) -> None:
+        """Write everything again, as soon as may be: the files were removed."""
+        self.close()
+        self._tails = []
+        self.changed(urgent=True)
 
     def remove(self) -> None:
         """Remove the files: nobody will take this aggregator's place."""
@@ -188,6 +191,41 @@ class JournalFile:
             raise
         finally:
             os.close(fd)
+
+
+def read_journal(base: str) -> Saved | None:
+    """Return what is written beside the socket ``base``; see `JournalFile.read`."""
+    _make_way_for_newer(base + _JOURNAL)
+    journal, records, goodbyes = None, [], []
+    for path in (base + _JOURNAL, *_tails_of(base)):
+        for data in _frames(path):
+            message = decode(data)
+            if isinstance(message, Journal):
+                journal = message
+            elif isinstance(message, Record):
+                records.append(message)
+            elif isinstance(message, Goodbye):
+                goodbyes.append(message)
+    if journal is not None:
+        return Saved(journal, records, goodbyes)
+    if records or goodbyes:
+        raise WireError("the journal is not complete")
+    return None
+
+
+def _make_way_for_newer(path: str) -> None:
+    version = next((data[1] for data in _frames(path) if len(data) > 1), VERSION)
+    if version > VERSION and time.time() - os.stat(path).st_mtime < _NEWER_SECONDS:
+        raise AddressError(
+            "the aggregator that was here is of a newer release",
+            got=version,
+            expected=f"a journal of version {VERSION} or {VERSION - 1}",
+            remedy="a worker of that release starts the next one; without one, what it knew is lost",
+        )
+
+
+def _tails_of(base: str) -> list[str]:
+    return sorted(glob.glob(glob.escape(base + _TAIL) + "*"))
 
 
 def _create(path: str, flags: int = 0) -> int:

@@ -14,6 +14,8 @@ import time
 from typing import Callable
 
 from tapes.distributed.launch import Readiness
+from tapes.distributed.processes import lives
+from tapes.forks import Process
 
 __all__ = ["Keeper"]
 
@@ -30,10 +32,12 @@ class Keeper:
     Args:
         run: Runs an aggregator, told on a `Readiness` how it starts, and whether it is to end at once, after
             clearing up; returns an exit status.
+        owner: Whom it serves: nobody, when that has ended.
     """
 
-    def __init__(self, run: Callable[[Readiness, bool], int]) -> None:
+    def __init__(self, run: Callable[[Readiness, bool], int], owner: Process) -> None:
         self._run = run
+        self._owner = owner
         self._child = 0
         self._ends = False
 
@@ -46,14 +50,13 @@ class Keeper:
         status, started, back_off = self._once(readiness), time.monotonic(), 0.0
         if status == Readiness.NOT_READY:
             return status
-        # One that serves doesn't die of SIGTERM: it clears up. After another death the next one has to.
-        while status != 0 and not (self._ends and status in (Readiness.NOT_READY, -signal.SIGTERM)):
+        while status != 0 and not (self._ends and status == Readiness.NOT_READY) and lives(self._owner):
             if time.monotonic() - started > _STABLE_SECONDS:
                 back_off = 0.0
             _log.warning(
-                "the tapes aggregator %d died (%s); another one is started", self._child,
+                "a tapes aggregator died (%s); another one is started",
                 f"signal {-status}" if status < 0 else f"exit status {status}",
-            )  # fmt: skip
+            )
             self._pause(back_off)
             back_off = min(max(0.1, 2 * back_off), _MOST_BACK_OFF_SECONDS)
             started = time.monotonic()
@@ -62,19 +65,23 @@ class Keeper:
 
     def _once(self, readiness: Readiness) -> int:
         """Run one aggregator to its end; return its exit status, or minus the signal that killed it."""
-        ends = self._ends
         self._child = os.fork()
         if self._child == 0:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # until it has a handler of its own, and after that
             status = 1
             try:
-                status = self._run(readiness, ends)
+                status = self._run(readiness, self._ends)
             finally:
                 os._exit(status)
         readiness.give_up()
-        if self._ends and not ends:  # it was said meanwhile
-            self._on_term(signal.SIGTERM, None)
-        _, status = os.waitpid(self._child, 0)
+        while (
+            os.waitid(os.P_PID, self._child, os.WEXITED | os.WNOWAIT | (os.WNOHANG if self._ends else 0))
+            is None
+        ):
+            self._on_term(signal.SIGTERM, None)  # again, as it may have had no handler yet
+            time.sleep(0.1)
+        child, self._child = self._child, 0
+        _, status = os.waitpid(child, 0)
         return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
     def _pause(self, seconds: float) -> None:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from tapes import forks
+from tapes import forks, threads
 from tapes.distributed import directory
 from tapes.distributed.address import Endpoints, is_served, resolve
 from tapes.distributed.lease import Lease
@@ -53,6 +53,7 @@ class Readiness:
     def __init__(self, fds: tuple[int, int] | None = None) -> None:
         self._receiver, self._sender = os.pipe() if fds is None else fds
         self._said = False
+        self._silence = f"the aggregator was not ready within {_READY_SECONDS:g} s"
 
     @property
     def sender(self) -> int:
@@ -88,7 +89,8 @@ class Readiness:
         """
         os.close(self._sender)
         said = b""
-        poll = select.poll()  # select() knows no descriptors above 1023
+        # select() knows no descriptors above 1023; and in a thread of ours gevent's would leave a loop behind.
+        poll = threads.real("select", "poll")() if threads.is_ours() else select.poll()
         poll.register(self._receiver, select.POLLIN)
         try:
             # A child that was forked meanwhile may hold the other end open, so the end is marked.
@@ -96,13 +98,14 @@ class Readiness:
                 piece = os.read(self._receiver, 65536)
                 said += piece
                 if not piece:
+                    self._silence = "the aggregator died before it was ready"
                     break
         finally:
             os.close(self._receiver)
         kind, _, sentence = said.rstrip(_END).decode(errors="replace").partition("\n")
         if kind != "ready":
             failure = _FAILURES.get(kind, AggregatorUnavailable)
-            raise failure(sentence or f"the aggregator was not ready within {_READY_SECONDS:g} s")
+            raise failure(sentence or self._silence)
 
     def give_up(self) -> None:
         """Close both ends: it is for others to use, or nobody was started."""
@@ -137,7 +140,9 @@ def _failures(root: type[TapesError]) -> dict[str, type[TapesError]]:
 _FAILURES = {**_failures(AddressError), **_failures(AggregatorUnavailable), **_failures(InvalidArgument)}
 
 
-def launch(endpoints: Endpoints, owner: Process, reason: str, user: directory.User) -> None:
+def launch(
+    endpoints: Endpoints, owner: Process, reason: str, user: directory.User, *, wait: bool = True
+) -> None:
     """Start a detached aggregator that serves ``owner`` and its workers; nothing if one is there.
 
     Args:
@@ -145,6 +150,7 @@ def launch(endpoints: Endpoints, owner: Process, reason: str, user: directory.Us
         owner: The process for which it lives.
         reason: Why it is started, for the log.
         user: Whom it is to be run by.
+        wait: Return when it is ready; else as soon as it is on its way.
 
     Raises:
         AddressError, AggregatorUnavailable, InvalidArgument: If it can't be started.
@@ -157,19 +163,28 @@ def launch(endpoints: Endpoints, owner: Process, reason: str, user: directory.Us
         str(owner.pid), str(owner.started), reason, str(user.uid), str(user.gid), str(readiness.sender),
     ]  # fmt: skip
     try:
-        with forks.no_fork():
-            starting = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[readiness.sender],
-                start_new_session=True,
-                env=environment,
-            )
-        starting.wait()
+        if threads.is_patched() and threads.is_ours():
+            _spawn(command, readiness.sender, environment)
+        else:
+            with forks.no_fork():
+                starting = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[readiness.sender],
+                    start_new_session=True,
+                    env=environment,
+                )
+            starting.wait()
     except OSError as error:
         readiness.give_up()
         raise AggregatorUnavailable(f"the aggregator can't be started ({error})") from None
+    except BaseException:
+        readiness.give_up()
+        raise
+    if not wait:
+        readiness.give_up()
+        return
     try:
         readiness.wait()
     except AddressInUse:
@@ -177,11 +192,24 @@ def launch(endpoints: Endpoints, owner: Process, reason: str, user: directory.Us
             raise  # by a reporter's; else the aggregator that is there is the one to use
 
 
-# The working directory is taken off the path before anything is imported, so that no file in it can
-# stand in for a module of the library.
+def _spawn(command: list[str], fd: int, environment: dict[str, str]) -> None:
+    """Do what `subprocess` does, in a thread of which gevent, which has replaced that, knows nothing."""
+    os.set_inheritable(fd, True)
+    nothing = [(os.POSIX_SPAWN_OPEN, given, os.devnull, os.O_RDWR, 0) for given in (0, 1)]
+    pid = threads.real("os", "posix_spawn")(
+        command[0], command, environment, file_actions=nothing, setsid=True
+    )
+    threads.real("os", "waitpid")(pid, 0)
+
+
+# What it has inherited is closed, and the working directory is taken off the path before anything is
+# imported, so that no file in it can stand in for a module of the library.
 _BOOTSTRAP = """\
-import sys; sys.path[:1] = []; argv = sys.argv[1:]
-sys.path += [path for path in argv.pop(0).split(__import__("os").pathsep) if path not in sys.path]
+import os, sys; sys.path[:1] = []; argv = sys.argv[1:]
+for fd in map(int, os.listdir("/dev/fd")):
+    try: fd < 3 or fd == int(argv[-1]) or os.close(fd)
+    except OSError: pass
+sys.path += [path for path in argv.pop(0).split(os.pathsep) if path not in sys.path]
 from tapes.distributed.launch import serve; serve(*argv)
 """
 

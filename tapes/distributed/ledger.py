@@ -135,6 +135,11 @@ class Ledger:
                     entry.retire(entry.by_worker[identity, key[1]])
                 self._drop(account, key)
 
+    def knows(self, identity: bytes) -> bool:
+        """Return whether this worker has been heard of, also if it has left."""
+        with self._lock:
+            return identity in self._accounts or identity in self._left
+
     def records_of(self, identity: bytes) -> list[Record]:
         """Return what is known of a worker; nothing if it has left."""
         with self._lock:
@@ -177,7 +182,8 @@ class Ledger:
             self._left = OrderedDict.fromkeys(reversed(journal.left))
             self._descriptions.update(journal.descriptions)
             self.max_series = max(self.max_series, journal.max_series)
-            for record in records:
+            # The total first: it had its places first.
+            for record in sorted(records, key=lambda record: record.update.identity != NOBODY):
                 if record.update.identity == NOBODY:
                     for item in record.update.items:
                         self._restore_retired(item)

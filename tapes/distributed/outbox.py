@@ -65,7 +65,7 @@ class Outbox:
         Sequence numbers are drawn under the lock that states are read under, so that the higher number
         always has the newer state.
         """
-        changed = self._fold()
+        changed = self._fold(keyframe)
         with self._lock:
             return self._update(changed, keyframe)
 
@@ -75,13 +75,14 @@ class Outbox:
         Now and then also nothing, to say that this process lives.
         """
         started = time.monotonic()
-        changed = self._fold()
-        is_due = keyframe or self.registry.revision != self._revision or started - self._sent > ALIVE_SECONDS
+        whole = keyframe or self.registry.revision != self._revision
+        changed = self._fold(whole)
+        is_due = whole or started - self._sent > ALIVE_SECONDS
         if not is_due and all(series.key[0] == DURATION for series in changed):
             return True
         with self._lock:
             revision = self.registry.revision
-            update = self._update(changed, keyframe or revision != self._revision)
+            update = self._update(changed, whole or revision != self._revision)
             if not send(update):
                 return False
             for item in update.items:
@@ -122,15 +123,18 @@ class Outbox:
             )
         return farewell._replace(items=items, ancestors=ancestors)
 
-    def _fold(self) -> list[_Series]:
-        """Fold what is pending; return what changed since the last publication."""
+    def _fold(self, whole: bool) -> list[_Series]:
+        """Fold what is pending; return what changed since the last publication.
+
+        Unless the ``whole`` is to be told, how long publications took is told seldom.
+        """
         while True:
             made, revision = self.registry.made, self.registry.revision
             if (made, revision) != self._made:
                 self._look_again()
                 self._made = (made, revision)
             changed = [s for s in self._series.values() if not s.metric.is_at(s.told)]
-            if time.monotonic() - self._duration_told < _DURATION_SECONDS:
+            if not whole and time.monotonic() - self._duration_told < _DURATION_SECONDS:
                 changed = [series for series in changed if series.key[0] != DURATION]
             for series in changed:
                 series.metric.collect()

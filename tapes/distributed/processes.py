@@ -5,6 +5,7 @@ A pidfd reports every kind of death at once. Where there are none (macOS), the p
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 
@@ -48,7 +49,7 @@ class ProcessWatch:
 
 
 def lives(process: Process) -> bool:
-    """Return whether ``process`` lives, and not another one with its pid."""
+    """Return whether ``process`` lives; not if another one has its pid, or it has only to be reaped."""
     try:
         os.kill(process.pid, 0)
     except ProcessLookupError:
@@ -59,5 +60,8 @@ def lives(process: Process) -> bool:
 
 
 def _is_still(process: Process) -> bool:
+    with contextlib.suppress(OSError, IndexError), open(f"/proc/{process.pid}/stat", "rb") as file:
+        if file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X"):
+            return False
     started = process_of(process.pid).started
     return not (started and process.started) or started == process.started

@@ -247,6 +247,7 @@ class Publisher:
             if not topic:
                 self._subscribed = self._keyframe_due = subscribes
                 if subscribes:
+                    self._was_lonely = False
                     self._reviver.is_heard()
                     self._outbox.begin_anew()
             elif version is not None:

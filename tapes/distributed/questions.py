@@ -46,7 +46,7 @@ def exchange(endpoints: Endpoints, reader: Socket, question: Question, deadline:
         left = max(0.0, deadline - time.monotonic())
         if reader.poll(min(_LOOK_MILLISECONDS, int(left * 1000) + 1), zmq.POLLIN):
             answer = reader.recv(zmq.NOBLOCK, copy=False).buffer
-            if len(answer) > 1 and answer[1] < VERSION:
+            if not isinstance(question, HandOver) and len(answer) > 1 and answer[1] < VERSION:
                 raise OlderAggregator(
                     f"the aggregator at {endpoints.publish} is of an older version of tapes",
                     remedy="restart the process that started it",
@@ -73,9 +73,7 @@ def stay_for(endpoints: Endpoints, *processes: forks.Process) -> bool:
 
 def ask_to_hand_over(endpoints: Endpoints) -> bool:
     """Ask an aggregator of an older version to make room; return whether it will."""
-    with contextlib.suppress(OlderAggregator):  # it answers in its own version
-        return _ask_once(endpoints, HandOver(1, VERSION))
-    return True
+    return _ask_once(endpoints, HandOver(1, VERSION))
 
 
 def _ask_once(endpoints: Endpoints, question: Question) -> bool:

@@ -19,7 +19,7 @@ from tapes import forks
 from tapes.catalogue import MAX_SERIES
 from tapes.clock import Clock, monotonic
 from tapes.distributed import connection
-from tapes.distributed.address import DEFAULT_ADDR, resolve
+from tapes.distributed.address import DEFAULT_ADDR, is_served, resolve
 from tapes.distributed.aggregator import Aggregator
 from tapes.distributed.keeper import Keeper
 from tapes.distributed.launch import Readiness
@@ -163,6 +163,8 @@ class RegistryAggregator:
                 if time.monotonic() > deadline:
                     os.killpg(pid, signal.SIGKILL)
                 time.sleep(0.01)
+            while is_served(resolve(self.socket_addr)) and time.monotonic() < deadline:
+                time.sleep(0.01)  # had its keeper died before
 
     def _run_in_child(self, owner: forks.Process, readiness: Readiness) -> None:
         """Never returns: the child must not run what belongs to its parent."""
@@ -181,6 +183,6 @@ class RegistryAggregator:
         status = 1
         try:
             os.setsid()
-            status = Keeper(run).keep(readiness)
+            status = Keeper(run, owner).keep(readiness)
         finally:
             os._exit(status)

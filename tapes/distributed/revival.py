@@ -43,16 +43,17 @@ class Reviver:
     def is_heard(self) -> None:
         """Note that an aggregator listens."""
         self._back_off = _BACK_OFF_SECONDS
+        self._has_said = False
 
     def tend(self) -> None:
         """Start another one if the one that was there has died; call it while nobody listens."""
         if time.monotonic() >= self._due and misses_aggregator(self._endpoints):
-            self._begin(lambda: _revive(self._endpoints))
+            self._begin(lambda: _start(self._endpoints, misses_aggregator, "a worker that missed it"))
 
     def replace_older(self) -> None:
         """Replace the one that is there, as it is of an older release."""
-        if time.monotonic() >= self._due:
-            self._begin(lambda: _replace(self._endpoints))
+        if self._endpoints.path is not None and time.monotonic() >= self._due:
+            self._begin(lambda: _start(self._endpoints, replace, "a worker of a newer release"))
 
     def _begin(self, start: Callable[[], None]) -> None:
         if not may_start() or (self._thread is not None and not self._thread.join(0.0)):
@@ -85,28 +86,22 @@ def replace(endpoints: Endpoints) -> bool:
 
     Hold the lock of those who start.
     """
-    if not ask_to_hand_over(endpoints):
+    if endpoints.path is None:
         return False
+    will = ask_to_hand_over(endpoints)
     deadline = time.monotonic() + _LEAVING_SECONDS
     while is_served(endpoints):
-        if time.monotonic() > deadline:
+        if not will or time.monotonic() > deadline:
             return False
-        time.sleep(0.02)  # there is nothing else to wait on
+        threads.real("time", "sleep")(0.02)  # there is nothing else to wait on
     return True
 
 
-def _revive(endpoints: Endpoints) -> None:
+def _start(endpoints: Endpoints, is_wanted: Callable[[Endpoints], bool], reason: str) -> None:
     user = _user_of(endpoints)
     with directory.start_lock(endpoints, user, wait=False) as held:
-        if held and misses_aggregator(endpoints):
-            launch(endpoints, forks.this_process(), "a worker that missed it", user)
-
-
-def _replace(endpoints: Endpoints) -> None:
-    user = _user_of(endpoints)
-    with directory.start_lock(endpoints, user, wait=False) as held:
-        if held and replace(endpoints):
-            launch(endpoints, forks.this_process(), "a worker of a newer release", user)
+        if held and is_wanted(endpoints):
+            launch(endpoints, forks.this_process(), reason, user, wait=threads.can_be_relied_on())
 
 
 def _user_of(endpoints: Endpoints) -> directory.User:

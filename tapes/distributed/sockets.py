@@ -5,7 +5,8 @@
 
 IMMEDIATE, as otherwise an XPUB that connects notices neither the death nor the return of its subscriber, and
 so that a question waits in the worker; XPUB_NODROP and a short queue, as otherwise a full queue drops the
-newest message without a word; XPUB_VERBOSE, so that a second subscription is seen while the first lingers.
+newest message without a word; XPUB_VERBOSE, so that a second subscription is seen while the first lingers;
+HEARTBEAT, as libzmq, when a send has failed, sends nothing more until there is something new to be sent.
 
 The aggregator subscribes to everything, and to a topic of its own that says which version of the wire it
 speaks: that is how a worker learns of an older one.
@@ -15,6 +16,7 @@ Where the service has a key, TCP uses it at both ends: see `tapes.distributed.cu
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from typing import Any
@@ -26,12 +28,13 @@ from tapes.distributed.address import Endpoints
 from tapes.distributed.wire import MAX_BYTES, VERSION
 from tapes.errors import AddressError, AddressInUse, AggregatorUnavailable
 
-__all__ = ["Socket", "announced_version", "bind", "new_publisher", "new_reader"]
+__all__ = ["Socket", "announced_version", "bind", "bind_again", "new_publisher", "new_reader"]
 
 Socket = zmq.Socket[bytes]
 
 _QUEUE = 4
 _DESCRIPTORS = 16
+_HEARTBEAT_MILLISECONDS = 1000
 _ANNOUNCEMENT = re.compile(rb"\xfftapes wire (\d{1,6})")
 
 
@@ -69,6 +72,19 @@ def bind(context: zmq.Context[Any], endpoints: Endpoints) -> tuple[Socket, Socke
     return updates, questions
 
 
+def bind_again(updates: Socket, questions: Socket, endpoints: Endpoints) -> None:
+    """Have the aggregator's sockets listen again where their files were removed; connections stay."""
+    umask = os.umask(0o077)
+    try:
+        for endpoint, bound in ((endpoints.publish, updates), (endpoints.read, questions)):
+            with contextlib.suppress(zmq.ZMQError):
+                bound.unbind(endpoint)
+            with contextlib.suppress(zmq.ZMQError):
+                bound.bind(endpoint)
+    finally:
+        os.umask(umask)
+
+
 def new_publisher(context: zmq.Context[Any], endpoints: Endpoints) -> Socket:
     """Return a worker's socket for what it publishes; raises as `new_reader`."""
     _make_sure_of_descriptors()
@@ -76,6 +92,7 @@ def new_publisher(context: zmq.Context[Any], endpoints: Endpoints) -> Socket:
     for option, value in (
         (zmq.IMMEDIATE, 1), (zmq.XPUB_NODROP, 1), (zmq.XPUB_VERBOSE, 1),
         (zmq.SNDHWM, _QUEUE), (zmq.LINGER, 0),
+        (zmq.HEARTBEAT_IVL, _HEARTBEAT_MILLISECONDS), (zmq.HEARTBEAT_TIMEOUT, 30 * _HEARTBEAT_MILLISECONDS),
     ):  # fmt: skip
         publisher.setsockopt(option, value)
     _connect(publisher, endpoints, endpoints.publish)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import time
 from collections.abc import Iterator
 
@@ -88,6 +89,9 @@ class Wills:
             with open(
                 os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb"
             ) as file:
+                found = os.fstat(file.fileno())
+                if not stat.S_ISREG(found.st_mode) or found.st_uid not in (0, os.geteuid()):
+                    return  # anybody can put a file into a directory that all share
                 data = file.read(MAX_BYTES)
             try:
                 message = decode(data)

@@ -4,8 +4,8 @@ A message is one MessagePack array: wire version, type, fields.
 
 Versions. A release reads its own version and the one before, and answers in the version that it was asked in,
 so the workers of the release before it go on. What an older aggregator can't read is refused; a newer worker
-asks it to hand over, by the one message whose layout is the same in every version (`HandOver`). Who changes a
-layout raises `VERSION`, and has the functions here read the former layout too.
+asks it to hand over, by a message whose layout is the same in every version, as that of its answer is
+(`HandOver`, `Reply`). Who changes another layout raises `VERSION`, and has the decoder read the former one.
 
     1   the first
     2   HandOver, Journal and Record are new; all else is as in 1
@@ -103,10 +103,8 @@ def _reply(data: bytes | memoryview) -> Reply:
     lengths = {0xC4: 1, 0xC5: 2, 0xC6: 4}
     payload = start + 1 + lengths[data[start]]
     length = int.from_bytes(data[start + 1 : payload], "big")
-    if fields != 5 or type(version) is not int or version not in (VERSION, VERSION - 1):
-        raise WireError("a reply's version", got=version, expected=f"{VERSION - 1} or {VERSION}")
-    sane = type(correlation) is int and correlation >= 0 and type(status) is str
-    if not sane or payload + length != len(data):
+    sane = type(version) is int and type(correlation) is int and correlation >= 0 and type(status) is str
+    if fields != 5 or not sane or payload + length != len(data):
         raise WireError("a reply of wrong fields")
     return Reply(correlation, status, bytes(data[payload:]))
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tapes
-from tapes.distributed.messages import Goodbye, Hello, Item, Merged, Read, Reply, Update
+from tapes.distributed.messages import Goodbye, HandOver, Hello, Item, Merged, Read, Reply, Update
 from tapes.distributed.wire import VERSION, decode, encode
 from tapes.errors import WireError
 from tapes.forks import Process
@@ -119,7 +119,13 @@ def test_one_changed_field_is_found_or_harmless(update, data):
 def test_another_version_is_refused(version):
     """A message of another wire version is told as such."""
     with pytest.raises(WireError, match="version"):
-        decode(msgpack.packb([version, "Reply", 1, "ok", b""]))
+        decode(msgpack.packb([version, "Hello", 1, "here", []]))
+
+
+def test_a_reply_is_understood_in_every_version():
+    """An older aggregator says by it that it makes room, or won't."""
+    assert decode(msgpack.packb([VERSION + 7, "Reply", 1, "ok", b""])) == Reply(1, "ok", b"")
+    assert decode(encode(HandOver(1, VERSION + 7), VERSION + 7)) == HandOver(1, VERSION + 7)
 
 
 def test_a_sketch_whose_bins_do_not_add_up_is_refused():

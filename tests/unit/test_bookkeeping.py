@@ -160,6 +160,18 @@ def test_no_reader_is_answered_before_live_workers_have_told_it_again(books):
     assert values(second, "c") == [6]
 
 
+def test_a_worker_that_was_just_heard_of_is_awaited_too(books):
+    """Somebody may have read what it told before it was in the journal."""
+    old, new, first = Worker(), Worker(), books()
+    first.publication(old.publication())
+    write(first)
+    first.publication(new.publication())
+    crash(first)
+    second = books()
+    second.restore()
+    assert second.awaited == {old.identity, new.identity}
+
+
 def test_a_worker_that_died_with_the_aggregator_counts_as_the_journal_knows_it(books):
     """Nobody waits for it."""
     worker, first = Worker(process=NOBODY_LIVES), books()
@@ -174,6 +186,73 @@ def test_a_worker_that_died_with_the_aggregator_counts_as_the_journal_knows_it(b
     assert (second.awaited, values(second, "c", "g")) == (set(), [5, None])
     second.look_around(monotonic() + 3)
     assert values(second, "c") == [5]
+
+
+def test_at_the_cap_of_label_sets_nothing_changes_its_place(books):
+    """What left had its own series, and goes on in it."""
+    gone, late, first = Worker(max_series=2), Worker(max_series=2), books()
+    for number in range(2000):
+        gone.registry.counter("c", n=number)
+    gone.registry = tapes.Registry(max_series=2000)
+    for number in range(2000):
+        gone.registry.counter("c", n=number).increment()
+    first.answer(gone.goodbye())
+    late.registry.counter("c", n="late").increment(7)
+    first.publication(late.publication())
+    before = first.registry.snapshot().stats()
+    write(first)
+    crash(first)
+    second = books()
+    second.restore()
+    assert second.registry.snapshot().stats().c == before.c
+    assert second.registry.snapshot().get("c", n="0").value == 1
+
+
+def test_what_was_told_to_the_one_before_is_told(books):
+    """StatsD is told each count once: neither what is in the journal nor what is in its tail again."""
+    first, in_journal, in_tail = books(), Worker(), Worker()
+    in_journal.registry.counter("c").increment(5)
+    in_tail.registry.counter("c").increment(7)
+    first.answer(in_journal.goodbye())
+    write(first)
+    first.answer(in_tail.goodbye())
+    crash(first)
+    second = books()
+    second.restore()
+    merged = decode(decode(second.answer(Worker().read())).payload)
+    (state,) = [item.state for item in merged.items if item.name == "c"]
+    assert (state.counted, state.origin.told) == (12, 12)
+
+
+def test_a_disk_that_is_full_costs_nothing_once_there_is_room(books, short_dir, monkeypatch):
+    """Neither the file nor the tail is left in pieces, and a hand-over is refused."""
+    first, worker = books(), Worker()
+    worker.registry.counter("c").increment(5)
+    real, room = os.write, [0]
+
+    def write_some(fd, data):
+        if room[0] < len(data) and os.path.dirname(os.readlink(f"/proc/self/fd/{fd}")) == str(short_dir):
+            if room[0] == 0:
+                raise OSError(28, "No space left on device")
+            data, room[0] = data[: room[0]], 0
+        return real(fd, data)
+
+    monkeypatch.setattr(os, "write", write_some)
+    for room[0] in (0, 3, 20):
+        assert decode(first.answer(worker.goodbye())).status == "ok"
+        write(first)
+    question = encode(HandOver(1, VERSION + 1), VERSION + 1)
+    assert (decode(first.answer(question)).status, first.hands_over) == ("error", False)
+    assert values(first, "tapes.journal.failed")[0] >= 4
+    monkeypatch.undo()
+    other = Worker()
+    other.registry.counter("c").increment(2)
+    first.answer(other.goodbye())
+    write(first)
+    crash(first)
+    second = books()
+    second.restore()
+    assert values(second, "c") == [7]
 
 
 def test_a_rate_and_a_quantile_are_what_they_were(books, monkeypatch):
@@ -256,6 +335,10 @@ def test_a_journal_that_cannot_be_read_is_counted_and_no_obstacle(books, short_d
     data = bytearray(path.read_bytes())
     data[len(b"tapes journal\n") + 9] = VERSION + 1
     path.write_bytes(data)
+    with pytest.raises(AddressError, match="newer release"):  # one of whose workers is to start it
+        books().restore()
+    assert path.read_bytes() == data
+    os.utime(path, (1, 1))
     second = books()
     second.restore()
     assert values(second, "tapes.rejected", "c") == [1, None]
@@ -312,7 +395,9 @@ def test_a_worker_whose_pid_means_nothing_here_is_dead_when_it_is_silent(books):
     assert keeper.look_around(1062.0) == 1
     keeper.publication(worker.publication())
     assert values(keeper, "c", "g") == [3, 7]
-    for now in (1200.0, 1261.0, 1862.0):
+    for now in (1200.0, 1261.0, 99999.0):
         keeper.look_around(now)
     assert values(keeper, "c", "g") == [3, None]
-    assert keeper.registry.snapshot().get("tapes.workers", state="retired").value == 1
+    worker.registry.counter("c").increment()
+    keeper.publication(worker.publication())
+    assert values(keeper, "c") == [4]

@@ -1,0 +1,317 @@
+"""Workers of two releases at once: a newer release replaces an older aggregator, and nothing is lost."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import http.client
+import json
+import pathlib
+import re
+import shutil
+import signal
+import sys
+import threading
+
+import pytest
+
+from tapes.distributed.wire import VERSION
+from tests.distributed import crashing
+from tests.processes import ROOT, children, free_port, get, wait_for
+
+WORKERS = 3
+LEVEL = 5
+
+APPLICATION = f"""
+import pathlib
+import tapes
+from flask import Flask
+from tapes.contrib.flask import Tapes
+from tapes.distributed.wire import VERSION
+
+newer = pathlib.Path("newer").read_text() == str(VERSION)
+turn = pathlib.Path("turn").read_text()
+app = Flask(__name__)
+Tapes(app)
+tapes.gauge("level", merge="max" if newer else "sum").set({LEVEL})
+
+@app.get("/hit")
+def hit():
+    tapes.timer("t").update(0.5)
+    if newer:
+        tapes.meter("changed").mark()
+    else:
+        tapes.counter("changed").increment()
+    return turn
+"""
+
+
+def release(directory: pathlib.Path, version: int) -> pathlib.Path:
+    """Return where there is a release that speaks ``version`` of the wire; it is made if need be."""
+    path = directory / f"release-{version}"
+    if not path.exists():
+        shutil.copytree(ROOT / "tapes", path / "tapes", ignore=shutil.ignore_patterns("__pycache__"))
+        wire = path / "tapes" / "distributed" / "wire.py"
+        text, changed = re.subn(r"(?m)^VERSION = \d+$", f"VERSION = {version}", wire.read_text())
+        assert changed == 1
+        wire.write_text(text)
+    return path
+
+
+class Hits:
+    """Clients that ask until they are stopped, and count what they were answered, by what that says."""
+
+    def __init__(self, port: int, clients: int = 3) -> None:
+        self.answered: collections.Counter[str] = collections.Counter()
+        self.failed: list[object] = []
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(port,)) for _ in range(clients)]
+
+    def __enter__(self) -> Hits:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def go_on(self, turn: str, requests: int = 100) -> None:
+        """Return when workers of that turn have answered so many more requests."""
+        goal = self.answered[turn] + requests
+        wait_for(lambda: self.answered[turn] >= goal, f"requests are answered by {turn}", 20)
+
+    def _ask(self, port: int) -> None:
+        while not self._stop.wait(0.005):
+            try:
+                status, _, body = get(port, "/hit")
+            except (OSError, http.client.HTTPException) as error:
+                status, body = 0, repr(error).encode()
+            with self._lock:
+                if status == 200:
+                    self.answered[body.decode()] += 1
+                else:
+                    self.failed.append((status, body))
+
+
+class Rolling:
+    """gunicorn, whose workers are of the release that is current when they start; it has none itself."""
+
+    def __init__(self, home, older: int, newer: int) -> None:
+        self.home = home
+        self.port = free_port()
+        self.older, self.newer = older, newer
+        self._current = home.directory / "current"
+        (home.directory / "app.py").write_text(APPLICATION)
+        (home.directory / "newer").write_text(str(newer))
+        self.use(older, "first")
+
+    def use(self, version: int, turn: str) -> None:
+        """Deploy a release."""
+        draft = self.home.directory / "draft"
+        draft.symlink_to(release(self.home.directory, version))
+        draft.replace(self._current)
+        (self.home.directory / "turn").write_text(turn)
+
+    def running(self):
+        command = [
+            str(pathlib.Path(sys.executable).with_name("gunicorn")), "-w", str(WORKERS),
+            "-b", f"127.0.0.1:{self.port}", "--log-level", "warning", "app:app",
+        ]  # fmt: skip
+        return self.home.running(command, PYTHONPATH=str(self._current))
+
+    def stats(self) -> dict:
+        return json.loads(get(self.port, "/metrics")[2])
+
+    def output(self) -> str:
+        return (self.home.directory / "output.log").read_text(errors="replace")
+
+    def aggregator(self) -> int:
+        (service,) = self.home.services()
+        return crashing.aggregator(service / "metrics.ipc.lock")
+
+    def roll(self, master, hits: Hits, version: int, turn: str) -> None:
+        """Have all workers replaced by those of a release, while requests are answered."""
+        before = children(master.pid)
+        self.use(version, turn)
+        master.send_signal(signal.SIGHUP)
+        wait_for(lambda: not before & children(master.pid), "the workers are new", 20)
+        hits.go_on(turn)
+
+    def wait_until_exact(self, hits: Hits, changed: str, level: int) -> dict:
+        """Return what is told when it is exact, and ``changed`` is what workers of that turn say it is."""
+        every = sum(hits.answered.values())
+
+        def exact():
+            stats = self.stats()
+            requests = stats["http"]["server"]["request"]["duration"]
+            told = requests['{method="GET",route="/hit",status="200"}']["count"], stats["t"]["count"]
+            found = (*told, *stats["changed"].values(), stats["level"]["value"])
+            return (
+                stats if found[:3] == (every, every, hits.answered[changed]) and found[-1] == level else None
+            )
+
+        return wait_for(exact, f"{every} requests are counted, {hits.answered} ({level})", 5, every=0.05)
+
+
+@pytest.mark.parametrize("older", [VERSION - 1, VERSION])
+def test_a_rolling_change_to_a_newer_release_and_back(home, older):
+    """HUP under load: the older aggregator makes room for one newer one; on the way back that stays.
+
+    A metric is of another kind in the newer release, and a gauge merges in another way: the workers that
+    started last are right, and everything else is exact all the time.
+    """
+    service = Rolling(home, older, older + 1)
+    with service.running() as master:
+        wait_for(lambda: get(service.port, "/metrics")[0] == 200, "gunicorn is up", 20)
+        with Hits(service.port) as hits:
+            hits.go_on("first")
+            first = service.aggregator()
+            service.roll(master, hits, service.newer, "second")
+        assert hits.failed == []
+        stats = service.wait_until_exact(hits, "second", LEVEL)
+        second = service.aggregator()
+        assert stats["tapes"]["rejected"]["value"] >= 1
+        assert set(stats["changed"]) == {"count", "m1", "m5", "m15"}
+        with hits_go_on(service.port, hits) as hits:
+            service.roll(master, hits, service.older, "third")
+        assert hits.failed == []
+        stats = service.wait_until_exact(hits, "third", LEVEL * WORKERS)
+        assert set(stats["changed"]) == {"value"}
+        assert second == service.aggregator() != first
+        output = service.output()
+    assert output.count("makes room for one of a newer version") == 1
+    assert output.count(" listens at ") == 2
+    assert "workers differ in its kind or in how it merges" in output
+    assert "Traceback" not in output
+
+
+@contextlib.contextmanager
+def hits_go_on(port: int, before: Hits):
+    """Clients that go on counting where others stopped."""
+    with Hits(port) as hits:
+        hits.answered = before.answered
+        yield hits
+
+
+BY_HAND = """
+import signal, tapes
+from tapes.distributed.registry import RegistryAggregator
+from tapes.reporting.http import HTTPReporter
+RegistryAggregator(HTTPReporter({port}), "ipc://m.ipc").start()
+tapes.connect("ipc://m.ipc")
+tapes.counter("older").increment(3)
+signal.signal(signal.SIGTERM, lambda *_: exit())
+signal.pause()
+"""
+
+NEWER = """
+import sys, time, tapes
+from tapes.errors import AggregatorUnavailable
+tapes.connect("ipc://m.ipc")
+counter = tapes.counter("newer")
+seen = set()
+until = time.monotonic() + 1.5  # long enough for the publisher's thread to notice
+while time.monotonic() < until:
+    counter.increment()
+    try:
+        tapes.get_stats()
+    except AggregatorUnavailable as error:
+        seen.add(str(error))
+    time.sleep(0.05)
+print(*seen, sep="\\n")
+"""
+
+
+OLDER = """
+import os, signal, time, tapes
+tapes.join("ipc://m.ipc")
+if os.fork() == 0:
+    tapes.counter("c").increment(5)
+    exit()
+os.wait()
+tapes.counter("c").increment(3)
+tapes.gauge("level", merge="sum").set(5)
+tapes.get_stats()
+print("up", flush=True)
+signal.signal(signal.SIGTERM, lambda *_: exit())
+while True:
+    tapes.counter("changed").increment()
+    time.sleep(0.05)
+"""
+
+CREW = """
+import os, sys, time, tapes
+from tapes.errors import AggregatorUnavailable
+
+def work():
+    tapes.connect("ipc://m.ipc")
+    tapes.counter("c").increment(10)
+    tapes.meter("changed").mark(2)
+    tapes.gauge("level", merge="max").set(5)
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            return tapes.get_stats()
+        except AggregatorUnavailable:
+            time.sleep(0.02)
+
+pids = []
+for _ in range(8):
+    pids.append(os.fork())
+    if pids[-1] == 0:
+        sys.exit(not work())
+print([os.waitpid(pid, 0)[1] for pid in pids] == [0] * 8, work().c.value)
+seen = set()
+for _ in range(20):  # the older worker goes on meanwhile
+    stats = tapes.get_stats()
+    seen.add((stats.changed.get("count"), stats.level.value))
+    time.sleep(0.05)
+print(seen)
+"""
+
+
+def test_workers_that_only_connect_replace_an_older_aggregator_too(home):
+    """Eight of a newer release at once: one of them replaces it; who left before is counted on.
+
+    What they call a meter, and a gauge of which they show the greatest, stays that while the older worker,
+    for which these are others, goes on.
+    """
+    older, newer = (str(release(home.directory, version)) for version in (VERSION, VERSION + 1))
+    log = home.directory / "output.log"
+    with home.running([sys.executable, "-W", "error", "-c", OLDER], PYTHONPATH=older) as process:
+        wait_for(lambda: "up\n" in log.read_text(), "the older one is up")
+        status, said, errors = home.run([sys.executable, "-W", "error", "-c", CREW], PYTHONPATH=newer)
+        assert (status, said) == (0, "True 98\n{(18, 5)}\n"), errors
+        assert log.read_text().count("makes room for one of a newer version") == 1
+        assert (log.read_text() + errors).count(" listens at ") == 2
+        assert "Traceback" not in errors
+        process.terminate()
+        process.wait(5)
+    wait_for(lambda: not list(home.directory.glob("m.ipc*")), "no file is left", 6)
+
+
+def test_a_newer_worker_on_an_older_aggregator_that_was_started_by_hand(home):
+    """It is told why its reads fail, and goes on; that aggregator, its reporter and its counts stay."""
+    port = free_port()
+    older, newer = (str(release(home.directory, version)) for version in (VERSION, VERSION + 1))
+    program = BY_HAND.format(port=port)
+    with home.running([sys.executable, "-W", "error", "-c", program], PYTHONPATH=older) as process:
+        stats = lambda: json.loads(get(port, "/metrics")[2])  # noqa: E731
+        wait_for(lambda: stats().get("older", {}).get("value") == 3, "the older one is up")
+        pid = crashing.aggregator(home.directory / "m.ipc.lock")
+        status, said, errors = home.run([sys.executable, "-W", "error", "-c", NEWER], PYTHONPATH=newer)
+        assert status == 0
+        assert said.count("is of an older version of tapes") == len(said.splitlines()) == 1
+        assert "restart the process that started it" in said
+        assert "Traceback" not in errors
+        found = stats()
+        assert found["older"]["value"] == 3
+        assert "newer" not in found
+        assert found["tapes"]["rejected"]["value"] >= 1
+        assert crashing.aggregator(home.directory / "m.ipc.lock") == pid
+        process.terminate()
+        process.wait(5)
+    wait_for(lambda: not list(home.directory.glob("m.ipc*")), "no file is left", 4)
