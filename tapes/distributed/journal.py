@@ -4,10 +4,10 @@ Theory. The file is replaced as a whole (a draft, then a rename), so there is al
 It is written while something changes, at most once a second and for a tenth of the time, in slices, so that
 whoever asks is answered meanwhile. What live workers say is cumulative, and they say it again to a new
 aggregator, so it does no harm if the file is a second behind. A worker that leaves says it only once: before
-it is told that it may go, its last words are appended to a second file, the *tail*; and so is the name of a new
-worker, as the next aggregator has to wait for everybody whose words have been read. A new tail begins when
-the totals are cut, and the former goes when these are in the file. Last words that are in both count once, as
-the totals name whose they have.
+it is told that it may go, its last words are appended to a second file, the *tail*. So is the name of a new
+worker, as the next aggregator has to wait for everybody whose words may have been read. A new tail begins
+when the totals are cut, and the former goes when these are in the file. Last words that are in both count
+once, as the totals name whose they have.
 
 There is no ``fsync``: files outlive every process, and the machine outlives none.
 """

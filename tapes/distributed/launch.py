@@ -87,9 +87,9 @@ class Readiness:
         Raises:
             AddressError, AggregatorUnavailable, InvalidArgument: With the reason why it can't be started.
         """
-        os.close(self._sender)
+        self.hand_over()
         said = b""
-        # select() knows no descriptors above 1023; and in a thread of ours gevent's would leave a loop behind.
+        # select() knows no descriptors above 1023; in a thread of ours gevent's would leave a loop behind.
         poll = threads.real("select", "poll")() if threads.is_ours() else select.poll()
         poll.register(self._receiver, select.POLLIN)
         try:
@@ -107,10 +107,18 @@ class Readiness:
             failure = _FAILURES.get(kind, AggregatorUnavailable)
             raise failure(sentence or self._silence)
 
+    def hand_over(self) -> None:
+        """Close the end that another process has now: when that dies, this is heard."""
+        if self._sender >= 0:
+            os.close(self._sender)
+            self._sender = -1
+
     def give_up(self) -> None:
         """Close both ends: it is for others to use, or nobody was started."""
-        for fd in {self._receiver, self._sender} - {-1}:
-            os.close(fd)
+        self.hand_over()
+        if self._receiver >= 0:
+            os.close(self._receiver)
+            self._receiver = -1
 
     def tell(self, text: str) -> None:
         """Say ``text``, once."""
@@ -165,6 +173,7 @@ def launch(
     try:
         if threads.is_patched() and threads.is_ours():
             _spawn(command, readiness.sender, environment)
+            readiness.hand_over()
         else:
             with forks.no_fork():
                 starting = subprocess.Popen(
@@ -175,6 +184,7 @@ def launch(
                     start_new_session=True,
                     env=environment,
                 )
+                readiness.hand_over()
             starting.wait()
     except OSError as error:
         readiness.give_up()

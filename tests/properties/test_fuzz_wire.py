@@ -187,11 +187,7 @@ def test_a_refusal_is_short():
 def test_time_is_in_proportion_to_length():
     """Texts that are hard to read, and a million small values."""
     for data in (
-        head("Hello", 5)
-        + b"\x01\xdb"
-        + (3 << 20).to_bytes(4, "big")
-        + b"\xed\xa0\x80" * (1 << 20)
-        + b"\x90",
+        head("Hello", 5) + b"\x01\xdb" + (3 << 20).to_bytes(4, "big") + b"\xed\xa0\x80" * (1 << 20) + b"\x90",
         head("Hello", 5) + b"\x01\xa1a" + listed(b"\x92\x01\x00", 3 << 16),
     ):
         started = time.process_time()
