@@ -223,13 +223,16 @@ class Lock:
     A file beside the socket, locked with ``flock``; it holds the pid of the owner, and whether workers are to
     start another one when it dies. An abstract socket or a TCP port needs none: there the kernel refuses the
     second.
+
+    Attributes:
+        is_missed: Whether who held it last died, and is to be replaced.
     """
 
     def __init__(self, endpoints: Endpoints, *, joined: bool = False) -> None:
         self._endpoints = endpoints
         self._path = endpoints.lock
         self._joined = joined
-        self._is_missed = False
+        self.is_missed = False
         self._fd = -1
 
     def acquire(self) -> None:
@@ -244,17 +247,17 @@ class Lock:
         try:
             while self._fd < 0:
                 self._fd = self._open(self._path)
-            self._is_missed = _JOINED in os.pread(self._fd, 40, 0)
+            self.is_missed = _JOINED in os.pread(self._fd, 40, 0)
             self._clear()
             self._sign()
         except OSError as error:
-            self.release(to_be_missed=self._is_missed)
+            self.release(to_be_missed=self.is_missed)
             raise AddressError(
                 f"the aggregator can't bind {self._endpoints.publish} ({error.strerror or error})",
                 remedy="choose a directory that exists and can be written to",
             ) from None
         except AddressError:
-            self.release(to_be_missed=self._is_missed)
+            self.release(to_be_missed=self.is_missed)
             raise
 
     @property

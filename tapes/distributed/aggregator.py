@@ -8,6 +8,7 @@ question. Reporters run in threads of their own. What is done with the messages 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -36,8 +37,8 @@ _AT_ONCE = 200
 """So many publications are taken in before the loop looks at anything else."""
 _LINGER_MILLISECONDS = 500
 """So long its last answer may be under way."""
-_RECOVERY_SECONDS = 1.0
-"""So long it waits for workers to tell again what they stand at."""
+_RECOVERY_LOOKS = 10
+"""So often, a second in all, it looks whether workers have told again what they stand at."""
 
 _log = logging.getLogger("tapes.distributed")
 
@@ -86,9 +87,10 @@ class Aggregator:
             stack.callback(self._wake_sender.close)
             directory.restore(self._endpoints, directory.User.ourselves())
             self._lock.acquire()
+            self._is_missed = self._lock.is_missed
             stack.callback(self._clear_away)
             before = self._books.restore()
-            self._is_missed = self._books.is_successor
+            self._is_missed |= self._books.is_successor
             if before and not self._reporters:
                 self._reporters = reporters_from(before)
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -222,11 +224,11 @@ class Aggregator:
 
     def _recover(self, updates: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> None:
         """Wait for living workers to tell again what they stand at; whoever reads meanwhile waits too."""
-        deadline = monotonic() + _RECOVERY_SECONDS
+        looks = itertools.count(1)  # and not the time: it may be stopped meanwhile
 
         def is_done(now: float) -> bool:
             self._books.look_around(now)
-            return not self._books.awaited or now > deadline
+            return not self._books.awaited or next(looks) >= _RECOVERY_LOOKS
 
         if self._books.awaited:
             self._serve(updates, questions, is_done)

@@ -89,7 +89,11 @@ class JournalFile:
         if self._base is None:
             return None
         self._tails = _tails_of(self._base)
-        return read_journal(self._base)
+        try:
+            return read_journal(self._base)
+        except AddressError:
+            self._base = None  # to be left alone
+            raise
 
     def changed(self, *, urgent: bool = False) -> None:
         """Note that there is something to be written: within a second, or as soon as may be."""
