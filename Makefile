@@ -5,6 +5,7 @@
 #   make check    linters, types and floors alone
 #   make pythons  the tests of the core on every Python on the machine, CPython and PyPy
 #   make fuzz     a million odd messages to what decodes them, in about ten minutes
+#   make soak     one service under load for ten minutes, with kills   (SOAK_ARGS="--seconds N --seed N")
 #   make bench    speed and memory beside prometheus_client and others; writes docs/benchmarks.md
 #   make scale    what one aggregator sustains, in time and memory; writes docs/scale.md
 #   make docs     the documentation, in docs/_build/html
@@ -18,7 +19,7 @@ DEV_STAMP := $(VENV)/.dev-installed
 BENCH_STAMP := $(VENV)/.bench-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check pythons fuzz bench scale docs suites clean
+.PHONY: demo test check pythons fuzz soak bench scale docs suites clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_STAMP)
@@ -43,6 +44,9 @@ pythons:
 
 fuzz: $(DEV_STAMP)
 	$(BIN)/python -m tests.fuzz --messages 1000000
+
+soak: $(DEV_STAMP)
+	$(BIN)/python -m tests.soak $(SOAK_ARGS)
 
 bench: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/run.py
