@@ -93,6 +93,8 @@ class Aggregator:
             self._is_missed |= self._books.is_successor
             if before and not self._reporters:
                 self._reporters = reporters_from(before)
+            if not self._books.is_successor:
+                self._books.journal.finish()  # a tail alone says nothing
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             stack.callback(lambda: context.destroy(linger=_LINGER_MILLISECONDS * self._books.hands_over))
             updates, questions = bind(context, self._endpoints)

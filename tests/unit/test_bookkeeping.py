@@ -105,6 +105,18 @@ def test_what_workers_that_left_had_counted_outlives_the_aggregator(books, short
     )
 
 
+def test_a_crash_before_the_first_second_is_over_loses_nothing(books):
+    """The journal is there before anybody is heard."""
+    first, worker = books(), Worker()
+    assert first.journal.finish()
+    worker.registry.counter("c").increment(3)
+    first.answer(worker.goodbye())
+    crash(first)
+    second = books()
+    second.restore()
+    assert values(second, "c") == [3]
+
+
 def test_last_words_count_once_however_often_they_are_said(books):
     """To the one before, in the tail, in the journal, to the one after, and in a will."""
     worker = Worker()
