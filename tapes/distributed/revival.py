@@ -63,13 +63,13 @@ class Reviver:
             try:
                 start()
             except Exception as error:
+                self._back_off = min(2 * self._back_off, _MOST_BACK_OFF_SECONDS)
                 if not self._has_said:
                     self._has_said = True
                     _log.warning("tapes can't start its aggregator again (it goes on trying): %s", error)
 
         # So that many that fail don't go on failing at once.
         self._due = time.monotonic() + self._back_off * random.uniform(1.0, 1.5)
-        self._back_off = min(2 * self._back_off, _MOST_BACK_OFF_SECONDS)
         if not threads.can_be_relied_on():
             run()
             return
