@@ -284,7 +284,8 @@ class Bookkeeper:
 
     def _note_journal_failed(self, error: Exception) -> None:
         self.registry.own(Counter, JOURNAL_FAILED).increment()
-        if not self._journal_fails:
+        # Where its directory was removed it is made again, or everything is about to end.
+        if not self._journal_fails and not isinstance(error, FileNotFoundError):
             self._journal_fails = True
             _log.warning(
                 "tapes can't write its journal (%s): should the aggregator be killed now, what workers that "
