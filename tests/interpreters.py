@@ -48,7 +48,7 @@ def run(name: str, path: str, arguments: list[str]) -> str:
             "install",
             "-q",
             "-e",
-            ".[distributed,flask,tornado]",
+            ".[asgi,distributed,flask,tornado]",
         ]
         subprocess.run([*install, *NEEDS], check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
     command = [str(environment / "bin" / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider"]
