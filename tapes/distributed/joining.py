@@ -119,9 +119,8 @@ def lacks_aggregator(registry: Registry) -> bool:
     if not isinstance(connection, AggregatorConnection) or not may_start():
         return False
     endpoints = connection.endpoints
-    return not (
-        is_served(endpoints) or (endpoints.path is None and stay_for(endpoints, forks.this_process()))
-    )
+    answers = endpoints.path is None and _stays(endpoints, forks.this_process()) is True
+    return not (answers or is_served(endpoints))
 
 
 def supervisor() -> Supervisor:
