@@ -20,6 +20,7 @@ from tapes.forks import Process
 __all__ = ["Keeper"]
 
 _MOST_BACK_OFF_SECONDS = 5.0
+_AGAIN_SECONDS = 0.2
 _STABLE_SECONDS = 10.0
 """An aggregator that lived so long is started again without delay."""
 
@@ -47,6 +48,7 @@ class Keeper:
             signal.signal(terminal, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, self._on_term)
+        signal.signal(signal.SIGALRM, self._on_term)
         status, started, back_off = self._once(readiness), time.monotonic(), 0.0
         if status == Readiness.NOT_READY:
             return status
@@ -74,13 +76,8 @@ class Keeper:
             finally:
                 os._exit(status)
         readiness.give_up()
-        while (
-            os.waitid(os.P_PID, self._child, os.WEXITED | os.WNOWAIT | (os.WNOHANG if self._ends else 0))
-            is None
-        ):
-            self._on_term(signal.SIGTERM, None)  # again, as it may have had no handler yet
-            time.sleep(0.1)
-        child, self._child = self._child, 0
+        os.waitid(os.P_PID, self._child, os.WEXITED | os.WNOWAIT)
+        child, self._child = self._child, 0  # as long as it is not reaped its pid is its own
         _, status = os.waitpid(child, 0)
         return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
@@ -90,7 +87,9 @@ class Keeper:
             time.sleep(0.05)
 
     def _on_term(self, number: int, frame: object) -> None:
+        """Pass it on, again and again, as the aggregator may have had no handler yet."""
         self._ends = True
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
         if self._child:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._child, signal.SIGTERM)
