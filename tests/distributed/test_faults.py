@@ -242,7 +242,7 @@ def test_an_aggregator_that_cannot_be_started_for_a_while(service):
     ended_well(one.ask("children", 4, 10, 4))
     wait_for(lambda: two.ask("read").get("counts"), "there is an aggregator again", 10)
     all_is_counted(two, [one, two])
-    assert get(port, "/metrics")[0] == 200
+    wait_for(lambda: get(port, "/metrics")[0] == 200, "it has its reporter", 5)
     one.end()
     two.end()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import http.client
 import json
 import pathlib
@@ -59,10 +58,13 @@ def release(directory: pathlib.Path, version: int) -> pathlib.Path:
 
 
 class Hits:
-    """Clients that ask until they are stopped, and count what they were answered, by what that says."""
+    """Clients that ask until they are stopped, and count what they were answered, by what that says.
 
-    def __init__(self, port: int, clients: int = 3) -> None:
-        self.answered: collections.Counter[str] = collections.Counter()
+    They go on counting where others stopped ``before``.
+    """
+
+    def __init__(self, port: int, before: Hits | None = None, clients: int = 3) -> None:
+        self.answered: collections.Counter[str] = before.answered if before else collections.Counter()
         self.failed: list[object] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -143,17 +145,20 @@ class Rolling:
     def wait_until_exact(self, hits: Hits, changed: str, level: int) -> dict:
         """Return what is told when it is exact, and ``changed`` is what workers of that turn say it is."""
         every = sum(hits.answered.values())
+        expected = [every, every, hits.answered[changed]]
+        found: list[float] = []
 
         def exact():
             stats = self.stats()
             requests = stats["http"]["server"]["request"]["duration"]
             told = requests['{method="GET",route="/hit",status="200"}']["count"], stats["t"]["count"]
-            found = (*told, *stats["changed"].values(), stats["level"]["value"])
-            return (
-                stats if found[:3] == (every, every, hits.answered[changed]) and found[-1] == level else None
-            )
+            found[:] = (*told, *stats["changed"].values(), stats["level"]["value"])
+            return stats if found[:3] == expected and found[-1] == level else None
 
-        return wait_for(exact, f"{every} requests are counted, {hits.answered} ({level})", 5, every=0.05)
+        try:
+            return wait_for(exact, f"{every} requests are counted, {hits.answered} ({level})", 5, every=0.05)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {found}") from None
 
 
 @pytest.mark.parametrize("older", [VERSION - 1, VERSION])
@@ -175,7 +180,7 @@ def test_a_rolling_change_to_a_newer_release_and_back(home, older):
         second = service.aggregator()
         assert stats["tapes"]["rejected"]["value"] >= 1
         assert set(stats["changed"]) == {"count", "m1", "m5", "m15"}
-        with hits_go_on(service.port, hits) as hits:
+        with Hits(service.port, hits) as hits:
             service.roll(master, hits, service.older, "third")
         assert hits.failed == []
         stats = service.wait_until_exact(hits, "third", LEVEL * WORKERS)
@@ -186,14 +191,6 @@ def test_a_rolling_change_to_a_newer_release_and_back(home, older):
     assert output.count(" listens at ") == 2
     assert "workers differ in its kind or in how it merges" in output
     assert "Traceback" not in output
-
-
-@contextlib.contextmanager
-def hits_go_on(port: int, before: Hits):
-    """Clients that go on counting where others stopped."""
-    with Hits(port) as hits:
-        hits.answered = before.answered
-        yield hits
 
 
 BY_HAND = """
