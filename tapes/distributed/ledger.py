@@ -189,7 +189,7 @@ class Ledger:
                         self._restore_retired(item)
                 elif record.update.identity not in self._left:
                     account = self._account(record.update, record.silent)
-                    account.known = record.update.seq
+                    account.known = max(account.known, record.update.seq)
                     account.ancestors = frozenset(record.ancestors)
                     for item, seq in zip(record.update.items, record.seqs):
                         self._put(account, seq, item, ASKED)

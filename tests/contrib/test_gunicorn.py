@@ -73,6 +73,7 @@ def test_promtool_finds_nothing_to_complain_of(short_dir):
         service.wait_until_up()
         for path in REQUESTS:
             get(service.port, path)
+        wait_for(lambda: sum(counts(service.port).values()) == len(REQUESTS), "all requests are counted", 5)
         status, headers, text = get(service.port, "/metrics", Accept="text/plain")
         assert (status, headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
         assert b"http_server_request_duration_seconds_bucket" in text
