@@ -115,6 +115,8 @@ def running(command: list[str], *, cwd: pathlib.Path, **environment: str) -> Ite
         yield process
     except BaseException:
         print((cwd / "output.log").read_text(errors="replace")[-5000:])
+        for pid in mentions(str(cwd)):
+            print(_state(pid))
         raise
     finally:
         if process.poll() is None:
@@ -124,6 +126,18 @@ def running(command: list[str], *, cwd: pathlib.Path, **environment: str) -> Ite
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _state(pid: int) -> str:
+    """Return what a process is about, for who wonders why it has not ended."""
+    entry = pathlib.Path("/proc") / str(pid)
+    words = ("State", "PPid", "ShdPnd", "SigBlk", "SigIgn", "SigCgt", "Threads")
+    try:
+        command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200]
+        status = dict(line.split(":", 1) for line in (entry / "status").read_text().splitlines())
+        return f"{pid} {command}: " + " ".join(f"{word}={status[word].split()[0]}" for word in words)
+    except OSError as error:
+        return f"{pid}: {error}"
 
 
 def clean_environment(**more: str) -> dict[str, str]:

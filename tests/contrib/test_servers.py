@@ -274,10 +274,10 @@ def test_the_tasks_of_celery_are_counted(home):
     http, mailbox = free_port(), home.directory / "mail"
     mailbox.mkdir()
     home.environment["MAILBOX"] = str(mailbox)
+    source = "import celery_app; [celery_app.send.delay(n) for n in range(100)]"
+    assert home.run([sys.executable, "-c", source])[0] == 0  # first: kombu reads files that are half written
     celery = "celery -A celery_app worker --concurrency 2 --loglevel WARNING --max-tasks-per-child 20"
     with home.running(command(celery, 0), TAPES_HTTP=str(http)) as process:
-        source = "import celery_app; [celery_app.send.delay(n) for n in range(100)]"
-        assert home.run([sys.executable, "-c", source])[0] == 0
 
         def sent():
             return json.loads(get(http, "/metrics")[2]).get("mails", {}).get("sent", {}).get("count")
