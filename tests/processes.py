@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Callable
 
+from tapes.distributed.registry import DistributedRegistry
 from tapes.errors import AggregatorUnavailable
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -138,6 +139,17 @@ def _state(pid: int) -> str:
         return f"{pid} {command}: " + " ".join(f"{word}={status[word].split()[0]}" for word in words)
     except OSError as error:
         return f"{pid}: {error}"
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[DistributedRegistry]:
+    """A registry that is connected, and says goodbye."""
+    registry = DistributedRegistry(address)
+    registry.connect()
+    try:
+        yield registry
+    finally:
+        registry.close()
 
 
 def clean_environment(**more: str) -> dict[str, str]:

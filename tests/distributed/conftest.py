@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from tapes.distributed.registry import DistributedRegistry
-from tests.processes import Home, running, wait_for
+from tests.processes import Home, connected, running, wait_for
 
 AGGREGATOR = [
     sys.executable,
@@ -33,10 +32,8 @@ def address(short_dir, start_aggregator):
 @pytest.fixture
 def reader(address):
     """A registry that recorded nothing itself."""
-    registry = DistributedRegistry(address)
-    registry.connect()
-    yield registry
-    registry.close()
+    with connected(address) as registry:
+        yield registry
 
 
 @pytest.fixture

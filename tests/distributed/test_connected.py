@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import pickle
@@ -22,7 +21,16 @@ import tapes
 from tapes.distributed.registry import DistributedRegistry, RegistryAggregator
 from tapes.errors import AggregatorUnavailable, InvalidArgument
 from tapes.exposition.endpoint import answer
-from tests.processes import clean_environment, free_port, get, mentions, run_python, running, wait_for
+from tests.processes import (
+    clean_environment,
+    connected,
+    free_port,
+    get,
+    mentions,
+    run_python,
+    running,
+    wait_for,
+)
 
 SERVICE = """
 import os, signal, sys, time
@@ -136,17 +144,6 @@ def aggregator(short_dir):
     with running([sys.executable, "-c", FOREGROUND], cwd=short_dir) as process:
         wait_for((short_dir / "m.ipc.read").exists, "the aggregator listens")
         yield f"ipc://{short_dir}/m.ipc", process
-
-
-@contextlib.contextmanager
-def connected(address):
-    """A registry that is connected, and says goodbye."""
-    registry = DistributedRegistry(address)
-    registry.connect()
-    try:
-        yield registry
-    finally:
-        registry.close()
 
 
 @pytest.mark.alone

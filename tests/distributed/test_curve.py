@@ -25,7 +25,7 @@ from tapes.distributed.registry import DistributedRegistry, RegistryAggregator
 from tapes.distributed.wire import encode
 from tapes.errors import AddressError, AggregatorUnavailable
 from tapes.registry import Registry
-from tests.processes import free_port, run_python, running, wait_for
+from tests.processes import connected, free_port, run_python, running, wait_for
 
 FOREGROUND = """
 import sys
@@ -69,17 +69,6 @@ def serving(address, key, cwd):
         host, _, port = resolve(address).read.removeprefix("tcp://").rpartition(":")
         wait_for(lambda: not socket.create_connection((host, int(port)), 5).close(), "the aggregator listens")
         yield process
-
-
-@contextlib.contextmanager
-def connected(address):
-    """A registry that is connected, and says goodbye."""
-    registry = DistributedRegistry(address)
-    registry.connect()
-    try:
-        yield registry
-    finally:
-        registry.close()
 
 
 @contextlib.contextmanager
