@@ -82,7 +82,7 @@ class Registry:
         self._gauges: dict[_Words, Gauge] = {}
         self._complained: set[tuple[str, Labels]] = set()
         self._memory: dict[str, Any] = {}
-        self.revision = self.made = 0
+        self.revision = self.made = object()  # others after each change: += 1 of two threads may be one
         self.identity = os.urandom(16)
         self.ancestors: tuple[forks.Ancestor, ...] = ()
         self.connect_when_used: Callable[[], None] | None = None
@@ -217,7 +217,7 @@ class Registry:
             buckets: Upper bounds for Prometheus, ascending; nothing recorded is lost by changing them.
         """
         self._described[self._prefix + check_name(name)] = Description.checked(text, unit, buckets)
-        self.revision += 1
+        self.revision = object()
 
     def remove(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> bool:
         """Forget one series, and what it counted; return whether it was there.
@@ -236,7 +236,7 @@ class Registry:
         for found in (self._counters, self._meters, self._histograms, self._timers, self._gauges):
             for words in [words for words, kept in found.copy().items() if kept is metric]:
                 found.pop(words, None)
-        self.revision += 1
+        self.revision = object()
         return True
 
     def get_stats(self) -> addict.Dict:
@@ -388,7 +388,8 @@ class Registry:
         made: list[M] = []
         overflow = self._all_labels(dict([OVERFLOW]), {})
         found = self._catalogue.find_or_make(name, labels, kind, build, self.max_series, overflow)
-        self.made += len(made)  # after it can be found
+        if made:
+            self.made = object()  # after it can be found
         return cast("M", found)
 
     def _rejected(self, metric: Metric, value: Any, why: str) -> None:

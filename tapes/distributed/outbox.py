@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Iterable
 from typing import Any, Callable
 
 from tapes import forks, threads
 from tapes.distributed.messages import Item, Update
-from tapes.metrics import Gauge, Metric, State, Timer
+from tapes.metrics import Metric, State, Timer
 from tapes.metrics.origin import with_told
 from tapes.naming import Labels
-from tapes.registry import Registry
+from tapes.registry import REJECTED, Registry
 
 __all__ = ["ALIVE_SECONDS", "DURATION", "Outbox"]
 
@@ -41,11 +39,6 @@ class Outbox:
     States are immutable and a series that was not touched keeps its state object, so "changed" is "another
     object than was published". What is pending is folded before the lock is taken, as folding may log; under
     the lock nothing waits, but in the last words.
-
-    A worker may have many series that are seldom touched, and is asked what is new ten times a second, so a
-    series is looked at only if a value waits in its buffer, which is seen at the speed of C, or if it is in
-    `_changed`. It joins that before its state changes, while the value still waits, and is let go when a
-    publication told its state, which is then compared once more: it may have changed meanwhile.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -56,12 +49,9 @@ class Outbox:
         self._process = forks.this_process()
         self._lock = threads.RLock()
         self._seq = 0
-        self._revision = -1
-        self._made = (-1, -1)
+        self._revision: object = None
+        self._made: tuple[object, object] = (None, None)
         self._series: dict[tuple[str, Labels], _Series] = {}
-        self._changed: set[Metric] = set()
-        self._gauges: list[_Series] = []
-        self._waiting: tuple[list[_Series], list[list[Any]]] = ([], [])
         self._duration_told = self._sent = 0.0
 
     def published(self, series: tuple[str, Labels]) -> State | None:
@@ -85,18 +75,18 @@ class Outbox:
         Now and then also nothing, to say that this process lives.
         """
         started = time.monotonic()
-        whole = keyframe or self.registry.revision != self._revision
+        whole = keyframe or self.registry.revision is not self._revision
         changed = self._fold(whole)
         is_due = whole or started - self._sent > ALIVE_SECONDS
         if not is_due and all(series.key[0] == DURATION for series in changed):
             return True
         with self._lock:
             revision = self.registry.revision
-            update = self._update(changed, whole or revision != self._revision)
+            update = self._update(changed, whole or revision is not self._revision)
             if not send(update):
                 return False
             for item in update.items:
-                self._note(self._series[item.name, item.labels], item.state)
+                self._series[item.name, item.labels].told = item.state
                 if item.name == DURATION:
                     self._duration_told = started
             self._sent = started
@@ -143,45 +133,25 @@ class Outbox:
             if (made, revision) != self._made:
                 self._look_again()
                 self._made = (made, revision)
-            changed = [series for series in self._suspects() if not series.metric.is_at(series.told)]
+            changed = [s for s in self._series.values() if not s.metric.is_at(s.told)]
             if not whole and time.monotonic() - self._duration_told < _DURATION_SECONDS:
                 changed = [series for series in changed if series.key[0] != DURATION]
             for series in changed:
                 series.metric.collect()
-            if made == self.registry.made:  # else folding has found the first bad value
+            bad = self._series.get((REJECTED, ()))
+            counted = bad is None or bad in changed or bad.metric.is_at(bad.told)
+            if counted and made is self.registry.made:  # else folding has found a bad value
                 return changed
-
-    def _suspects(self) -> Iterable[_Series]:
-        """Return every series of which there may be something to tell."""
-        known, (series, buffers) = self._series, self._waiting
-        changed = [(metric.name, metric.labels) for metric in self._changed.copy()]
-        found = (known[key] for key in changed if key in known)
-        return dict.fromkeys(itertools.chain(itertools.compress(series, buffers), self._gauges, found))
-
-    def _note(self, series: _Series, told: State) -> None:
-        """Note what was told of a series; there may be more to tell by now."""
-        series.told = told
-        self._changed.discard(series.metric)
-        if not series.metric.is_at(told):
-            self._changed.add(series.metric)
 
     def _look_again(self) -> None:
         """Take notice of metrics that were made and removed."""
         with self._lock:
-            before, found = self._series, {}
+            found = {}
             for metric in self.registry.metrics():
                 series = _Series(metric)
-                known = before.get(series.key)
+                known = self._series.get(series.key)
                 found[series.key] = series if known is None or known.metric is not metric else known
-            every = list(found.values())
             self._series = found
-            self._waiting = every, [series.metric.follow(self._changed) for series in every]
-            self._changed.update(series.metric for series in every if series.told is None)
-            self._gauges = [series for series in every if series.metric.kind == Gauge.kind]
-            for series in before.values():
-                if found.get(series.key) is not series:
-                    series.metric.follow(None)
-                    self._changed.discard(series.metric)
 
     def _update(self, changed: list[_Series], keyframe: bool) -> Update:
         base = 0 if keyframe else self.published_seq

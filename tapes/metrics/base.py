@@ -84,8 +84,8 @@ class Metric:
     _least: ClassVar[float] = -inf
 
     __slots__ = (
-        "__weakref__", "_bad", "_buffer", "_changed", "_clock", "_folding", "_inherited", "_lock", "_pid",
-        "_reject", "_state", "labels", "name",
+        "__weakref__", "_bad", "_buffer", "_clock", "_folding", "_inherited", "_lock", "_pid", "_reject",
+        "_state", "labels", "name",
     )  # fmt: skip
 
     def __init__(self, name: str, labels: Labels, clock: Clock, reject: Reject) -> None:
@@ -95,7 +95,6 @@ class Metric:
         self._reject = reject
         self._buffer: list[Any] = []
         self._bad: list[tuple[Any, str]] = []
-        self._changed: set[Metric] | None = None
         self._lock = RLock()
         self._folding = False
         self._pid = os.getpid()
@@ -139,7 +138,6 @@ class Metric:
         aside = copy.copy(self)
         aside._lock, aside._folding = RLock(), False
         aside._bad, aside._reject = [], _keep_quiet  # the parent counts them
-        aside._changed = self._changed = None
         self._inherited = aside
         self._buffer = []
         self._state = self._initial(self._clock())
@@ -150,22 +148,12 @@ class Metric:
 
     def is_at(self, state: State | None) -> bool:
         """Return whether ``state`` is all there is, with nothing to be folded."""
-        return not self._buffer and self._state is state  # in this order: a fold empties the buffer last
-
-    def follow(self, changed: set[Metric] | None) -> list[Any]:
-        """Join ``changed`` before every change of the state from now on; return the list where values wait.
-
-        So whoever publishes need not look at every series: nothing is new in one that has not joined and of
-        which no value waits. A gauge may be set all the same.
-        """
-        self._changed = changed
-        return self._buffer
+        return self._state is state and not self._buffer
 
     def note_told(self, state: Any) -> None:
         """Note that what ``state`` of this metric counts was told to an aggregator before the present one."""
         if state is None:
             return
-        self._will_change()
         lock = self._lock
         try:  # as in _fold
             lock.acquire(timeout=_WAIT_SECONDS)
@@ -189,7 +177,6 @@ class Metric:
         """
         self._fold(self._clock(), wait=True)
         initial = self._initial(self._clock())
-        self._will_change()
         lock = self._lock
         try:  # as in _fold; a fold that this call interrupts notices that its state was taken
             lock.acquire(timeout=_WAIT_SECONDS)
@@ -249,7 +236,6 @@ class Metric:
             self._reject(self, value, why)
 
     def _fold_alone(self, now: float) -> None:
-        self._will_change()  # first: as long as it has not joined, its values wait
         buffer = self._buffer
         pending = len(buffer)
         while pending > 0:
@@ -265,7 +251,7 @@ class Metric:
                     state, bad, interruption = self._absorb_sifted(values, error)
                 # Nothing may come between what follows. From CPython 3.11 on the interpreter looks for
                 # signals at calls and backward jumps only, of which there are none here.
-                if self._state is before:
+                if self._state is before and self._buffer is buffer:
                     self._state = state
                     del buffer[:taken]
                     break
@@ -290,11 +276,6 @@ class Metric:
         unchanged = not bad and all(map(is_, good, values))
         theirs = not unchanged and (isinstance(error, _OURS) or type(error) in raised)
         return state, bad, None if theirs else error
-
-    def _will_change(self) -> None:
-        changed = self._changed
-        if changed is not None:
-            changed.add(self)
 
     def _settle(self) -> None:
         """Bring the state into the form that readers want."""

@@ -259,7 +259,9 @@ class Gauge(Metric):
 
     def is_at(self, state: State | None) -> bool:
         """Return whether ``state`` is all there is, with nothing to be folded."""
-        return not self._buffer and self._is_settled() and self.state is state
+        if self._producer is not None:
+            return self._produced is state
+        return self._state.state is state and not self._buffer and self._is_settled()
 
     def _holds_something(self) -> bool:
         return bool(self._buffer) or self._set is not None or not self._state.state.is_empty

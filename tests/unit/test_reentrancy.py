@@ -286,3 +286,23 @@ def test_a_fork_from_within_a_fold_counts_each_event_once_in_both():
     if pids == [0]:
         os._exit(0 if total >= 500 and counter.whole().up.value == 600 else 1)
     assert (total, os.waitpid(pids[0], 0)[1]) == (100, 0)
+
+
+def test_a_fork_before_a_fold_has_begun_is_as_one_from_within():
+    """What waited is inherited, and not the child's own as well."""
+    counter = tapes.Registry().counter("c")
+    aside = []
+
+    class Buffer(list):
+        looks = 0
+
+        def __len__(self):  # which collect() asks first, and then the fold
+            self.looks += 1
+            if self.looks == 2:
+                aside.append(counter.set_aside())
+            return super().__len__()
+
+    counter._buffer = Buffer([1, 1, 1])
+    assert counter.collect().counted == 0
+    assert aside[0].collect().counted == 3
+    assert counter.whole().counted == 3
