@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -25,7 +26,13 @@ hypothesis.settings.load_profile("tapes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let tests fork in a process of pytest-xdist: it has a thread of its own, of which Python warns."""
+    """Let tests fork in a process of pytest-xdist: it has a thread of its own, of which Python warns.
+
+    A shell has what it runs in the background ignore ctrl-C, and whatever that runs too; not services here.
+    """
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if "PYTEST_XDIST_WORKER" in os.environ:
         config.addinivalue_line("filterwarnings", "ignore:.*multi-threaded.*fork:DeprecationWarning")
 

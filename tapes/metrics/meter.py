@@ -54,7 +54,8 @@ class Ticking(Metric):
     """A metric whose events belong to the tick in which they were recorded.
 
     What is in the buffer belongs to ``_tick``, which ends at ``_tick_end``: the first recorder after that
-    folds the buffer before it adds its own event.
+    folds the buffer before it adds its own event. If another thread is folding just then it does not wait,
+    and its event counts as of the tick before.
     """
 
     __slots__ = ("_tick", "_tick_end")
