@@ -168,6 +168,8 @@ def mark() -> Any:
 
     Theory: the kernel gives a child zeros for pages that are advised so (MADV_WIPEONFORK, Linux 4.14).
     """
+    if sys.implementation.name == "pypy":  # which itself ends where the advice is refused
+        return _PidMark()
     try:
         page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         page.madvise(_WIPE_ON_FORK)

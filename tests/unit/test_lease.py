@@ -76,7 +76,7 @@ def test_a_pid_that_belongs_to_another_process_by_now(process):
 
 def test_without_pidfds_the_pid_is_asked_for(process, monkeypatch):
     """As on macOS."""
-    monkeypatch.delattr(os, "pidfd_open")
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
     watch = ProcessWatch(forks.process_of(process.pid))
     assert not watch.ended()
     ended(process)

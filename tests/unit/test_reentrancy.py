@@ -33,8 +33,9 @@ def interrupted():
     """Return a function that runs a handler every 0.2 ms of processor time while a block runs."""
     before = signal.getsignal(signal.SIGVTALRM)
     # What is raised in a collection is swallowed, in the callback of hypothesis or of a weak reference.
-    callbacks = gc.callbacks[:]
-    gc.callbacks.clear()
+    callbacks = getattr(gc, "callbacks", [])  # which PyPy has not
+    kept = callbacks[:]
+    callbacks.clear()
     gc.collect()
     gc.disable()
 
@@ -45,7 +46,7 @@ def interrupted():
     yield start
     signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     signal.signal(signal.SIGVTALRM, before)
-    gc.callbacks.extend(callbacks)
+    callbacks.extend(kept)
     gc.enable()
 
 
