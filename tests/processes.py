@@ -11,9 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from typing import Any, Callable
+from typing import Any, Callable, TypeVar
 
 from tapes.distributed.registry import DistributedRegistry
 from tapes.errors import AggregatorUnavailable
@@ -21,6 +22,7 @@ from tapes.errors import AggregatorUnavailable
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 
+C = TypeVar("C", bound="Clients")
 
 NOT_YET = (OSError, http.client.HTTPException, json.JSONDecodeError, AggregatorUnavailable)
 """What asking a service raises that is not up, or about to be replaced."""
@@ -139,6 +141,28 @@ def _state(pid: int) -> str:
         return f"{pid} {command}: " + " ".join(f"{word}={status[word].split()[0]}" for word in words)
     except OSError as error:
         return f"{pid}: {error}"
+
+
+class Clients:
+    """Threads that each do what `_ask` says until they are stopped."""
+
+    def __init__(self, clients: int) -> None:
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
+
+    def __enter__(self: C) -> C:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self) -> None:
+        raise NotImplementedError
 
 
 @contextlib.contextmanager

@@ -9,12 +9,11 @@ import os
 import pathlib
 import re
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any, Callable
 
-from tests.processes import EXAMPLES, free_port, get, mentions, running, wait_for
+from tests.processes import EXAMPLES, Clients, free_port, get, mentions, running, wait_for
 
 
 class Service:
@@ -97,38 +96,27 @@ def signal_to(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-class Load:
+class Load(Clients):
     """Clients that ask for one path, each request on a connection of its own, until they are stopped."""
 
     def __init__(self, port: int, path: str, clients: int = 4) -> None:
+        super().__init__(clients)
         self.answered = 0
         self.sent = 0
         self.times: list[float] = []
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(port, path)) for _ in range(clients)]
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
+        self._port, self._path = port, path
 
     def go_on(self, requests: int = 300, seconds: float = 60.0) -> None:
         """Return when so many more requests were answered."""
         goal = self.answered + requests
         wait_for(lambda: self.answered >= goal, "requests are answered", seconds)
 
-    def _ask(self, port: int, path: str) -> None:
+    def _ask(self) -> None:
         while not self._stop.is_set():
             with self._lock:
                 self.sent += 1
             with contextlib.suppress(OSError, http.client.HTTPException):
-                get(port, path)
+                get(self._port, self._path)
                 with self._lock:
                     self.answered += 1
                     self.times.append(time.monotonic())

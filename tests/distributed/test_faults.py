@@ -141,10 +141,19 @@ class Mounted:
             self.sh(f'umount "$0/{name}"')
 
 
-@pytest.fixture
-def mounted(short_dir):
-    """A service on a file system of its own."""
-    return Mounted(short_dir)
+@contextlib.contextmanager
+def two_workers(short_dir, options=""):
+    """A service on a file system of its own, and two workers, who end well."""
+    mounted = Mounted(short_dir, options)
+    with crew(short_dir, mounted.place) as service:
+        one = mounted.first(service)
+        two = mounted.more(service)
+        yield mounted, service, one, two
+        one.end()
+        two.end()
+
+
+FEW_INODES = {"out_of_inodes": ",nr_inodes=14"}
 
 
 def journal_failed(reader):
@@ -155,10 +164,7 @@ def journal_failed(reader):
 @pytest.mark.parametrize("how", ["filled", "out_of_inodes", "read_only"])
 def test_a_disk_that_cannot_be_written_to(short_dir, how):
     """Children come and go meanwhile; then there is room, and the aggregator is killed."""
-    mounted = Mounted(short_dir, ",nr_inodes=14" if how == "out_of_inodes" else "")
-    with crew(short_dir, mounted.place) as service:
-        one = mounted.first(service)
-        two = mounted.more(service)
+    with two_workers(short_dir, FEW_INODES.get(how, "")) as (mounted, service, one, two):
         one.ask("load")
         ended_well(one.ask("children", 4, 10, 2))
         memory = one.memory, resident(service.aggregator)
@@ -180,18 +186,13 @@ def test_a_disk_that_cannot_be_written_to(short_dir, how):
         assert service.said("can't write its journal") == 1
         assert one.memory < memory[0] + 8 * MEGABYTE
         assert resident(service.aggregator) < memory[1] + 8 * MEGABYTE
-        one.end()
-        two.end()
 
 
 @pytest.mark.needs("unshare", "nsenter")
 @pytest.mark.parametrize("how", ["filled", "out_of_inodes", "read_only"])
 def test_an_aggregator_that_dies_while_the_disk_cannot_be_written_to(short_dir, how):
     """Another one comes as soon as there is room at the latest; all that lives is exact."""
-    mounted = Mounted(short_dir, ",nr_inodes=14" if how == "out_of_inodes" else "")
-    with crew(short_dir, mounted.place) as service:
-        one = mounted.first(service)
-        two = mounted.more(service)
+    with two_workers(short_dir, FEW_INODES.get(how, "")) as (mounted, service, one, two):
         one.ask("load")
         with getattr(mounted, how)():
             service.kill_aggregator()
@@ -202,17 +203,12 @@ def test_an_aggregator_that_dies_while_the_disk_cannot_be_written_to(short_dir, 
         ended_well(one.ask("children", 4, 10, 2))
         one.ask("halt")
         all_is_counted(two, [one, two])
-        one.end()
-        two.end()
 
 
 @pytest.mark.needs("unshare", "nsenter")
 def test_a_journal_that_cannot_be_replaced(short_dir):
     """It is a mount point: the draft is written, the rename fails; later it is replaced."""
-    mounted = Mounted(short_dir)
-    with crew(short_dir, mounted.place) as service:
-        one = mounted.first(service)
-        two = mounted.more(service)
+    with two_workers(short_dir) as (mounted, service, one, two):
         ended_well(one.ask("children", 4, 10, 2))
         wait_for((mounted.seen / "m.ipc.journal").exists, "there is a journal")
         with mounted.read_only("m.ipc.journal"):
@@ -224,8 +220,6 @@ def test_a_journal_that_cannot_be_replaced(short_dir):
             all_is_counted(two, [one, two])
             assert service.aggregator != killed
         all_is_counted(two, [one, two])
-        one.end()
-        two.end()
 
 
 def test_an_aggregator_that_cannot_be_started_for_a_while(service):

@@ -10,13 +10,12 @@ import re
 import shutil
 import signal
 import sys
-import threading
 
 import pytest
 
 from tapes.distributed.wire import VERSION
 from tests.distributed import crashing
-from tests.processes import ROOT, children, free_port, get, wait_for
+from tests.processes import ROOT, Clients, children, free_port, get, wait_for
 
 WORKERS = 3
 LEVEL = 5
@@ -57,38 +56,27 @@ def release(directory: pathlib.Path, version: int) -> pathlib.Path:
     return path
 
 
-class Hits:
+class Hits(Clients):
     """Clients that ask until they are stopped, and count what they were answered, by what that says.
 
     They go on counting where others stopped ``before``.
     """
 
-    def __init__(self, port: int, before: Hits | None = None, clients: int = 3) -> None:
+    def __init__(self, port: int, before: Hits | None = None) -> None:
+        super().__init__(3)
         self.answered: collections.Counter[str] = before.answered if before else collections.Counter()
         self.failed: list[object] = []
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(port,)) for _ in range(clients)]
-
-    def __enter__(self) -> Hits:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
+        self._port = port
 
     def go_on(self, turn: str, requests: int = 100) -> None:
         """Return when workers of that turn have answered so many more requests."""
         goal = self.answered[turn] + requests
         wait_for(lambda: self.answered[turn] >= goal, f"requests are answered by {turn}", 20)
 
-    def _ask(self, port: int) -> None:
+    def _ask(self) -> None:
         while not self._stop.wait(0.005):
             try:
-                status, _, body = get(port, "/hit")
+                status, _, body = get(self._port, "/hit")
             except (OSError, http.client.HTTPException) as error:
                 status, body = 0, repr(error).encode()
             with self._lock:

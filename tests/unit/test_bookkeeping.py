@@ -65,6 +65,14 @@ def crash(keeper):
     keeper.journal.close()
 
 
+def successor(first, books):
+    """Return who takes the place of ``first``, which was killed, and knows what that had written."""
+    crash(first)
+    second = books()
+    second.restore()
+    return second
+
+
 def values(keeper, *names):
     snapshot = keeper.registry.snapshot()
     found = [snapshot.get(name) for name in names]
@@ -111,9 +119,7 @@ def test_a_crash_before_the_first_second_is_over_loses_nothing(books):
     assert first.journal.finish()
     worker.registry.counter("c").increment(3)
     first.answer(worker.goodbye())
-    crash(first)
-    second = books()
-    second.restore()
+    second = successor(first, books)
     assert values(second, "c") == [3]
 
 
@@ -126,9 +132,7 @@ def test_last_words_count_once_however_often_they_are_said(books):
     first.answer(goodbye)
     write(first)
     first.answer(goodbye)
-    crash(first)
-    second = books()
-    second.restore()
+    second = successor(first, books)
     second.answer(goodbye)
     second.publication(worker.publication())
     assert values(second, "c") == [3]
@@ -178,9 +182,7 @@ def test_a_worker_that_was_just_heard_of_is_awaited_too(books):
     first.publication(old.publication())
     write(first)
     first.publication(new.publication())
-    crash(first)
-    second = books()
-    second.restore()
+    second = successor(first, books)
     assert second.awaited == {old.identity, new.identity}
 
 
@@ -191,9 +193,7 @@ def test_a_worker_that_died_with_the_aggregator_counts_as_the_journal_knows_it(b
     worker.registry.gauge("g").set(5)
     first.publication(worker.publication())
     write(first)
-    crash(first)
-    second = books()
-    second.restore()
+    second = successor(first, books)
     second.look_around(monotonic())
     assert (second.awaited, values(second, "c", "g")) == (set(), [5, None])
     second.look_around(monotonic() + 3)
@@ -213,9 +213,7 @@ def test_at_the_cap_of_label_sets_nothing_changes_its_place(books):
     first.publication(late.publication())
     before = first.registry.snapshot().stats()
     write(first)
-    crash(first)
-    second = books()
-    second.restore()
+    second = successor(first, books)
     assert second.registry.snapshot().stats().c == before.c
     assert second.registry.snapshot().get("c", n="0").value == 1
 
@@ -228,9 +226,7 @@ def test_what_was_told_to_the_one_before_is_told(books):
     first.answer(in_journal.goodbye())
     write(first)
     first.answer(in_tail.goodbye())
-    crash(first)
-    second = books()
-    second.restore()
+    second = successor(first, books)
     merged = decode(decode(second.answer(Worker().read())).payload)
     (state,) = [item.state for item in merged.items if item.name == "c"]
     assert (state.counted, state.origin.told) == (12, 12)
@@ -261,9 +257,7 @@ def test_a_disk_that_is_full_costs_nothing_once_there_is_room(books, short_dir, 
     other.registry.counter("c").increment(2)
     first.answer(other.goodbye())
     write(first)
-    crash(first)
-    second = books()
-    second.restore()
+    second = successor(first, books)
     assert values(second, "c") == [7]
 
 
@@ -277,9 +271,7 @@ def test_a_rate_and_a_quantile_are_what_they_were(books, monkeypatch):
     monkeypatch.setattr("tapes.distributed.view.monotonic", lambda: 1e6)
     before = first.registry.snapshot().stats()
     write(first)
-    crash(first)
-    second = books()
-    second.restore()
+    second = successor(first, books)
     after = second.registry.snapshot().stats()
     assert (before.t, before.m) == (after.t, after.m)
 
@@ -290,9 +282,7 @@ def test_what_the_aggregator_counted_itself_goes_on(books):
     first.publication(b"garbage")
     first.publication(b"more")
     write(first)
-    crash(first)
-    second = books()
-    second.restore()
+    second = successor(first, books)
     second.publication(b"again")
     assert values(second, "tapes.rejected", "tapes.messages") == [3, 1]
 
@@ -304,9 +294,7 @@ def test_the_journal_of_a_service_that_has_ended_is_nobodys(books, short_dir):
     first.answer(worker.goodbye())
     write(first)
     (short_dir / "m.ipc.will-00").write_bytes(b"")
-    crash(first)
-    second = books()
-    second.restore()
+    second = successor(first, books)
     assert (values(second, "c"), list(short_dir.iterdir())) == ([None], [])
 
 
