@@ -96,9 +96,9 @@ def strict(registry: Registry = default_registry) -> Iterator[Registry]:
 def _forget(registry: Registry, make_buffer: Callable[[Metric], list[Any]]) -> None:
     """Let every metric start again from zero, with a new buffer."""
     for metric in registry.metrics():
-        metric._buffer.clear()
+        metric._pending.clear()
         metric.take()
-        metric._buffer = make_buffer(metric)
+        metric._buffer = metric._pending = make_buffer(metric)
 
 
 class _Strict(Registry):
@@ -107,7 +107,7 @@ class _Strict(Registry):
     def _make(self, *args: Any) -> Any:
         metric = super()._make(*args)
         if type(metric._buffer) is list:
-            metric._buffer = _CheckedBuffer(metric)
+            metric._buffer = metric._pending = _CheckedBuffer(metric)
         return metric
 
     def reject(self, name: str, labels: Labels, value: Any, why: str) -> None:

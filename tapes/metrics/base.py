@@ -31,6 +31,7 @@ from typing import Any, ClassVar, Protocol, cast
 from tapes.clock import Clock
 from tapes.errors import safe_text
 from tapes.metrics.origin import with_told
+from tapes.metrics.sleeping import SleepingBuffer
 from tapes.naming import Labels
 from tapes.snapshot import Series
 from tapes.sums import LARGE, Number
@@ -84,8 +85,8 @@ class Metric:
     _least: ClassVar[float] = -inf
 
     __slots__ = (
-        "__weakref__", "_bad", "_buffer", "_clock", "_folding", "_inherited", "_lock", "_pid", "_reject",
-        "_state", "labels", "name",
+        "__weakref__", "_bad", "_buffer", "_clock", "_folding", "_inherited", "_lock", "_pending", "_pid",
+        "_reject", "_state", "labels", "name",
     )  # fmt: skip
 
     def __init__(self, name: str, labels: Labels, clock: Clock, reject: Reject) -> None:
@@ -93,7 +94,8 @@ class Metric:
         self.labels = labels
         self._clock = clock
         self._reject = reject
-        self._buffer: list[Any] = []
+        self._buffer: list[Any] = []  # what recording appends to: the pending values, or what wakes first
+        self._pending = self._buffer
         self._bad: list[tuple[Any, str]] = []
         self._lock = RLock()
         self._folding = False
@@ -108,7 +110,7 @@ class Metric:
     def collect(self) -> State:
         """Fold what is pending and return what this process recorded; the same object if nothing changed."""
         # Values leave the buffer only after they came to the state.
-        if self._buffer or self._bad or not self._is_settled():
+        if self._pending or self._bad or not self._is_settled():
             self._fold(self._clock(), wait=True)
         state: State = self._state
         return state
@@ -139,16 +141,20 @@ class Metric:
         aside._lock, aside._folding = RLock(), False
         aside._bad, aside._reject = [], _keep_quiet  # the parent counts them
         self._inherited = aside
-        self._buffer = []
+        self._buffer = self._pending = []
         self._state = self._initial(self._clock())
         return aside
 
     def _holds_something(self) -> bool:
-        return bool(self._buffer) or not self._state.is_empty
+        return bool(self._pending) or not self._state.is_empty
+
+    def sleep(self, wake: Callable[[], None]) -> None:
+        """Have ``wake`` called when the next value is recorded; see `tapes.metrics.sleeping`."""
+        self._buffer = SleepingBuffer(self, wake)
 
     def is_at(self, state: State | None) -> bool:
         """Return whether ``state`` is all there is, with nothing to be folded."""
-        return self._state is state and not self._buffer
+        return self._state is state and not self._pending
 
     def note_told(self, state: Any) -> None:
         """Note that what ``state`` of this metric counts was told to an aggregator before the present one."""
@@ -236,7 +242,7 @@ class Metric:
             self._reject(self, value, why)
 
     def _fold_alone(self, now: float) -> None:
-        buffer = self._buffer
+        buffer = self._pending
         pending = len(buffer)
         while pending > 0:
             values = buffer[: min(pending, _BATCH)]
@@ -251,11 +257,11 @@ class Metric:
                     state, bad, interruption = self._absorb_sifted(values, error)
                 # Nothing may come between what follows. From CPython 3.11 on the interpreter looks for
                 # signals at calls and backward jumps only, of which there are none here.
-                if self._state is before and self._buffer is buffer:
+                if self._state is before and self._pending is buffer:
                     self._state = state
                     del buffer[:taken]
                     break
-                if self._buffer is not buffer:  # forked meanwhile, and in the child all was set aside
+                if self._pending is not buffer:  # forked meanwhile, and in the child all was set aside
                     self._fold_alone(now)
                     return
             self._bad += bad

@@ -14,6 +14,7 @@ from typing import Any, Callable, NamedTuple
 from tapes.clock import Clock
 from tapes.errors import InvalidArgument, safe_text, short_repr
 from tapes.metrics.base import DOWN, FULL, Metric, Reject, State, checked_number
+from tapes.metrics.sleeping import SleepingBuffer
 from tapes.naming import Labels
 from tapes.snapshot import GaugeSeries
 from tapes.sums import LARGE, Number, Total
@@ -139,7 +140,7 @@ class Gauge(Metric):
     """
 
     kind = "gauge"
-    __slots__ = ("_produced", "_producer", "_producing", "_set", "mode")
+    __slots__ = ("_produced", "_producer", "_producing", "_set", "_sleeps", "mode")
 
     def __init__(self, name: str, labels: Labels, clock: Clock, reject: Reject, mode: str) -> None:
         self.mode = mode
@@ -147,6 +148,7 @@ class Gauge(Metric):
         self._produced = GaugeState(None, mode, None)
         self._producing = 0
         self._set: tuple[Number, float | None] | None = None
+        self._sleeps = False
         super().__init__(name, labels, clock, reject)
 
     def produce(self, producer: Producer, *, weak: bool = False) -> None:
@@ -163,6 +165,17 @@ class Gauge(Metric):
             self._producer = weakref.WeakMethod(producer)
         else:
             self._producer = weakref.ref(producer)
+        self._rouse()
+
+    def sleep(self, wake: Callable[[], None]) -> None:
+        """Have ``wake`` called when the gauge is next set or moved, or gets a producer."""
+        super().sleep(wake)
+        self._sleeps = True
+
+    def _rouse(self) -> None:
+        self._sleeps = False
+        if isinstance(self._buffer, SleepingBuffer):
+            self._buffer.rouse()
 
     @property
     def has_producer(self) -> bool:
@@ -183,6 +196,8 @@ class Gauge(Metric):
             self._set = (value, self._clock() if self.mode == "last" else None)
         else:
             self._set_unusual(value)
+        if self._sleeps:
+            self._rouse()
 
     def increment(self, n: Number = 1) -> None:
         """Move up by ``n``, any finite number; a bad one is dropped, counted and logged."""
@@ -221,7 +236,7 @@ class Gauge(Metric):
         """Return the value: as set and moved, or as last produced (`refresh`)."""
         if self._producer is not None:
             return self._produced
-        if self._buffer or self._bad or self._state.base is not self._set:
+        if self._pending or self._bad or self._state.base is not self._set:
             self._fold(self._clock(), wait=True)
         state: GaugeState = self._state.state
         return state
@@ -261,10 +276,10 @@ class Gauge(Metric):
         """Return whether ``state`` is all there is, with nothing to be folded."""
         if self._producer is not None:
             return self._produced is state
-        return self._state.state is state and not self._buffer and self._is_settled()
+        return self._state.state is state and not self._pending and self._is_settled()
 
     def _holds_something(self) -> bool:
-        return bool(self._buffer) or self._set is not None or not self._state.state.is_empty
+        return bool(self._pending) or self._set is not None or not self._state.state.is_empty
 
     def _produce(self, producer: Producer | None, now: float) -> GaugeState:
         if producer is None:

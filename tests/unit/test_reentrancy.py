@@ -303,7 +303,7 @@ def test_a_fork_before_a_fold_has_begun_is_as_one_from_within():
                 aside.append(counter.set_aside())
             return super().__len__()
 
-    counter._buffer = Buffer([1, 1, 1])
+    counter._buffer = counter._pending = Buffer([1, 1, 1])
     assert counter.collect().counted == 0
     assert aside[0].collect().counted == 3
     assert counter.whole().counted == 3

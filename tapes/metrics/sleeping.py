@@ -1,0 +1,45 @@
+"""How a process notices, at no cost, that it begins to record.
+
+Theory. A metric has one list of pending values, and recording appends to what is in ``_buffer``. As a rule that
+is the same list. In a metric that *sleeps* it is a `SleepingBuffer`: an empty list whose ``append`` puts the
+list of pending values in its own place, appends to that, and calls ``wake``. So the first value recorded wakes
+the metric, every later one finds a plain list, and no recording call has anything to check.
+
+The list of pending values stays the same one throughout. A thread that still holds the sleeping buffer, or one
+that held the plain list when the metric was put to sleep, appends to that list too: no value is lost, and a
+metric may be put to sleep at any time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+__all__ = ["SleepingBuffer"]
+
+
+class SleepingBuffer(list[Any]):
+    """The buffer of a metric that sleeps; always empty.
+
+    Args:
+        metric: The metric that wakes with the first value.
+        wake: Called after each value that comes here: usually one, more if several threads record at once.
+    """
+
+    __slots__ = ("_metric", "_pending", "_wake")
+
+    def __init__(self, metric: Any, wake: Callable[[], None]) -> None:
+        super().__init__()
+        self._metric = metric
+        self._pending: list[Any] = metric._pending
+        self._wake = wake
+
+    def append(self, value: Any) -> None:
+        """Append ``value`` to what is pending, and wake the metric."""
+        self._pending.append(value)
+        self.rouse()
+
+    def rouse(self) -> None:
+        """Wake the metric."""
+        if self._metric._buffer is self:
+            self._metric._buffer = self._pending
+        self._wake()
