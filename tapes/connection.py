@@ -18,6 +18,9 @@ class Connection:
 
     is_aggregator = False
 
+    def open(self) -> None:
+        """Begin to publish, if that has not begun."""
+
     def snapshot(self) -> Snapshot:
         """Return the merged view."""
         raise NotImplementedError
@@ -26,13 +29,8 @@ class Connection:
         """Return the merged view, written in the form of that name (`tapes.exposition.FORMS`)."""
         raise NotImplementedError
 
-    def request_ended(self) -> bool:
-        """Called by adapters at the end of a request: publishes, if nothing else does.
-
-        Returns:
-            Whether what was recorded is or will be told; not if it is being closed.
-        """
-        return True
+    def request_ended(self) -> None:
+        """Called by adapters at the end of a request: publishes, if nothing else does."""
 
     def published(self, series: tuple[str, Labels]) -> State | None:
         """Return the state of a series that others have been told, ``None`` if none was."""
@@ -49,4 +47,4 @@ class Connection:
         """Go on in the parent."""
 
     def begin_anew(self) -> None:
-        """In the child, attach another one in its own place, as nothing of it can be used there."""
+        """In the child, attach another one in its own place, which opens when it is first used."""

@@ -2,21 +2,26 @@
 
 One list for the ends of the interpreter and of a child of multiprocessing, which runs no ``atexit``, so that
 things are done in their order: reports come before goodbyes.
+
+Both come after the end of the process's threads, for which Python waits: before ``atexit`` in the interpreter's
+own end, and after the finalizers in a child of multiprocessing. The latter has no hook, so the function of
+`threading` that waits is wrapped.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import multiprocessing
-import multiprocessing.util
+import threading
 from operator import itemgetter
 from typing import Callable
 
-__all__ = ["GOODBYE", "LAST_REPORT", "NO_MORE_REPORTS", "at_end", "forget"]
+__all__ = ["CONNECT", "GOODBYE", "LAST_REPORT", "NO_MORE_REPORTS", "at_end", "forget"]
 
-NO_MORE_REPORTS, LAST_REPORT, GOODBYE = range(3)
-"""The order of what is done: all reporters are told, so that waiting for them is done for all at once."""
+CONNECT, NO_MORE_REPORTS, LAST_REPORT, GOODBYE = range(4)
+"""The order of what is done. All reporters are told before any is waited for, so that they end side by side."""
 
 _log = logging.getLogger("tapes")
 _actions: dict[Callable[[], object], int] = {}
@@ -48,12 +53,18 @@ def _end() -> None:
         raise interruption
 
 
-def _in_child(_: object = None) -> None:
-    multiprocessing.util.Finalize(None, _end, exitpriority=100)
+def _end_after_threads() -> None:
+    """Have `_end` called in a child of multiprocessing, when all of its threads have ended."""
+    waits: Callable[[], None] = threading._shutdown  # type: ignore[attr-defined]
+
+    @functools.wraps(waits)
+    def waits_and_ends() -> None:
+        waits()
+        if multiprocessing.parent_process() is not None:
+            _end()
+
+    threading._shutdown = waits_and_ends  # type: ignore[attr-defined]
 
 
 atexit.register(_end)
-# In a child of multiprocessing finalizers are cleared after the fork's hooks, and before these.
-multiprocessing.util.register_after_fork(_end, _in_child)
-if multiprocessing.parent_process() is not None:
-    _in_child()
+_end_after_threads()

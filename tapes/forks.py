@@ -8,8 +8,14 @@ that is told under one identity the newest counts, once. Nothing has to be known
 
 Time orders the records: `stamp` reads the host's monotonic clock in nanoseconds, which all processes share.
 
-Python's hooks tell of forks. A server that forks in C runs none of them, so adapters `check` the pid when a
-request starts; the moment is then that at which the kernel started the child.
+Python's hooks report forks, and this is the one module that registers them. In a child, locks are renewed
+first (`renew_in_child`), as a thread that is not there may have held them; then registries and reporters follow.
+A server that forks in C runs no hooks, so adapters `check` the pid when a request starts; the moment of the fork
+is then that at which the kernel started the child.
+
+A hook opens no socket and starts no thread that does: the child may be about to close all descriptors, as
+daemons and terminals do, and 0MQ aborts a process whose descriptors are closed. A child connects when it first
+records or reads.
 """
 
 from __future__ import annotations
@@ -30,8 +36,8 @@ from typing import Any, Callable, NamedTuple
 
 __all__ = [
     "CONNECTED", "Ancestor", "Process", "add", "add_user", "check", "connected_parent", "fork_unnoticed",
-    "host", "is_uwsgi_master", "mark", "no_fork", "origin", "process_of", "stamp", "this_process",
-    "when_uwsgi_forks",
+    "host", "is_uwsgi_master", "mark", "no_fork", "origin", "process_of", "renew_in_child", "stamp",
+    "this_process", "when_uwsgi_forks",
 ]  # fmt: skip
 
 
@@ -132,6 +138,15 @@ def add_user(user: Any) -> None:
     And ``user.let_go()`` in a child that is no worker.
     """
     _users.add(user)
+
+
+def renew_in_child(renew: Callable[[], None]) -> None:
+    """Have ``renew`` called in every forked child, before anything else of this library runs there.
+
+    It replaces locks that a thread of the parent may have held, and closes descriptors that belong to the
+    parent. It runs at once, while their numbers are still theirs: later they may be the application's.
+    """
+    _renewals.append(renew)
 
 
 def check() -> None:
@@ -242,11 +257,11 @@ class _Here:
             self.forking.release()
 
     def in_child(self) -> None:
-        self._lock = threading.Lock()
         self._change(self._version)
 
     def noticed_late(self) -> None:
-        with self._lock:
+        lock = self._lock
+        with lock:
             if os.getpid() != self.process.pid:
                 # The clock of process starts counts suspended time too, and is coarser.
                 started = process_of(os.getpid()).started / os.sysconf("SC_CLK_TCK")
@@ -254,7 +269,10 @@ class _Here:
                 self._change(stamp() - int(ago * 1e9))
 
     def _change(self, version: int) -> None:
+        self._lock = threading.Lock()
         self.forking = threading.RLock()
+        for renew in _renewals:
+            renew()
         parent, self.process = self.process, process_of(os.getpid())
         if self._matters():
             _each(lambda one: one.forked(parent, version), _registries, _users)
@@ -287,6 +305,7 @@ def _each(action: Callable[[Any], None], *groups: weakref.WeakSet[Any]) -> None:
 _log = logging.getLogger("tapes.forks")
 _registries: weakref.WeakSet[Any] = weakref.WeakSet()
 _users: weakref.WeakSet[Any] = weakref.WeakSet()
+_renewals: list[Callable[[], None]] = []
 _here = _Here()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_here.before, after_in_parent=_here.in_parent, after_in_child=_here.in_child)

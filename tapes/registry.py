@@ -24,6 +24,7 @@ from tapes.catalogue import MAX_SERIES, OVERFLOW, Catalogue
 from tapes.clock import Clock, monotonic, tick_at
 from tapes.connection import Connection
 from tapes.errors import InvalidArgument, KindConflict, short_repr
+from tapes.first_use import FirstUse
 from tapes.metrics import Counter, Gauge, Histogram, Meter, Metric, State, Timer
 from tapes.metrics.gauge import Producer, check_gauge
 from tapes.naming import Labels, canonical_labels, check_name, label_text
@@ -87,17 +88,16 @@ class Registry:
         self.ancestors: tuple[forks.Ancestor, ...] = ()
         self.connect_when_used: Callable[[], None] | None = None
         self.connect_in_children: Callable[[], None] | None = None
-        self.say_late_words: Callable[[], None] | None = None
         self.tells_at_request_end = False
         self._connection: Connection | None = None
+        self.first_use = FirstUse(self)
         forks.add(self)
 
     @property
     def connection(self) -> Connection | None:
         """What answers for the whole service, if anything does."""
         if self.connect_when_used is not None:
-            connect, self.connect_when_used = self.connect_when_used, None
-            connect()
+            self.first_use.connect()
         return self._connection
 
     @connection.setter
@@ -299,6 +299,7 @@ class Registry:
 
     def before_fork(self) -> None:
         """Called before this process forks; see `tapes.forks`."""
+        self.first_use.before_fork()
         if self._connection is not None:
             self._connection.before_fork()
 
@@ -306,6 +307,7 @@ class Registry:
         """Called in the parent after a fork."""
         if self._connection is not None:
             self._connection.go_on()
+        self.first_use.after_in_parent()
 
     def forked(self, parent: forks.Process, version: int) -> None:
         """Called in a forked child: begin from zero, and keep what the parent had not told as its record."""
@@ -326,8 +328,8 @@ class Registry:
             connection.begin_anew()
         elif self.connect_in_children is not None:
             self.connect_when_used = self.connect_in_children
-            if next(self.metrics(), None) is not None:
-                _ = self.connection  # makes it
+        is_to_connect = connection is not None or self.connect_in_children is not None
+        self.first_use.after_in_child(is_to_connect=is_to_connect)
 
     def descriptions(self) -> dict[str, Description]:
         """Return what was said of each name."""
@@ -378,11 +380,13 @@ class Registry:
         return tuple(sorted({**self._labels, **dict(given)}.items())) if self._labels else given
 
     def _make(self, kind: type[M], name: str, labels: Labels, options: dict[str, Any]) -> M:
-        if self.connect_when_used is not None:
-            _ = self.connection  # makes it
+        if self.connect_when_used is not None and self.first_use.wake is None:
+            self.first_use.connect()
 
         def build(labels: Labels) -> M:
             made.append(kind(name, labels, self.clock, self._rejected, **options))
+            if self.first_use.wake is not None:
+                made[0].sleep(self.first_use.woken)
             return made[0]
 
         made: list[M] = []

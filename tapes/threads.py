@@ -6,12 +6,16 @@ over a wait. That needs real ones: a greenlet's lock would switch to the hub of 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import threading
 from typing import Any, Callable, TypeVar
 
-__all__ = ["RLock", "Worker", "aside", "beside_the_loop", "can_be_relied_on", "is_ours", "is_patched", "real"]
+__all__ = [
+    "Delayed", "RLock", "Worker", "aside", "beside_the_loop", "can_run", "ends_with_a_hook", "is_ours", "is_patched",
+    "real",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -66,14 +70,21 @@ def is_ours() -> bool:
 
 
 class Worker:
-    """A daemon thread of the operating system that runs ``target``."""
+    """A daemon thread of the operating system that runs ``target``.
 
-    def __init__(self, target: Callable[[], None], name: str) -> None:
+    Args:
+        target: What it runs.
+        name: Its name.
+        is_bare: Whether it is one that `threading` does not list. Starting it takes no lock, so a signal handler
+            may do it.
+    """
+
+    def __init__(self, target: Callable[[], None], name: str, *, is_bare: bool = False) -> None:
         self._target = target
         self._ident = 0
         self._thread: threading.Thread | None = None
         self._ended: Any = real("_thread", "allocate_lock")()
-        if not is_patched():
+        if not (is_bare or is_patched()):
             self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -117,12 +128,57 @@ class Worker:
             self._ended.release()
 
 
-def can_be_relied_on() -> bool:
-    """Return whether a thread of ours runs here, and a hook at the end of the process does.
+class Delayed:
+    """Calls ``action`` once in a thread of its own, ``seconds`` after its start, unless it is cancelled before.
 
-    uWSGI stops threads between requests without ``enable-threads``; with several ``threads`` it runs no hook
-    at the end of a worker of which one thread is in a request.
+    Starting and cancelling it takes no lock that another thread may hold.
     """
+
+    def __init__(self, action: Callable[[], None], seconds: float, name: str) -> None:
+        self._action = action
+        self._seconds = seconds
+        self._cancelled: Any = real("_thread", "allocate_lock")()
+        self._cancelled.acquire()
+        self._worker = Worker(self._run, name, is_bare=True)
+        self._waits = True
+
+    def start(self) -> None:
+        """Begin to wait; nothing where no thread can be started."""
+        with contextlib.suppress(RuntimeError):
+            self._worker.start()
+
+    def cancel(self, timeout_seconds: float) -> bool:
+        """End the wait; return whether that came in time, so that ``action`` is not called."""
+        if self._waits:
+            with contextlib.suppress(RuntimeError):
+                self._cancelled.release()
+            self._worker.join(timeout_seconds)
+        return self._waits
+
+    def _run(self) -> None:
+        if not self._cancelled.acquire(timeout=self._seconds):
+            self._waits = False
+            self._action()
+
+
+def _uwsgi_options() -> set[str] | None:
+    """Return the names of uWSGI's options, ``None`` outside of it."""
     uwsgi: Any = sys.modules.get("uwsgi")
-    options = {name.decode() if isinstance(name, bytes) else name for name in getattr(uwsgi, "opt", ())}
-    return uwsgi is None or ("enable-threads" in options and "threads" not in options)
+    if uwsgi is None:
+        return None
+    return {name.decode() if isinstance(name, bytes) else name for name in getattr(uwsgi, "opt", ())}
+
+
+def can_run() -> bool:
+    """Return whether threads of Python run here; uWSGI stops them between requests without ``enable-threads``."""
+    options = _uwsgi_options()
+    return options is None or not options.isdisjoint({"enable-threads", "threads"})
+
+
+def ends_with_a_hook() -> bool:
+    """Return whether a hook runs when this process ends in an orderly way.
+
+    With several ``threads``, uWSGI runs none in a worker of which one thread is in a request.
+    """
+    options = _uwsgi_options()
+    return options is None or "threads" not in options

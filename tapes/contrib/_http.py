@@ -179,9 +179,8 @@ class Adapter:
         """Publish what was recorded, as no thread does."""
         try:
             connection = self.registry.connection
-            told = connection is not None and connection.request_ended()
-            if not told and self.registry.say_late_words is not None:
-                self.registry.say_late_words()
+            if connection is not None:
+                connection.request_ended()
         except Exception as error:
             self.complain("tapes could not publish at the end of a request", error)
 

@@ -180,6 +180,6 @@ def _join(registry: Registry, is_claim: bool) -> None:
 def _leave(registry: Registry) -> None:
     if registry is default_registry:
         registry.connect_when_used = None
-    from tapes.distributed.connection import close
+    from tapes.distributed.connection import leave
 
-    close(registry)
+    leave(registry)

@@ -63,7 +63,10 @@ def post_fork(server: _Any, worker: _Any) -> None:
 
 def worker_exit(server: _Any, worker: _Any) -> None:
     """Hand the worker's last counts to the aggregator."""
-    _tapes.close()
+    if _tapes.default_registry.connection is not None:
+        from tapes.distributed.connection import leave
+
+        leave(_tapes.default_registry)
 
 
 def with_tapes(hook: _Callable[..., None]) -> _Callable[..., None]:

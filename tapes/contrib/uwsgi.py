@@ -14,7 +14,6 @@ import contextlib
 import importlib
 import logging
 import sys
-import threading
 from typing import Any, Callable
 
 import tapes
@@ -33,24 +32,11 @@ def _join() -> None:
 
 
 def _leave() -> None:
-    # Other threads of this worker go on to answer requests until the process is gone.
-    tapes.default_registry.say_late_words = _say_late_words
-    tapes.default_registry.tells_at_request_end = True
-    with _late:
-        tapes.close()
+    """Say goodbye; other threads of this worker go on to answer requests until the process is gone."""
+    if tapes.default_registry.connection is not None:
+        from tapes.distributed.connection import leave
 
-
-def _say_late_words() -> None:
-    with _late:
-        started = tapes.default_registry.clock()
-        tapes.connect()
-        tapes.close()
-        if tapes.default_registry.clock() - started > _TOO_LONG_SECONDS:  # nobody listens
-            tapes.default_registry.say_late_words = None
-
-
-_late = threading.Lock()
-_TOO_LONG_SECONDS = 0.5
+        leave(tapes.default_registry)
 
 
 def _after(before: Callable[[], Any] | None, ours: Callable[[], None]) -> Callable[[], None]:

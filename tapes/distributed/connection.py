@@ -7,8 +7,9 @@ and gets a keyframe. So a reader always sees its own events.
 Leaving is a request too: the last values, acknowledged. If nobody answers they are left as a will beside the
 socket. Every end of a process that `tapes.endings` knows leaves.
 
-At a fork the parent holds still, so that no thread and no socket is in the middle of anything; the child
-attaches a connection of its own.
+At a fork the parent holds still, so that no thread and no socket is in the middle of anything. The child gets a
+connection of its own, which opens no descriptor before it is first used (`tapes.first_use`): until then the
+child may close all descriptors, or become another program.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from typing import Callable, TypeVar
 
 import zmq
@@ -29,6 +31,7 @@ from tapes import forks, threads
 from tapes.connection import Connection
 from tapes.distributed import wills
 from tapes.distributed.address import Endpoints, resolve
+from tapes.distributed.late import Late
 from tapes.distributed.ledger import snapshot_of
 from tapes.distributed.messages import Goodbye, Merged, Read, Reply, Update
 from tapes.distributed.outbox import Outbox
@@ -44,7 +47,7 @@ from tapes.naming import Labels
 from tapes.registry import Registry, default_registry
 from tapes.snapshot import Snapshot
 
-__all__ = ["AggregatorConnection", "close", "connect"]
+__all__ = ["AggregatorConnection", "close", "connect", "leave"]
 
 T = TypeVar("T")
 _HOLD_SECONDS = 0.25
@@ -67,8 +70,10 @@ def connect(registry: Registry, addr: str | None) -> None:
                     "connect()", got=endpoints.publish, expected=f"{connection.endpoints.publish}, as before",
                     remedy="call close() first",
                 )  # fmt: skip
-            return
-        _attach(registry, endpoints)
+        else:
+            connection = _attach(registry, endpoints.ready())
+            registry.first_use.sleep(connection.hurry)
+        connection.open()
 
 
 def close(registry: Registry) -> None:
@@ -81,12 +86,21 @@ def close(registry: Registry) -> None:
         _tell_spawned()
 
 
-def _attach(registry: Registry, endpoints: Endpoints) -> None:
-    connection = AggregatorConnection(registry, endpoints.ready())
-    connection.start()
+def leave(registry: Registry) -> None:
+    """Say goodbye at the end of a process; what is recorded after that is handed over at once."""
+    connection = registry.connection
+    if isinstance(connection, AggregatorConnection) and connection.is_of_this_process:
+        endpoints = connection.endpoints
+        late = Late(registry, lambda: AggregatorConnection(registry, endpoints).close())
+        late.begin(lambda: close(registry))
+
+
+def _attach(registry: Registry, endpoints: Endpoints) -> AggregatorConnection:
+    connection = AggregatorConnection(registry, endpoints)
     registry.connection = connection
     _attached.add(connection)
     _tell_spawned()
+    return connection
 
 
 def _tell_spawned() -> None:
@@ -104,7 +118,7 @@ def _leave() -> None:
     for connection in list(_attached):
         if connection.is_of_this_process:
             try:
-                close(connection.registry)
+                leave(connection.registry)
             except Exception:
                 _log.exception("tapes could not say goodbye")
 
@@ -115,8 +129,7 @@ def _renew_lock() -> None:
 
 
 _connecting = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+forks.renew_in_child(_renew_lock)
 _attached: set[AggregatorConnection] = set()
 _abandoned: list[AggregatorConnection] = []
 """Those of the parent, in a child: kept, as letting go of their sockets would touch what the parent uses."""
@@ -126,7 +139,10 @@ at_end(_leave, GOODBYE)
 
 
 class AggregatorConnection(Connection):
-    """Publishes a registry to the aggregator at ``endpoints`` and asks that for the merged view."""
+    """Publishes a registry to the aggregator at ``endpoints`` and asks that for the merged view.
+
+    It has no thread and no descriptor before it is opened, by `open` or by a read.
+    """
 
     def __init__(self, registry: Registry, endpoints: Endpoints) -> None:
         self.endpoints = endpoints
@@ -139,15 +155,30 @@ class AggregatorConnection(Connection):
         self._correlations = itertools.count(1)
         self._readers: deque[zmq.Socket[bytes]] = deque()
         self._outbox = Outbox(registry)
-        self._open()
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._publisher: Publisher | None = None
+        self._opening = threads.RLock()
 
-    def _open(self) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._publisher = Publisher(self._context, self.endpoints, self._outbox)
+    def open(self) -> None:
+        """Begin to publish, if that has not begun."""
+        if self._publisher is None:
+            with contextlib.suppress(AggregatorUnavailable), self._in_use():  # unless it is being closed
+                self._open()
 
-    def start(self) -> None:
-        """Begin to publish."""
-        self._publisher.start()
+    def _open(self) -> Publisher:
+        with self._opening:
+            if self._publisher is None:
+                self._context = self._context or zmq.Context()
+                publisher = Publisher(self._context, self.endpoints, self._outbox)
+                publisher.start()
+                self._publisher = publisher
+            return self._publisher
+
+    def hurry(self) -> None:
+        """Publish the first values of this process at once."""
+        self.registry.first_use.wake = None
+        if self._publisher is not None:
+            self._publisher.hurry()
 
     @property
     def is_of_this_process(self) -> bool:
@@ -162,12 +193,11 @@ class AggregatorConnection(Connection):
         """Return the number of the last publication."""
         return self._outbox.published_seq
 
-    def request_ended(self) -> bool:
+    def request_ended(self) -> None:
         """Publish at the end of a request, where no thread can do it."""
-        if self._closing:
-            return False
-        self._publisher.request_ended()
-        return True
+        self.open()
+        if self._publisher is not None:
+            self._publisher.request_ended()
 
     def snapshot(self) -> Snapshot:
         """Return the merged view.
@@ -199,12 +229,16 @@ class AggregatorConnection(Connection):
             self._changed.wait_for(lambda: not self._held, TIMEOUT_SECONDS)
             self._closing = True
             idle = self._changed.wait_for(lambda: not self._in_flight, TIMEOUT_SECONDS)
-        ended = self._publisher.stop(max(0.0, deadline - time.monotonic()))
+        publisher = self._publisher
+        ended = publisher is None or publisher.stop(max(0.0, deadline - time.monotonic()))
         farewell = self._outbox.farewell()
-        if not self._publisher.is_subscribed:
+        if publisher is None or not publisher.is_subscribed:
             farewell = self._outbox.for_another(farewell)
         unsaid = _unsaid.setdefault(self.registry, [])
-        unsaid.append(farewell)
+        if publisher is not None or farewell.has_something:
+            unsaid.append(farewell)
+        if not unsaid:
+            return
         try:
             self._on_a_reader(self._say_goodbyes, deadline)
         except AggregatorUnavailable:
@@ -220,24 +254,25 @@ class AggregatorConnection(Connection):
     def before_fork(self) -> None:
         """Hold still: end the thread and close the sockets, unless somebody is using them."""
         with self._changed:
-            if self._closing or self._held or not self.is_of_this_process or self._publisher.is_me():
+            is_me = self._publisher is not None and self._publisher.is_me()
+            if self._closing or self._held or not self.is_of_this_process or is_me:
                 return
             self._held = True
             if self._changed.wait_for(lambda: not self._in_flight, _HOLD_SECONDS):
-                self._stopped = True
-                self._shut(self._publisher.stop(_HOLD_SECONDS))
+                self._stopped = self._publisher is not None
+                self._shut(self._publisher is None or self._publisher.stop(_HOLD_SECONDS))
 
     def go_on(self) -> None:
         """Open again what `before_fork` closed."""
         with self._changed:
             if self._stopped:
+                self._publisher = None
                 self._open()
-                self.start()
             self._held = self._stopped = False
             self._changed.notify_all()
 
     def begin_anew(self) -> None:
-        """In a forked child, attach a connection of its own to the registry."""
+        """In a forked child, attach a connection of its own to the registry; it opens when it is first used."""
         _abandoned.append(self)
         _attached.discard(self)
         _attach(self.registry, self.endpoints)
@@ -245,12 +280,13 @@ class AggregatorConnection(Connection):
     def _shut(self, is_unused: bool) -> None:
         while self._readers:
             self._readers.pop().close()
-        if is_unused:
-            self._context.destroy(linger=0)
+        context, self._context = self._context, None
+        if is_unused and context is not None:
+            context.destroy(linger=0)
 
     def _read_of(self, form: str) -> Callable[[int, zmq.Socket[bytes], float], Reply]:
         def ask(number: int, reader: zmq.Socket[bytes], deadline: float) -> Reply:
-            self._publisher.await_producers()
+            self._open().await_producers()
             self._say_goodbyes(reader, deadline)
             reply = Reply(0, "behind", b"")
             for keyframe in (False, True):
@@ -270,30 +306,43 @@ class AggregatorConnection(Connection):
                 remedy="call connect() after the fork, in every worker",
             )
         deadline = time.monotonic() + TIMEOUT_SECONDS
-        with self._changed:
-            self._changed.wait_for(lambda: not self._held, TIMEOUT_SECONDS)
-            if self._closing or self._held:
-                raise AggregatorUnavailable("the connection is being closed")
-            self._in_flight += 1
-        try:
+        with self._in_use():
             number = next(self._correlations)
             reply = threads.aside(
                 lambda: self._on_a_reader(lambda reader, end: question(number, reader, end), deadline)
             )
-        finally:
-            with self._changed:
-                self._in_flight -= 1
-                self._changed.notify_all()
         if reply.status != "ok":
             raise AggregatorUnavailable(
                 f"the aggregator could not answer ({reply.payload.decode(errors='replace')})"
             )
         return reply
 
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Keep it from being held still or closed within the block.
+
+        Raises:
+            AggregatorUnavailable: If it is being closed, or held still for too long.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held, TIMEOUT_SECONDS)
+            if self._closing or self._held:
+                raise AggregatorUnavailable("the connection is being closed")
+            self._in_flight += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._in_flight -= 1
+                self._changed.notify_all()
+
     def _on_a_reader(self, talk: Callable[[zmq.Socket[bytes], float], T], deadline: float) -> T:
         """Return what ``talk`` returns, given a socket that nobody else uses."""
         try:
-            reader = self._readers.pop() if self._readers else new_reader(self._context, self.endpoints)
+            if not self._readers:
+                self._context = self._context or zmq.Context()
+                self._readers.append(new_reader(self._context, self.endpoints))
+            reader = self._readers.pop()
             try:
                 result = talk(reader, deadline)
             except BaseException:

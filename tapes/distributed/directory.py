@@ -215,8 +215,7 @@ def _let_go() -> None:
 
 
 _held: set[int] = set()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+forks.renew_in_child(_let_go)
 
 
 def sweep() -> None:

@@ -68,6 +68,11 @@ class Update(NamedTuple):
     ancestors: tuple[Update, ...] = ()
     max_series: int = MAX_SERIES
 
+    @property
+    def has_something(self) -> bool:
+        """Whether there is something in it: a count, a gauge that was set, what an ancestor had recorded."""
+        return bool(self.ancestors) or any(not item.state.is_empty for item in self.items)
+
 
 class Read(NamedTuple):
     """A question: ``what`` is a form of `tapes.exposition.FORMS`, or ``"states"`` for a `Merged`."""

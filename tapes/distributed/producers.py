@@ -36,7 +36,7 @@ class Producers:
     def tend(self) -> None:
         """Begin, if there is a producer and it has not begun; run them here where no thread can."""
         if self._thread is None and not self._stopped and any(self._gauges()):
-            if not threads.can_be_relied_on():
+            if not threads.can_run():
                 self._registry.refresh(_INTERVAL_SECONDS)
             elif self._starting.acquire(False):  # for good: one thread is enough
                 thread = threads.Worker(self._run, "tapes-producers")

@@ -57,9 +57,10 @@ class Publisher:
         self._failed = False
         self._abandoned = False
         self._producers = Producers(outbox.registry)
-        self._thread: threads.Worker | None = threads.Worker(self._run, "tapes-publisher")
+        self._thread: threads.Worker | None = None
+        self._at_request_end = not (threads.can_run() and threads.ends_with_a_hook())
         self._alone = threading.Lock()
-        self._request_ended = False
+        self._request_ended = self._is_urgent = False
         self._stopping = threads.RLock()
         self._stopped = False
         self._end: Any = threads.real("_thread", "allocate_lock")()
@@ -67,14 +68,26 @@ class Publisher:
 
     def start(self) -> None:
         """Start the thread, if threads run here."""
-        try:
-            if threads.can_be_relied_on() and self._thread is not None:
+        if threads.can_run():
+            run = self._run_beside_requests if self._at_request_end else self._run
+            self._thread = threads.Worker(run, "tapes-publisher")
+            try:
                 self._thread.start()
-                return
-        except RuntimeError:
-            _log.info("tapes publishes at the end of every request, as no thread can be started")
-        self._thread = None
-        self._outbox.registry.tells_at_request_end = True
+            except RuntimeError:
+                _log.info("tapes publishes at the end of every request, as no thread can be started")
+                self._thread, self._at_request_end = None, True
+        if self._at_request_end:
+            self._outbox.registry.tells_at_request_end = True
+
+    def hurry(self) -> None:
+        """Have the thread publish at once; waits for nothing."""
+        self._is_urgent = True
+        if self._stopping.acquire(False):
+            try:
+                if self._sender >= 0:
+                    os.write(self._sender, b"h")
+            finally:
+                self._stopping.release()
 
     @property
     def is_subscribed(self) -> bool:
@@ -98,13 +111,16 @@ class Publisher:
             if self._sender >= 0:
                 os.write(self._sender, b"s")
         self._producers.stop(timeout_seconds / 4)
-        if self._thread is None:
+        if self._thread is not None and self._at_request_end:
+            self._thread.join(timeout_seconds)
+        if self._at_request_end:
             if self._alone.acquire(timeout=timeout_seconds):  # nobody is at the end of a request
                 self._close()
                 self._alone.release()
                 return True
             self._abandoned = True
             return False
+        assert self._thread is not None
         if not self._thread.join(timeout_seconds):
             self._abandoned = True
             if not self._thread.join(0.0):
@@ -113,8 +129,8 @@ class Publisher:
         return True
 
     def request_ended(self) -> None:
-        """Publish what changed, where no thread does."""
-        if self._thread is not None:
+        """Publish what changed, where no thread can be relied on."""
+        if not self._at_request_end:
             return
         self._request_ended = True
         # If another thread is here already, it publishes this too.
@@ -181,6 +197,12 @@ class Publisher:
         finally:
             self._close()
 
+    def _run_beside_requests(self) -> None:
+        """Do what the end of a request does, for a process that may have none for long."""
+        while not self._stopped:
+            self.request_ended()
+            self._end.acquire(timeout=INTERVAL_SECONDS)
+
     def _publish_while_heard(self, publisher: Socket) -> None:
         """Publish until this is stopped, or nobody has listened for long.
 
@@ -196,10 +218,14 @@ class Publisher:
             wait_seconds = max(0.0, due - time.monotonic())
             events = dict(poller.poll(int(wait_seconds * 1000) + 1))
             if self._receiver in events:
-                return
+                os.read(self._receiver, 4096)
+                if self._stopped:
+                    return
             if publisher in events:
                 self._note_subscriptions(publisher)
             started = time.monotonic()
+            if self._is_urgent:
+                self._is_urgent, due = False, min(due, started)
             if self._subscribed:
                 patience_ends = started + _LONELY_SECONDS
             if started >= due:

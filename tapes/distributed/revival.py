@@ -70,7 +70,7 @@ class Reviver:
 
         # So that many that fail don't go on failing at once.
         self._due = time.monotonic() + self._back_off * random.uniform(1.0, 1.5)
-        if not threads.can_be_relied_on():
+        if not threads.can_run():
             run()
             return
         self._thread = threads.Worker(run, "tapes-reviver")
@@ -101,7 +101,7 @@ def _start(endpoints: Endpoints, is_wanted: Callable[[Endpoints], bool], reason:
     user = _user_of(endpoints)
     with directory.start_lock(endpoints, user, wait=False) as held:
         if held and is_wanted(endpoints):
-            launch(endpoints, forks.this_process(), reason, user, wait=threads.can_be_relied_on())
+            launch(endpoints, forks.this_process(), reason, user, wait=threads.can_run())
 
 
 def _user_of(endpoints: Endpoints) -> directory.User:

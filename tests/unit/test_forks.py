@@ -119,16 +119,18 @@ def test_processes_are_told_from_those_with_the_same_pid():
 
 
 @pytest.mark.parametrize(
-    ("options", "relied"),
-    [({}, False), ({"enable-threads": True}, True), ({b"enable-threads": b"true"}, True),
-     ({"enable-threads": True, "threads": b"2"}, False)],
+    ("options", "can_run", "ends_with_a_hook"),
+    [({}, False, True), ({"enable-threads": True}, True, True), ({b"enable-threads": b"true"}, True, True),
+     ({"threads": b"2"}, True, False), ({"enable-threads": True, "threads": b"2"}, True, False)],
 )  # fmt: skip
-def test_where_threads_can_be_relied_on(monkeypatch, options, relied):
-    """Everywhere but under uWSGI, which says by its options."""
+def test_where_threads_run_and_a_hook_comes_at_the_end(monkeypatch, options, can_run, ends_with_a_hook):
+    """Threads run and a hook comes at the end everywhere but under uWSGI, whose options decide."""
     monkeypatch.delitem(sys.modules, "uwsgi", raising=False)
-    assert threads.can_be_relied_on()
+    assert threads.can_run()
+    assert threads.ends_with_a_hook()
     monkeypatch.setitem(sys.modules, "uwsgi", types.SimpleNamespace(opt=options))
-    assert threads.can_be_relied_on() is relied
+    assert threads.can_run() is can_run
+    assert threads.ends_with_a_hook() is ends_with_a_hook
 
 
 def test_a_worker_thread_runs_ends_and_knows_itself():
