@@ -14,7 +14,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from tapes.environment import address_told, is_disabled
+from tapes import forks
+from tapes.environment import address_told, is_disabled, is_spawned, service_address
 from tapes.errors import TapesError
 from tapes.meta import metered_meta
 from tapes.registry import Registry, default_registry
@@ -100,7 +101,7 @@ def close() -> None:
     What was handed over is counted there, so the registry starts again from zero; gauges stay. Takes 1 s at
     most, if the aggregator doesn't answer.
     """
-    default_registry.connect_when_used = None
+    default_registry.connect_when_used = default_registry.connect_when_read = None
     if default_registry.connection is not None:
         from tapes.distributed.connection import close as close_registry
 
@@ -120,16 +121,19 @@ def __getattr__(name: str) -> Any:
 
 
 def _connect_as_told() -> None:
-    address = address_told()
+    address = service_address()
     if address:
         try:
-            connect(address)
+            with forks.no_fork():  # a child that is forked in the middle of an import would wait for its end
+                connect(address)
         except Exception as error:  # it may be the import of the user's application that comes here
             _log.warning("tapes can't connect as the environment says: %s", error)
 
 
 _log = logging.getLogger("tapes")
 
-default_registry.connect_in_children = _connect_as_told
+default_registry.connect_in_children = default_registry.connect_when_read = _connect_as_told
 if address_told():
     default_registry.connect_when_used = _connect_as_told
+elif is_spawned():
+    default_registry.first_use.wait()

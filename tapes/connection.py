@@ -29,8 +29,12 @@ class Connection:
         """Return the merged view, written in the form of that name (`tapes.exposition.FORMS`)."""
         raise NotImplementedError
 
-    def request_ended(self) -> None:
-        """Called by adapters at the end of a request: publishes, if nothing else does."""
+    def request_ended(self, *, may_be_the_last: bool = False) -> None:
+        """Called by adapters at the end of a request: publishes, if nothing else does.
+
+        Args:
+            may_be_the_last: Whether the process may end right after it, by no hook.
+        """
 
     def published(self, series: tuple[str, Labels]) -> State | None:
         """Return the state of a series that others have been told, ``None`` if none was."""

@@ -3,9 +3,9 @@
 One list for the ends of the interpreter and of a child of multiprocessing, which runs no ``atexit``, so that
 things are done in their order: reports come before goodbyes.
 
-Both come after the end of the process's threads, for which Python waits: before ``atexit`` in the interpreter's
-own end, and after the finalizers in a child of multiprocessing. The latter has no hook, so the function of
-`threading` that waits is wrapped.
+Both come after the end of the process's threads, for which Python waits: before ``atexit`` in the
+interpreter's own end, and after the finalizers in a child of multiprocessing. The latter has no hook, so the
+function of `threading` that waits is wrapped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Callable
 __all__ = ["CONNECT", "GOODBYE", "LAST_REPORT", "NO_MORE_REPORTS", "at_end", "forget"]
 
 CONNECT, NO_MORE_REPORTS, LAST_REPORT, GOODBYE = range(4)
-"""The order of what is done. All reporters are told before any is waited for, so that they end side by side."""
+"""The order of what is done: all reporters begin their last report before any is waited for."""
 
 _log = logging.getLogger("tapes")
 _actions: dict[Callable[[], object], int] = {}

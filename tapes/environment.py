@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 
+from tapes import service
 from tapes.forks import connected_parent
 
-__all__ = ["address_told", "is_disabled", "may_start"]
+__all__ = ["address_told", "is_disabled", "is_spawned", "may_start", "service_address"]
 
 
 def is_disabled() -> bool:
@@ -27,3 +29,14 @@ def address_told() -> str:
     if is_disabled():
         return ""
     return os.environ.get("TAPES_ADDR") or next(iter(connected_parent()), "")
+
+
+def service_address() -> str:
+    """Return the same, or where the service is that this process belongs to, if it has an aggregator."""
+    return "" if is_disabled() else address_told() or service.address()
+
+
+def is_spawned() -> bool:
+    """Return whether multiprocessing made this process, or is about to make it one of its own."""
+    process = multiprocessing.current_process()
+    return multiprocessing.parent_process() is not None or getattr(process, "_inheriting", False)

@@ -1,28 +1,30 @@
 """When a registry connects: at its first use, and in a forked child not before that.
 
-Theory. A forked child may be about to close all descriptors, or to become another program. So nothing is opened
-in a fork hook. The child's metrics sleep (`tapes.metrics.sleeping`), and the first value recorded, or the first
-read, connects its registry. A recording call does not wait for that: a thread of its own connects. A child that
-inherited gauges with producers has values without recording any, so it connects shortly after the fork.
+Theory. A forked child may be about to close all descriptors, or to become another program. So nothing is
+opened in a fork hook. The child's metrics sleep (`tapes.metrics.sleeping`), and the first value recorded, or
+the first read, connects its registry. A recording call does not wait for that: a thread of its own connects.
+A child that inherited gauges with producers has values without recording any, so it connects shortly after
+the fork.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Callable
+import time
+from typing import Any, Callable
 
 from tapes import threads
 from tapes.endings import CONNECT, at_end
-
-if TYPE_CHECKING:
-    from tapes.registry import Registry
+from tapes.environment import service_address
 
 __all__ = ["SHORTLY_SECONDS", "FirstUse"]
 
 SHORTLY_SECONDS = 0.1
 """Seconds after a fork until a child connects that has something to report without recording anything."""
 
+_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 1.0, 32.0
+"""Seconds from one look for a service to the next; doubled each time."""
 _CANCEL_SECONDS = 0.25
 """Maximum seconds that a fork waits for a thread that is connecting."""
 
@@ -37,15 +39,16 @@ class FirstUse:
             ``None`` if they are awake.
     """
 
-    def __init__(self, registry: Registry) -> None:
-        self.wake: Callable[[], None] | None = None
+    def __init__(self, registry: Any) -> None:
+        self.wake: Callable[[], bool] | None = None
         self._registry = registry
         self._lock = threads.RLock()
         self._connects = self._has_begun = False
+        self._look_at, self._pause = 0.0, _FIRST_PAUSE_SECONDS
         self._delayed: threads.Delayed | None = None
 
     def connect(self) -> None:
-        """Connect as ``registry.connect_when_used`` does, if it is set; waits if another thread is about to."""
+        """Connect as ``registry.connect_when_used`` does, if it is set, or wait for a thread that does."""
         with self._lock:
             connect = self._registry.connect_when_used
             if connect is None or self._connects:  # a signal handler of this thread, or what it connects with
@@ -57,17 +60,16 @@ class FirstUse:
                 self._connects = False
                 self._registry.connect_when_used = None
 
-    def sleep(self, wake: Callable[[], None]) -> None:
-        """Have ``wake`` called when something is next recorded."""
+    def sleep(self, wake: Callable[[], bool]) -> None:
+        """Have ``wake`` called when something is next recorded; it returns whether to stay awake."""
         self.wake = wake
         for metric in self._registry.metrics():
             metric.sleep(self.woken)
 
-    def woken(self) -> None:
-        """Called when something is recorded into a metric that sleeps."""
+    def woken(self) -> bool:
+        """Called when something is recorded into a metric that sleeps; returns whether to stay awake."""
         wake = self.wake
-        if wake is not None:
-            wake()
+        return True if wake is None else wake()
 
     def before_fork(self) -> None:
         """Called before this process forks."""
@@ -85,32 +87,57 @@ class FirstUse:
         self._lock = threads.RLock()
         self._connects = self._has_begun = False
         self._delayed = None
-        if not is_to_connect:
-            return
+        if is_to_connect:
+            self.wait()
+            if self._has_somewhere() and any(gauge.has_producer for gauge in self._registry.gauges()):
+                self._connect_shortly()
+
+    def wait(self) -> None:
+        """Connect when something is next recorded, if there is a service to connect to by then."""
+        self._look_at, self._pause = 0.0, _FIRST_PAUSE_SECONDS
         self.sleep(self._begin)
-        if any(gauge.has_producer for gauge in self._registry.gauges()):
-            self._connect_shortly()
 
     def _connect_shortly(self) -> None:
         self._delayed = threads.Delayed(self._open, SHORTLY_SECONDS, "tapes-first-use")
         self._delayed.start()
 
-    def _begin(self) -> None:
-        """Connect in a thread of its own; where none can be started, reads and ends of requests do."""
-        if not self._has_begun:
-            self._has_begun = True
-            at_end(self._connect_at_end, CONNECT)
-            if not threads.can_run():
-                return
+    def _begin(self) -> bool:
+        """Connect in a thread of its own, if there is a service; return whether that is settled.
+
+        The service may come later, as when a pool was made before its parent joined: the next values look
+        again.
+        """
+        if self._has_begun:
+            return True
+        at_end(self._connect_at_end, CONNECT)
+        now = time.monotonic()
+        if now < self._look_at:
+            return False
+        if not self._has_somewhere():
+            self._look_at = now + self._pause
+            self._pause *= 2
+            if self._pause > _LAST_PAUSE_SECONDS:
+                self.wake = None
+            return self.wake is None
+        self._has_begun = True
+        if threads.can_run():  # otherwise the end of a request, or a read, does
             with contextlib.suppress(RuntimeError):
                 threads.Worker(self._open, "tapes-first-use", is_bare=True).start()
+        return True
+
+    def _has_somewhere(self) -> bool:
+        return self._registry._connection is not None or bool(service_address())
 
     def _connect_at_end(self) -> None:
-        """Wait for the thread that is connecting, or connect: there is something to hand over."""
-        _ = self._registry.connection
+        """Wait for the thread that is connecting, or connect now: there is something to hand over."""
+        registry = self._registry
+        if registry._connection is None:
+            registry.connect_when_used = registry.connect_when_used or registry.connect_in_children
+        _ = registry.connection
 
     def _open(self) -> None:
         try:
+            self._connect_at_end()
             connection = self._registry.connection
             if connection is not None:
                 connection.open()

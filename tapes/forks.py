@@ -9,13 +9,13 @@ that is told under one identity the newest counts, once. Nothing has to be known
 Time orders the records: `stamp` reads the host's monotonic clock in nanoseconds, which all processes share.
 
 Python's hooks report forks, and this is the one module that registers them. In a child, locks are renewed
-first (`renew_in_child`), as a thread that is not there may have held them; then registries and reporters follow.
-A server that forks in C runs no hooks, so adapters `check` the pid when a request starts; the moment of the fork
-is then that at which the kernel started the child.
+first (`renew_in_child`), as a thread that is not there may have held them; then registries and reporters
+follow. A server that forks in C runs no hooks, so adapters `check` the pid when a request starts; the moment
+of the fork is then that at which the kernel started the child.
 
 A hook opens no socket and starts no thread that does: the child may be about to close all descriptors, as
-daemons and terminals do, and 0MQ aborts a process whose descriptors are closed. A child connects when it first
-records or reads.
+daemons and terminals do, and 0MQ aborts a process whose descriptors are closed. A child connects when it
+first records or reads.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from typing import Any, Callable, NamedTuple
 
 __all__ = [
     "CONNECTED", "Ancestor", "Process", "add", "add_user", "check", "connected_parent", "fork_unnoticed",
-    "host", "is_uwsgi_master", "mark", "no_fork", "origin", "process_of", "renew_in_child", "stamp",
-    "this_process", "when_uwsgi_forks",
+    "hand_down", "host", "is_uwsgi_master", "mark", "no_fork", "origin", "process_of", "renew_in_child",
+    "stamp", "this_process", "when_uwsgi_forks",
 ]  # fmt: skip
 
 
@@ -120,8 +120,25 @@ def connected_parent() -> list[str]:
 
     The address of its default registry comes first; empty if that was not connected.
     """
-    pid, *addresses = os.environ.get(CONNECTED, "").split("\n")
+    multiprocessing: Any = sys.modules.get("multiprocessing.process")
+    inherited = getattr(multiprocessing and multiprocessing.current_process(), "_config", {})
+    pid, *addresses = (inherited.get(CONNECTED) or os.environ.get(CONNECTED, "")).split("\n")
     return [] if pid == str(os.getpid()) else addresses
+
+
+def hand_down(addresses: list[str]) -> None:
+    """Report to the processes that this one will start where its registries are connected, if any is.
+
+    By the environment, and to children of multiprocessing with what they inherit of their parent: the fork
+    server that makes them may have been started before, with an older environment.
+    """
+    text = "\n".join([str(os.getpid()), *addresses]) if addresses else ""
+    if text:
+        os.environ[CONNECTED] = text
+    else:
+        os.environ.pop(CONNECTED, None)
+    multiprocessing: Any = sys.modules.get("multiprocessing.process")
+    getattr(multiprocessing and multiprocessing.current_process(), "_config", {})[CONNECTED] = text
 
 
 def add(registry: Any) -> None:

@@ -88,6 +88,7 @@ class Registry:
         self.ancestors: tuple[forks.Ancestor, ...] = ()
         self.connect_when_used: Callable[[], None] | None = None
         self.connect_in_children: Callable[[], None] | None = None
+        self.connect_when_read: Callable[[], None] | None = None
         self.tells_at_request_end = False
         self._connection: Connection | None = None
         self.first_use = FirstUse(self)
@@ -104,6 +105,15 @@ class Registry:
     def connection(self, connection: Connection | None) -> None:
         self.connect_when_used = None
         self._connection = connection
+
+    @property
+    def connection_to_read(self) -> Connection | None:
+        """The same for a reader, which notices a service that this process belongs to and has not joined."""
+        connection = self.connection
+        if connection is None and self.connect_when_read is not None:
+            self.connect_when_read()
+            connection = self._connection
+        return connection
 
     def counter(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Counter:
         """Return the counter of this name and these labels; made if it isn't there.
@@ -253,7 +263,7 @@ class Registry:
 
     def snapshot(self) -> Snapshot:
         """Return one consistent, frozen cut of all series; raises as `get_stats`."""
-        connection = self.connection
+        connection = self.connection_to_read
         if connection is not None:
             return connection.snapshot()
         self.refresh()

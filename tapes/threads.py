@@ -13,8 +13,8 @@ import threading
 from typing import Any, Callable, TypeVar
 
 __all__ = [
-    "Delayed", "RLock", "Worker", "aside", "beside_the_loop", "can_run", "ends_with_a_hook", "is_ours", "is_patched",
-    "real",
+    "Delayed", "RLock", "Worker", "aside", "beside_the_loop", "can_run", "ends_with_a_hook", "is_ours",
+    "is_patched", "real",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -75,8 +75,7 @@ class Worker:
     Args:
         target: What it runs.
         name: Its name.
-        is_bare: Whether it is one that `threading` does not list. Starting it takes no lock, so a signal handler
-            may do it.
+        is_bare: Whether `threading` does not know it. Starting it takes no lock, so a signal handler may.
     """
 
     def __init__(self, target: Callable[[], None], name: str, *, is_bare: bool = False) -> None:
@@ -129,7 +128,7 @@ class Worker:
 
 
 class Delayed:
-    """Calls ``action`` once in a thread of its own, ``seconds`` after its start, unless it is cancelled before.
+    """Calls ``action`` in a thread of its own, ``seconds`` after its start, unless it is cancelled before.
 
     Starting and cancelling it takes no lock that another thread may hold.
     """
@@ -170,7 +169,7 @@ def _uwsgi_options() -> set[str] | None:
 
 
 def can_run() -> bool:
-    """Return whether threads of Python run here; uWSGI stops them between requests without ``enable-threads``."""
+    """Return whether threads run here; uWSGI without ``enable-threads`` stops them between requests."""
     options = _uwsgi_options()
     return options is None or not options.isdisjoint({"enable-threads", "threads"})
 

@@ -180,7 +180,7 @@ class Adapter:
         try:
             connection = self.registry.connection
             if connection is not None:
-                connection.request_ended()
+                connection.request_ended(may_be_the_last=self.service.may_end_after_a_request)
         except Exception as error:
             self.complain("tapes could not publish at the end of a request", error)
 

@@ -4,8 +4,10 @@ What tells: an address from the environment, uWSGI, gunicorn, Tornado's ``fork_p
 multiprocessing (uvicorn, hypercorn and granian have one), and ``wsgi.multiprocess``. A development server, a
 test client and a notebook are none of these: there nothing is started, and the process answers for itself.
 
-A process joins before its first request is answered, or when its lifespan starts, and not when the adapter is
-made: that may be in a parent that forks later.
+A process joins when its adapter is made, so that it counts before its first request. That is done by a
+thread, and delays nothing. An adapter that is made in a server's master, which is no worker, only decides
+where the service meets; the master's children join shortly after they are forked. If only the server says
+that there are several processes (``wsgi.multiprocess``), a process joins with its first request.
 """
 
 from __future__ import annotations
@@ -19,16 +21,20 @@ import threading
 import time
 from typing import Any
 
-from tapes import forks
-from tapes.environment import address_told, is_disabled, may_start
+from tapes import forks, threads
+from tapes.endings import CONNECT, at_end
+from tapes.environment import address_told, is_disabled, is_spawned, may_start
 from tapes.errors import AggregatorUnavailable, TapesError
 from tapes.exposition.endpoint import Answer, answer, plain
+from tapes.first_use import SHORTLY_SECONDS
 from tapes.registry import Registry, default_registry
+from tapes.service import supervisor
 
 __all__ = ["Membership", "is_one_of_several"]
 
 _RETRY_SECONDS = 5.0
 _JOINING_SECONDS = 1.0
+_CANCEL_SECONDS = 0.25
 
 _log = logging.getLogger("tapes.contrib")
 
@@ -47,8 +53,26 @@ class Membership:
         self.is_off = is_disabled()
         self._registry = registry
         self._of_process: dict[int, _Here] = {}
-        if "uwsgi" in sys.modules and not self.is_off:
+        self._delayed: threads.Delayed | None = None
+        if self.is_off:
+            return
+        forks.add_user(self)
+        if "uwsgi" in sys.modules:
             importlib.import_module("tapes.contrib.uwsgi")  # whose hooks have to be there before the fork
+        elif is_spawned() and multiprocessing.parent_process() is None:  # it does not know yet what it is
+            self._join_shortly()
+        else:
+            self._join_from_the_start()
+
+    @property
+    def is_member(self) -> bool:
+        """Whether this process is one of several, as far as is known yet."""
+        return self._here().is_member
+
+    @property
+    def may_end_after_a_request(self) -> bool:
+        """Whether the server may end this process after a request, by no hook: it forks for each of them."""
+        return self._here().may_end
 
     def begin(self, says_several: bool = False, is_development: bool = False) -> bool:
         """Notice that this is another process than before; return whether it has to `join`.
@@ -62,6 +86,9 @@ class Membership:
         if not (self.is_off or here.is_member):
             known = bool(address_told()) if is_development else is_one_of_several()
             here.is_member, here.is_claim = known or says_several, not known
+        here.may_end = says_several and not _is_of_a_known_server()
+        if here.may_end:
+            self._registry.tells_at_request_end = True
         self.mark[0] = 1
         return here.is_member and here.joining is None and not _has_joined(self._registry)
 
@@ -73,7 +100,7 @@ class Membership:
         here = self._here()
         if not here.turn.acquire(False):
             return
-        here.joining = threading.Event()
+        here.joining = here.joining or threading.Event()
         try:
             _join(self._registry, here.is_claim)
             here.problem = ""
@@ -91,6 +118,7 @@ class Membership:
 
     def leave(self) -> None:
         """Hand over the last values; the next request, if there is one, joins again."""
+        self._await_joining()
         self.mark[0] = 0
         self._of_process.clear()
         if self._registry.connection is not None:
@@ -99,8 +127,27 @@ class Membership:
             except Exception:
                 _log.exception("tapes could not say goodbye")
 
-    def _here(self) -> _Here:
-        return self._of_process.setdefault(os.getpid(), _Here())
+    def before_fork(self) -> None:
+        """Called before this process forks."""
+        delayed = self._delayed
+        if delayed is not None and not delayed.cancel(_CANCEL_SECONDS):
+            self._delayed = None
+
+    def go_on(self) -> None:
+        """Called in the parent after a fork."""
+        if self._delayed is not None:
+            self._join_shortly()
+
+    def forked(self, parent: forks.Process, version: int) -> None:
+        """Called in a forked child: one of a server's master joins shortly."""
+        was_member = self._of_process.pop(parent.pid, _Here()).is_member
+        self._of_process.clear()
+        self._delayed = None
+        if not was_member:
+            self._join_shortly()
+
+    def let_go(self) -> None:
+        """Nothing: a child that is no worker does not join."""
 
     def answer(self, accept: str = "", query: str = "") -> Answer:
         """Return the metrics of the whole service, or a 503 that says what is wrong; may wait a second."""
@@ -108,8 +155,7 @@ class Membership:
             return plain(503, "tapes is turned off (TAPES_DISABLED).")
         here = self._here()
         if here.is_member:
-            if here.joining is not None:
-                here.joining.wait(_JOINING_SECONDS)
+            self._await_joining()
             if self._registry.connection is None and time.monotonic() - here.tried > _RETRY_SECONDS:
                 self.join()
             if self._registry.connection is None:
@@ -120,6 +166,50 @@ class Membership:
                 )
         return answer(self._registry, accept, query)
 
+    def _here(self) -> _Here:
+        return self._of_process.setdefault(os.getpid(), _Here())
+
+    def _await_joining(self) -> None:
+        joining = self._here().joining
+        if joining is not None:
+            joining.wait(_JOINING_SECONDS)
+
+    def _join_shortly(self) -> None:
+        self._delayed = threads.Delayed(self._join_from_the_start, SHORTLY_SECONDS, "tapes-join")
+        self._delayed.start()
+
+    def _join_from_the_start(self) -> None:
+        """Join, in a thread, if this process is known for one of several; a master only decides where."""
+        try:
+            if not is_one_of_several():
+                return
+            _decide(self._registry)
+            if _is_master():
+                return
+            here = self._here()
+            here.joining = threading.Event()
+            here.is_member = True
+            worker = threads.Worker(self._keep_joining, "tapes-join", is_bare=True)
+            try:
+                worker.start()
+                at_end(self._await_joining, CONNECT)
+            except RuntimeError:  # no thread can be started: the first request joins
+                here.joining = None
+        except Exception as error:
+            _log.warning("tapes: this process can't join the others of its service yet: %s", error)
+
+    def _keep_joining(self) -> None:
+        """Join; if that fails, try again, as this process counts with or without requests."""
+        here = self._here()
+        if _has_joined(self._registry) and here.joining is not None:
+            here.joining.set()
+            return
+        while here is self._of_process.get(os.getpid()):
+            self.join()
+            if not here.problem:
+                return
+            threads.real("time", "sleep")(_RETRY_SECONDS)
+
 
 class _Here:
     """What is known of one process."""
@@ -127,6 +217,7 @@ class _Here:
     def __init__(self) -> None:
         self.is_member = False
         self.is_claim = False  # as nobody but the server says so
+        self.may_end = False
         self.turn = threading.Lock()
         self.joining: threading.Event | None = None
         self.tried = 0.0
@@ -135,14 +226,37 @@ class _Here:
 
 def is_one_of_several() -> bool:
     """Return whether this process belongs to a service of many processes, as far as can be seen from here."""
-    if address_told() or "uwsgi" in sys.modules:
-        return True
-    if "gunicorn.arbiter" in sys.modules and os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn/"):
+    return bool(address_told()) or _is_of_a_known_server()
+
+
+def _is_of_a_known_server() -> bool:
+    if "uwsgi" in sys.modules or _is_of_gunicorn():
         return True
     tornado: Any = sys.modules.get("tornado.process")
     if tornado is not None and tornado.task_id() is not None:
         return True
     return multiprocessing.parent_process() is not None and not _is_only_child()
+
+
+def _is_of_gunicorn() -> bool:
+    is_there = os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn/")
+    return is_there and "gunicorn.arbiter" in sys.modules
+
+
+def _is_master() -> bool:
+    """Return whether this is gunicorn's master, which loads the application with ``--preload``.
+
+    A worker runs within the master's method that made it, so that is on the stack of its main thread.
+    """
+    if not _is_of_gunicorn():
+        return False
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    names = set()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "gunicorn.arbiter":
+            names.add(frame.f_code.co_name)
+        frame = frame.f_back
+    return bool(names) and "spawn_worker" not in names
 
 
 def _is_only_child() -> bool:
@@ -161,13 +275,27 @@ def _has_joined(registry: Registry) -> bool:
     return not lacks_aggregator(registry)
 
 
+def _may_decide(registry: Registry) -> bool:
+    return may_start() and not hasattr(registry, "socket_addr")
+
+
+def _decide(registry: Registry) -> None:
+    """Decide where the service meets, for this process and for all that it starts."""
+    if _may_decide(registry) and not address_told():
+        with forks.no_fork():  # a child that is forked in the middle of an import would wait for its end
+            from tapes.distributed.joining import decide
+
+        decide(supervisor())
+
+
 def _join(registry: Registry, is_claim: bool) -> None:
     if not may_start() and not address_told() and not hasattr(registry, "socket_addr"):
         raise AggregatorUnavailable(
             "TAPES_AUTOSTART=0 forbids to start an aggregator",
             remedy="set TAPES_ADDR to the address of one, or start the server by tapes run -- COMMAND",
         )
-    from tapes.distributed.joining import join, supervisor
+    with forks.no_fork():
+        from tapes.distributed.joining import join
 
     if is_claim and supervisor().process == forks.this_process():
         raise AggregatorUnavailable(

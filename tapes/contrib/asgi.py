@@ -152,7 +152,7 @@ class TapesMiddleware:
         exchange.returned()
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_known = self._adapter.registry.connection is None  # or there is nobody to leave
+        is_known = not self._service.is_member  # or there is nobody to leave
 
         async def receiving() -> Message:
             nonlocal is_known

@@ -17,7 +17,7 @@ import sys
 from typing import Any, Callable
 
 import tapes
-from tapes import forks
+from tapes import forks, threads
 
 __all__: list[str] = []
 
@@ -27,6 +27,9 @@ _log = logging.getLogger("tapes.contrib.uwsgi")
 def _join() -> None:
     try:
         tapes.join()
+        connection = tapes.default_registry.connection
+        if connection is not None and not threads.can_run():
+            connection.request_ended(may_be_the_last=True)  # nothing else publishes before the first request
     except tapes.TapesError as error:
         _log.error("tapes: this worker can't join: %s", error)
 

@@ -21,6 +21,7 @@ from tapes.distributed.lease import Lease
 from tapes.distributed.ledger import Ledger
 from tapes.distributed.messages import (
     NOBODY,
+    NOTHING,
     Goodbye,
     HandOver,
     Hello,
@@ -149,7 +150,7 @@ class Bookkeeper:
                 raise WireError(
                     "a question", got=type(question).__name__, expected="Read, Hello, Goodbye or HandOver"
                 )
-            if self.awaited and isinstance(question, Read):
+            if self.awaited and isinstance(question, Read) and question.what != NOTHING:
                 return None
             return encode(self._reply(question, data, version), version)
         except Exception as error:
@@ -211,6 +212,8 @@ class Bookkeeper:
             return Reply(number, "ok" if self._leave(question, data) else "behind", b"")
         if not self._apply(question.update, published=False):
             return Reply(number, "behind", b"")
+        if question.what == NOTHING:
+            return Reply(number, "ok", b"")
         if question.what != "states" and question.what not in FORMS:
             return Reply(number, "error", b"it does not know this format")
         try:

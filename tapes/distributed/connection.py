@@ -7,9 +7,9 @@ and gets a keyframe. So a reader always sees its own events.
 Leaving is a request too: the last values, acknowledged. If nobody answers they are left as a will beside the
 socket. Every end of a process that `tapes.endings` knows leaves.
 
-At a fork the parent holds still, so that no thread and no socket is in the middle of anything. The child gets a
-connection of its own, which opens no descriptor before it is first used (`tapes.first_use`): until then the
-child may close all descriptors, or become another program.
+At a fork the parent holds still, so that no thread and no socket is in the middle of anything. The child
+gets a connection of its own, which opens no descriptor before it is first used (`tapes.first_use`): until
+then the child may close all descriptors, or become another program.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ import zmq
 
 from tapes import forks, threads
 from tapes.connection import Connection
-from tapes.distributed import wills
+from tapes.distributed import directory, wills
 from tapes.distributed.address import Endpoints, resolve
 from tapes.distributed.late import Late
 from tapes.distributed.ledger import snapshot_of
-from tapes.distributed.messages import Goodbye, Merged, Read, Reply, Update
+from tapes.distributed.messages import NOTHING, Goodbye, Merged, Read, Reply, Update
 from tapes.distributed.outbox import Outbox
 from tapes.distributed.publisher import Publisher
 from tapes.distributed.questions import TIMEOUT_SECONDS, Question, exchange
@@ -59,13 +59,13 @@ def connect(registry: Registry, addr: str | None) -> None:
     """Attach a connection to ``registry``; nothing if this process has attached the same already."""
     if is_disabled():
         return
-    endpoints = resolve(addr)
+    endpoints = directory.present(resolve(addr))
     forks.check()
     registry.connect_when_used = None
     with _connecting:
         connection = registry.connection
         if isinstance(connection, AggregatorConnection) and connection.is_of_this_process:
-            if connection.endpoints != endpoints:
+            if not directory.is_same_service(connection.endpoints, endpoints):
                 raise InvalidArgument(
                     "connect()", got=endpoints.publish, expected=f"{connection.endpoints.publish}, as before",
                     remedy="call close() first",
@@ -108,10 +108,7 @@ def _tell_spawned() -> None:
     alive = [connection for connection in _attached if connection.is_of_this_process]
     default = [c.endpoints.publish for c in alive if c.registry is default_registry]
     others = [c.endpoints.publish for c in alive if c.registry is not default_registry]
-    if alive:
-        os.environ[forks.CONNECTED] = "\n".join([str(os.getpid()), *(default or [""]), *others])
-    else:
-        os.environ.pop(forks.CONNECTED, None)
+    forks.hand_down([*(default or [""]), *others] if alive else [])
 
 
 def _leave() -> None:
@@ -174,11 +171,12 @@ class AggregatorConnection(Connection):
                 self._publisher = publisher
             return self._publisher
 
-    def hurry(self) -> None:
-        """Publish the first values of this process at once."""
+    def hurry(self) -> bool:
+        """Publish the first values of this process at once; called when the first is recorded."""
         self.registry.first_use.wake = None
         if self._publisher is not None:
             self._publisher.hurry()
+        return True
 
     @property
     def is_of_this_process(self) -> bool:
@@ -193,8 +191,11 @@ class AggregatorConnection(Connection):
         """Return the number of the last publication."""
         return self._outbox.published_seq
 
-    def request_ended(self) -> None:
-        """Publish at the end of a request, where no thread can do it."""
+    def request_ended(self, *, may_be_the_last: bool = False) -> None:
+        """Publish at the end of a request, where no thread can do it, or in time."""
+        if may_be_the_last:
+            self.flush()
+            return
         self.open()
         if self._publisher is not None:
             self._publisher.request_ended()
@@ -213,6 +214,10 @@ class AggregatorConnection(Connection):
     def render(self, form: str) -> bytes:
         """Return the merged view, written by the aggregator; raises as `snapshot`."""
         return self._ask(self._read_of(form)).payload
+
+    def flush(self) -> None:
+        """Hand over what was recorded, and wait until the aggregator has it; raises as `snapshot`."""
+        self._ask(self._read_of(NOTHING))
 
     def close(self) -> None:
         """Stop publishing, and hand over the last values; takes 1 s at most if nobody answers.
@@ -272,7 +277,7 @@ class AggregatorConnection(Connection):
             self._changed.notify_all()
 
     def begin_anew(self) -> None:
-        """In a forked child, attach a connection of its own to the registry; it opens when it is first used."""
+        """In a forked child, attach a connection of its own; it opens when it is first used."""
         _abandoned.append(self)
         _attached.discard(self)
         _attach(self.registry, self.endpoints)
@@ -286,7 +291,8 @@ class AggregatorConnection(Connection):
 
     def _read_of(self, form: str) -> Callable[[int, zmq.Socket[bytes], float], Reply]:
         def ask(number: int, reader: zmq.Socket[bytes], deadline: float) -> Reply:
-            self._open().await_producers()
+            if form != NOTHING:
+                self._open().await_producers()
             self._say_goodbyes(reader, deadline)
             reply = Reply(0, "behind", b"")
             for keyframe in (False, True):

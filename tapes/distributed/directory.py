@@ -10,25 +10,24 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import stat
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from tapes import forks
-from tapes.distributed.address import Endpoints, resolve, unlock
+from tapes import forks, service
+from tapes.distributed.address import Endpoints, is_served, resolve, unlock
 from tapes.distributed.journal import read_journal
 from tapes.distributed.processes import lives
 from tapes.errors import AddressError, AggregatorUnavailable, TapesError, WireError
 from tapes.forks import Process
+from tapes.service import SOCKET
 
-__all__ = ["User", "clear", "find", "restore", "start_lock", "sweep"]
+__all__ = [
+    "User", "clear", "elsewhere", "is_same_service", "place_of", "present", "restore", "settle", "start_lock",
+    "sweep",
+]  # fmt: skip
 
-_NAME = re.compile(r"tapes-(\d+)-(\d+)")
-_SOCKET = "metrics.ipc"
-_SHORTEST = "/tmp"  # noqa: S108 - where other directories are too long for a socket; ours in it is private
 _START_LOCK = ".start"
 _PATIENCE_SECONDS = 20.0
 
@@ -45,41 +44,105 @@ class User(NamedTuple):
         return cls(os.geteuid(), os.getegid())
 
 
-def find(supervisor: Process, user: User) -> Endpoints:
-    """Return where the service of ``supervisor`` meets; the directory is made if need be.
+def settle(endpoints: Endpoints, user: User) -> Endpoints:
+    """Return where a service meets that is to meet at ``endpoints``; a private directory is made if need be.
+
+    That is there, but for a private directory: such a service meets wherever it is served by now, and if it
+    is served nowhere, where there is room for it.
 
     Raises:
         AggregatorUnavailable: If there is no place for it.
     """
-    name = f"tapes-{supervisor.pid}-{supervisor.started}"
+    directory = _owned(endpoints)
+    if directory is None:
+        return endpoints
+    places = [endpoints, *elsewhere(endpoints)]
+    for place in places:
+        if is_served(place):
+            return place
     reasons = []
-    for parent in _parents():
-        directory = os.path.join(parent, name)
-        if user.uid != os.geteuid() and not _open_to_all(parent):
-            reasons.append(f"{parent} is closed to user {user.uid}")
-            continue
-        try:
-            endpoints = resolve(f"ipc://{directory}/{_SOCKET}")
-            with contextlib.suppress(FileExistsError):
-                _make(directory, user)
-            found = os.lstat(directory)
-        except (OSError, AddressError) as error:
-            reasons.append(str(error))
-            continue
-        if _is_private(found, user.uid):
-            return endpoints
-        reasons.append(f"{directory} is not ours alone")
+    for place in places:
+        why_not = _make_private(os.path.dirname(place.path or ""), user)
+        if not why_not:
+            return place
+        reasons.append(why_not)
     raise AggregatorUnavailable(
         f"there is no directory for the aggregator's sockets ({'; '.join(reasons)})",
         remedy="set TMPDIR to a directory that can be written to, or TAPES_ADDR to an address",
     )
 
 
+def present(endpoints: Endpoints) -> Endpoints:
+    """Return where the aggregator is by now that was to be at ``endpoints``; these, if it can't be found."""
+    if endpoints.path is None or os.path.lexists(endpoints.path):
+        return endpoints
+    return next(filter(is_served, elsewhere(endpoints)), endpoints)
+
+
+def place_of(supervisor: Process) -> Endpoints:
+    """Return where the service of ``supervisor`` is to meet, as seen by this process.
+
+    Raises:
+        AggregatorUnavailable: If all paths are too long.
+    """
+    found = _resolved(service.places(service.directory_name(supervisor)))
+    if not found:
+        raise AggregatorUnavailable(
+            "there is no directory for the aggregator's sockets: all paths are too long",
+            remedy="set TMPDIR to a shorter path, or TAPES_ADDR to an address",
+        )
+    usable = (place for place in found if _is_usable(os.path.dirname(os.path.dirname(place.path or ""))))
+    return next(filter(is_served, found), next(usable, found[0]))
+
+
+def elsewhere(endpoints: Endpoints) -> list[Endpoints]:
+    """Return the other places in which a service may meet that has a private directory."""
+    directory = _owned(endpoints)
+    if directory is None:
+        return []
+    found = _resolved(service.places(os.path.basename(directory)))
+    return [place for place in found if place != endpoints]
+
+
+def is_same_service(one: Endpoints, other: Endpoints) -> bool:
+    """Return whether both are where one service meets, or has met before it moved."""
+    owned = _owned(one), _owned(other)
+    return one == other or (
+        None not in owned and os.path.basename(owned[0] or "") == os.path.basename(owned[1] or "")
+    )
+
+
+def _resolved(paths: Iterable[str]) -> list[Endpoints]:
+    found = []
+    for path in paths:
+        with contextlib.suppress(AddressError):  # too long
+            found.append(resolve(f"ipc://{path}"))
+    return found
+
+
+def _is_usable(parent: str) -> bool:
+    return os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK)
+
+
+def _make_private(directory: str, user: User) -> str:
+    """Make a private directory, if it is not there; return why it can't be used, or nothing."""
+    parent = os.path.dirname(directory)
+    try:
+        if user.uid != os.geteuid() and not _open_to_all(parent):
+            return f"{parent} is closed to user {user.uid}"
+        with contextlib.suppress(FileExistsError):
+            _make(directory, user)
+        found = os.lstat(directory)
+    except OSError as error:
+        return str(error)
+    return "" if _is_private(found, user.uid) else f"{directory} is not ours alone"
+
+
 def _owned(endpoints: Endpoints) -> str | None:
     """Return the directory of ``endpoints`` if it is of the kind that this module makes, there or not."""
     if endpoints.path is not None:
         directory, name = os.path.split(endpoints.path)
-        if name == _SOCKET and _NAME.fullmatch(os.path.basename(directory)):
+        if name == SOCKET and service.supervisor_of(os.path.basename(directory)):
             return directory
     return None
 
@@ -144,7 +207,7 @@ def _empty(directory: str) -> None:
     """Remove the files of an aggregator in a private directory of ours."""
     with _opened(directory, os.geteuid()) as fd:
         for name in os.listdir(fd):
-            if name.startswith(_SOCKET):
+            if name.startswith(SOCKET):
                 with contextlib.suppress(OSError):
                     os.unlink(name, dir_fd=fd)
 
@@ -220,18 +283,18 @@ forks.renew_in_child(_let_go)
 
 def sweep() -> None:
     """Remove what is left of services of this user that have ended with nobody to clean up."""
-    for parent in _parents():
+    for parent in service.parents():
         with contextlib.suppress(OSError):
             for entry in list(os.scandir(parent)):
-                match = _NAME.fullmatch(entry.name)
-                if match is not None and not lives(Process(int(match[1]), int(match[2]))):
+                supervisor = service.supervisor_of(entry.name)
+                if supervisor is not None and not lives(supervisor):
                     with contextlib.suppress(OSError, TapesError):
                         _sweep(entry.path)
 
 
 def _sweep(directory: str) -> None:
     with contextlib.suppress(WireError):
-        saved = read_journal(os.path.join(directory, _SOCKET))
+        saved = read_journal(os.path.join(directory, SOCKET))
         if saved is not None and saved.somebody_lives(forks.host()):
             return  # workers that outlive their supervisor are about to start another aggregator
     locks = []
@@ -246,11 +309,6 @@ def _sweep(directory: str) -> None:
     finally:
         for lock in locks:
             unlock(lock)
-
-
-def _parents() -> list[str]:
-    given = (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), _SHORTEST)
-    return list(dict.fromkeys(os.path.abspath(parent) for parent in given if parent))
 
 
 def _open_to_all(directory: str) -> bool:

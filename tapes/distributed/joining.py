@@ -7,8 +7,6 @@ same lock when it leaves, and then answers nobody: so nobody joins one that is a
 from __future__ import annotations
 
 import os
-import sys
-from typing import Any, NamedTuple
 
 from tapes import forks
 from tapes.distributed import directory
@@ -21,15 +19,9 @@ from tapes.environment import may_start
 from tapes.errors import TapesError
 from tapes.forks import Process
 from tapes.registry import Registry
+from tapes.service import Supervisor, supervisor
 
-__all__ = ["Supervisor", "join", "lacks_aggregator", "meet", "supervisor"]
-
-
-class Supervisor(NamedTuple):
-    """The process that a service is known by, and what it is."""
-
-    process: Process
-    what: str
+__all__ = ["Supervisor", "decide", "join", "lacks_aggregator", "meet"]
 
 
 def join(registry: Registry, addr: str | None = None) -> None:
@@ -68,27 +60,43 @@ def meet(
         AddressError, AggregatorUnavailable, InvalidArgument: If that can't be done.
     """
     user = directory.User.ourselves() if user is None else user
+    while True:
+        endpoints = directory.settle(decide(whom, addr), user)
+        met = (forks.this_process(), endpoints)
+        if met in _met and is_served(endpoints):
+            break
+        stays = _stays(endpoints, whom.process) if is_served(endpoints) or endpoints.path is None else None
+        if stays is not True:
+            with directory.start_lock(endpoints, user):  # waits for who starts it, or for it to leave
+                if not is_served(endpoints) and directory.settle(endpoints, user) != endpoints:
+                    continue  # it was started elsewhere meanwhile
+                if stays is _IS_OLDER:
+                    replace(endpoints)
+                # Where there is no file to tell, asking does. One that is there and said nothing is held up.
+                if not is_served(endpoints) and (endpoints.path is not None or stays is not _IS_OLDER):
+                    _launch(endpoints, whom, user)
+                    stays = None
+                if stays is not False:
+                    stays = _stays(endpoints, whom.process)
+        if stays is True:
+            _met.add(met)
+        break
+    os.environ["TAPES_ADDR"] = endpoints.publish
+    return endpoints
+
+
+def decide(whom: Supervisor, addr: str | None = None) -> Endpoints:
+    """Return where a service is to meet, and hand that down to the processes that this one starts.
+
+    Takes no time to speak of: nothing is made and nothing is started.
+
+    Raises:
+        AddressError, AggregatorUnavailable: If there can't be such a place.
+    """
     if addr is None and not os.environ.get("TAPES_ADDR"):
-        endpoints = directory.find(whom.process, user)
+        endpoints = directory.place_of(whom.process)
     else:
         endpoints = resolve(DEFAULT_ADDR if addr is None else addr)
-        directory.restore(endpoints, user)
-    met = (forks.this_process(), endpoints)
-    if met in _met and is_served(endpoints):
-        return endpoints
-    stays = _stays(endpoints, whom.process) if is_served(endpoints) or endpoints.path is None else None
-    if stays is not True:
-        with directory.start_lock(endpoints, user):  # waits for who starts it, or for it to leave
-            if stays is _IS_OLDER:
-                replace(endpoints)
-            # Where there is no file to tell, asking does. One that is there and said nothing is held up.
-            if not is_served(endpoints) and (endpoints.path is not None or stays is not _IS_OLDER):
-                _launch(endpoints, whom, user)
-                stays = None
-            if stays is not False:
-                stays = _stays(endpoints, whom.process)
-    if stays is True:
-        _met.add(met)
     os.environ["TAPES_ADDR"] = endpoints.publish
     return endpoints
 
@@ -121,30 +129,3 @@ def lacks_aggregator(registry: Registry) -> bool:
     endpoints = connection.endpoints
     answers = endpoints.path is None and _stays(endpoints, forks.this_process()) is True
     return not (answers or is_served(endpoints))
-
-
-def supervisor() -> Supervisor:
-    """Return the process that all workers of this service have in common, as far as can be seen."""
-    uwsgi: Any = sys.modules.get("uwsgi")
-    if uwsgi is not None and uwsgi.masterpid():
-        return Supervisor(forks.process_of(uwsgi.masterpid()), "uWSGI")
-    multiprocessing: Any = sys.modules.get("multiprocessing.process")
-    parent = multiprocessing and multiprocessing.parent_process()
-    if parent is not None:
-        return Supervisor(forks.process_of(parent.pid), "multiprocessing")
-    if forks.origin() != forks.this_process():
-        return Supervisor(forks.origin(), "the process that it was forked from")
-    if os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn/"):
-        return Supervisor(forks.process_of(os.getppid()), "gunicorn")
-    if _command(os.getppid()) == _command(os.getpid()):
-        return Supervisor(forks.process_of(os.getppid()), "the process that it was forked from")
-    return Supervisor(forks.this_process(), "the process itself")
-
-
-def _command(pid: int) -> bytes:
-    """Return what a process was started by, which no fork changes; it differs where it can't be seen."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read()
-    except OSError:
-        return str(pid).encode()

@@ -1,9 +1,9 @@
 """What is recorded after the goodbye: by exit handlers, and by threads that a server leaves running.
 
-The process may end at any moment now, and no hook of ours runs again. So a value that is recorded is handed over
-before the recording call returns: a round trip of about a millisecond. After 0.25 s of that, one round trip in
-twenty times its own duration has to do, so that a thread that records in a loop can't hold up the end of the
-process; what it records in its last few milliseconds may then be lost.
+The process may end at any moment now, and no hook of ours runs again. So a value that is recorded is handed
+over before the recording call returns: a round trip of about a millisecond. After 0.25 s of that, one round
+trip in twenty times its own duration has to do, so that a thread that records in a loop can't hold up the
+end of the process; what it records in its last few milliseconds may then be lost.
 """
 
 from __future__ import annotations
@@ -45,17 +45,19 @@ class Late:
     def begin(self, goodbye: Callable[[], None]) -> None:
         """Call ``goodbye``, and from then on hand over each value; none is recorded between the two."""
         with self._lock:
+            self._registry.first_use.sleep(self._woken)
             self._run(goodbye)
 
-    def _woken(self) -> None:
-        """Called after a value was recorded."""
+    def _woken(self) -> bool:
+        """Called after a value was recorded; the metrics sleep on."""
         if sys.is_finalizing():  # a destructor: modules that a round trip needs may be gone
-            return
+            return False
         with self._lock:
             if self._is_busy:  # a signal handler, or a log handler that records
                 self._again = True
             elif self._spent < _BUDGET_SECONDS or time.monotonic() - self._ended > _SHARE * self._last:
                 self._run(self._hand_over)
+        return False
 
     def _run(self, action: Callable[[], None]) -> None:
         self._is_busy = True
@@ -63,7 +65,6 @@ class Late:
             while True:
                 self._again = False
                 started = time.monotonic()
-                self._registry.first_use.sleep(self._woken)  # first, so that no value falls between
                 action()
                 self._ended = time.monotonic()
                 self._last = self._ended - started

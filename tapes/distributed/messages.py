@@ -28,8 +28,8 @@ from tapes.naming import Labels
 from tapes.snapshot import Description
 
 __all__ = [
-    "NOBODY", "Descriptions", "Goodbye", "HandOver", "Hello", "Item", "Journal", "Merged", "Message",
-    "Read", "Record", "Reply", "Update",
+    "NOBODY", "NOTHING", "Descriptions", "Goodbye", "HandOver", "Hello", "Item", "Journal", "Merged",
+    "Message", "Read", "Record", "Reply", "Update",
 ]  # fmt: skip
 
 Descriptions = dict[str, Description]
@@ -74,8 +74,14 @@ class Update(NamedTuple):
         return bool(self.ancestors) or any(not item.state.is_empty for item in self.items)
 
 
+NOTHING = "nothing"
+
+
 class Read(NamedTuple):
-    """A question: ``what`` is a form of `tapes.exposition.FORMS`, or ``"states"`` for a `Merged`."""
+    """A question: ``what`` is a form of `tapes.exposition.FORMS`, or ``"states"`` for a `Merged`.
+
+    With `NOTHING` there is no payload: the worker wants to know that its update has arrived.
+    """
 
     correlation: int
     what: str

@@ -51,8 +51,9 @@ def render(registry: Registry, form: str) -> bytes:
     Raises:
         AggregatorUnavailable: If the registry is connected and the aggregator doesn't answer.
     """
-    if registry.connection is not None:
-        return registry.connection.render(form)
+    connection = registry.connection_to_read
+    if connection is not None:
+        return connection.render(form)
     return write(registry.snapshot(), form)
 
 

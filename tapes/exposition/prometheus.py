@@ -106,8 +106,9 @@ def render(registry: Registry, *, openmetrics: bool = False) -> bytes:
     Raises:
         AggregatorUnavailable: If the registry is connected and the aggregator doesn't answer.
     """
-    if registry.connection is not None:
-        return registry.connection.render("openmetrics" if openmetrics else "prometheus")
+    connection = registry.connection_to_read
+    if connection is not None:
+        return connection.render("openmetrics" if openmetrics else "prometheus")
     return write(registry.snapshot(), openmetrics=openmetrics)
 
 

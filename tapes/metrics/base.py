@@ -148,8 +148,8 @@ class Metric:
     def _holds_something(self) -> bool:
         return bool(self._pending) or not self._state.is_empty
 
-    def sleep(self, wake: Callable[[], None]) -> None:
-        """Have ``wake`` called when the next value is recorded; see `tapes.metrics.sleeping`."""
+    def sleep(self, wake: Callable[[], bool]) -> None:
+        """Have ``wake`` called when the next value is recorded; see `SleepingBuffer`."""
         self._buffer = SleepingBuffer(self, wake)
 
     def is_at(self, state: State | None) -> bool:

@@ -167,15 +167,15 @@ class Gauge(Metric):
             self._producer = weakref.ref(producer)
         self._rouse()
 
-    def sleep(self, wake: Callable[[], None]) -> None:
+    def sleep(self, wake: Callable[[], bool]) -> None:
         """Have ``wake`` called when the gauge is next set or moved, or gets a producer."""
         super().sleep(wake)
         self._sleeps = True
 
     def _rouse(self) -> None:
-        self._sleeps = False
         if isinstance(self._buffer, SleepingBuffer):
             self._buffer.rouse()
+        self._sleeps = isinstance(self._buffer, SleepingBuffer)
 
     @property
     def has_producer(self) -> bool:

@@ -1,13 +1,14 @@
 """How a process notices, at no cost, that it begins to record.
 
-Theory. A metric has one list of pending values, and recording appends to what is in ``_buffer``. As a rule that
-is the same list. In a metric that *sleeps* it is a `SleepingBuffer`: an empty list whose ``append`` puts the
-list of pending values in its own place, appends to that, and calls ``wake``. So the first value recorded wakes
-the metric, every later one finds a plain list, and no recording call has anything to check.
+Theory. A metric has one list of pending values, and recording appends to what is in ``_buffer``. As a rule
+that is the same list. In a metric that *sleeps* it is a `SleepingBuffer`: an empty list whose ``append``
+appends to the list of pending values, calls ``wake``, and puts that list in its own place if ``wake``
+agrees. So the first value recorded wakes the metric, every later one finds a plain list, and no recording
+call has anything to check.
 
-The list of pending values stays the same one throughout. A thread that still holds the sleeping buffer, or one
-that held the plain list when the metric was put to sleep, appends to that list too: no value is lost, and a
-metric may be put to sleep at any time.
+The list of pending values stays the same one throughout. A thread that still holds the sleeping buffer, or
+one that held the plain list when the metric was put to sleep, appends to that list too: no value is lost,
+and a metric may be put to sleep at any time.
 """
 
 from __future__ import annotations
@@ -22,24 +23,23 @@ class SleepingBuffer(list[Any]):
 
     Args:
         metric: The metric that wakes with the first value.
-        wake: Called after each value that comes here: usually one, more if several threads record at once.
+        wake: Called after each value that comes here; returns whether the metric is to stay awake.
     """
 
     __slots__ = ("_metric", "_pending", "_wake")
 
-    def __init__(self, metric: Any, wake: Callable[[], None]) -> None:
+    def __init__(self, metric: Any, wake: Callable[[], bool]) -> None:
         super().__init__()
         self._metric = metric
         self._pending: list[Any] = metric._pending
         self._wake = wake
 
     def append(self, value: Any) -> None:
-        """Append ``value`` to what is pending, and wake the metric."""
+        """Append ``value`` to what is pending, and wake the metric, unless it is to sleep on."""
         self._pending.append(value)
         self.rouse()
 
     def rouse(self) -> None:
-        """Wake the metric."""
-        if self._metric._buffer is self:
+        """Wake the metric, unless it is to sleep on."""
+        if self._wake() and self._metric._buffer is self:
             self._metric._buffer = self._pending
-        self._wake()

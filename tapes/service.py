@@ -1,0 +1,151 @@
+"""Which service this process belongs to, and where its processes meet.
+
+A service is known by its *supervisor*: the process that all of its workers descend from, such as gunicorn's
+master, or the parent of a pool. Every process finds it by itself, so that all come to the same answer: it
+goes from parent to parent for as long as a process was made by its parent without becoming another program.
+
+The service meets in a private directory that is named after its supervisor. The environment decides where
+that directory can be made, and it differs between processes and changes with time (a login session ends and
+takes ``XDG_RUNTIME_DIR`` with it). So the first process decides and hands the address down in
+``TAPES_ADDR``, and every process looks in all `places` for an aggregator before one is started.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from tapes import forks
+from tapes.forks import Process
+
+__all__ = [
+    "SOCKET",
+    "Supervisor",
+    "address",
+    "directory_name",
+    "parents",
+    "places",
+    "supervisor",
+    "supervisor_of",
+]
+
+SOCKET = "metrics.ipc"
+"""The name of the aggregator's socket in a private directory."""
+
+_NAME = re.compile(r"tapes-(\d+)-(\d+)")
+_MOST_GENERATIONS = 32
+_GUNICORN = b"gunicorn: master"
+"""How the command of gunicorn's master begins where the package setproctitle is installed."""
+
+
+class Supervisor(NamedTuple):
+    """The process that a service is known by, and what it is."""
+
+    process: Process
+    what: str
+
+
+def supervisor() -> Supervisor:
+    """Return the process that all workers of this service have in common, as far as can be seen."""
+    forks.check()
+    return _supervisor(os.getpid())
+
+
+@lru_cache(maxsize=1)
+def _supervisor(pid: int) -> Supervisor:
+    uwsgi: Any = sys.modules.get("uwsgi")
+    if uwsgi is not None and uwsgi.masterpid():
+        return Supervisor(forks.process_of(uwsgi.masterpid()), "uWSGI")
+    multiprocessing: Any = sys.modules.get("multiprocessing.process")
+    parent = multiprocessing and multiprocessing.parent_process()
+    found, what = forks.this_process(), "the process itself"
+    if parent is not None:
+        found, what = forks.process_of(parent.pid), "multiprocessing"
+    elif forks.origin() != found:
+        found, what = forks.origin(), "the process that it was forked from"
+    for _ in range(_MOST_GENERATIONS):
+        above = _made_by(found.pid)
+        if not above:
+            break
+        found = forks.process_of(above)
+        what = "multiprocessing" if parent is not None else "the process that it was forked from"
+    if "gunicorn.arbiter" in sys.modules and found.pid != pid:
+        what = "gunicorn"
+    return Supervisor(found, what)
+
+
+def _made_by(pid: int) -> int:
+    """Return the parent of ``pid`` if that made it as a part of itself; otherwise 0.
+
+    A fork changes no command line, and multiprocessing starts its processes by commands of its own. A
+    gunicorn that replaces another one (USR2) is a service of its own, although that one started it.
+    """
+    parent = _parent(pid)
+    if not parent or os.environ.get("GUNICORN_PID") == str(parent):
+        return 0
+    own, above = _command(pid), _command(parent)
+    is_part = own and (own == above or b"from multiprocessing." in own or above.startswith(_GUNICORN))
+    return parent if is_part else 0
+
+
+def _parent(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _command(pid: int) -> bytes:
+    """Return what a process was started by; nothing where that can't be seen."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def directory_name(process: Process) -> str:
+    """Return the name of the private directory of the service whose supervisor is ``process``."""
+    return f"tapes-{process.pid}-{process.started}"
+
+
+def supervisor_of(name: str) -> Process | None:
+    """Return whose directory has ``name``; ``None`` if it is none of ours."""
+    match = _NAME.fullmatch(name)
+    return Process(int(match[1]), int(match[2])) if match else None
+
+
+def parents() -> list[str]:
+    """Return the directories in which a private directory may be, the best first, whether they exist or not.
+
+    What the environment says comes first, and then what is the same for every process of this user.
+    """
+    given = (
+        os.environ.get("XDG_RUNTIME_DIR"),
+        tempfile.tempdir or next(filter(None, map(os.environ.get, ("TMPDIR", "TEMP", "TMP"))), None),
+        "/tmp",  # noqa: S108 - the directory in it is private
+        f"/run/user/{os.geteuid()}",
+        "/dev/shm",  # noqa: S108
+    )
+    names = (os.fsdecode(parent) for parent in given if parent)
+    return list(dict.fromkeys(map(os.path.abspath, names)))
+
+
+def places(name: str) -> Iterator[str]:
+    """Yield the paths of the sockets at which the service with the private directory ``name`` may meet."""
+    for parent in parents():
+        yield os.path.join(parent, name, SOCKET)
+
+
+def address() -> str:
+    """Return where an aggregator of this service is, or was a moment ago; empty if nowhere."""
+    for path in places(directory_name(supervisor().process)):
+        if os.path.lexists(path + ".lock"):
+            return f"ipc://{path}"
+    return ""
