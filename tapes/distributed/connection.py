@@ -30,13 +30,13 @@ import zmq
 from tapes import forks, threads
 from tapes.connection import Connection
 from tapes.distributed import directory, wills
-from tapes.distributed.address import Endpoints, resolve
+from tapes.distributed.address import Endpoints, is_served, resolve
 from tapes.distributed.late import Late
 from tapes.distributed.ledger import snapshot_of
 from tapes.distributed.messages import NOTHING, Goodbye, Merged, Read, Reply, Update
 from tapes.distributed.outbox import Outbox
 from tapes.distributed.publisher import Publisher
-from tapes.distributed.questions import TIMEOUT_SECONDS, Question, exchange
+from tapes.distributed.questions import TIMEOUT_SECONDS, exchange
 from tapes.distributed.sockets import new_reader
 from tapes.distributed.wire import decode
 from tapes.endings import GOODBYE, at_end
@@ -74,6 +74,8 @@ def connect(registry: Registry, addr: str | None) -> None:
             connection = _attach(registry, endpoints.ready())
             registry.first_use.sleep(connection.hurry)
         connection.open()
+    if connection.endpoints != endpoints and is_served(endpoints):
+        connection.move(endpoints)
 
 
 def close(registry: Registry) -> None:
@@ -166,7 +168,7 @@ class AggregatorConnection(Connection):
         with self._opening:
             if self._publisher is None:
                 self._context = self._context or zmq.Context()
-                publisher = Publisher(self._context, self.endpoints, self._outbox)
+                publisher = Publisher(self._context, self.endpoints, self._outbox, self.move)
                 publisher.start()
                 self._publisher = publisher
             return self._publisher
@@ -227,6 +229,7 @@ class AggregatorConnection(Connection):
         """
         if not self.is_of_this_process:
             return
+        self._follow()
         deadline = time.monotonic() + TIMEOUT_SECONDS
         with self._changed:
             if self._closing:
@@ -259,13 +262,40 @@ class AggregatorConnection(Connection):
     def before_fork(self) -> None:
         """Hold still: end the thread and close the sockets, unless somebody is using them."""
         with self._changed:
-            is_me = self._publisher is not None and self._publisher.is_me()
-            if self._closing or self._held or not self.is_of_this_process or is_me:
+            if self._may_hold():
+                self._hold(_HOLD_SECONDS)
+
+    def _may_hold(self) -> bool:
+        is_me = self._publisher is not None and self._publisher.is_me()
+        return self.is_of_this_process and not (self._closing or self._held or is_me)
+
+    def _hold(self, wait_seconds: float) -> bool:
+        """Hold still; return whether nothing of it is under way any more."""
+        self._held = True
+        if self._changed.wait_for(lambda: not self._in_flight, wait_seconds):
+            self._stopped = self._publisher is not None
+            self._shut(self._publisher is None or self._publisher.stop(wait_seconds))
+            return True
+        return False
+
+    def move(self, endpoints: Endpoints) -> None:
+        """Go on at ``endpoints``, where the aggregator of this service is by now."""
+        before = self.endpoints
+        with self._changed:
+            if self.endpoints == endpoints or not self._may_hold():
                 return
-            self._held = True
-            if self._changed.wait_for(lambda: not self._in_flight, _HOLD_SECONDS):
-                self._stopped = self._publisher is not None
-                self._shut(self._publisher is None or self._publisher.stop(_HOLD_SECONDS))
+            if self._hold(TIMEOUT_SECONDS):
+                self.endpoints = endpoints
+                _log.info("tapes follows its aggregator to %s", endpoints.publish)
+            self.go_on()
+        if os.environ.get("TAPES_ADDR") == before.publish:
+            os.environ["TAPES_ADDR"] = self.endpoints.publish
+        _tell_spawned()
+
+    def _follow(self) -> None:
+        place = directory.present(self.endpoints)
+        if place != self.endpoints:
+            self.move(place)
 
     def go_on(self) -> None:
         """Open again what `before_fork` closed."""
@@ -297,7 +327,7 @@ class AggregatorConnection(Connection):
             reply = Reply(0, "behind", b"")
             for keyframe in (False, True):
                 update = self._outbox.update(keyframe=keyframe)
-                reply = self._exchange(reader, Read(number, form, update), deadline)
+                reply = exchange(self.endpoints, reader, Read(number, form, update), deadline)
                 if reply.status != "behind":
                     break
             return reply
@@ -311,6 +341,7 @@ class AggregatorConnection(Connection):
                 "this process was forked after its registry was connected",
                 remedy="call connect() after the fork, in every worker",
             )
+        self._follow()
         deadline = time.monotonic() + TIMEOUT_SECONDS
         with self._in_use():
             number = next(self._correlations)
@@ -364,11 +395,8 @@ class AggregatorConnection(Connection):
         while unsaid:
             update = unsaid[0]
             goodbye = Goodbye(next(self._correlations), update)
-            if self._exchange(reader, goodbye, deadline).status != "ok":
+            if exchange(self.endpoints, reader, goodbye, deadline).status != "ok":
                 raise AggregatorUnavailable("the aggregator refused a goodbye")
             wills.withdraw(self.endpoints, goodbye)
             with contextlib.suppress(ValueError):  # another reader may have said it too, which is harmless
                 unsaid.remove(update)
-
-    def _exchange(self, reader: zmq.Socket[bytes], question: Question, deadline: float) -> Reply:
-        return exchange(self.endpoints, reader, question, deadline)

@@ -24,8 +24,8 @@ from tapes.forks import Process
 from tapes.service import SOCKET
 
 __all__ = [
-    "User", "clear", "elsewhere", "is_same_service", "place_of", "present", "restore", "settle", "start_lock",
-    "sweep",
+    "User", "clear", "elsewhere", "has_gone", "is_same_service", "place_of", "present", "restore", "settle",
+    "start_lock", "sweep",
 ]  # fmt: skip
 
 _START_LOCK = ".start"
@@ -77,6 +77,11 @@ def present(endpoints: Endpoints) -> Endpoints:
     if endpoints.path is None or os.path.lexists(endpoints.path):
         return endpoints
     return next(filter(is_served, elsewhere(endpoints)), endpoints)
+
+
+def has_gone(endpoints: Endpoints) -> bool:
+    """Return whether the private directory of ``endpoints``, or what an aggregator keeps in it, is gone."""
+    return _owned(endpoints) is not None and not os.path.lexists(endpoints.lock or "")
 
 
 def place_of(supervisor: Process) -> Endpoints:

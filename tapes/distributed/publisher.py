@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable
 
 import zmq
 
@@ -42,13 +42,24 @@ _log = logging.getLogger("tapes.distributed")
 
 
 class Publisher:
-    """Publishes an outbox: a daemon thread of its own does, or the end of every request."""
+    """Publishes an outbox: a daemon thread of its own does, or the end of every request.
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoints: Endpoints, outbox: Outbox):
+    Args:
+        context, endpoints, outbox: What it publishes, and where to.
+        follow: Called with where the aggregator is by now, if it has moved.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoints: Endpoints,
+        outbox: Outbox,
+        follow: Callable[[Endpoints], None],
+    ) -> None:
         self._context = context
         self._outbox = outbox
         self._endpoints = endpoints
-        self._reviver = Reviver(endpoints)
+        self._reviver = Reviver(endpoints, follow)
         self._socket: Socket | None = None
         self._receiver = self._sender = -1
         self._has_waited = self._was_lonely = False

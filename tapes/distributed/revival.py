@@ -1,8 +1,11 @@
-"""Starting the aggregator of a service again, by the first worker that misses it.
+"""Starting the aggregator of a service again, by the first worker that misses it, and finding one that moved.
 
 A worker notices within 0.2 s that nobody listens any more. If the lock beside the socket says that whoever
 held it died, and was one that workers start by themselves, it starts another one, under the lock of those who
 start: of many that notice, one does. An aggregator of an older release is asked to make room, and replaced.
+
+A private directory may go while the service lives, as when a login session ends. Its aggregator settles in
+another place then, or a worker starts another one there; workers follow.
 """
 
 from __future__ import annotations
@@ -33,8 +36,10 @@ _log = logging.getLogger("tapes.distributed")
 class Reviver:
     """Has the aggregator at ``endpoints`` started again when it is missed; of use to one thread."""
 
-    def __init__(self, endpoints: Endpoints) -> None:
+    def __init__(self, endpoints: Endpoints, follow: Callable[[Endpoints], None]) -> None:
         self._endpoints = endpoints
+        self._follow = follow
+        self._was_there = False
         self._thread: threads.Worker | None = None
         self._due = 0.0
         self._back_off = _BACK_OFF_SECONDS
@@ -42,13 +47,21 @@ class Reviver:
 
     def is_heard(self) -> None:
         """Note that an aggregator listens."""
+        self._was_there = True
         self._back_off = _BACK_OFF_SECONDS
         self._has_said = False
 
     def tend(self) -> None:
         """Start another one if the one that was there has died; call it while nobody listens."""
-        if time.monotonic() >= self._due and misses_aggregator(self._endpoints):
+        if time.monotonic() < self._due:
+            return
+        place = directory.present(self._endpoints)
+        if place != self._endpoints:
+            self._begin(lambda: self._follow(place))
+        elif misses_aggregator(self._endpoints):
             self._begin(lambda: _start(self._endpoints, misses_aggregator, "a worker that missed it"))
+        elif self._was_there and directory.has_gone(self._endpoints):
+            self._begin(lambda: _start_elsewhere(self._endpoints))
 
     def replace_older(self) -> None:
         """Replace the one that is there, as it is of an older release."""
@@ -102,6 +115,12 @@ def _start(endpoints: Endpoints, is_wanted: Callable[[Endpoints], bool], reason:
     with directory.start_lock(endpoints, user, wait=False) as held:
         if held and is_wanted(endpoints):
             launch(endpoints, forks.this_process(), reason, user, wait=threads.can_run())
+
+
+def _start_elsewhere(endpoints: Endpoints) -> None:
+    """Start an aggregator where there is room for it, as the private directory of ``endpoints`` is gone."""
+    place = directory.settle(endpoints, directory.User.ourselves())
+    _start(place, lambda place: not is_served(place), "a worker whose directory is gone")
 
 
 def _user_of(endpoints: Endpoints) -> directory.User:
