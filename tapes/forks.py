@@ -36,14 +36,16 @@ from typing import Any, Callable, NamedTuple
 
 __all__ = [
     "CONNECTED", "Ancestor", "Process", "add", "add_user", "check", "connected_parent", "fork_unnoticed",
-    "hand_down", "host", "is_uwsgi_master", "mark", "no_fork", "origin", "process_of", "renew_in_child",
-    "stamp", "this_process", "when_uwsgi_forks",
+    "hand_down", "host", "is_uwsgi_master", "mark", "no_fork", "origin", "process_of", "program_of",
+    "renew_in_child", "stamp", "this_process", "this_program", "when_uwsgi_forks",
 ]  # fmt: skip
 
 
 _WAIT_SECONDS = 1.0
 """So long a fork waits for those of other threads."""
 _WIPE_ON_FORK = 18  # Linux's MADV_WIPEONFORK
+
+_MOST_PROGRAM = (1 << 62) - 1
 
 CONNECTED = "TAPES_CONNECTED"
 """The variable that tells processes that this one spawns where its registries are connected."""
@@ -91,6 +93,28 @@ def process_of(pid: int) -> Process:
             return Process(pid, int(file.read().rpartition(b")")[2].split()[19]))
     except (OSError, IndexError, ValueError):
         return Process(pid, 0)
+
+
+def program_of(pid: int) -> int:
+    """Return a number of the program that a process runs; 0 if that can't be seen.
+
+    A fork does not change it, and ``exec`` does: a process that becomes another program, or itself again, is
+    another worker, although its pid and its start stay the same.
+
+    Theory. ``exec`` gives a process a new stack, at a random address, and a new text. The kernel shows where
+    they are (``/proc/PID/stat``, fields 26 to 28) to the process itself and to others of its user.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            code, end, stack = map(int, file.read().rpartition(b")")[2].split()[23:26])
+    except (OSError, IndexError, ValueError):
+        return 0
+    return (stack ^ code << 13 ^ end << 29) & _MOST_PROGRAM if stack else 0
+
+
+def this_program() -> int:
+    """Return the number of the program that this process runs."""
+    return _here.program
 
 
 def this_process() -> Process:
@@ -252,6 +276,7 @@ class _Here:
 
     def __init__(self) -> None:
         self.process = self.origin = process_of(os.getpid())
+        self.program = program_of(os.getpid())
         self.is_worker = True
         self.quiet_thread = 0
         self._becomes_another = False

@@ -257,10 +257,15 @@ def _processes(read: Reader) -> tuple[Process, ...]:
     return tuple(read.each(_process, _MOST_PROCESSES))
 
 
-def _fields_of_update(read: Reader, ancestors: Callable[[Reader], list[Update]]) -> Update:
+def _fields_of_update(
+    read: Reader, fields: int, ancestors: Callable[[Reader], list[Update]] | None = None
+) -> Update:
+    check(len(Update._fields) - 1 <= fields <= len(Update._fields), "an update that is none")
+    ancestors = ancestors or (lambda read: read.each(_ancestor))
     update = Update(
         _identity(read), _process(read), _text(read.flat()), _whole(read.flat(), 1), _whole(read.flat()),
         read.each(_item), _descriptions(read), tuple(ancestors(read)), _whole(read.flat(), 1),
+        _whole(read.flat()) if fields == len(Update._fields) else 0,  # version 1 has no program
     )  # fmt: skip
     check(update.base < update.seq, "an update that continues itself")
     return update
@@ -272,14 +277,12 @@ def _no_ancestors(read: Reader) -> list[Update]:
 
 
 def _ancestor(read: Reader) -> Update:
-    check(read.count() == len(Update._fields), "an update that is none")
-    return _of_somebody(_fields_of_update(read, _no_ancestors))
+    return _of_somebody(_fields_of_update(read, read.count(), _no_ancestors))
 
 
 def _recorded(read: Reader) -> Update:
     """Return an update within a record: of a worker, or of nobody."""
-    check(read.count() == len(Update._fields), "an update that is none")
-    return _fields_of_update(read, lambda read: read.each(_ancestor))
+    return _fields_of_update(read, read.count())
 
 
 def _told(read: Reader) -> Update:
@@ -309,7 +312,6 @@ def _journal(read: Reader) -> Journal:
 
 
 _MESSAGES: dict[str, tuple[type[Any], Callable[[Reader], Message]]] = {
-    "Update": (Update, lambda read: _of_somebody(_fields_of_update(read, lambda read: read.each(_ancestor)))),
     "Read": (Read, lambda read: Read(_whole(read.flat()), _text(read.flat()), _told(read))),
     "Hello": (Hello, lambda read: Hello(_whole(read.flat()), _text(read.flat()), _processes(read))),
     "HandOver": (HandOver, lambda read: HandOver(_whole(read.flat()), _whole(read.flat()))),
@@ -322,9 +324,13 @@ _MESSAGES: dict[str, tuple[type[Any], Callable[[Reader], Message]]] = {
 
 def decoded(name: str, fields: int, read: Reader) -> Message:
     """Return the message of type ``name``, which has so many ``fields``; nothing may follow it."""
-    check(name in _MESSAGES, "an unknown type")
-    kind, read_fields = _MESSAGES[name]
-    check(fields == len(kind._fields), "fields too many or too few")
-    message = read_fields(read)
+    message: Message
+    if name == Update.__name__:
+        message = _of_somebody(_fields_of_update(read, fields))
+    else:
+        check(name in _MESSAGES, "an unknown type")
+        kind, read_fields = _MESSAGES[name]
+        check(fields == len(kind._fields), "fields too many or too few")
+        message = read_fields(read)
     check(read.is_done, "something behind it")
     return message

@@ -56,6 +56,7 @@ class Update(NamedTuple):
         descriptions: In keyframes.
         ancestors: In keyframes: what processes that this one descends from had recorded when they forked.
         max_series: How many label sets of a name the worker allows.
+        program: What the process runs; see `tapes.forks.program_of`. 0 if that is not known.
     """
 
     identity: bytes
@@ -67,6 +68,7 @@ class Update(NamedTuple):
     descriptions: Descriptions
     ancestors: tuple[Update, ...] = ()
     max_series: int = MAX_SERIES
+    program: int = 0
 
     @property
     def has_something(self) -> bool:

@@ -167,7 +167,7 @@ class Outbox:
         described = {} if base else self.registry.descriptions()
         return Update(
             self._identity, self._process, self.host, self._seq, base, items, described, ancestors,
-            self.registry.max_series,
+            self.registry.max_series, forks.this_program(),
         )  # fmt: skip
 
     def _ancestors(self) -> tuple[Update, ...]:
@@ -179,7 +179,7 @@ class Outbox:
                     for metric in ancestor.metrics
                     if not (state := metric.collect()).is_empty
                 ],
-                {},
+                {}, program=forks.this_program(),  # a fork does not change it
             )
             for ancestor in self.registry.ancestors
         )  # fmt: skip

@@ -11,8 +11,10 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import weakref
 from collections.abc import Sequence
 
+from tapes import forks
 from tapes.clock import monotonic
 from tapes.errors import InvalidArgument
 
@@ -30,6 +32,18 @@ _UNIX_DATAGRAM_BYTES = 8192
 _STREAM_BYTES = 1 << 16
 _LISTENED_TO = 16
 """So many times 4 KB of what a receiver says are thrown away before each packet."""
+
+
+_transports: weakref.WeakSet[Transport] = weakref.WeakSet()
+
+
+def _close_inherited() -> None:
+    """In a forked child, close the parent's connections, while their descriptors are still theirs."""
+    for transport in list(_transports):
+        transport.close()
+
+
+forks.renew_in_child(_close_inherited)
 
 
 class Transport:
@@ -56,10 +70,10 @@ class Transport:
         self._port = port
         self._is_stream = protocol == "tcp"
         self._socket: socket.socket | None = None
-        self._pid = 0
         self._opened = 0.0
         self._turn = 0
         self.address = self._path or f"{host}:{port}"
+        _transports.add(self)
 
     @property
     def most_bytes(self) -> int:
@@ -99,12 +113,12 @@ class Transport:
             self.close()
 
     def _open(self) -> socket.socket:
-        """Return a connection of this process, the one that is open unless there is reason for another."""
-        if self._socket is not None and (self._pid != os.getpid() or self._is_stale(self._socket)):
+        """Return a connection, the one that is open unless there is reason for another."""
+        if self._socket is not None and self._is_stale(self._socket):
             self.close()
         if self._socket is None:
             self._socket = self._connected()
-            self._pid, self._opened = os.getpid(), monotonic()
+            self._opened = monotonic()
         return self._socket
 
     def _is_stale(self, connection: socket.socket) -> bool:

@@ -1,0 +1,111 @@
+"""Which service a process belongs to: all of its processes come to the same answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tapes import service
+from tapes.forks import Process
+from tests.processes import run_python
+
+REPORT = "import json, os, tapes.service as s; print(json.dumps(s.supervisor()[0]), flush=True)"
+
+
+def supervisors(short_dir, program: str, *, name: str = "program.py", **environment: str) -> list[list[int]]:
+    """Run a program whose processes print their supervisors; return the first line and the others."""
+    (short_dir / name).write_text(program)
+    done = run_python(
+        f"import runpy; runpy.run_path({str(short_dir / name)!r}, run_name='__main__')",
+        cwd=short_dir, **environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_children_and_grandchildren_of_multiprocessing_have_one_supervisor(short_dir, method):
+    """Children of children come to the process that the first of them descends from, by each start method."""
+    program = f"""
+import multiprocessing, subprocess, sys
+def report():
+    exec({REPORT!r})
+def child():
+    report()
+    grandchild = multiprocessing.get_context({method!r}).Process(target=report)
+    grandchild.start()
+    grandchild.join()
+if __name__ == "__main__":
+    report()
+    process = multiprocessing.get_context({method!r}).Process(target=child)
+    process.start()
+    process.join()
+"""
+    (short_dir / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "program.py"], cwd=short_dir, capture_output=True, text=True, timeout=60, check=True
+    )
+    first, *others = map(json.loads, done.stdout.splitlines())
+    assert others == [first, first], done.stdout
+
+
+def test_a_child_of_a_fork_belongs_to_who_forked_first(short_dir):
+    """A fork of a fork has the supervisor of the first, also when that has ended before it looks."""
+    found = supervisors(
+        short_dir,
+        f"""
+import os, tapes
+{REPORT}
+for _ in range(2):
+    if os.fork():
+        os.wait()
+        os._exit(0)
+{REPORT}
+""",
+    )
+    assert found[0] == found[1]
+
+
+def test_a_gunicorn_that_replaces_another_is_a_service_of_its_own(monkeypatch):
+    """GUNICORN_PID names the master that started this one, with the same command line."""
+    commands = {10: b"gunicorn app", 20: b"gunicorn app", 30: b"gunicorn app"}
+    parents = {30: 20, 20: 10, 10: 1}
+    monkeypatch.setattr(service, "_command", lambda pid: commands.get(pid, b"init"))
+    monkeypatch.setattr(service, "_parent", lambda pid: parents.get(pid, 0))
+    assert service._made_by(30) == 20
+    assert service._made_by(20) == 10
+    assert service._made_by(10) == 0
+    monkeypatch.setenv("GUNICORN_PID", "10")
+    assert service._made_by(20) == 0
+
+
+def test_gunicorn_with_process_titles(monkeypatch):
+    """Where setproctitle changes the command lines, a worker still finds its master."""
+    commands = {10: b"gunicorn: master [app]\0", 20: b"gunicorn: worker [app]\0"}
+    monkeypatch.setattr(service, "_command", lambda pid: commands.get(pid, b"init"))
+    monkeypatch.setattr(service, "_parent", {20: 10, 10: 1}.get)
+    assert service._made_by(20) == 10
+    assert service._made_by(10) == 0
+
+
+def test_names_of_directories():
+    """A private directory names its supervisor; other names are none of ours."""
+    process = Process(12, 345)
+    assert service.supervisor_of(service.directory_name(process)) == process
+    for name in ("tapes", "tapes-1", "tapes-1-2-3", "tapes-a-b", "xtapes-1-2"):
+        assert service.supervisor_of(name) is None
+
+
+def test_places_do_not_depend_on_the_state_of_a_directory(monkeypatch, tmp_path):
+    """A directory is a candidate whether it is there or not: processes that look later see the same list."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "gone"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    found = service.parents()
+    assert found[:3] == [str(tmp_path / "gone"), str(tmp_path), "/tmp"]
+    assert f"/run/user/{os.geteuid()}" in found
+    assert len(found) == len(set(found))
