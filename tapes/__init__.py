@@ -65,9 +65,7 @@ def connect(addr: str | None = None) -> None:
         AddressError: If the address can't be used.
     """
     if not is_disabled():
-        from tapes.distributed.connection import connect as connect_registry
-
-        connect_registry(default_registry, addr)
+        _distributed("connection").connect(default_registry, addr)
 
 
 def join(addr: str | None = None) -> None:
@@ -90,9 +88,7 @@ def join(addr: str | None = None) -> None:
         AggregatorUnavailable: If the aggregator can't be started.
     """
     if not is_disabled():
-        from tapes.distributed.joining import join as join_registry
-
-        join_registry(default_registry, addr)
+        _distributed("joining").join(default_registry, addr)
 
 
 def close() -> None:
@@ -103,9 +99,7 @@ def close() -> None:
     """
     default_registry.connect_when_used = default_registry.connect_when_read = None
     if default_registry.connection is not None:
-        from tapes.distributed.connection import close as close_registry
-
-        close_registry(default_registry)
+        _distributed("connection").close(default_registry)
 
 
 def __dir__() -> list[str]:
@@ -114,18 +108,19 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     if name == "DistributedRegistry":
-        from tapes.distributed.registry import DistributedRegistry
-
-        return DistributedRegistry
+        return _distributed("registry").DistributedRegistry
     raise AttributeError(f"module 'tapes' has no attribute {name!r}")
+
+
+def _distributed(module: str) -> Any:
+    return forks.import_module(f"tapes.distributed.{module}")
 
 
 def _connect_as_told() -> None:
     address = service_address()
     if address:
         try:
-            with forks.no_fork():  # a child that is forked in the middle of an import would wait for its end
-                connect(address)
+            connect(address)
         except Exception as error:  # it may be the import of the user's application that comes here
             _log.warning("tapes can't connect as the environment says: %s", error)
 

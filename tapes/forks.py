@@ -21,6 +21,7 @@ first records or reads.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import logging
 import mmap
@@ -36,13 +37,13 @@ from typing import Any, Callable, NamedTuple
 
 __all__ = [
     "CONNECTED", "Ancestor", "Process", "add", "add_user", "check", "connected_parent", "fork_unnoticed",
-    "hand_down", "host", "is_uwsgi_master", "mark", "no_fork", "origin", "process_of", "program_of",
-    "renew_in_child", "stamp", "this_process", "this_program", "when_uwsgi_forks",
+    "hand_down", "host", "import_module", "is_uwsgi_master", "mark", "no_fork", "origin", "process_of",
+    "program_of", "renew_in_child", "stamp", "this_process", "this_program", "when_uwsgi_forks",
 ]  # fmt: skip
 
 
-_WAIT_SECONDS = 1.0
-"""So long a fork waits for those of other threads."""
+_WAIT_SECONDS = 10.0
+"""Maximum seconds that a fork waits for forks and imports of other threads."""
 _WIPE_ON_FORK = 18  # Linux's MADV_WIPEONFORK
 
 _MOST_PROGRAM = (1 << 62) - 1
@@ -249,13 +250,23 @@ class _PidMark:
 
 @contextlib.contextmanager
 def no_fork() -> Iterator[None]:
-    """Have the forks of other threads wait, a second at most, for the end of this block.
+    """Have the forks of other threads wait, 10 s at most, for the end of this block.
 
     A child that is forked while a program is being started holds the pipe whose end says that it was, so that
     who starts it would wait for the child.
     """
     with _here.forking:
         yield
+
+
+def import_module(name: str) -> Any:
+    """Import a module while no thread forks.
+
+    A child that is forked in the middle of an import finds the module's lock held by a thread that is not
+    there, and would wait for it for ever when it imports that module itself.
+    """
+    with no_fork():
+        return importlib.import_module(name)
 
 
 def fork_unnoticed() -> int:

@@ -270,9 +270,8 @@ def _is_only_child() -> bool:
 def _has_joined(registry: Registry) -> bool:
     if registry.connection is None:
         return False
-    from tapes.distributed.joining import lacks_aggregator
-
-    return not lacks_aggregator(registry)
+    lacks: bool = forks.import_module("tapes.distributed.joining").lacks_aggregator(registry)
+    return not lacks
 
 
 def _may_decide(registry: Registry) -> bool:
@@ -282,10 +281,7 @@ def _may_decide(registry: Registry) -> bool:
 def _decide(registry: Registry) -> None:
     """Decide where the service meets, for this process and for all that it starts."""
     if _may_decide(registry) and not address_told():
-        with forks.no_fork():  # a child that is forked in the middle of an import would wait for its end
-            from tapes.distributed.joining import decide
-
-        decide(supervisor())
+        forks.import_module("tapes.distributed.joining").decide(supervisor())
 
 
 def _join(registry: Registry, is_claim: bool) -> None:
@@ -294,20 +290,16 @@ def _join(registry: Registry, is_claim: bool) -> None:
             "TAPES_AUTOSTART=0 forbids to start an aggregator",
             remedy="set TAPES_ADDR to the address of one, or start the server by tapes run -- COMMAND",
         )
-    with forks.no_fork():
-        from tapes.distributed.joining import join
-
     if is_claim and supervisor().process == forks.this_process():
         raise AggregatorUnavailable(
             "the server says that there are several processes, but what they have in common can't be seen",
             remedy="start it by tapes run -- COMMAND, or set TAPES_ADDR to where they are to meet",
         )
-    join(registry, getattr(registry, "socket_addr", None))
+    joining = forks.import_module("tapes.distributed.joining")
+    joining.join(registry, getattr(registry, "socket_addr", None))
 
 
 def _leave(registry: Registry) -> None:
     if registry is default_registry:
         registry.connect_when_used = None
-    from tapes.distributed.connection import leave
-
-    leave(registry)
+    forks.import_module("tapes.distributed.connection").leave(registry)

@@ -37,9 +37,7 @@ def _join() -> None:
 def _leave() -> None:
     """Say goodbye; other threads of this worker go on to answer requests until the process is gone."""
     if tapes.default_registry.connection is not None:
-        from tapes.distributed.connection import leave
-
-        leave(tapes.default_registry)
+        forks.import_module("tapes.distributed.connection").leave(tapes.default_registry)
 
 
 def _after(before: Callable[[], Any] | None, ours: Callable[[], None]) -> Callable[[], None]:
