@@ -181,11 +181,11 @@ class Registry:
             name: The name.
             producer: A zero-argument callable that returns the value, run at every read; without one the
                 value is what was set. The first producer stays for as long as it is alive.
-            merge: How the gauges of several processes become one. ``sum``, ``max``, ``min``, ``mean`` and
-                ``each`` (one series per worker, labelled ``worker``) count live workers: an exited worker
-                contributes nothing. ``last`` is the value set last, which stays after its worker has exited.
+            merge: ``sum``, ``max``, ``min``, ``mean`` or ``each`` (one series per worker) of live workers, to
+                which an exited one contributes nothing; or ``last``, the value set last, also if by that.
             weak: Do not keep the producer alive, nor the object that it is a method of.
-            labels, **more_labels: The labels.
+            labels: The labels.
+            **more_labels: Labels too.
 
         Raises:
             InvalidArgument: If ``producer`` is not callable or ``merge`` is none of the above.

@@ -11,7 +11,7 @@ import select
 
 from tapes.forks import Process, process_of
 
-__all__ = ["ProcessWatch", "lives"]
+__all__ = ["ProcessWatch", "is_same_boot", "lives"]
 
 
 class ProcessWatch:
@@ -57,6 +57,11 @@ def lives(process: Process) -> bool:
     except (PermissionError, OverflowError):
         pass
     return _is_still(process)
+
+
+def is_same_boot(host: str, other: str) -> bool:
+    """Return whether two hosts (`tapes.forks.host`) are pid namespaces of one running system."""
+    return host.partition("/")[0] == other.partition("/")[0]
 
 
 def _is_still(process: Process) -> bool:
