@@ -29,7 +29,7 @@ from typing import Callable, NamedTuple
 from tapes.distributed.address import Endpoints
 from tapes.distributed.messages import NOBODY, Goodbye, Hello, Journal, Message, Record
 from tapes.distributed.outbox import ALIVE_SECONDS, SILENT_SECONDS
-from tapes.distributed.processes import is_same_boot, lives
+from tapes.distributed.processes import is_same_boot, lives, namespace_seconds
 from tapes.distributed.wills import MARK
 from tapes.distributed.wire import VERSION, decode, encode
 from tapes.errors import AddressError, WireError
@@ -75,7 +75,10 @@ class Saved(NamedTuple):
             if update.identity != NOBODY:
                 hosts.add(update.host)
                 processes.update([update.process] if update.host == host else ())
-        return any(map(lives, processes)) or (None if hosts != {host} else False)
+        if any(map(lives, processes)):
+            return True
+        is_of_this_namespace = hosts == {host} and self.age_seconds <= namespace_seconds()
+        return False if is_of_this_namespace else None
 
     def is_of_living_service(self, host: str) -> bool:
         """Return whether the service goes on, so that a new aggregator on ``host`` takes its journal over.

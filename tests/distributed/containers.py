@@ -76,6 +76,13 @@ class Container:
         return (self._directory / f"output-{self.name}").read_text(errors="replace")
 
 
+def worker_container(directory: pathlib.Path, name: str, workers: int) -> Container:
+    """Return a container whose process 1 is this module, with so many workers at a time."""
+    address = f"ipc://{directory}/m.ipc"
+    command = [sys.executable, "-m", "tests.distributed.containers", address, name, str(workers)]
+    return Container(directory, name, command)
+
+
 def counted(directory: pathlib.Path) -> int:
     """Return what workers that have ended had counted, by their own account."""
     return sum(int(path.read_text()) for path in directory.glob("counted-*"))
@@ -125,15 +132,7 @@ def stop_and_start_in_turn(directory: pathlib.Path, rounds: int, workers: int = 
     Raises:
         AssertionError: If a total decreased, or is not what was counted in the end.
     """
-    address = f"ipc://{directory}/m.ipc"
-    both = [
-        Container(
-            directory,
-            name,
-            [sys.executable, "-m", "tests.distributed.containers", address, name, str(workers)],
-        )
-        for name in "ab"
-    ]
+    both = [worker_container(directory, name, workers) for name in "ab"]
 
     def go_on(container: Container, many: int) -> None:
         begin = len(reads(directory, container.name))

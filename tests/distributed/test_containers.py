@@ -12,7 +12,15 @@ import pytest
 
 from tests.contrib.services import Load, Service, gone, has_ended
 from tests.crew import stopped
-from tests.distributed.containers import UNSHARE, Container, cleared_away, stop_and_start_in_turn
+from tests.distributed.containers import (
+    UNSHARE,
+    Container,
+    cleared_away,
+    decreases,
+    reads,
+    stop_and_start_in_turn,
+    worker_container,
+)
 from tests.processes import NOT_YET, ROOT, Clients, children, clean_environment, get, wait_for
 
 pytestmark = pytest.mark.needs("unshare")
@@ -29,6 +37,19 @@ def namespaces() -> None:
 def test_containers_that_are_stopped_and_started_in_turn_lose_nothing(short_dir):
     """No total that a container reads is less than one that any of them had read before; all is counted."""
     print(stop_and_start_in_turn(short_dir, rounds=4))
+
+
+def test_a_container_that_is_started_again_at_once_goes_on(short_dir):
+    """Alone on its volume, it has all totals, also if the kernel reuses its namespace's number."""
+    container = worker_container(short_dir, "a", 2)
+    with cleared_away(container):
+        for turn in range(3):
+            container.start()
+            wait_for(lambda many=20 * (turn + 1): len(reads(short_dir)) >= many, "it reads")
+            container.stop()
+    found = reads(short_dir)
+    assert decreases(found) == []
+    assert found[-1].total > 0
 
 
 class Readers(Clients):

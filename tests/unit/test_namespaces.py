@@ -90,6 +90,19 @@ def test_a_young_journal_of_another_namespace_is_taken_over(books, short_dir, ho
     assert second.is_successor is taken
 
 
+def test_a_journal_that_is_older_than_this_namespace_is_of_another_one(books, short_dir, monkeypatch):
+    """A container that is started again may get the number of its former namespace."""
+    for began, taken in ((100.0, False), (2.0, True)):
+        first = books(forks.host())
+        first.answer(counting(200, process=NOBODY_LIVES).goodbye())
+        killed(first, short_dir, 20.0)
+        monkeypatch.setattr("tapes.distributed.journal.namespace_seconds", lambda began=began: began)
+        second = books(forks.host())
+        second.restore()
+        assert values(second, "c") == [200 if taken else None]
+        second.journal.remove()
+
+
 def test_last_words_that_are_young_keep_an_older_journal(books, short_dir):
     """A worker left them in a file a moment ago: its service has not ended."""
     first = books()
