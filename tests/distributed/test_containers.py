@@ -40,7 +40,7 @@ def test_containers_that_are_stopped_and_started_in_turn_lose_nothing(short_dir)
 
 
 def test_a_container_that_is_started_again_at_once_goes_on(short_dir):
-    """Alone on its volume, it has all totals, also if the kernel reuses its namespace's number."""
+    """Alone on its volume: each time it has all the totals of before."""
     container = worker_container(short_dir, "a", 2)
     with cleared_away(container):
         for turn in range(3):
