@@ -191,8 +191,8 @@ class Registry:
             name: The name.
             producer: A zero-argument callable that returns the value, run at every read; without one the
                 value is what was set. The first producer stays for as long as it is alive.
-            merge: How the gauges of several processes become one: ``sum``, ``max``, ``min``, ``mean``,
-                ``last`` (the one set last) or ``each`` (one series per worker, labelled ``worker``).
+            merge: ``sum``, ``max``, ``min``, ``mean`` or ``each`` (one series per worker) of live workers, to
+                which an exited one contributes nothing; or ``last``, the value set last, also if by that.
             weak: Do not keep the producer alive, nor the object that it is a method of.
             labels: The labels.
             **more_labels: Labels too.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from tapes.distributed.messages import Item
@@ -11,12 +12,21 @@ from tapes.metrics import KINDS, GaugeState, State
 from tapes.naming import Labels
 from tapes.sums import Number
 
-__all__ = ["ASKED", "ITSELF", "OF_IT", "Account", "Entry", "Key", "Worker", "told_before"]
+__all__ = [
+    "ASKED", "BEFORE_ALL", "ITSELF", "OF_IT", "Account", "Entry", "Key", "Rank", "Worker", "names_of",
+    "pieces", "told_before",
+]  # fmt: skip
 
 ASKED, OF_IT, ITSELF = range(3)
 """How a worker was heard: it asked, descendants published what they know of it, or it did itself."""
 
 Key = tuple[str, Labels]
+Rank = tuple[int, int]
+
+BEFORE_ALL: Rank = (-1, -1)
+"""The rank of no worker: every worker is newer."""
+_PIECE = 200
+"""Maximum number of series in a record of a journal."""
 
 
 class Worker(NamedTuple):
@@ -57,6 +67,8 @@ class Entry:
 
     Attributes:
         mode, mode_rank: How a gauge merges, and the rank of the newest worker that says so.
+        retired: The total of those that left; for a gauge that merges as ``last``, the newest value that
+            one of them set. Other gauges have none.
     """
 
     __slots__ = ("by_worker", "kind", "merged", "mode", "mode_rank", "retired")
@@ -64,7 +76,7 @@ class Entry:
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.mode = ""
-        self.mode_rank = (-1, -1)
+        self.mode_rank = BEFORE_ALL
         self.by_worker: dict[tuple[bytes, Labels], State] = {}
         self.retired: State | None = None
         self.merged: State | None = None
@@ -77,12 +89,14 @@ class Entry:
         return self.merged
 
     def retire(self, state: State) -> None:
-        """Add ``state`` to the total of those that left."""
+        """Add ``state`` to the total of those that left; a gauge counts if it has a value that was set."""
+        if isinstance(state, GaugeState) and (state.value is None or state.since is None):
+            return
         before = () if self.retired is None else (self.retired,)
         self.retired = KINDS[self.kind].merge((*before, state))
         self.merged = None
 
-    def agreed(self, state: State, rank: tuple[int, int]) -> State:
+    def agreed(self, state: State, rank: Rank) -> State:
         """Return a gauge's state in the mode of the newest worker that has it; what is known follows it."""
         assert isinstance(state, GaugeState)
         if rank < self.mode_rank:
@@ -91,6 +105,7 @@ class Entry:
         if state.mode == self.mode:
             return state
         self.mode = state.mode
+        self.retired = None  # it merged as ``last`` before, if at all
         for whose, known in self.by_worker.items():
             assert isinstance(known, GaugeState)
             self.by_worker[whose] = known._replace(mode=state.mode)
@@ -130,3 +145,19 @@ def told_before(account: Account, before: Any, item: Item, says: int) -> Number 
     else:
         return None
     return told
+
+
+def names_of(accounts: Iterable[Account]) -> dict[bytes, str]:
+    """Return names for the workers that publish: the pid, with part of the identity if two have the same."""
+    publishing = {a.worker.identity: a.worker.process.pid for a in accounts if not a.worker.silent}
+    pids = Counter(publishing.values())
+    return {
+        identity: str(pid) if pids[pid] == 1 else f"{pid}-{identity.hex()[:8]}"
+        for identity, pid in publishing.items()
+    }
+
+
+def pieces(items: list[Item], seqs: list[int]) -> Iterator[tuple[list[Item], list[int]]]:
+    """Yield both in pieces; at least one, as a worker without series is one too."""
+    for start in range(0, max(1, len(items)), _PIECE):
+        yield items[start : start + _PIECE], seqs[start : start + _PIECE]

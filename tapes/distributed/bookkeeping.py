@@ -17,7 +17,7 @@ from tapes import forks
 from tapes.distributed.accounts import Worker
 from tapes.distributed.address import Endpoints
 from tapes.distributed.journal import JournalFile
-from tapes.distributed.lease import Lease
+from tapes.distributed.lease import Lease, OwnersElsewhere
 from tapes.distributed.ledger import Ledger
 from tapes.distributed.messages import (
     NOBODY,
@@ -32,8 +32,8 @@ from tapes.distributed.messages import (
     Reply,
     Update,
 )
-from tapes.distributed.outbox import ALIVE_SECONDS
-from tapes.distributed.processes import ProcessWatch
+from tapes.distributed.outbox import SILENT_SECONDS
+from tapes.distributed.processes import ProcessWatch, is_same_boot
 from tapes.distributed.view import JOURNAL_FAILED, LAG, MESSAGES, MergedView
 from tapes.distributed.wills import Wills
 from tapes.distributed.wire import VERSION, decode, encode, version_to_answer
@@ -48,8 +48,6 @@ _LAST_WORDS_SECONDS = 2.0
 """So long after its death a worker's messages may still arrive."""
 _LAST_RECORD_SECONDS = 600.0
 """So long a child may take that was forked from a dead process to tell what that had recorded."""
-_SILENT_SECONDS = 6 * ALIVE_SECONDS
-"""A worker whose pid means nothing here counts as dead when it has been silent for so long."""
 _MOST_DEAD = 1000
 
 _log = logging.getLogger("tapes.distributed")
@@ -90,9 +88,10 @@ class Bookkeeper:
         self._messages = self.registry.own(Counter, MESSAGES)
         self._lag = self.registry.own(Timer, LAG)
         self._host = forks.host()
+        self._elsewhere = OwnersElsewhere(self._host)
 
     def restore(self) -> dict[str, str]:
-        """Begin with what the aggregator before this one knew, if anything of its service still lives.
+        """Begin with what the aggregator before this one knew, if its service still lives.
 
         Returns:
             How that one's reporters were configured, if by the environment.
@@ -107,7 +106,7 @@ class Bookkeeper:
             return {}
         if saved is None:
             return {}
-        if not saved.somebody_lives(self._host):
+        if not saved.is_of_living_service(self._host):
             self.journal.remove()
             self._wills.remove()
             return {}
@@ -116,8 +115,11 @@ class Bookkeeper:
         for goodbye in saved.goodbyes:
             self._apply(goodbye.update, published=False, leaves=True)  # it was said to the one before
             self._ledger.retire(goodbye.update.identity)
-        for owner in saved.journal.owners:
+        for owner in saved.owners(self._host):
             self._lease.stay_for(owner)
+        self._elsewhere.add(saved.journal.host, saved.journal.owners)
+        for hello in saved.hellos:
+            self._elsewhere.add(hello.host, hello.processes)
         self._configured = self._configured or saved.journal.reporters
         self.awaited = {worker.identity for worker in self._ledger.workers if not worker.silent}
         self.journal.changed(urgent=True)
@@ -166,7 +168,8 @@ class Bookkeeper:
         # After that: whoever has ended has left its will before.
         for will, data in self._wills.take_in():
             if isinstance(will, Goodbye):
-                self._leave(will, data)
+                if is_same_boot(will.update.host, self._host):
+                    self._leave(will, data)
                 ended.discard(will.update.identity)
                 workers.pop(will.update.identity, None)
             else:
@@ -183,7 +186,7 @@ class Bookkeeper:
             if identity not in self._watches:  # it may only have been silent
                 patience = float("inf")
             if now - self._dead.setdefault(identity, now) >= patience or len(self._dead) > _MOST_DEAD:
-                self._retire(identity)
+                self._retire(workers[identity])
         return len(workers.keys() - ended)
 
     def _has_ended(self, worker: Worker, now: float) -> bool:
@@ -194,7 +197,7 @@ class Bookkeeper:
                 self._heard[identity] = now
                 if self._dead.pop(identity, None) is not None:
                     self._ledger.bury(identity, is_dead=False)
-            return now - self._heard[identity] > _SILENT_SECONDS
+            return now - self._heard[identity] > SILENT_SECONDS
         if identity not in self._watches:
             self._watches[identity] = ProcessWatch(worker.process)
         return self._watches[identity].ended()
@@ -206,6 +209,7 @@ class Bookkeeper:
         if isinstance(question, Hello):
             for process in question.processes if question.host == self._host else ():
                 self._lease.stay_for(process)
+            self._elsewhere.add(question.host, question.processes)
             self.journal.changed()
             return Reply(number, "ok", b"")
         if isinstance(question, Goodbye):
@@ -228,7 +232,7 @@ class Bookkeeper:
         """Retire who says goodbye, and write that down; return whether everything of it is known."""
         if not self._apply(goodbye.update, leaves=True):
             return False
-        self._retire(goodbye.update.identity)
+        self._retire(goodbye.update)
         self.journal.note(data)
         return True
 
@@ -261,7 +265,9 @@ class Bookkeeper:
         self.journal.changed()
         return complete
 
-    def _retire(self, identity: bytes) -> None:
+    def _retire(self, worker: Worker | Update) -> None:
+        identity = worker.identity
+        self._elsewhere.discard(worker.host, worker.process)
         self._ledger.retire(identity)
         self._dead.pop(identity, None)
         self._heard.pop(identity, None)
@@ -279,6 +285,7 @@ class Bookkeeper:
             if worker.identity != NOBODY:
                 yield from self._ledger.records_of(worker.identity)
         records, left, retired = self._ledger.records_of_retired(self._view.for_the_journal())
+        yield from self._elsewhere.hellos()
         yield Journal(
             self._host, self._lease.owners, self._configured, retired, left,
             self._ledger.descriptions, self._ledger.max_series,

@@ -2,7 +2,9 @@
 
 It is named after the supervisor of the service, by pid and start, so that all its processes find it without a
 word, and nobody else does; mode 0700. It holds the aggregator's sockets, its locks and wills, and is removed
-with them. What a service leaves that was killed outright, the next one to start sweeps away.
+with them. What a service leaves that was killed outright, the next one to start sweeps away: at once if all
+its processes were of this pid namespace. A directory for temporary files may be on a volume that several
+containers share, where pids mean different processes; so what another namespace may use is swept by its age.
 """
 
 from __future__ import annotations
@@ -30,6 +32,15 @@ __all__ = [
 
 _START_LOCK = ".start"
 _PATIENCE_SECONDS = 20.0
+_LEFT_SECONDS = 3600.0
+"""Seconds after which an untouched directory is swept if its service may be one of another pid namespace.
+
+Its aggregator sets the time of a file every 10 s while it lives. When that has died, a worker starts another
+one; that may take a while, as where the end of a request does it.
+"""
+
+_SKEW_SECONDS = 2.0
+"""Seconds that the time of a file may be ahead, as file systems have clocks and rounding of their own."""
 
 
 class User(NamedTuple):
@@ -298,10 +309,8 @@ def sweep() -> None:
 
 
 def _sweep(directory: str) -> None:
-    with contextlib.suppress(WireError):
-        saved = read_journal(os.path.join(directory, SOCKET))
-        if saved is not None and saved.somebody_lives(forks.host()):
-            return  # workers that outlive their supervisor are about to start another aggregator
+    if _may_be_used(directory):
+        return
     locks = []
     try:
         with _opened(directory, os.geteuid()) as fd:
@@ -314,6 +323,31 @@ def _sweep(directory: str) -> None:
     finally:
         for lock in locks:
             unlock(lock)
+
+
+def _may_be_used(directory: str) -> bool:
+    """Return whether a service may still use a private directory, whose supervisor does not live here."""
+    living = None
+    with contextlib.suppress(WireError):
+        saved = read_journal(os.path.join(directory, SOCKET))
+        # Workers that outlive their supervisor are about to start another aggregator.
+        living = None if saved is None else saved.lives(forks.host())
+    return _age_of(directory) < _LEFT_SECONDS if living is None else living
+
+
+def _age_of(directory: str) -> float:
+    """Return the seconds since anything in a private directory was written.
+
+    What is from the future, as the clock was set back since, is from now on as old as if it were written now.
+    """
+    with _opened(directory, os.geteuid()) as fd:
+        now, ages = time.time(), []
+        for name in (*os.listdir(fd), "."):
+            with contextlib.suppress(FileNotFoundError):
+                ages.append(now - os.stat(name, dir_fd=fd, follow_symlinks=False).st_mtime)
+                if ages[-1] < -_SKEW_SECONDS:
+                    os.utime(name, dir_fd=fd, follow_symlinks=False)
+        return max(0.0, min(ages))
 
 
 def _open_to_all(directory: str) -> bool:

@@ -10,6 +10,10 @@ when the totals are cut, and the former goes when these are in the file. Last wo
 once, as the totals name whose they have.
 
 There is no ``fsync``: files outlive every process, and the machine outlives none.
+
+Its time of modification says when its aggregator lived: that sets it every 10 s, also when nothing changes. A
+process of another pid namespace, as in another container, can't know by pids whether the service lives; so it
+looks at the age of the files.
 """
 
 from __future__ import annotations
@@ -23,10 +27,13 @@ from collections.abc import Iterable, Iterator
 from typing import Callable, NamedTuple
 
 from tapes.distributed.address import Endpoints
-from tapes.distributed.messages import NOBODY, Goodbye, Journal, Message, Record
-from tapes.distributed.processes import lives
+from tapes.distributed.messages import NOBODY, Goodbye, Hello, Journal, Message, Record
+from tapes.distributed.outbox import ALIVE_SECONDS, SILENT_SECONDS
+from tapes.distributed.processes import is_same_boot, lives, namespace_seconds
+from tapes.distributed.wills import MARK
 from tapes.distributed.wire import VERSION, decode, encode
 from tapes.errors import AddressError, WireError
+from tapes.forks import Process
 
 __all__ = ["JournalFile", "Saved", "read_journal"]
 
@@ -41,16 +48,55 @@ _NEWER_SECONDS = 10.0
 
 
 class Saved(NamedTuple):
-    """What an aggregator had written down."""
+    """What an aggregator had written down.
+
+    Attributes:
+        hellos: Owners in other pid namespaces than that of the aggregator.
+        age_seconds: How long ago anything of it was written, the last words of a worker included; negative
+            if the clock was set back since.
+    """
 
     journal: Journal
     records: list[Record]
     goodbyes: list[Goodbye]
+    hellos: list[Hello]
+    age_seconds: float
 
-    def somebody_lives(self, host: str) -> bool:
-        """Return whether anybody of the service lives on ``host``, this one; else it has ended."""
-        workers = (record.update.process for record in self.records if record.update.identity != NOBODY)
-        return host == self.journal.host and any(map(lives, {*self.journal.owners, *workers}))
+    def lives(self, host: str) -> bool | None:
+        """Return whether a process of the service lives; ``None`` if only another namespace knows.
+
+        Args:
+            host: What pids mean here; see `tapes.forks.host`.
+        """
+        hosts = {self.journal.host, *(hello.host for hello in self.hellos)}
+        processes = set(self.owners(host))
+        for record in self.records:
+            update = record.update
+            if update.identity != NOBODY:
+                hosts.add(update.host)
+                processes.update([update.process] if update.host == host else ())
+        if any(map(lives, processes)):
+            return True
+        is_of_this_namespace = hosts == {host} and self.age_seconds <= namespace_seconds()
+        return False if is_of_this_namespace else None
+
+    def is_of_living_service(self, host: str) -> bool:
+        """Return whether the service goes on, so that a new aggregator on ``host`` takes its journal over.
+
+        What can't be known by pids counts as alive for as long as a silent worker does. That does not hold
+        for what was written before the machine was started.
+        """
+        living = self.lives(host)
+        if living is None:
+            return is_same_boot(self.journal.host, host) and self.age_seconds < SILENT_SECONDS
+        return living
+
+    def owners(self, host: str) -> list[Process]:
+        """Return the processes of ``host`` that the aggregator served."""
+        owners = list(self.journal.owners) if self.journal.host == host else []
+        return owners + [
+            process for hello in self.hellos if hello.host == host for process in hello.processes
+        ]
 
 
 class JournalFile:
@@ -73,7 +119,7 @@ class JournalFile:
         self._pages = pages
         self._failed = failed
         self._changed = False
-        self._due = self._ended = self._spent = 0.0
+        self._due = self._ended = self._spent = self._shown = 0.0
         self._writing: Iterator[None] | None = None
         self._tail = -1
         self._tails: list[str] = []
@@ -118,6 +164,7 @@ class JournalFile:
 
     def step(self, now: float) -> bool:
         """Write a slice, if it is time; return whether there is more to be written at once."""
+        self._show_life()
         if self._base is None or (self._writing is None and not (self._changed and now >= self._due)):
             return False
         if self._writing is None:
@@ -137,6 +184,14 @@ class JournalFile:
         self._spent += self._ended - started
         self._due = self._ended + max(_INTERVAL_SECONDS, _SHARE * self._spent)
         return self._writing is not None
+
+    def _show_life(self) -> None:
+        """Set the time of the file now and then."""
+        now = time.monotonic()
+        if self._base is not None and now - self._shown >= ALIVE_SECONDS:
+            self._shown = now
+            with contextlib.suppress(OSError):  # there is none yet, or it was removed
+                os.utime(self._base + _JOURNAL, follow_symlinks=False)
 
     def finish(self) -> bool:
         """Write everything now; return whether that could be done."""
@@ -200,7 +255,10 @@ class JournalFile:
 def read_journal(base: str) -> Saved | None:
     """Return what is written beside the socket ``base``; see `JournalFile.read`."""
     _make_way_for_newer(base + _JOURNAL)
-    journal, records, goodbyes = None, [], []
+    journal = None
+    records: list[Record] = []
+    goodbyes: list[Goodbye] = []
+    hellos: list[Hello] = []
     for path in (base + _JOURNAL, *_tails_of(base)):
         for data in _frames(path):
             message = decode(data)
@@ -210,16 +268,27 @@ def read_journal(base: str) -> Saved | None:
                 records.append(message)
             elif isinstance(message, Goodbye):
                 goodbyes.append(message)
+            elif isinstance(message, Hello):
+                hellos.append(message)
     if journal is not None:
-        return Saved(journal, records, goodbyes)
+        return Saved(journal, records, goodbyes, hellos, _age_of(base))
     if records or goodbyes:
         raise WireError("the journal is not complete")
     return None
 
 
+def _age_of(base: str) -> float:
+    """Return the seconds since a file beside ``base`` that outlives its aggregator was written."""
+    written = []
+    for path in (base + _JOURNAL, *_tails_of(base), *glob.glob(glob.escape(base + MARK) + "*")):
+        with contextlib.suppress(OSError):
+            written.append(os.lstat(path).st_mtime)
+    return time.time() - max(written, default=0.0)
+
+
 def _make_way_for_newer(path: str) -> None:
     version = next((data[1] for data in _frames(path) if len(data) > 1), VERSION)
-    if version > VERSION and time.time() - os.stat(path).st_mtime < _NEWER_SECONDS:
+    if version > VERSION and abs(time.time() - os.stat(path).st_mtime) < _NEWER_SECONDS:
         raise AddressError(
             "the aggregator that was here is of a newer release",
             got=version,

@@ -7,14 +7,19 @@ and a grace period longer, as last words may be under way and another worker may
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
+from tapes.distributed.messages import Hello
 from tapes.distributed.processes import ProcessWatch
 from tapes.forks import Process
 
-__all__ = ["Lease"]
+__all__ = ["Lease", "OwnersElsewhere"]
 
 _OWNED_GRACE_SECONDS = 0.5
 _OWNED_PATIENCE_SECONDS = 1.0
 _JOINED_GRACE_SECONDS = 2.0
+_MOST_ELSEWHERE = 1000
+"""Maximum number of owners of other pid namespaces that are remembered."""
 
 
 class Lease:
@@ -83,3 +88,36 @@ class Lease:
         if self._idle_since is not None and now - self._idle_since >= self._grace_seconds:
             return True
         return now - self._ownerless_since >= self._patience_seconds
+
+
+class OwnersElsewhere:
+    """Owners in other pid namespaces than this aggregator's.
+
+    They can't be watched from here, so this aggregator does not live for them. They are for the journal: the
+    next aggregator may be started in their namespace.
+
+    Args:
+        host: What pids mean here; see `tapes.forks.host`.
+    """
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+        self._owners: OrderedDict[tuple[str, Process], None] = OrderedDict()
+
+    def add(self, host: str, processes: tuple[Process, ...]) -> None:
+        """Remember ``processes`` of another ``host``; of too many, those that came first are forgotten."""
+        for process in processes if host != self._host else ():
+            self._owners[host, process] = None
+        while len(self._owners) > _MOST_ELSEWHERE:
+            self._owners.popitem(last=False)
+
+    def discard(self, host: str, process: Process) -> None:
+        """Forget a process that has ended, if it is known."""
+        self._owners.pop((host, process), None)
+
+    def hellos(self) -> list[Hello]:
+        """Return them as they introduced themselves, one message for each host."""
+        by_host: dict[str, list[Process]] = {}
+        for host, process in self._owners:
+            by_host.setdefault(host, []).append(process)
+        return [Hello(0, host, tuple(processes)) for host, processes in by_host.items()]

@@ -1,10 +1,11 @@
 """The ledger: the newest state of every live worker, and one total of all that have left.
 
 Theory. States are cumulative, so applying an update is replacement: per series, the state of the highest
-sequence number stands, and messages may be lost, repeated or overtaken. A worker that leaves is added to
-the retired total once and its identity remembered, so that late words of it change nothing. Gauges leave
-with their worker. Merging is done per series when somebody reads, and kept until an update touches it:
-memory and the cost of a read depend on live workers and series, not on how many workers have lived.
+sequence number stands, and messages may be lost, repeated or overtaken. A worker that leaves is added to the
+retired total once and its identity remembered, so that late words of it change nothing. Gauges leave with
+their worker, except those that merge as ``last``: of these the newest value stays. Merging is done per series
+when somebody reads, and kept until an update touches it: memory and the cost of a read depend on live workers
+and series, not on how many workers have lived.
 
 What a worker says of its ancestors is entered as if they had said it themselves: they are accounts like any
 other, only silent ones. Where workers differ in the kind of a metric, or in how a gauge merges, as in a
@@ -18,17 +19,17 @@ The ledger does no I/O and knows no clock. One lock makes it safe to read from r
 from __future__ import annotations
 
 import itertools
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
-from tapes.catalogue import MAX_SERIES, OVERFLOW, warn_of_overflow
-from tapes.distributed.accounts import ASKED, ITSELF, OF_IT, Account, Entry, Key, Worker, told_before
+from tapes.distributed import accounts
+from tapes.distributed.accounts import ASKED, BEFORE_ALL, ITSELF, OF_IT, Account, Entry, Key, Rank, Worker
 from tapes.distributed.messages import NOBODY, Descriptions, Item, Journal, Merged, Record, Update
+from tapes.distributed.places import Group, Places
 from tapes.forks import Process
 from tapes.metrics import GaugeState, State
 from tapes.metrics.origin import with_told
-from tapes.naming import Labels
 from tapes.snapshot import Family, Snapshot
 from tapes.threads import RLock
 
@@ -38,11 +39,6 @@ _REMEMBERED = 100_000
 """So many identities of workers that have left are kept; late words come within seconds."""
 
 _REMEMBERED_BY_JOURNALS = 10_000
-_PIECE = 200
-"""So many series at most are in a record of a journal."""
-
-_Rank = tuple[int, int]
-_Group = tuple[list[Labels], list[State]]
 
 
 class Ledger:
@@ -52,13 +48,13 @@ class Ledger:
         self._lock = RLock()
         self._accounts: dict[bytes, Account] = {}
         self._numbers = itertools.count()
-        self._entries: dict[Key, Entry] = {}
+        self._places = Places()
+        self._entries = self._places.entries
         self._kinds: dict[str, str] = {}
-        self._ranks: dict[str, _Rank] = {}
-        self._described_by: dict[str, _Rank] = {}
-        self._sizes: Counter[str] = Counter()
-        self._overflowing: set[str] = set()
-        self.max_series = MAX_SERIES
+        self._ranks: dict[str, Rank] = {}
+        self._lasts: dict[str, Rank] = {}  # of names that merge as "last": the newest worker's that says so
+        self._maybe_former: set[str] = set()  # names that may no longer merge as "last"
+        self._described_by: dict[str, Rank] = {}
         self._descriptions: Descriptions = {}
         self._left: OrderedDict[bytes, None] = OrderedDict()
         self._memory: dict[str, Any] = {}
@@ -69,6 +65,11 @@ class Ledger:
         """What was said of each name."""
         with self._lock:
             return dict(self._descriptions)
+
+    @property
+    def max_series(self) -> int:
+        """How many label sets a name may have."""
+        return self._places.max_series
 
     @property
     def workers(self) -> list[Worker]:
@@ -107,7 +108,7 @@ class Ledger:
             return complete, refused + own
 
     def bury(self, identity: bytes, *, is_dead: bool = True) -> None:
-        """Let the gauges of a worker that died leave; its counts can still be replaced by last words.
+        """Let the gauges of a worker that died leave; what stays can still be replaced by last words.
 
         Unless ``is_dead``, it lives again: it was silent for long.
         """
@@ -116,11 +117,11 @@ class Ledger:
             if account is not None and account.dead is not is_dead:
                 account.dead = is_dead
                 for key, place in list(account.places.items()):
-                    if is_dead and self._entries[place].kind == "gauge":
+                    if is_dead and not self._outlives(place):
                         self._drop(account, key)
 
     def retire(self, identity: bytes) -> None:
-        """Add what a worker counted to the retired total; nothing if it is not known, or left already."""
+        """Add what outlives a worker to the retired total; nothing if it is not known, or left already."""
         with self._lock:
             account = self._accounts.pop(identity, None)
             if account is None:
@@ -130,8 +131,9 @@ class Ledger:
             if len(self._left) > _REMEMBERED:
                 self._left.popitem(last=False)
             for key in list(account.places):
-                entry = self._entries[account.places[key]]
-                if entry.kind != "gauge":
+                place = account.places[key]
+                if self._outlives(place):
+                    entry = self._entries[place]
                     entry.retire(entry.by_worker[identity, key[1]])
                 self._drop(account, key)
 
@@ -156,7 +158,7 @@ class Ledger:
         ancestors = tuple(account.ancestors)
         return [
             Record(head._replace(items=some), worker.silent, ancestors, tuple(its_seqs))
-            for some, its_seqs in _pieces(items, seqs)
+            for some, its_seqs in accounts.pieces(items, seqs)
         ]
 
     def records_of_retired(self, more: list[Item]) -> tuple[list[Record], tuple[bytes, ...], int]:
@@ -171,7 +173,7 @@ class Ledger:
         every = [*items, *more]
         records = [
             Record(head._replace(items=some), True, (), tuple(seqs))
-            for some, seqs in _pieces(every, [1] * len(every))
+            for some, seqs in accounts.pieces(every, [1] * len(every))
         ]
         return records, left, retired
 
@@ -181,7 +183,7 @@ class Ledger:
             self.retired = journal.retired
             self._left = OrderedDict.fromkeys(reversed(journal.left))
             self._descriptions.update(journal.descriptions)
-            self.max_series = max(self.max_series, journal.max_series)
+            self._places.max_series = max(self.max_series, journal.max_series)
             # The total first: it had its places first.
             for record in sorted(records, key=lambda record: record.update.identity != NOBODY):
                 if record.update.identity == NOBODY:
@@ -193,21 +195,27 @@ class Ledger:
                     account.ancestors = frozenset(record.ancestors)
                     for item, seq in zip(record.update.items, record.seqs):
                         self._put(account, seq, item, ASKED)
+            self._let_former_go()
 
     def _restore_retired(self, item: Item) -> None:
-        if self._kinds.setdefault(item.name, item.kind) == item.kind != "gauge":
-            self._ranks.setdefault(item.name, (0, 0))
-            state: Any = item.state
-            self._entries[self._place((item.name, item.labels), item.kind)].retire(
-                with_told(state, state.counted)
-            )
+        state: Any = item.state
+        if item.kind == "gauge" and state.mode != "last":
+            return
+        if self._kinds.setdefault(item.name, item.kind) == item.kind:
+            self._ranks.setdefault(item.name, BEFORE_ALL)
+            entry = self._entries[self._places.take((item.name, item.labels), item.kind)]
+            if item.kind == "gauge":
+                self._lasts.setdefault(item.name, BEFORE_ALL)
+                entry.retire(entry.agreed(state, BEFORE_ALL))
+            else:
+                entry.retire(with_told(state, state.counted))
 
     def merged(self, tick: int) -> Merged:
         """Return the states of the whole service."""
         with self._lock:
             items = [
                 Item(self._kinds[name], name, labels, state)
-                for name, group in self._merged_groups().items()
+                for name, group in self._places.merged(accounts.names_of(self._accounts.values())).items()
                 for labels, state in zip(*group)
             ]
             return Merged(tick, items, dict(self._descriptions))
@@ -217,27 +225,9 @@ class Ledger:
         with self._lock:
             families = [
                 Family(name, self._kinds[name], self._descriptions.get(name), *group, tick)
-                for name, group in self._merged_groups().items()
+                for name, group in self._places.merged(accounts.names_of(self._accounts.values())).items()
             ]
         return Snapshot(families, self._memory)
-
-    def _merged_groups(self) -> dict[str, _Group]:
-        """Return the labels and the merged states of every name's series."""
-        names = self._worker_names()
-        groups: dict[str, _Group] = {}
-        for (name, labels), entry in self._entries.items():
-            if name not in groups:
-                groups[name] = ([], [])
-            every_labels, states = groups[name]
-            merged = entry.whole()
-            if isinstance(merged, GaugeState) and merged.mode == "each":
-                for its_labels, state in entry.of_each_worker(labels, names):
-                    every_labels.append(its_labels)
-                    states.append(state)
-            else:
-                every_labels.append(labels)
-                states.append(merged)
-        return {name: group for name, group in groups.items() if group[1]}
 
     def _account(self, update: Update, silent: bool) -> Account:
         """Return the account of who says ``update``; a new one, if it has not been heard of before."""
@@ -257,9 +247,10 @@ class Ledger:
             account.dead = False  # a living child speaks of it
         else:
             account.ancestors |= {ancestor.identity for ancestor in update.ancestors}
-            self.max_series = max(self.max_series, update.max_series)
+            self._places.max_series = max(self.max_series, update.max_series)
         says = ITSELF if published and not silent else OF_IT if published else ASKED
         refused = [item.name for item in update.items if not self._put(account, update.seq, item, says)]
+        self._let_former_go()
         account.heard = max(account.heard, says)
         for name, description in update.descriptions.items():
             if account.rank >= self._described_by.get(name, account.rank):
@@ -275,7 +266,7 @@ class Ledger:
     def _put(self, account: Account, seq: int, item: Item, says: int) -> bool:
         """Take in one series of a worker; return whether it agrees with what newer workers have."""
         key = (item.name, item.labels)
-        if account.seqs.get(key, 0) >= seq or (account.dead and item.kind == "gauge"):
+        if account.seqs.get(key, 0) >= seq:
             if says > account.heard:  # a question has overtaken it
                 self._note_told(account, key, item)
             return True
@@ -288,19 +279,61 @@ class Ledger:
             agrees = self._complained(account, item.name)
         if self._ranks.setdefault(item.name, account.rank) < account.rank:
             self._ranks[item.name] = account.rank
+            self._maybe_former.add(item.name)
         place = account.places.get(key)
         if place is None:
-            place = account.places[key] = self._place(key, item.kind)
+            place = account.places[key] = self._places.take(key, item.kind)
         entry = self._entries[place]
         whose = (account.worker.identity, item.labels)
-        told = told_before(account, entry.by_worker.get(whose), item, says)
+        told = accounts.told_before(account, entry.by_worker.get(whose), item, says)
         if item.kind == "gauge":
-            state = entry.agreed(state, account.rank)
+            state = self._agreed(account, item, entry)
             agrees = state is item.state or self._complained(account, item.name)
         entry.by_worker[whose] = state if told is None else with_told(state, told)
         entry.merged = None
         account.seqs[key] = seq
+        if account.dead and not self._outlives(place):
+            self._drop(account, key)
         return agrees
+
+    def _agreed(self, account: Account, item: Item, entry: Entry) -> State:
+        """Return a gauge's state in the mode of the newest worker that has it."""
+        mode = entry.mode
+        state = entry.agreed(item.state, account.rank)
+        assert isinstance(item.state, GaugeState)
+        if item.state.mode == "last":
+            self._lasts[item.name] = max(self._lasts.get(item.name, BEFORE_ALL), account.rank)
+        if mode == "last" != entry.mode:
+            self._maybe_former.add(item.name)
+        return state
+
+    def _outlives(self, place: Key) -> bool:
+        """Return whether a series stays when its worker has ended: a count, or a last value.
+
+        It is a last value if the newest worker that has it says so, and the newest that has its name still
+        merges some series of that name so.
+        """
+        name, entry = place[0], self._entries[place]
+        if entry.kind != "gauge":
+            return True
+        return entry.mode == "last" and self._lasts.get(name, BEFORE_ALL) >= self._ranks[name]
+
+    def _let_former_go(self) -> None:
+        """Forget values that stayed of names which newer workers no longer merge as ``last``.
+
+        It is called after a whole update, as a name may merge as ``last`` in some of its series only.
+        """
+        names, self._maybe_former = self._maybe_former & self._lasts.keys(), set()
+        if not names:
+            return
+        for account in self._accounts.values():
+            for key, place in list(account.places.items()) if account.dead else ():
+                if key[0] in names and not self._outlives(place):
+                    self._drop(account, key)
+        for place in [place for place in self._entries if place[0] in names]:
+            if not self._outlives(place):
+                self._entries[place].retired = self._entries[place].merged = None
+                self._places.free(place)
 
     def _complained(self, account: Account, name: str) -> bool:
         """Note that a worker uses a name in another way than newer ones; return whether that was known."""
@@ -313,9 +346,8 @@ class Ledger:
         for account in self._accounts.values():
             for key in [key for key in account.places if key[0] == name]:
                 self._drop(account, key)
-        for key in [key for key in self._entries if key[0] == name]:
-            del self._entries[key]
-        del self._sizes[name]
+        self._places.forget(name)
+        self._lasts.pop(name, None)
 
     def _note_told(self, account: Account, key: Key, item: Item) -> None:
         """Take from ``item`` what aggregators before this one were told."""
@@ -325,20 +357,6 @@ class Ledger:
             given: Any = item.state
             entry.by_worker[whose] = with_told(entry.by_worker[whose], given.origin.told)
             entry.merged = None
-
-    def _place(self, key: Key, kind: str) -> Key:
-        """Return where a series is kept: in its own place, or with all that have none."""
-        name, labels = key
-        if key not in self._entries:
-            if self._sizes[name] < self.max_series or OVERFLOW in labels:
-                self._sizes[name] += OVERFLOW not in labels
-            else:
-                if name not in self._overflowing:
-                    self._overflowing.add(name)
-                    warn_of_overflow(name, self.max_series)
-                key = (name, (OVERFLOW,))
-            self._entries.setdefault(key, Entry(kind))
-        return key
 
     def _drop_removed(self, account: Account, keyframe: Update) -> None:
         """Forget the series that a worker's keyframe no longer has."""
@@ -354,30 +372,13 @@ class Ledger:
         entry = self._entries[place]
         del entry.by_worker[account.worker.identity, key[1]]
         entry.merged = None
-        if not entry.by_worker and entry.retired is None:
-            del self._entries[place]
-            self._sizes[place[0]] -= OVERFLOW not in place[1]
-
-    def _worker_names(self) -> dict[bytes, str]:
-        """Return what to call those that speak: the pid, with some of the identity if that is not enough."""
-        speaking = {i: a.worker.process.pid for i, a in self._accounts.items() if not a.worker.silent}
-        pids = Counter(speaking.values())
-        return {
-            identity: str(pid) if pids[pid] == 1 else f"{pid}-{identity.hex()[:8]}"
-            for identity, pid in speaking.items()
-        }
-
-
-def _pieces(items: list[Item], seqs: list[int]) -> Iterator[tuple[list[Item], list[int]]]:
-    """Yield both in pieces; at least one, as a worker without series is one too."""
-    for start in range(0, max(1, len(items)), _PIECE):
-        yield items[start : start + _PIECE], seqs[start : start + _PIECE]
+        self._places.free(place)
 
 
 def snapshot_of(merged: Merged) -> Snapshot:
     """Return what a reader sees of the whole service."""
     kinds: dict[str, str] = {}
-    groups: dict[str, _Group] = {}
+    groups: dict[str, Group] = {}
     for item in merged.items:
         kinds[item.name] = item.kind
         labels, states = groups.setdefault(item.name, ([], []))

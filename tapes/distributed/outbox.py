@@ -12,7 +12,7 @@ from tapes.metrics.origin import with_told
 from tapes.naming import Labels
 from tapes.registry import REJECTED, Registry
 
-__all__ = ["ALIVE_SECONDS", "DURATION", "Outbox"]
+__all__ = ["ALIVE_SECONDS", "DURATION", "SILENT_SECONDS", "Outbox"]
 
 DURATION = "tapes.publish.duration"
 """The timer of publications; by itself it is no reason for another one, and it is told once a second."""
@@ -20,6 +20,8 @@ DURATION = "tapes.publish.duration"
 _DURATION_SECONDS = 1.0
 ALIVE_SECONDS = 10.0
 """A worker that has nothing to say says so as often."""
+SILENT_SECONDS = 6 * ALIVE_SECONDS
+"""Seconds of silence after which a process counts as dead if its pid means nothing here."""
 
 
 class _Series:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import time
+from math import inf
 
 from tapes.forks import Process, process_of
 
-__all__ = ["ProcessWatch", "lives"]
+__all__ = ["ProcessWatch", "is_same_boot", "lives", "namespace_seconds"]
 
 
 class ProcessWatch:
@@ -57,6 +59,23 @@ def lives(process: Process) -> bool:
     except (PermissionError, OverflowError):
         pass
     return _is_still(process)
+
+
+def is_same_boot(host: str, other: str) -> bool:
+    """Return whether two hosts (`tapes.forks.host`) are pid namespaces of one running system."""
+    return host.partition("/")[0] == other.partition("/")[0]
+
+
+def namespace_seconds() -> float:
+    """Return how long ago this pid namespace began, which is when its process 1 did; infinite if not known.
+
+    The kernel gives the number of a namespace that has ended to the next one: `tapes.forks.host` of a
+    container that was restarted may be what it was before.
+    """
+    started = process_of(1).started
+    if not started:
+        return inf
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
 def _is_still(process: Process) -> bool:

@@ -24,7 +24,14 @@ __all__ = ["DOWN_ONE", "MERGE_MODES", "UP_ONE", "Gauge", "GaugeState", "Producer
 Producer = Callable[[], Number]
 
 MERGE_MODES = ("sum", "max", "min", "mean", "last", "each")
-"""How the gauges of several processes become one: ``each`` keeps one series per worker."""
+"""How the gauges of several processes become one.
+
+``sum``, ``max``, ``min``, ``mean``: the sum, maximum, minimum and mean over live workers. An exited worker
+contributes nothing.
+``last``: the value that was set last. It stays after the worker that set it has exited, until another worker
+sets one.
+``each``: one series for each live worker, labelled ``worker``. The series of an exited worker goes.
+"""
 
 
 def check_gauge(producer: Any, merge: Any, weak: Any) -> None:
@@ -65,7 +72,8 @@ class GaugeState(NamedTuple):
         value: ``None`` if there is none, because its producer failed.
         mode: One of `MERGE_MODES`.
         since: When the value was set or produced, in seconds of the host's monotonic clock; ``None`` if
-            it never was, so that it doesn't count as a minimum.
+            it never was, so that it doesn't count as a minimum. It orders the values of mode ``last``, of
+            which the newest also outlives its worker.
     """
 
     value: Number | None

@@ -327,7 +327,7 @@ def test_label_sets_beyond_the_limit_are_added_up_and_places_come_free():
     ledger.retire(two.identity)
     ledger.retire(three.identity)
     assert ledger.snapshot(200).series("g") == ()
-    assert ledger._sizes["g"] == 0
+    assert ledger._places.sizes["g"] == 0
 
 
 def test_each_shows_who_speaks_and_within_the_limit():
