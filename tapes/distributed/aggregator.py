@@ -18,9 +18,10 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Callable
+from typing import Any, Callable, TypeVar
 
 import zmq
 
@@ -29,13 +30,15 @@ from tapes.distributed import directory
 from tapes.distributed.address import Endpoints, Lock
 from tapes.distributed.bookkeeping import Bookkeeper
 from tapes.distributed.lease import Lease
-from tapes.distributed.reports import Demand, Reports
+from tapes.distributed.reports import START_SECONDS, Demand, Reports
 from tapes.distributed.sockets import bind, bind_again
-from tapes.errors import AddressError
+from tapes.errors import AddressError, AddressInUse
 from tapes.reporting import Reporter
 from tapes.reporting.configured import reporters_from
 
 __all__ = ["Aggregator"]
+
+T = TypeVar("T")
 
 _TURN_MILLISECONDS = 100
 _HOLDING_MILLISECONDS = 10
@@ -95,7 +98,7 @@ class Aggregator:
             stack.callback(self._wake_receiver.close)
             stack.callback(self._wake_sender.close)
             directory.restore(self._endpoints, directory.User.ourselves())
-            self._lock.acquire()
+            self._when_free(self._lock.acquire)
             self._is_missed = self._lock.is_missed
             stack.callback(self._clear_away)
             before = self._books.restore()
@@ -106,7 +109,7 @@ class Aggregator:
                 self._books.journal.finish()  # a tail alone says nothing
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             stack.callback(lambda: context.destroy(linger=_LINGER_MILLISECONDS * self._books.hands_over))
-            updates, questions = bind(context, self._endpoints)
+            updates, questions = self._when_free(lambda: bind(context, self._endpoints))
             stack.enter_context(self._signals())
             self._recover(updates, questions)
             stack.callback(self._reports.stop)
@@ -123,6 +126,20 @@ class Aggregator:
                 if self._leave(updates, questions):
                     self._answer_held(questions, float("inf"))
                     return
+
+    def _when_free(self, take: Callable[[], T]) -> T:
+        """Return what ``take`` returns, or raises for longer than an aggregator outlives its service.
+
+        Where processes join, they have used the aggregator that is there, so a second one is one too many.
+        """
+        gives_up = monotonic() + START_SECONDS
+        while True:
+            try:
+                return take()
+            except AddressInUse:
+                if self._lease.is_joined or monotonic() >= gives_up:
+                    raise
+            time.sleep(_TURN_MILLISECONDS / 1000)
 
     def stop(self) -> None:
         """Ask the loop to end, from any thread or a signal handler."""

@@ -25,10 +25,10 @@ from tapes.errors import AddressInUse, safe_text
 from tapes.registry import Registry
 from tapes.reporting import Reporter
 
-__all__ = ["Demand", "Reports"]
+__all__ = ["START_SECONDS", "Demand", "Reports"]
 
-_START_SECONDS = 4.0
-"""Seconds that a reporter may wait for what another process has; an idle aggregator lives for 2 s."""
+START_SECONDS = 4.0
+"""Maximum time to wait for a port or an address that is in use; an idle aggregator lives for 2 s."""
 _REPORT_SECONDS = 0.5
 """Maximum time that a demand waits for reports; a worker waits 1 s for the reply to its goodbye."""
 
@@ -89,7 +89,7 @@ class Reports:
         for reporter in reporters:
             reporter.registry = registry
         self._waiting = list(reporters)
-        self._begun, self._gives_up = True, now + _START_SECONDS
+        self._begun, self._gives_up = True, now + START_SECONDS
         return self.have_started(now)
 
     def have_started(self, now: float) -> bool:
