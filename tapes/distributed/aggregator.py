@@ -113,8 +113,7 @@ class Aggregator:
             stack.enter_context(self._signals())
             self._recover(updates, questions)
             stack.callback(self._reports.stop)
-            if not self._reports.begin(self._reporters, self._books.registry, monotonic()):
-                self._serve(updates, questions, self._have_reporters_started)
+            self._start_reporters(updates, questions)
             _log.info(
                 "tapes aggregator %d listens at %s%s",
                 os.getpid(), self._endpoints.publish, self._reason and f", started for {self._reason}",
@@ -259,8 +258,14 @@ class Aggregator:
             self._reports.resume()
         return is_over
 
-    def _have_reporters_started(self, now: float) -> bool:
-        return self._reports.have_started(now) or self._is_over(now)
+    def _start_reporters(self, updates: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> None:
+        """Start all reporters; serve while one of them waits for what something else has."""
+
+        def is_done(now: float) -> bool:
+            return self._reports.have_started(now) or self._is_over(now)
+
+        if not self._reports.begin(self._reporters, self._books.registry, monotonic()):
+            self._serve(updates, questions, is_done)
 
     def _demand_reports(self, now: float) -> Demand | None:
         """Have reporters report now if they have to; return what tells when they have."""

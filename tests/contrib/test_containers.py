@@ -18,7 +18,7 @@ from tests.receivers import Receiver
 NAMESPACE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 GONE = "/old-catalogue"
 
-pytestmark = [pytest.mark.needs("unshare"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.needs("unshare"), pytest.mark.timeout(120), pytest.mark.alone]
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ from tapes.distributed.questions import flush
 from tests.processes import ROOT, clean_environment, connected, run_python, running, wait_for
 from tests.receivers import Receiver
 
+pytestmark = pytest.mark.alone  # reports are waited for, but for half a second only
+
 AGGREGATOR = """
 import threading
 from datetime import timedelta
@@ -123,7 +125,6 @@ def test_workers_that_leave_at_the_same_moment_are_all_reported_once(short_dir, 
                 assert receiver.counts()["c"] == 7 * turn
 
 
-@pytest.mark.alone
 def test_what_a_killed_last_worker_published_is_reported_within_a_second(short_dir, receiver):
     """Though the aggregator lives on; and nothing twice when the next one leaves."""
     with aggregator(short_dir, f"StatsdReporter(HOUR, '127.0.0.1', {receiver.port})"):
@@ -136,7 +137,6 @@ def test_what_a_killed_last_worker_published_is_reported_within_a_second(short_d
         assert receiver.counts()["c"] == 11
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["accepts and never reads", "does not accept"])
 def test_a_dead_receiver_holds_up_a_goodbye_by_half_a_second(short_dir, receiver, kind):
     """The goodbye is acknowledged all the same: no file is left, and the other receiver has everything."""
@@ -164,7 +164,7 @@ def test_a_dead_receiver_holds_up_a_goodbye_by_half_a_second(short_dir, receiver
 
 
 def test_a_flush_is_answered_after_the_reports(short_dir, receiver):
-    """While workers live too; where no aggregator is, or an older one, it is no error."""
+    """While workers live too; an aggregator that does not answer is no error."""
     address = f"ipc://{short_dir}/m.ipc"
     with aggregator(short_dir, f"StatsdReporter(HOUR, '127.0.0.1', {receiver.port})") as process:
         with connected(address) as worker:
