@@ -99,6 +99,7 @@ class Generator:
         ))  # fmt: skip
         yield rng.choice((
             said.Hello(3, "host", processes), said.HandOver(4, 9), said.Reply(5, "ok", b"payload"),
+            said.Flush(6),
             said.Journal("host", processes, (("TAPES_HTTP", "1"),), 3, (update.identity,), {}, 99),
         ))  # fmt: skip
 

@@ -3,9 +3,10 @@
     gunicorn -w 4 -c python:tapes.contrib.gunicorn_conf app:app
 
 It starts an aggregator for gunicorn's master, connects every worker to it, and says goodbye when a worker
-exits; the aggregator leaves by itself when masters and workers are gone. As root with ``--user`` it runs as
-that user. To have settings of your own, write a configuration that imports these hooks; a hook of your own
-with the name of one of these goes beside it by `with_tapes`::
+exits. A master that exits waits for the aggregator's reporters, as in a container its end ends the
+aggregator too; elsewhere that leaves by itself when masters and workers are gone. As root with ``--user`` it
+runs as that user. To have settings of your own, write a configuration that imports these hooks; a hook of
+your own with the name of one of these goes beside it by `with_tapes`::
 
     from tapes.contrib.gunicorn_conf import *
 
@@ -27,7 +28,7 @@ from typing import Callable as _Callable
 
 import tapes as _tapes
 
-__all__ = ["on_starting", "post_fork", "with_tapes", "worker_exit"]
+__all__ = ["on_exit", "on_starting", "post_fork", "with_tapes", "worker_exit"]
 
 _tapes.default_registry.connect_when_used = None  # the master is no worker, whatever TAPES_ADDR says
 
@@ -69,6 +70,29 @@ def worker_exit(server: _Any, worker: _Any) -> None:
         leave(_tapes.default_registry)
 
 
+def on_exit(server: _Any) -> None:
+    """Wait until the aggregator has reported what killed workers left; 1 s at most.
+
+    Workers that exit have waited for that themselves. The aggregator goes on: other processes may use it. In
+    the middle of an upgrade (USR2), when there is another master, nothing is done.
+    """
+    if server.reexec_pid or (server.master_pid and server.master_pid == _os.getppid()):
+        return
+    try:
+        from tapes.environment import is_disabled
+
+        if is_disabled() or not _os.environ.get("TAPES_ADDR"):
+            return
+        from tapes.distributed.address import is_served, resolve
+        from tapes.distributed.questions import flush
+
+        endpoints = resolve(None)
+        if endpoints.path is None or is_served(endpoints):
+            flush(endpoints)
+    except _tapes.TapesError as error:
+        server.log.warning("tapes: %s", error)
+
+
 def with_tapes(hook: _Callable[..., None]) -> _Callable[..., None]:
     """Return ``hook`` together with the hook of tapes of the same name; as a decorator.
 
@@ -78,24 +102,25 @@ def with_tapes(hook: _Callable[..., None]) -> _Callable[..., None]:
         InvalidArgument: If tapes has no hook of that name, so that ``hook`` can stand alone.
     """
     name = getattr(hook, "__name__", "")
-    ours: _Any = {"on_starting": on_starting, "post_fork": post_fork, "worker_exit": worker_exit}.get(name)
-    if ours is None:
+    hooks: _Any = {h.__name__: h for h in (on_exit, on_starting, post_fork, worker_exit)}
+    if name not in hooks:
         from tapes.errors import InvalidArgument
 
         raise InvalidArgument(
-            "with_tapes", got=name, expected="a hook named on_starting, post_fork or worker_exit",
+            "with_tapes", got=name, expected=f"a hook named {', '.join(hooks)}",
             remedy="leave it out: tapes has no hook of that name",
         )  # fmt: skip
 
     @_functools.wraps(hook)
     def both(server: _Any, worker: _Any = None) -> None:
-        arguments = (server,) if name == "on_starting" else (server, worker)
-        if name != "worker_exit":
-            ours(*arguments)
+        arguments = (server,) if worker is None else (server, worker)
+        is_last = name in ("on_exit", "worker_exit")
+        if not is_last:
+            hooks[name](*arguments)
         try:
             hook(*arguments)
         finally:
-            if name == "worker_exit":
-                ours(*arguments)
+            if is_last:
+                hooks[name](*arguments)
 
     return both

@@ -2,7 +2,11 @@
 
 Publications are taken in before questions are answered, so that an answer has whatever arrived before the
 question. Reporters run in threads of their own. What is done with the messages is in
-`tapes.distributed.bookkeeping`.
+`tapes.distributed.bookkeeping`, what is done with the reporters in `tapes.distributed.reports`.
+
+When the last worker leaves, reporters report before its goodbye is acknowledged: in a container, or under a
+service manager, everything is killed as soon as the service's first process has ended, which waits for the
+acknowledgement, directly or by its workers. The loop goes on meanwhile; it only holds the answer back.
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Callable
+from typing import Any, Callable, TypeVar
 
 import zmq
 
@@ -25,14 +30,19 @@ from tapes.distributed import directory
 from tapes.distributed.address import Endpoints, Lock
 from tapes.distributed.bookkeeping import Bookkeeper
 from tapes.distributed.lease import Lease
+from tapes.distributed.reports import START_SECONDS, Demand, Reports
 from tapes.distributed.sockets import bind, bind_again
-from tapes.errors import AddressError
+from tapes.errors import AddressError, AddressInUse
 from tapes.reporting import Reporter
 from tapes.reporting.configured import reporters_from
 
 __all__ = ["Aggregator"]
 
+T = TypeVar("T")
+
 _TURN_MILLISECONDS = 100
+_HOLDING_MILLISECONDS = 10
+"""Maximum time between two looks at answers that are held back."""
 _AT_ONCE = 200
 """So many publications are taken in before the loop looks at anything else."""
 _LINGER_MILLISECONDS = 500
@@ -67,6 +77,8 @@ class Aggregator:
         self._reason = reason
         self._books = Bookkeeper(endpoints, lease, configured)
         self._deferred: list[tuple[list[bytes], bytes]] = []
+        self._reports = Reports(self._wake)
+        self._held: list[tuple[Demand, list[bytes]]] = []
         self._is_missed = False
         self._lock = Lock(endpoints, joined=lease.is_joined)
         self._clearing = contextlib.ExitStack()
@@ -86,7 +98,7 @@ class Aggregator:
             stack.callback(self._wake_receiver.close)
             stack.callback(self._wake_sender.close)
             directory.restore(self._endpoints, directory.User.ourselves())
-            self._lock.acquire()
+            self._when_free(self._lock.acquire)
             self._is_missed = self._lock.is_missed
             stack.callback(self._clear_away)
             before = self._books.restore()
@@ -97,15 +109,11 @@ class Aggregator:
                 self._books.journal.finish()  # a tail alone says nothing
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             stack.callback(lambda: context.destroy(linger=_LINGER_MILLISECONDS * self._books.hands_over))
-            updates, questions = bind(context, self._endpoints)
+            updates, questions = self._when_free(lambda: bind(context, self._endpoints))
             stack.enter_context(self._signals())
             self._recover(updates, questions)
-            started: list[Reporter] = []
-            stack.callback(_stop, started)
-            for reporter in self._reporters:
-                reporter.registry = self._books.registry
-                reporter.start()
-                started.append(reporter)
+            stack.callback(self._reports.stop)
+            self._start_reporters(updates, questions)
             _log.info(
                 "tapes aggregator %d listens at %s%s",
                 os.getpid(), self._endpoints.publish, self._reason and f", started for {self._reason}",
@@ -115,12 +123,30 @@ class Aggregator:
             while True:
                 self._serve(updates, questions, self._is_over)
                 if self._leave(updates, questions):
+                    self._answer_held(questions, float("inf"))
                     return
+
+    def _when_free(self, take: Callable[[], T]) -> T:
+        """Return what ``take`` returns, or raises for longer than an aggregator outlives its service.
+
+        Where processes join, they have used the aggregator that is there, so a second one is one too many.
+        """
+        gives_up = monotonic() + START_SECONDS
+        while True:
+            try:
+                return take()
+            except AddressInUse:
+                if self._lease.is_joined or monotonic() >= gives_up:
+                    raise
+            time.sleep(_TURN_MILLISECONDS / 1000)
 
     def stop(self) -> None:
         """Ask the loop to end, from any thread or a signal handler."""
         self._lease.tell()
-        with contextlib.suppress(OSError):
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # it has so much to read already, or has ended
             self._wake_sender.send(b"x")
 
     def _leave(self, updates: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> bool:
@@ -139,7 +165,7 @@ class Aggregator:
                 self._answer(questions)
             while not self._take_in(updates):
                 pass
-            if not self._is_over(monotonic()):
+            if self._held or not self._is_over(monotonic()):
                 return False
             # Until the directory is cleared away nobody can join: the lock goes last.
             self._clearing = stack.pop_all()
@@ -196,13 +222,15 @@ class Aggregator:
         looked = 0.0
         while not self._books.hands_over:
             busy = self._books.journal.step(monotonic())
-            events = dict(poller.poll(0 if busy else _TURN_MILLISECONDS))
+            patience = _HOLDING_MILLISECONDS if self._held else _TURN_MILLISECONDS
+            events = dict(poller.poll(0 if busy else patience))
             if self._wake_receiver.fileno() in events:
                 self._wake_receiver.recv(4096)
             drained = self._take_in(updates)
             if questions in events and drained:
                 self._answer(questions)
             now = monotonic()
+            self._answer_held(questions, now)
             if now - looked >= _TURN_MILLISECONDS / 1000:
                 looked = now
                 if self._lock.is_gone:
@@ -222,7 +250,27 @@ class Aggregator:
             )
 
     def _is_over(self, now: float) -> bool:
-        return self._lease.expired(now, self._books.look_around(now))
+        is_over = self._lease.expired(now, self._books.look_around(now))
+        self._demand_reports(now)
+        if self._lease.is_idle:
+            self._reports.pause()
+        else:
+            self._reports.resume()
+        return is_over
+
+    def _start_reporters(self, updates: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> None:
+        """Start all reporters; serve while one of them waits for what something else has."""
+
+        def is_done(now: float) -> bool:
+            return self._reports.have_started(now) or self._is_over(now)
+
+        if not self._reports.begin(self._reporters, self._books.registry, monotonic()):
+            self._serve(updates, questions, is_done)
+
+    def _demand_reports(self, now: float) -> Demand | None:
+        """Have reporters report now if they have to; return what tells when they have."""
+        is_due, self._books.reports_due = self._books.reports_due, False
+        return self._reports.demand(now) if is_due else None
 
     def _recover(self, updates: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> None:
         """Wait for living workers to tell again what they stand at; whoever reads meanwhile waits too."""
@@ -230,6 +278,7 @@ class Aggregator:
 
         def is_done(now: float) -> bool:
             self._books.look_around(now)
+            self._demand_reports(now)  # the first ones come when this is done
             return not self._books.awaited or next(looks) >= _RECOVERY_LOOKS
 
         if self._books.awaited:
@@ -258,14 +307,20 @@ class Aggregator:
         if answer is None:
             self._deferred.append((route, question))
             return
-        with contextlib.suppress(zmq.ZMQError):
-            questions.send_multipart([*route, answer], zmq.NOBLOCK)
+        demand = self._demand_reports(monotonic())
+        if demand is None:
+            _send(questions, [*route, answer])
+        else:
+            self._held.append((demand, [*route, answer]))
+
+    def _answer_held(self, questions: zmq.Socket[bytes], now: float) -> None:
+        """Send the answers that waited for reports which were made, or have taken too long by ``now``."""
+        for held in self._held.copy():
+            if self._reports.is_met(held[0], now):
+                self._held.remove(held)
+                _send(questions, held[1])
 
 
-def _stop(reporters: list[Reporter]) -> None:
-    """Have all of them report a last time, beside each other, and wait for them."""
-    for end in (*(r._no_more_reports for r in reporters), *(r.stop for r in reporters)):
-        try:
-            end()
-        except Exception:
-            _log.exception("tapes: a reporter failed to stop")
+def _send(questions: zmq.Socket[bytes], answer: list[bytes]) -> None:
+    with contextlib.suppress(zmq.ZMQError):  # who asked has gone
+        questions.send_multipart(answer, zmq.NOBLOCK)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from tapes import forks
+from tapes.clock import monotonic
 from tapes.distributed.accounts import Worker
 from tapes.distributed.address import Endpoints
 from tapes.distributed.journal import JournalFile
@@ -22,6 +23,7 @@ from tapes.distributed.ledger import Ledger
 from tapes.distributed.messages import (
     NOBODY,
     NOTHING,
+    Flush,
     Goodbye,
     HandOver,
     Hello,
@@ -65,13 +67,15 @@ class Bookkeeper:
         journal: Its journal.
         hands_over: Whether it has been asked to make room for a newer version.
         is_successor: Whether it began with what another one knew.
+        reports_due: Whether reporters have to report now, as the last worker has left or been found dead, or
+            as a `Flush` asks for it. The aggregator sets it back.
         awaited: The workers of before that have yet to tell again what they stand at.
     """
 
     def __init__(self, endpoints: Endpoints, lease: Lease, configured: Mapping[str, str]) -> None:
         self.registry = Registry()
         self.journal = JournalFile(endpoints, self._pages, self._note_journal_failed)
-        self.hands_over = self.is_successor = False
+        self.hands_over = self.is_successor = self.reports_due = False
         self.awaited: set[bytes] = set()
         self._endpoints = endpoints
         self._lease = lease
@@ -85,6 +89,7 @@ class Bookkeeper:
         self._heard: dict[bytes, float] = {}
         self._dead: dict[bytes, float] = {}
         self._journal_fails = False
+        self._is_unreported = False
         self._messages = self.registry.own(Counter, MESSAGES)
         self._lag = self.registry.own(Timer, LAG)
         self._host = forks.host()
@@ -148,9 +153,11 @@ class Bookkeeper:
         version = version_to_answer(data)
         try:
             question = decode(data)
-            if not isinstance(question, (Read, Hello, Goodbye, HandOver)):
+            if not isinstance(question, (Read, Hello, Goodbye, Flush, HandOver)):
                 raise WireError(
-                    "a question", got=type(question).__name__, expected="Read, Hello, Goodbye or HandOver"
+                    "a question",
+                    got=type(question).__name__,
+                    expected="Read, Hello, Goodbye, Flush or HandOver",
                 )
             if self.awaited and isinstance(question, Read) and question.what != NOTHING:
                 return None
@@ -187,7 +194,16 @@ class Bookkeeper:
                 patience = float("inf")
             if now - self._dead.setdefault(identity, now) >= patience or len(self._dead) > _MOST_DEAD:
                 self._retire(workers[identity])
+        self._report_if_alone(worker for identity, worker in workers.items() if identity not in ended)
         return len(workers.keys() - ended)
+
+    def _report_if_alone(self, living: Iterable[Worker]) -> None:
+        """Note that reports are due if workers have changed something since, and none lives that may again.
+
+        The silent ones don't count: what they recorded is all known, and some live as long as the service.
+        """
+        if self._is_unreported and all(worker.silent for worker in living):
+            self.reports_due, self._is_unreported = True, False
 
     def _has_ended(self, worker: Worker, now: float) -> bool:
         """Return whether a worker has ended; where its pid means nothing, whether it has been silent long."""
@@ -202,7 +218,7 @@ class Bookkeeper:
             self._watches[identity] = ProcessWatch(worker.process)
         return self._watches[identity].ended()
 
-    def _reply(self, question: Read | Hello | Goodbye | HandOver, data: bytes, version: int) -> Reply:
+    def _reply(self, question: Read | Hello | Goodbye | Flush | HandOver, data: bytes, version: int) -> Reply:
         number = question.correlation
         if isinstance(question, HandOver):
             return self._hand_over(question)
@@ -213,7 +229,14 @@ class Bookkeeper:
             self.journal.changed()
             return Reply(number, "ok", b"")
         if isinstance(question, Goodbye):
-            return Reply(number, "ok" if self._leave(question, data) else "behind", b"")
+            left, now = self._leave(question, data), monotonic()
+            others = (w for w in self._ledger.workers if w.identity != NOBODY)
+            self._report_if_alone(w for w in others if not self._has_ended(w, now))
+            return Reply(number, "ok" if left else "behind", b"")
+        if isinstance(question, Flush):
+            self.look_around(monotonic())
+            self.reports_due, self._is_unreported = True, False
+            return Reply(number, "ok", b"")
         if not self._apply(question.update, published=False):
             return Reply(number, "behind", b"")
         if question.what == NOTHING:
@@ -262,6 +285,7 @@ class Bookkeeper:
         if complete:
             self.awaited.discard(update.identity)
         self._spoke.add(update.identity)
+        self._is_unreported = True
         self.journal.changed()
         return complete
 

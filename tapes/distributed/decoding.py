@@ -18,6 +18,7 @@ from tapes.bins import MAX_KEY
 from tapes.distributed.messages import (
     NOBODY,
     Descriptions,
+    Flush,
     Goodbye,
     HandOver,
     Hello,
@@ -315,6 +316,7 @@ _MESSAGES: dict[str, tuple[type[Any], Callable[[Reader], Message]]] = {
     "Read": (Read, lambda read: Read(_whole(read.flat()), _text(read.flat()), _told(read))),
     "Hello": (Hello, lambda read: Hello(_whole(read.flat()), _text(read.flat()), _processes(read))),
     "HandOver": (HandOver, lambda read: HandOver(_whole(read.flat()), _whole(read.flat()))),
+    "Flush": (Flush, lambda read: Flush(_whole(read.flat()))),
     "Goodbye": (Goodbye, lambda read: Goodbye(_whole(read.flat()), _told(read))),
     "Journal": (Journal, _journal),
     "Record": (Record, _record),

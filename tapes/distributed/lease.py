@@ -2,7 +2,8 @@
 
 An aggregator serves *owners* (the process that started it, a supervisor such as gunicorn's master, whoever
 asked it to stay) and the workers that it hears from. It watches all of them and lives until they have ended,
-and a grace period longer, as last words may be under way and another worker may be about to start.
+and a grace period longer, as last words may be under way and another worker may be about to start. During
+the grace period it is *idle*: its reporters hold nothing that the next start of the service needs.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ class Lease:
         self._idle_since: float | None = None
         self.has_owner = bool(owners)
         self.is_joined = not can_be_told
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no owner and no worker lived at the last look: the grace period has begun."""
+        return self._idle_since is not None
 
     @property
     def owners(self) -> tuple[Process, ...]:

@@ -6,6 +6,7 @@ Workers send
     Read      a question, with an update of what the asker holds
     Hello     which processes to stay for
     Goodbye   a worker's last update
+    Flush     a request to have reporters report now
     HandOver  a request to make room for an aggregator of a newer version
 
 and get a `Reply`. A `Merged` is the payload of a reply to a reader that wants the states themselves. To the
@@ -28,7 +29,7 @@ from tapes.naming import Labels
 from tapes.snapshot import Description
 
 __all__ = [
-    "NOBODY", "NOTHING", "Descriptions", "Goodbye", "HandOver", "Hello", "Item", "Journal", "Merged",
+    "NOBODY", "NOTHING", "Descriptions", "Flush", "Goodbye", "HandOver", "Hello", "Item", "Journal", "Merged",
     "Message", "Read", "Record", "Reply", "Update",
 ]  # fmt: skip
 
@@ -105,6 +106,15 @@ class Goodbye(NamedTuple):
     update: Update
 
 
+class Flush(NamedTuple):
+    """A request to have reporters report now; the reply comes after the reports, or 0.5 s later.
+
+    An aggregator of an earlier release refuses it.
+    """
+
+    correlation: int
+
+
 class HandOver(NamedTuple):
     """A request to write down everything and leave, as an aggregator of ``version`` is about to start.
 
@@ -179,4 +189,4 @@ class Record(NamedTuple):
 NOBODY = bytes(16)
 """The identity of no worker: the aggregator itself, and the total of those that have left."""
 
-Message = Union[Update, Read, Hello, Goodbye, HandOver, Reply, Merged, Journal, Record]
+Message = Union[Update, Read, Hello, Goodbye, Flush, HandOver, Reply, Merged, Journal, Record]

@@ -11,14 +11,22 @@ import zmq
 
 from tapes import forks
 from tapes.distributed.address import Endpoints
-from tapes.distributed.messages import Goodbye, HandOver, Hello, Read, Reply
+from tapes.distributed.messages import Flush, Goodbye, HandOver, Hello, Read, Reply
 from tapes.distributed.sockets import Socket, new_reader
 from tapes.distributed.wire import VERSION, decode, encode
 from tapes.errors import AggregatorUnavailable, WireError
 
-__all__ = ["TIMEOUT_SECONDS", "OlderAggregator", "Question", "ask_to_hand_over", "exchange", "stay_for"]
+__all__ = [
+    "TIMEOUT_SECONDS",
+    "OlderAggregator",
+    "Question",
+    "ask_to_hand_over",
+    "exchange",
+    "flush",
+    "stay_for",
+]
 
-Question = Union[Read, Hello, Goodbye, HandOver]
+Question = Union[Read, Hello, Goodbye, Flush, HandOver]
 
 TIMEOUT_SECONDS = 1.0
 """So long a read or a goodbye waits for the aggregator."""
@@ -74,6 +82,17 @@ def stay_for(endpoints: Endpoints, *processes: forks.Process) -> bool:
 def ask_to_hand_over(endpoints: Endpoints) -> bool:
     """Ask an aggregator of an older version to make room; return whether it will."""
     return _ask_once(endpoints, HandOver(1, VERSION))
+
+
+def flush(endpoints: Endpoints) -> bool:
+    """Have the aggregator's reporters report now; return whether they did, within a second.
+
+    It is no error if they did not: an aggregator of an earlier release can't be asked.
+    """
+    try:
+        return _ask_once(endpoints, Flush(1))
+    except OlderAggregator:
+        return False
 
 
 def _ask_once(endpoints: Endpoints, question: Question) -> bool:

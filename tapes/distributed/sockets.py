@@ -62,6 +62,8 @@ def bind(context: zmq.Context[Any], endpoints: Endpoints) -> tuple[Socket, Socke
             try:
                 bound.bind(endpoint)
             except zmq.ZMQError as error:
+                updates.close()
+                questions.close()
                 kind = AddressInUse if error.errno == zmq.EADDRINUSE else AddressError
                 raise kind(
                     f"the aggregator can't bind {endpoint} ({error.strerror})",

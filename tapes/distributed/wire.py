@@ -8,7 +8,8 @@ asks it to hand over, by a message whose layout is the same in every version, as
 (`HandOver`, `Reply`). Who changes another layout raises `VERSION`, and has the decoder read the former one.
 
     1   the first
-    2   HandOver, Journal and Record are new; an Update ends with its program; all else is as in 1
+    2   HandOver, Journal and Record are new; an Update ends with its program; all else is as in 1. An
+        aggregator that does not know Flush refuses it, which the sender ignores
 
 `decode` returns a valid message or raises `WireError`, whatever it is given: every field is checked for type
 and range, and what belongs together must agree (the counts of a sketch's bins add up to its count). Time and

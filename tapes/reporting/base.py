@@ -6,7 +6,7 @@ import contextlib
 import logging
 from datetime import timedelta
 from types import TracebackType
-from typing import TypeVar
+from typing import Callable, TypeVar
 
 from tapes.clock import monotonic
 from tapes.errors import InvalidArgument, TapesError, safe_text
@@ -66,6 +66,20 @@ class Reporter:
         """End it, and release what it holds; nothing if it wasn't started."""
         raise NotImplementedError(f"{type(self).__name__} has no stop()")
 
+    def pause(self) -> None:
+        """Give back what only one process can hold, such as a port: nothing needs the reports for now.
+
+        An aggregator calls it when its service has ended, 2 s before it ends itself, so that the next start
+        of the service finds the port free. `resume` or `stop` follows. By default it does nothing; a reporter
+        that binds something in `start` should override both. It should return at once.
+        """
+
+    def resume(self) -> None:
+        """Take again what `pause` gave back: another process has joined the service.
+
+        An aggregator calls it again every 0.1 s for as long as it raises.
+        """
+
     def __enter__(self: R) -> R:
         self.start()
         return self
@@ -80,6 +94,13 @@ class Reporter:
 
     def _release(self) -> None:
         """Let go of what reports need, after the last one."""
+
+    def _report_now(self, done: Callable[[], None]) -> None:
+        """Report beside the schedule, and call ``done`` after it, from any thread; returns at once.
+
+        A reporter without a schedule has nothing to report.
+        """
+        done()
 
     def _no_more_reports(self) -> None:
         """Report a last time, without anybody waiting for it; `stop` follows."""

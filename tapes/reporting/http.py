@@ -89,6 +89,14 @@ class HTTPReporter(Reporter):
             server.server_close()
             thread.join()
 
+    def pause(self) -> None:
+        """Stop listening, so that another process can listen on the port."""
+        self.stop()
+
+    def resume(self) -> None:
+        """Listen again, on the same port; raises as `start`."""
+        self.start()
+
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True

@@ -5,6 +5,9 @@ of the grid, so nothing drifts, whatever a report takes; moments that pass while
 skipped and counted. A run of the schedule is an object of its own: one that was left behind, as it hung when
 it was stopped, can't disturb the next.
 
+Who needs a report now can demand one: the schedule's own thread makes it, so there are never two at once. The
+demand is met by the first report that begins after it, and the schedule stays as it is.
+
 A thread does not survive a fork, and what it was doing would be torn in the child. So it ends before a fork,
 and the schedule goes on by new ones in both processes; a report that hangs holds up nobody for long. uWSGI
 forks in C, where nothing can be done before: there the schedule begins in the workers.
@@ -13,7 +16,9 @@ forks in C, where nothing can be done before: there the schedule begins in the w
 from __future__ import annotations
 
 import threading
+from collections import deque
 from datetime import timedelta
+from typing import Callable
 
 from tapes import forks
 from tapes.clock import monotonic
@@ -61,6 +66,10 @@ class Run:
     def start(self) -> None:
         """Begin with it."""
         raise NotImplementedError
+
+    def report_now(self, done: Callable[[], None]) -> None:
+        """Report beside the schedule, if it can, and call ``done`` after that."""
+        done()
 
     def tell(self) -> None:
         """Tell it to report a last time and to end."""
@@ -112,6 +121,12 @@ class Scheduled(Reporter):
         self._forget_run()
         run.tell()
         run.stop()
+
+    def _report_now(self, done: Callable[[], None]) -> None:
+        if self._run is None:
+            done()
+        else:
+            self._run.report_now(done)
 
     def _no_more_reports(self) -> None:
         if self._run is not None:
@@ -175,6 +190,16 @@ class ScheduledReporter(Scheduled):
         return _ThreadRun(self, grid)
 
 
+class _Alarm(threading.Event):
+    """Wakes a thread: to end if ``ends`` is set, and else to report now."""
+
+    ends = False
+
+    def end(self) -> None:
+        self.ends = True
+        self.set()
+
+
 class _ThreadRun(Run):
     """A thread that reports at the moments of a grid; another one after each fork.
 
@@ -183,7 +208,7 @@ class _ThreadRun(Run):
     """
 
     _thread: threading.Thread
-    _ending: threading.Event
+    _alarm: _Alarm
 
     def __init__(self, reporter: Reporter, grid: Grid) -> None:
         self._reporter = reporter
@@ -191,6 +216,7 @@ class _ThreadRun(Run):
         self._lock = threading.Lock()
         self._holds = 0
         self._told_at: float | None = None
+        self._demands: deque[Callable[[], None]] = deque()
         self.goes_on = False
         self._renew()
         forks.add_user(self)
@@ -205,10 +231,14 @@ class _ThreadRun(Run):
         if self._told_at is None and self._thread.ident is None:
             self._thread.start()
 
+    def report_now(self, done: Callable[[], None]) -> None:
+        self._demands.append(done)
+        self._alarm.set()
+
     def tell(self) -> None:
         if self._told_at is None:
             self._told_at = monotonic()
-            self._ending.set()
+            self._alarm.end()
 
     def stop(self) -> None:
         since = 0.0 if self._told_at is None else monotonic() - self._told_at
@@ -222,10 +252,9 @@ class _ThreadRun(Run):
             is_ours = self._thread is threading.current_thread()  # a report that forks goes on
             if self._holds == 1 and self._told_at is None and not is_ours:
                 self._is_paused = True
-                self._ending.set()
+                self._alarm.end()
                 if not self._has_ended_within(_PAUSE_SECONDS):
-                    self._is_paused = False
-                    self._ending.clear()
+                    self._is_paused = self._alarm.ends = False
 
     def go_on(self) -> None:
         """In the parent after a fork, go on by another thread, unless the one before goes on itself."""
@@ -239,9 +268,10 @@ class _ThreadRun(Run):
         """Likewise in a forked child."""
         self._lock = threading.Lock()
         self._holds = 0
+        self._demands.clear()  # of the parent
         if self._told_at is None:
             if self._thread is threading.current_thread():
-                self._ending.set()
+                self._alarm.end()
             self.goes_on = True
             self._renew()
             self._thread.start()
@@ -250,10 +280,12 @@ class _ThreadRun(Run):
         """Nothing: where the thread is not, it does not report."""
 
     def _renew(self) -> None:
-        self._ending = threading.Event()
+        self._alarm = _Alarm()
+        if self._demands:  # of before the fork
+            self._alarm.set()
         self._is_paused = False
         name = f"tapes-{type(self._reporter).__name__}"
-        self._thread = threading.Thread(target=self._go, args=(self._ending,), name=name, daemon=True)
+        self._thread = threading.Thread(target=self._go, args=(self._alarm,), name=name, daemon=True)
 
     def _has_ended_within(self, timeout_seconds: float) -> bool:
         """Wait for the end of the thread; return whether it has ended, or it is itself that asks."""
@@ -262,18 +294,28 @@ class _ThreadRun(Run):
         self._thread.join(timeout_seconds)
         return not self._thread.is_alive()
 
-    def _go(self, ending: threading.Event) -> None:
-        while not ending.wait(self._grid.wait_seconds):
+    def _go(self, alarm: _Alarm) -> None:
+        while not alarm.ends:
+            wait_seconds = self._grid.wait_seconds
+            is_due = not alarm.wait(wait_seconds) or not wait_seconds
+            alarm.clear()
+            if alarm.ends:
+                break
+            if not (is_due or self._demands):  # a fork did not wait for a report to end
+                continue
             self._report()
-            missed = self._grid.pass_by(monotonic())
-            if missed and not ending.is_set():
+            missed = self._grid.pass_by(monotonic()) if is_due else 0
+            if missed and not alarm.ends:
                 self._reporter._count(SKIPPED, missed)
         if not self._is_paused:
             self._report()
             self._reporter._release()
 
     def _report(self) -> None:
+        demands = [self._demands.popleft() for _ in range(len(self._demands))]  # later ones need another
         try:
             self._reporter.report()
         except BaseException as error:  # nothing that ends a thread may end the schedule
             self._reporter._failed(error)
+        for done in demands:
+            done()

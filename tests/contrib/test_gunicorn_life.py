@@ -258,6 +258,10 @@ def post_fork(server, worker):
 def worker_exit(server, worker):
     import tapes
     tapes.counter("left").increment()
+
+@with_tapes
+def on_exit(server):
+    server.log.warning("mine: on_exit")
 """
 
 
@@ -273,7 +277,10 @@ def test_hooks_of_ones_own_go_beside_ours(short_dir):
         wait_for(lambda: not before & children(process.pid), "the workers are new")
         wait_for(lambda: stats(service).get("left", {}).get("value") == 2, "both have left")
         wait_for(lambda: stats(service)["forked"]["value"] == 4, "four have come")
+        process.terminate()
+        assert process.wait(10) == 0
     assert service.output().count("mine: on_starting") == 1
+    assert service.output().count("mine: on_exit") == 1
     wait_for(service.nothing_left, "nothing is left", 4)
 
 
@@ -282,7 +289,7 @@ def test_a_hook_that_tapes_has_none_of():
     code = "from tapes.contrib.gunicorn_conf import with_tapes\n@with_tapes\ndef pre_fork(s, w): pass"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert re.search(
-        "got 'pre_fork', expected a hook named on_starting, post_fork or worker_exit", done.stderr
+        "got 'pre_fork', expected a hook named on_exit, on_starting, post_fork, worker_exit", done.stderr
     )
 
 

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tapes
-from tapes.distributed.messages import Goodbye, HandOver, Hello, Item, Merged, Read, Reply, Update
+from tapes.distributed.messages import (
+    Flush,
+    Goodbye,
+    HandOver,
+    Hello,
+    Item,
+    Merged,
+    Read,
+    Reply,
+    Update,
+)
 from tapes.distributed.wire import VERSION, decode, encode
 from tapes.errors import WireError
 from tapes.forks import Process
@@ -59,6 +69,7 @@ messages = st.one_of(
     st.builds(Read, st.integers(0, 99), text, updates()),
     st.builds(Hello, st.integers(0, 99), text, st.lists(processes, max_size=3).map(tuple)),
     st.builds(Goodbye, st.integers(0, 99), updates()),
+    st.builds(Flush, st.integers(0, 99)),
     st.builds(Reply, st.integers(0, 99), text, st.binary()),
     st.builds(lambda update: Merged(3, update.items, update.descriptions), updates()),
 )
@@ -86,7 +97,8 @@ plain = st.recursive(
 
 
 @given(
-    st.sampled_from(["Update", "Read", "Goodbye", "Reply", "Merged", "Other"]), st.lists(plain, max_size=8)
+    st.sampled_from(["Update", "Read", "Goodbye", "Flush", "Reply", "Merged", "Other"]),
+    st.lists(plain, max_size=8),
 )
 def test_well_packed_nonsense_is_a_wire_error_or_a_valid_message(name, fields):
     """Fields of wrong number, type or range are found one by one."""

@@ -54,8 +54,11 @@ def test_a_joined_lease_lasts_as_long_as_anybody(process):
     second.communicate()
     assert not lease.expired(200.0, 2)
     assert not lease.expired(900.0, 2)
+    assert not lease.is_idle
     assert not lease.expired(901.0, 0)
+    assert lease.is_idle
     assert not lease.expired(902.0, 1)  # one came back
+    assert not lease.is_idle
     assert not lease.expired(903.0, 0)
     assert not lease.expired(904.9, 0)
     assert lease.expired(905.0, 0)
