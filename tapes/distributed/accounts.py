@@ -6,15 +6,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from tapes.distributed.messages import Item
+from tapes.distributed.messages import Item, Update
 from tapes.forks import Process
 from tapes.metrics import KINDS, GaugeState, State
+from tapes.metrics.origin import with_told
 from tapes.naming import Labels
 from tapes.sums import Number
 
 __all__ = [
-    "ASKED", "BEFORE_ALL", "ITSELF", "OF_IT", "Account", "Entry", "Key", "Rank", "Worker", "names_of",
-    "pieces", "told_before",
+    "ASKED", "BEFORE_ALL", "ITSELF", "OF_IT", "Account", "Entry", "Key", "Rank", "Worker", "as_told",
+    "former_selves", "names_of", "pieces", "told_before",
 ]  # fmt: skip
 
 ASKED, OF_IT, ITSELF = range(3)
@@ -30,12 +31,17 @@ _PIECE = 200
 
 
 class Worker(NamedTuple):
-    """Who a live worker is; a silent one is known only by what its descendants say of it."""
+    """Who a live worker is; a silent one is known only by what its descendants say of it.
+
+    Attributes:
+        program: What its process runs; see `tapes.forks.program_of`. 0 if that is not known.
+    """
 
     identity: bytes
     process: Process
     host: str
     silent: bool
+    program: int = 0
 
 
 class Account:
@@ -145,6 +151,22 @@ def told_before(account: Account, before: Any, item: Item, says: int) -> Number 
     else:
         return None
     return told
+
+
+def former_selves(accounts: Iterable[Account], update: Update) -> list[bytes]:
+    """Return the identities of workers whose process has become another program since, as ``update`` shows.
+
+    The one that was heard last is what the process is now; that may not be the sender of ``update``.
+    """
+    same = [a for a in accounts if (a.worker.process, a.worker.host) == (update.process, update.host)]
+    now = max(same, key=lambda account: account.known).worker.program if same else 0
+    return [a.worker.identity for a in same if now != 0 and a.worker.program not in (0, now)]
+
+
+def as_told(item: Item) -> Item:
+    """Return ``item`` with all that it counts as told to an aggregator before."""
+    state: Any = item.state
+    return item if item.kind == "gauge" else item._replace(state=with_told(state, state.counted))
 
 
 def names_of(accounts: Iterable[Account]) -> dict[bytes, str]:

@@ -261,24 +261,24 @@ class Lock:
             raise
 
     @property
-    def is_gone(self) -> bool:
-        """Whether the locked file was removed, as by those who clean up temporary directories."""
-        return self._fd >= 0 and self._path is not None and not os.path.lexists(self._path)
+    def is_lost(self) -> bool:
+        """Whether the locked file was removed, as by a cleaner of temporary directories, or replaced."""
+        if self._fd < 0 or self._path is None:
+            return False
+        try:
+            return not os.path.samestat(os.fstat(self._fd), os.lstat(self._path))
+        except OSError:
+            return True
 
-    def renew(self) -> None:
-        """Make the locked file again, which was removed.
+    def at(self, endpoints: Endpoints) -> Lock:
+        """Return such a lock at ``endpoints``, which is yet to be acquired."""
+        return Lock(endpoints, joined=self._joined)
 
-        Raises:
-            OSError: If that can't be done now, or somebody else has.
-        """
-        assert self._path is not None
-        before, self._fd = (
-            self._fd,
-            os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600),
-        )
-        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._sign()
-        unlock(before)
+    def let_go(self) -> None:
+        """Close the locked file, which is lost."""
+        if self._fd >= 0:
+            unlock(self._fd)
+            self._fd = -1
 
     def _sign(self) -> None:
         """Write whose it is; over what is there, as on a full disk there is no other room."""

@@ -27,12 +27,13 @@ import zmq
 
 from tapes.clock import monotonic
 from tapes.distributed import directory
-from tapes.distributed.address import Endpoints, Lock
+from tapes.distributed.address import Endpoints, Lock, is_served
 from tapes.distributed.bookkeeping import Bookkeeper
 from tapes.distributed.lease import Lease
+from tapes.distributed.moving import hand_over
 from tapes.distributed.reports import START_SECONDS, Demand, Reports
 from tapes.distributed.sockets import bind, bind_again
-from tapes.errors import AddressError, AddressInUse
+from tapes.errors import AddressError, AddressInUse, TapesError
 from tapes.reporting import Reporter
 from tapes.reporting.configured import reporters_from
 
@@ -79,7 +80,7 @@ class Aggregator:
         self._deferred: list[tuple[list[bytes], bytes]] = []
         self._reports = Reports(self._wake)
         self._held: list[tuple[Demand, list[bytes]]] = []
-        self._is_missed = False
+        self._is_missed = self._is_displaced = False
         self._lock = Lock(endpoints, joined=lease.is_joined)
         self._clearing = contextlib.ExitStack()
         self._wake_sender, self._wake_receiver = socket.socketpair()
@@ -174,6 +175,10 @@ class Aggregator:
 
     def _clear_away(self) -> None:
         """Remove everything that it has made; but for what another one needs that takes its place."""
+        if self._is_displaced:  # what is there is another one's
+            self._books.journal.close()
+            self._lock.let_go()
+            return
         for path in self._endpoints.files:
             with contextlib.suppress(OSError):
                 os.unlink(path)
@@ -233,21 +238,46 @@ class Aggregator:
             self._answer_held(questions, now)
             if now - looked >= _TURN_MILLISECONDS / 1000:
                 looked = now
-                if self._lock.is_gone:
+                if self._lock.is_lost:
                     self._settle_again(updates, questions)
                 if is_done(now):
                     return
 
     def _settle_again(self, updates: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> None:
-        """Make the files again that somebody has removed, so that others find this aggregator."""
-        with contextlib.suppress(OSError, AddressError):
-            directory.restore(self._endpoints, directory.User.ourselves())
-            self._lock.renew()
-            self._books.journal.begin_anew()
-            bind_again(updates, questions, self._endpoints)
+        """Make the files again that somebody has removed, there or elsewhere; or hand over to another one."""
+        places = [self._endpoints, *directory.elsewhere(self._endpoints)]
+        heir = next(filter(is_served, places), None)  # ours is lost, so that is another one
+        if heir is None:
+            any(self._settle_at(place, updates, questions) for place in places)
+        elif hand_over(self._books.inheritance(), heir):
             _log.warning(
-                "tapes found the files beside %s removed, and made them again", self._endpoints.publish
-            )
+                "tapes found the files beside %s removed, and handed over to %s",
+                self._endpoints.publish, heir.publish,
+            )  # fmt: skip
+            self._is_displaced = self._books.hands_over = True
+
+    def _settle_at(self, place: Endpoints, updates: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> bool:
+        """Settle at ``place``; return whether that is done, or another one is just being started there."""
+        ourselves = directory.User.ourselves()
+        try:
+            directory.restore(place, ourselves)
+            with directory.start_lock(place, ourselves, wait=False) as held:
+                if not held or is_served(place):
+                    return True
+                lock = self._lock.at(place)
+                lock.acquire()
+                self._lock.let_go()
+                self._lock = lock
+                bind_again(updates, questions, self._endpoints, place)
+        except (OSError, TapesError):
+            return False
+        _log.warning(
+            "tapes found the files beside %s removed, and made them again at %s",
+            self._endpoints.publish, place.publish,
+        )  # fmt: skip
+        self._endpoints = place
+        self._books.settle(place)
+        return True
 
     def _is_over(self, now: float) -> bool:
         is_over = self._lease.expired(now, self._books.look_around(now))

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from tapes import forks
 from tapes.clock import monotonic
-from tapes.distributed.accounts import Worker
+from tapes.distributed.accounts import Worker, as_told
 from tapes.distributed.address import Endpoints
 from tapes.distributed.journal import JournalFile
 from tapes.distributed.lease import Lease, OwnersElsewhere
@@ -88,6 +88,8 @@ class Bookkeeper:
         self._spoke: set[bytes] = set()
         self._heard: dict[bytes, float] = {}
         self._dead: dict[bytes, float] = {}
+        self._became_another: set[bytes] = set()
+        self._as_heir = os.urandom(16)
         self._journal_fails = False
         self._is_unreported = False
         self._messages = self.registry.own(Counter, MESSAGES)
@@ -133,6 +135,29 @@ class Bookkeeper:
             os.getpid(), self._ledger.retired,
         )  # fmt: skip
         return dict(saved.journal.reporters)
+
+    def settle(self, endpoints: Endpoints) -> None:
+        """Go on beside ``endpoints``, as the files were removed."""
+        self._endpoints = endpoints
+        self._wills = Wills(endpoints)
+        self.journal.settle(endpoints)
+
+    def inheritance(self) -> Iterator[Hello | Read | Goodbye]:
+        """Yield what another aggregator has to know that goes on instead of this one."""
+        yield Hello(1, self._host, self._lease.owners)
+        ancestors: list[Update] = []
+        for worker in self._ledger.workers:
+            updates = [record.update for record in self._ledger.records_of(worker.identity)]
+            if worker.silent:
+                ancestors += updates
+            elif worker.identity != NOBODY:
+                yield from (Read(2, NOTHING, update) for update in updates)
+        records, _, _ = self._ledger.records_of_retired(self._view.for_the_journal())
+        total = [as_told(item) for record in records for item in record.update.items]
+        yield Goodbye(3, Update(
+            self._as_heir, forks.this_process(), self._host, forks.stamp(), 0, total,
+            self._ledger.descriptions, tuple(ancestors), self._ledger.max_series,
+        ))  # fmt: skip
 
     def publication(self, data: bytes) -> None:
         """Enter what a worker published."""
@@ -190,7 +215,9 @@ class Bookkeeper:
         for identity in ended - spoken_of:
             self._ledger.bury(identity)
             patience = _LAST_RECORD_SECONDS if workers[identity].silent else _LAST_WORDS_SECONDS
-            if identity not in self._watches:  # it may only have been silent
+            if (
+                identity not in self._watches and identity not in self._became_another
+            ):  # it may only be silent
                 patience = float("inf")
             if now - self._dead.setdefault(identity, now) >= patience or len(self._dead) > _MOST_DEAD:
                 self._retire(workers[identity])
@@ -208,6 +235,8 @@ class Bookkeeper:
     def _has_ended(self, worker: Worker, now: float) -> bool:
         """Return whether a worker has ended; where its pid means nothing, whether it has been silent long."""
         identity = worker.identity
+        if identity in self._became_another:
+            return True
         if worker.host != self._host:
             if identity in self._spoke or identity not in self._heard:
                 self._heard[identity] = now
@@ -215,7 +244,7 @@ class Bookkeeper:
                     self._ledger.bury(identity, is_dead=False)
             return now - self._heard[identity] > SILENT_SECONDS
         if identity not in self._watches:
-            self._watches[identity] = ProcessWatch(worker.process)
+            self._watches[identity] = ProcessWatch(worker.process, worker.program)
         return self._watches[identity].ended()
 
     def _reply(self, question: Read | Hello | Goodbye | Flush | HandOver, data: bytes, version: int) -> Reply:
@@ -273,6 +302,7 @@ class Bookkeeper:
         is_new = not (leaves or self._ledger.knows(update.identity))
         complete, refused = self._ledger.apply(update, published=published)
         if is_new:  # whoever takes this aggregator's place has to wait for this worker too
+            self._note_former_selves(update)
             head = update._replace(seq=1, base=0, items=[], descriptions={}, ancestors=())
             self.journal.note(encode(Record(head)))
         for name in refused:
@@ -289,12 +319,19 @@ class Bookkeeper:
         self.journal.changed()
         return complete
 
+    def _note_former_selves(self, update: Update) -> None:
+        """Note which workers ended as their process became another program, or itself again, by ``exec``."""
+        for former in self._ledger.former_selves(update):
+            self._became_another.add(former)
+            self._ledger.bury(former)
+
     def _retire(self, worker: Worker | Update) -> None:
         identity = worker.identity
         self._elsewhere.discard(worker.host, worker.process)
         self._ledger.retire(identity)
         self._dead.pop(identity, None)
         self._heard.pop(identity, None)
+        self._became_another.discard(identity)
         watch = self._watches.pop(identity, None)
         if watch is not None:
             watch.close()

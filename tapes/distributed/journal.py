@@ -202,8 +202,9 @@ class JournalFile:
             pass
         return not self._changed
 
-    def begin_anew(self) -> None:
-        """Write everything again, as soon as may be: the files were removed."""
+    def settle(self, endpoints: Endpoints) -> None:
+        """Write everything beside ``endpoints``, as soon as may be: the files were removed."""
+        self._base = endpoints.path
         self.close()
         self._tails = []
         self.changed(urgent=True)

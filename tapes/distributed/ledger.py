@@ -142,6 +142,11 @@ class Ledger:
         with self._lock:
             return identity in self._accounts or identity in self._left
 
+    def former_selves(self, update: Update) -> list[bytes]:
+        """Return the identities of workers whose process has become another program; see `accounts`."""
+        with self._lock:
+            return accounts.former_selves(self._accounts.values(), update)
+
     def records_of(self, identity: bytes) -> list[Record]:
         """Return what is known of a worker; nothing if it has left."""
         with self._lock:
@@ -154,7 +159,9 @@ class Ledger:
                 entry = self._entries[place]
                 items.append(Item(entry.kind, *key, entry.by_worker[identity, key[1]]))
                 seqs.append(account.seqs[key])
-        head = Update(identity, worker.process, worker.host, max(1, account.known), 0, [], {})
+        head = Update(
+            identity, worker.process, worker.host, max(1, account.known), 0, [], {}, program=worker.program
+        )  # fmt: skip
         ancestors = tuple(account.ancestors)
         return [
             Record(head._replace(items=some), worker.silent, ancestors, tuple(its_seqs))
@@ -233,7 +240,7 @@ class Ledger:
         """Return the account of who says ``update``; a new one, if it has not been heard of before."""
         account = self._accounts.get(update.identity)
         if account is None or (account.worker.silent and not silent):
-            worker = Worker(update.identity, update.process, update.host, silent)
+            worker = Worker(update.identity, update.process, update.host, silent, update.program)
             if account is None:
                 account = self._accounts[update.identity] = Account(worker, next(self._numbers))
             account.worker = worker

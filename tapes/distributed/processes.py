@@ -11,16 +11,27 @@ import select
 import time
 from math import inf
 
-from tapes.forks import Process, process_of
+from tapes.forks import Process, process_of, program_of
 
 __all__ = ["ProcessWatch", "is_same_boot", "lives", "namespace_seconds"]
 
 
-class ProcessWatch:
-    """Tells when a process has ended."""
+_PROGRAM_SECONDS = 1.0
+"""Seconds from one look at what a process runs to the next: no event reports an ``exec``."""
 
-    def __init__(self, process: Process) -> None:
+
+class ProcessWatch:
+    """Tells when a process has ended, or has become another program.
+
+    Args:
+        process: The process.
+        program: What it runs; see `tapes.forks.program_of`. 0 if that does not matter.
+    """
+
+    def __init__(self, process: Process, program: int = 0) -> None:
         self._process = process
+        self._program = program
+        self._looked = 0.0
         self._fd = -1
         self._over = False
         try:
@@ -41,6 +52,9 @@ class ProcessWatch:
                 self._over = bool(poll.poll(0))
             else:
                 self._over = not lives(self._process)
+        if not self._over and self._program and time.monotonic() - self._looked >= _PROGRAM_SECONDS:
+            self._looked = time.monotonic()
+            self._over = program_of(self._process.pid) not in (0, self._program)
         return self._over
 
     def close(self) -> None:

@@ -74,15 +74,24 @@ def bind(context: zmq.Context[Any], endpoints: Endpoints) -> tuple[Socket, Socke
     return updates, questions
 
 
-def bind_again(updates: Socket, questions: Socket, endpoints: Endpoints) -> None:
-    """Have the aggregator's sockets listen again where their files were removed; connections stay."""
+def bind_again(updates: Socket, questions: Socket, before: Endpoints, endpoints: Endpoints) -> None:
+    """Have the aggregator's sockets, whose files were removed, listen at ``endpoints``; connections stay.
+
+    Raises:
+        AddressError: If that can't be done.
+    """
     umask = os.umask(0o077)
     try:
-        for endpoint, bound in ((endpoints.publish, updates), (endpoints.read, questions)):
+        for bound, was, endpoint in (
+            (updates, before.publish, endpoints.publish), (questions, before.read, endpoints.read)
+        ):  # fmt: skip
             with contextlib.suppress(zmq.ZMQError):
-                bound.unbind(endpoint)
-            with contextlib.suppress(zmq.ZMQError):
-                bound.bind(endpoint)
+                bound.unbind(was)
+            bound.bind(endpoint)
+    except zmq.ZMQError as error:
+        raise AddressError(
+            f"the aggregator can't bind {endpoint} ({error.strerror})", remedy="choose another address"
+        ) from None
     finally:
         os.umask(umask)
 

@@ -1,0 +1,50 @@
+"""What becomes of an aggregator whose files have gone, as when a login session ends with its directory.
+
+Its connected workers still reach it, and no other process does. So it makes its files again, in the same
+place or, if its directory is a private one, in another place where its service looks. If another aggregator
+serves one of these places by then, this one hands everything over to that and leaves: the states of the
+living, which they will supersede, and the total of those that left, which is entered like the last update of
+one more worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any, Union
+
+import zmq
+
+from tapes.distributed.address import Endpoints
+from tapes.distributed.messages import Goodbye, Hello, Read
+from tapes.distributed.questions import TIMEOUT_SECONDS, exchange
+from tapes.distributed.sockets import new_reader
+from tapes.errors import TapesError
+
+__all__ = ["Inheritance", "hand_over"]
+
+Inheritance = Iterable[Union[Hello, Read, Goodbye]]
+
+_log = logging.getLogger("tapes.distributed")
+
+
+def hand_over(inheritance: Inheritance, heir: Endpoints) -> bool:
+    """Give ``inheritance`` to the aggregator at ``heir``; return whether that has all of it.
+
+    It may be given again: nothing of it counts twice.
+    """
+    context: zmq.Context[Any] = zmq.Context()
+    try:
+        with contextlib.closing(new_reader(context, heir)) as reader:
+            for question in inheritance:
+                deadline = time.monotonic() + TIMEOUT_SECONDS
+                if exchange(heir, reader, question, deadline).status != "ok":
+                    return False
+        return True
+    except (TapesError, zmq.ZMQError) as error:
+        _log.warning("tapes can't hand over to the aggregator at %s yet: %s", heir.publish, error)
+        return False
+    finally:
+        context.destroy(linger=0)
