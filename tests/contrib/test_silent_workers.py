@@ -1,0 +1,151 @@
+"""A worker counts from its start: it is in every answer before it has served a single request."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+import pytest
+
+from tests.processes import Home, free_port, get, wait_for
+
+BIN = pathlib.Path(sys.executable).parent
+WORKERS = 3
+
+RECORD = """
+import os, threading, time, tapes
+
+def work():
+    alive = tapes.gauge("alive")
+    alive.set(1)
+    while True:
+        tapes.counter("ticks", worker=os.getpid()).increment()
+        time.sleep(0.05)
+
+def start():
+    threading.Thread(target=work, daemon=True).start()
+"""
+APPLICATIONS = {
+    "wsgi_silent": f"""{RECORD}
+import flask
+from tapes.contrib.flask import Tapes
+app = flask.Flask("silent")
+Tapes(app)
+start()
+""",
+    "preloaded": f"""{RECORD}
+import flask
+from tapes.contrib.flask import Tapes
+app = flask.Flask("silent")
+Tapes(app)
+os.register_at_fork(after_in_child=start)
+""",
+    "postforked": f"""{RECORD}
+import flask, uwsgidecorators
+from tapes.contrib.flask import Tapes
+app = flask.Flask("silent")
+Tapes(app)
+uwsgidecorators.postfork(start)
+""",
+    "asgi_silent": f"""{RECORD}
+from starlette.applications import Starlette
+from tapes.contrib.asgi import TapesMiddleware
+app = TapesMiddleware(Starlette())
+start()
+""",
+    "tornado_silent": f"""{RECORD}
+import sys, tornado
+from tornado import httpserver, ioloop, netutil, process, web
+from tapes.contrib.tornado import instrument
+if sys.argv[3] == "before":
+    application = instrument(web.Application([]))
+sockets = netutil.bind_sockets(int(sys.argv[1]), "127.0.0.1")
+process.fork_processes(int(sys.argv[2]))
+if sys.argv[3] == "after":
+    application = instrument(web.Application([]))
+start()
+server = httpserver.HTTPServer(application)
+server.add_sockets(sockets)
+ioloop.IOLoop.current().start()
+""",
+}
+GUNICORN = "gunicorn -w {workers} -b 127.0.0.1:{port} --log-level warning"
+UWSGI = (
+    "uwsgi --http-socket 127.0.0.1:{port} --master --processes {workers} --die-on-term --disable-logging "
+    "--virtualenv {prefix}"
+)
+SERVERS = {
+    "gunicorn sync": f"{GUNICORN} wsgi_silent:app",
+    "gunicorn gthread": f"{GUNICORN} -k gthread --threads 4 wsgi_silent:app",
+    "gunicorn preload": f"{GUNICORN} --preload preloaded:app",
+    "gunicorn preload gthread": f"{GUNICORN} --preload -k gthread --threads 2 preloaded:app",
+    "gunicorn with the hooks": f"{GUNICORN} -c python:tapes.contrib.gunicorn_conf wsgi_silent:app",
+    "gunicorn preload, hooks": f"{GUNICORN} --preload -c python:tapes.contrib.gunicorn_conf preloaded:app",
+    "uwsgi": f"{UWSGI} --enable-threads --module postforked:app",
+    "uwsgi threads": f"{UWSGI} --enable-threads --threads 2 --module postforked:app",
+    "uwsgi lazy": f"{UWSGI} --lazy-apps --enable-threads --module wsgi_silent:app",
+    "uvicorn": "uvicorn --workers {workers} --port {port} --log-level warning asgi_silent:app",
+    "hypercorn": "hypercorn -w {workers} -b 127.0.0.1:{port} --log-level warning asgi_silent:app",
+    "granian": "granian --workers {workers} --port {port} --log-level warning --interface asgi "
+    "asgi_silent:app",
+    "tornado": "python tornado_silent.py {port} {workers} after",
+    "tornado, instrumented before the fork": "python tornado_silent.py {port} {workers} before",
+}  # fmt: skip
+
+
+def start(home: Home, line: str, **environment: str):
+    """Run a server in a directory with the applications."""
+    for name, text in APPLICATIONS.items():
+        (home.directory / f"{name}.py").write_text(text)
+    name, *arguments = line.format(port=free_port(), prefix=sys.prefix, workers=WORKERS).split()
+    return home.running([str(BIN / name), *arguments], PYTHONPATH=str(home.directory), **environment)
+
+
+def answer(port: int) -> tuple[int, int, int]:
+    """Return how many workers live, have set their gauge, and have counted."""
+    stats = json.loads(get(port, "/metrics")[2])
+    live = stats["tapes"]["workers"]['{state="live"}']["value"]
+    return live, stats.get("alive", {}).get("value", 0), len(stats.get("ticks", {}))
+
+
+@pytest.fixture
+def home(short_dir):
+    """Where a server runs; nothing of tapes is left of it within 4 s."""
+    home = Home(short_dir)
+    yield home
+    wait_for(home.nothing_left, "nothing is left", 4)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_workers_without_requests_are_counted(home, server):
+    """TAPES_HTTP listens without a request, and knows the gauge and the counts of every worker."""
+    http = free_port()
+    with start(home, SERVERS[server], TAPES_HTTP=str(http)):
+        wait_for(lambda: answer(http) == (WORKERS, WORKERS, WORKERS), "every worker is counted")
+
+
+def test_uwsgi_without_threads(home):
+    """Where no thread runs, a worker is known from its start all the same, with what it has set by then."""
+    http = free_port()
+    with start(home, f"{UWSGI} --module postforked:app", TAPES_HTTP=str(http)):
+        wait_for(lambda: answer(http)[0] == WORKERS, "every worker is known")
+
+
+DEVELOPMENT = {
+    "flask": "flask --app wsgi_silent run --port {port}",
+    "uvicorn": "uvicorn --port {port} --log-level warning asgi_silent:app",
+    "uvicorn reload": "uvicorn --reload --port {port} --log-level warning asgi_silent:app",
+}
+
+
+@pytest.mark.parametrize("server", DEVELOPMENT)
+def test_a_server_of_one_process_starts_nothing(home, server):
+    """A development server answers for itself: no aggregator, no directory, no listener."""
+    http = free_port()
+    line = DEVELOPMENT[server].replace("{port}", str(port := free_port()))
+    with start(home, line, TAPES_HTTP=str(http)):
+        wait_for(lambda: b"ticks" in get(port, "/metrics")[2], "it answers for itself")
+        assert not home.services()
+        with pytest.raises(ConnectionRefusedError):
+            get(http, "/metrics")

@@ -1,0 +1,85 @@
+"""A program is not its pid: a process that executes another program, or itself again, is another worker."""
+
+from __future__ import annotations
+
+import sys
+
+from tests.processes import connected, wait_for
+
+
+def run(home, program: str) -> str:
+    (home.directory / "program.py").write_text(program)
+    status, output, errors = home.run([sys.executable, "program.py"])
+    assert status == 0, errors
+    return output
+
+
+def test_a_process_that_starts_itself_again_and_again(home):
+    """As reloaders do: its gauges are those of the last program, its counts of all; one worker lives."""
+    program = """
+import os, sys, time, tapes
+number = len(sys.argv)
+tapes.gauge("size").set(5)
+tapes.gauge("limit", merge="max").set(10 - number)
+tapes.gauge("each", merge="each").set(number)
+tapes.counter("starts").increment()
+tapes.join()
+before = tapes.get_stats()  # with the read it is counted
+if number < 4:
+    os.execv(sys.executable, [sys.executable, *sys.argv, "again"])
+stats = tapes.get_stats()
+print(stats.size.value, stats.limit.value, stats.starts.value, len(stats.each),
+      stats.tapes.workers['{state="live"}'].value, stats.tapes.workers['{state="retired"}'].value <= 3)
+"""
+    assert run(home, program) == "5 6 4 1 1 True\n"
+
+
+def test_a_process_that_becomes_a_program_without_tapes(home):
+    """Its gauges leave within some seconds although its pid lives on; its counts stay."""
+    address = f"ipc://{home.directory}/m.ipc"
+    program = f"""
+import os, time, tapes
+tapes.gauge("size").set(5)
+tapes.counter("n").increment(3)
+tapes.join({address!r})
+tapes.get_stats()
+print("up", flush=True)
+os.execv("/bin/sleep", ["sleep", "600"])
+"""
+    (home.directory / "program.py").write_text(program)
+    with home.running([sys.executable, "program.py"]) as process:
+        wait_for(lambda: (home.directory / "m.ipc.read").exists(), "the aggregator listens")
+        with connected(address) as reader:
+
+            def left() -> bool:
+                stats = reader.get_stats()
+                return stats.get("n", {}).get("value") == 3 and not stats.get("size")
+
+            wait_for(left, "the gauge has left, and the count is there", 10)
+            assert process.poll() is None
+
+
+def test_children_of_one_program_are_workers_of_their_own(home):
+    """Forks have another pid, and several registries of a process have the same program: all of them live."""
+    program = """
+import os, sys, time, tapes
+tapes.gauge("size").set(1)
+tapes.join()
+other = tapes.DistributedRegistry(os.environ["TAPES_ADDR"])
+other.gauge("size").set(10)
+other.connect()
+other.get_stats()
+receiver, sender = os.pipe()
+pid = os.fork()
+if pid == 0:
+    tapes.gauge("size").set(100)
+    tapes.get_stats()
+    os.write(sender, b"x")
+    time.sleep(60)
+os.read(receiver, 1)
+stats = tapes.get_stats()
+print(stats.size.value, stats.tapes.workers['{state="live"}'].value)
+os.kill(pid, 9)
+os.waitpid(pid, 0)
+"""
+    assert run(home, program) == "111 3\n"  # the registry that the child did not use has no connection
