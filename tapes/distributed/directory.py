@@ -31,6 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 _START_LOCK = ".start"
+_PROBE = SOCKET + ".probe"
 _PATIENCE_SECONDS = 20.0
 _LEFT_SECONDS = 3600.0
 """Seconds after which an untouched directory is swept if its service may be one of another pid namespace.
@@ -148,6 +149,7 @@ def _make_private(directory: str, user: User) -> str:
             return f"{parent} is closed to user {user.uid}"
         with contextlib.suppress(FileExistsError):
             _make(directory, user)
+            _check_room(directory)
         found = os.lstat(directory)
     except OSError as error:
         return str(error)
@@ -187,6 +189,25 @@ def _make(directory: str, user: User) -> None:
     if user != User.ourselves():
         with _opened(directory, os.geteuid()) as fd:  # nobody can have put something else in its place
             os.fchown(fd, *user)
+
+
+def _check_room(directory: str) -> None:
+    """Check that a new directory takes files with something in them; removes it if it does not.
+
+    Raises:
+        OSError: If it does not, as where the file system is full.
+    """
+    path = os.path.join(directory, _PROBE)
+    try:
+        with open(path, "xb") as file:
+            file.write(b"tapes")
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
+        raise
+    os.unlink(path)
 
 
 @contextlib.contextmanager

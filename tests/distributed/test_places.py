@@ -228,22 +228,48 @@ def fill(path: pathlib.Path) -> None:
             file.write(b"x" * 4096)
 
 
-@pytest.mark.parametrize("how", ["full", "read-only"])
-def test_a_directory_that_takes_no_more_files(service, places, how, request):
-    """The aggregator that is there serves on, and workers that come later find it."""
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "none", str(places[0])]).returncode:
+@pytest.fixture
+def mounted(places, request):
+    """The directory of the session as a file system of its own; returns what mounts it in another way."""
+    session = str(places[0])
+
+    def mount(*arguments: str) -> bool:
+        return subprocess.run(["mount", *arguments, session], check=False).returncode == 0
+
+    if os.geteuid() or not mount("-t", "tmpfs", "-o", "size=1m", "none"):
         pytest.skip("mounting is not permitted here")
-    request.addfinalizer(lambda: subprocess.run(["umount", "-l", str(places[0])], check=True))
+    yield mount
+    subprocess.run(["umount", "-l", session], check=True)
+
+
+def test_a_directory_that_is_full(service, places, mounted):
+    """The aggregator that is there serves on, and workers that come later find it."""
     session, _ = places
-    subprocess.run(["mount", "-o", "remount,size=1m", str(session)], check=True)
     first = service.worker()
     assert str(session) in first("join")
     first("count", 10)
     agree(10, first)
-    if how == "full":
-        fill(session / "big")
-    else:
-        subprocess.run(["mount", "-o", "remount,bind,ro", str(session)], check=True)
+    fill(session / "big")
+    second = service.worker()
+    assert second("join") == first("join")
+    second("count", 1)
+    agree(11, first, second)
+    assert aggregators(service) == 1
+
+
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_a_directory_that_takes_files_later(service, places, mounted, how):
+    """The first worker could not use it, the second could: they meet where the first has decided."""
+    session, temporary = places
+    fill(session / "big")
+    if how == "read-only":
+        assert mounted("-o", "remount,ro")
+    first = service.worker()
+    assert str(temporary) in first("join")
+    first("count", 10)
+    if how == "read-only":
+        assert mounted("-o", "remount,rw")
+    (session / "big").unlink()
     second = service.worker()
     assert second("join") == first("join")
     second("count", 1)
