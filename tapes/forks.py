@@ -73,6 +73,7 @@ class Ancestor(NamedTuple):
         version: When, as `stamp`.
         base: The version that this continues; 0 if it is everything.
         metrics: Metrics that hold it; nobody records into them.
+        speaks: Whether it was connected, so that it publishes this itself if it lives.
     """
 
     identity: bytes
@@ -80,6 +81,7 @@ class Ancestor(NamedTuple):
     version: int
     base: int
     metrics: list[Any]
+    speaks: bool = False
 
 
 def stamp() -> int:

@@ -332,7 +332,8 @@ class Registry:
                 untold.append(aside)
         if untold:
             base = connection.published_version() if connection is not None else 0
-            self.ancestors += (forks.Ancestor(self.identity, parent, version, base, untold),)
+            speaks = connection is not None
+            self.ancestors += (forks.Ancestor(self.identity, parent, version, base, untold, speaks),)
         self.identity = os.urandom(16)
         if connection is not None:
             connection.begin_anew()

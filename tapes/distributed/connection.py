@@ -36,7 +36,7 @@ from tapes.distributed.ledger import snapshot_of
 from tapes.distributed.messages import NOTHING, Goodbye, Merged, Read, Reply, Update
 from tapes.distributed.outbox import Outbox
 from tapes.distributed.publisher import Publisher
-from tapes.distributed.questions import TIMEOUT_SECONDS, exchange
+from tapes.distributed.questions import TIMEOUT_SECONDS, exchange, incarnation
 from tapes.distributed.sockets import new_reader
 from tapes.distributed.wire import decode
 from tapes.endings import GOODBYE, at_end
@@ -146,6 +146,7 @@ class AggregatorConnection(Connection):
     def __init__(self, registry: Registry, endpoints: Endpoints) -> None:
         self.endpoints = endpoints
         self.registry = registry
+        self._aggregator = incarnation(endpoints)
         self._pid = os.getpid()
         self._changed = threading.Condition()
         self._in_flight = 0
@@ -167,11 +168,17 @@ class AggregatorConnection(Connection):
     def _open(self) -> Publisher:
         with self._opening:
             if self._publisher is None:
+                self._outbox.begin(is_another_aggregator=self._meets_another)
                 self._context = self._context or zmq.Context()
                 publisher = Publisher(self._context, self.endpoints, self._outbox, self.move)
                 publisher.start()
                 self._publisher = publisher
             return self._publisher
+
+    @property
+    def _meets_another(self) -> bool:
+        """Whether the aggregator is another one than when this connection was made."""
+        return self._aggregator not in (None, incarnation(self.endpoints))
 
     def hurry(self) -> bool:
         """Publish the first values of this process at once; called when the first is recorded."""
@@ -238,6 +245,8 @@ class AggregatorConnection(Connection):
             self._closing = True
             idle = self._changed.wait_for(lambda: not self._in_flight, TIMEOUT_SECONDS)
         publisher = self._publisher
+        if publisher is None:
+            self._outbox.begin(is_another_aggregator=self._meets_another)
         ended = publisher is None or publisher.stop(max(0.0, deadline - time.monotonic()))
         farewell = self._outbox.farewell()
         if publisher is None or not publisher.is_subscribed:
@@ -251,13 +260,8 @@ class AggregatorConnection(Connection):
             self._on_a_reader(self._say_goodbyes, deadline)
         except AggregatorUnavailable:
             unsaid[:] = [self._outbox.for_another(u) if u is farewell else u for u in unsaid]
-            left = [wills.leave(self.endpoints, Goodbye(0, update)) for update in unsaid]
-            if not all(left):
-                _log.warning(
-                    "tapes: no aggregator answered at %s, and no will could be left beside its socket: what "
-                    "this process had counted since its last publication is lost", self.endpoints.publish,
-                )  # fmt: skip
-        self._shut(ended and (idle or not self._in_flight))
+        self._shut(ended and (idle or not self._in_flight))  # first, as a file needs a descriptor
+        wills.leave_all(self.endpoints, [Goodbye(0, update) for update in unsaid])
 
     def before_fork(self) -> None:
         """Hold still: end the thread and close the sockets, unless somebody is using them."""

@@ -7,6 +7,7 @@ from typing import Any, Callable
 
 from tapes import forks, threads
 from tapes.distributed.messages import Item, Update
+from tapes.distributed.processes import lives
 from tapes.metrics import Metric, State, Timer
 from tapes.metrics.origin import with_told
 from tapes.naming import Labels
@@ -104,8 +105,17 @@ class Outbox:
                 if series.told is not None:
                     series.metric.note_told(series.told)
             for ancestor in self.registry.ancestors if self.published_seq else ():
-                for metric in ancestor.metrics:
-                    metric.note_told(metric.state)
+                _note_told(ancestor)
+
+    def begin(self, *, is_another_aggregator: bool) -> None:
+        """Note, before the first update, of which ancestors an aggregator may have been told already.
+
+        One that was connected may have told an earlier aggregator what this process inherited; and if it
+        lives, what it says itself stands.
+        """
+        for ancestor in self.registry.ancestors:
+            if ancestor.speaks and (is_another_aggregator or lives(ancestor.process)):
+                _note_told(ancestor)
 
     def farewell(self) -> Update:
         """Return everything as the last update; the registry starts again from zero."""
@@ -185,6 +195,11 @@ class Outbox:
             )
             for ancestor in self.registry.ancestors
         )  # fmt: skip
+
+
+def _note_told(ancestor: forks.Ancestor) -> None:
+    for metric in ancestor.metrics:
+        metric.note_told(metric.collect())
 
 
 def _told(item: Item, published: Any) -> Item:

@@ -48,7 +48,7 @@ def exchange(endpoints: Endpoints, reader: Socket, question: Question, deadline:
         WireError: If the answer can't be read.
     """
     data = encode(question)
-    asked = _incarnation(endpoints)
+    asked = incarnation(endpoints)
     _send(endpoints, reader, data, deadline)
     while True:
         left = max(0.0, deadline - time.monotonic())
@@ -65,7 +65,7 @@ def exchange(endpoints: Endpoints, reader: Socket, question: Question, deadline:
                 return reply
         elif not left:
             raise _unanswered(endpoints)
-        elif asked != (asks := _incarnation(endpoints)):
+        elif asked != (asks := incarnation(endpoints)):
             asked = asks
             _send(endpoints, reader, data, deadline)
 
@@ -116,7 +116,7 @@ def _send(endpoints: Endpoints, reader: Socket, data: bytes, deadline: float) ->
     reader.send(data, zmq.NOBLOCK)
 
 
-def _incarnation(endpoints: Endpoints) -> tuple[int, int] | None:
+def incarnation(endpoints: Endpoints) -> tuple[int, int] | None:
     """Return what tells the aggregator at an address from the one before it; ``None`` where nothing does."""
     try:
         found = os.stat(endpoints.lock or "")

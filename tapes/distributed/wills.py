@@ -7,6 +7,7 @@ that takes it in. The identity in its name makes it harmless to read one twice.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import stat
 import time
@@ -17,7 +18,9 @@ from tapes.distributed.messages import Goodbye
 from tapes.distributed.wire import MAX_BYTES, decode, encode
 from tapes.errors import WireError
 
-__all__ = ["MARK", "Wills", "leave", "withdraw"]
+__all__ = ["MARK", "Wills", "leave", "leave_all", "withdraw"]
+
+_log = logging.getLogger("tapes.distributed")
 
 MARK = ".will-"
 _COARSE_SECONDS = 0.5
@@ -39,6 +42,17 @@ def leave(endpoints: Endpoints, goodbye: Goodbye) -> bool:
             os.unlink(draft)
         return False
     return True
+
+
+def leave_all(endpoints: Endpoints, goodbyes: list[Goodbye]) -> None:
+    """Write a will for each; log a warning if one could not be written."""
+    left = [leave(endpoints, goodbye) for goodbye in goodbyes]
+    if not all(left):
+        _log.warning(
+            "tapes: no aggregator answered at %s, and no file could be written beside its socket: what this "
+            "process had counted since its last publication is lost",
+            endpoints.publish,
+        )
 
 
 def withdraw(endpoints: Endpoints, goodbye: Goodbye) -> None:

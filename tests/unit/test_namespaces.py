@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tapes import forks
+from tapes import forks, service
 from tapes.clock import monotonic
 from tapes.distributed import directory
 from tapes.distributed.address import resolve
@@ -200,7 +200,7 @@ def private(short_dir, monkeypatch):
     """The directory of a service whose supervisor is no process of this namespace."""
     for name in ("TMPDIR", "XDG_RUNTIME_DIR"):
         monkeypatch.setenv(name, str(short_dir))
-    monkeypatch.setattr(directory, "_parents", lambda: [str(short_dir)])
+    monkeypatch.setattr(service, "parents", lambda: [str(short_dir)])
     place = short_dir / f"tapes-{NOBODY_LIVES.pid}-{NOBODY_LIVES.started}"
     place.mkdir(0o700)
     return place
