@@ -25,6 +25,7 @@ from tapes.clock import Clock, monotonic, tick_at
 from tapes.connection import Connection
 from tapes.errors import InvalidArgument, KindConflict, short_repr
 from tapes.first_use import FirstUse
+from tapes.lineage import untold_by_parent
 from tapes.metrics import Counter, Gauge, Histogram, Meter, Metric, State, Timer
 from tapes.metrics.gauge import Producer, check_gauge
 from tapes.naming import Labels, canonical_labels, check_name, label_text
@@ -109,11 +110,9 @@ class Registry:
     @property
     def connection_to_read(self) -> Connection | None:
         """The same for a reader, which notices a service that this process belongs to and has not joined."""
-        connection = self.connection
-        if connection is None and self.connect_when_read is not None:
+        if self.connection is None and self.connect_when_read is not None:
             self.connect_when_read()
-            connection = self._connection
-        return connection
+        return self._connection
 
     def counter(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Counter:
         """Return the counter of this name and these labels; made if it isn't there.
@@ -320,27 +319,14 @@ class Registry:
         self.first_use.after_in_parent()
 
     def forked(self, parent: forks.Process, version: int) -> None:
-        """Called in a forked child: begin from zero, and keep what the parent had not told as its record."""
+        """Called in a forked child: begin from zero, and keep what the parent had not published."""
         connection = self._connection
-        untold = []
-        for metric in self.metrics():
-            metric.after_fork()
-            aside = metric.set_aside()
-            told = None if connection is None else connection.published((metric.name, metric.labels))
-            if aside is not None and not aside.is_at(told):
-                aside.note_told(told)
-                untold.append(aside)
-        if untold:
-            base = connection.published_version() if connection is not None else 0
-            speaks = connection is not None
-            self.ancestors += (forks.Ancestor(self.identity, parent, version, base, untold, speaks),)
+        self.ancestors += untold_by_parent(self, connection, parent, version)
         self.identity = os.urandom(16)
+        self.connect_when_used = self.connect_in_children or self.connect_when_used
         if connection is not None:
             connection.begin_anew()
-        elif self.connect_in_children is not None:
-            self.connect_when_used = self.connect_in_children
-        is_to_connect = connection is not None or self.connect_in_children is not None
-        self.first_use.after_in_child(is_to_connect=is_to_connect)
+        self.first_use.after_in_child(is_to_connect=bool(connection or self.connect_in_children))
 
     def descriptions(self) -> dict[str, Description]:
         """Return what was said of each name."""

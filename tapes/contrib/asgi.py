@@ -152,7 +152,8 @@ class TapesMiddleware:
         exchange.returned()
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_known = not self._service.is_member  # or there is nobody to leave
+        is_member = self._service.is_member or self._adapter.registry.connection is not None
+        is_known = not is_member  # if it is none, there is no service to leave
 
         async def receiving() -> Message:
             nonlocal is_known

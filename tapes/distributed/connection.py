@@ -21,11 +21,7 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Iterator
-from typing import Callable, TypeVar
-
-import zmq
 
 from tapes import forks, threads
 from tapes.connection import Connection
@@ -37,7 +33,8 @@ from tapes.distributed.messages import NOTHING, Goodbye, Merged, Read, Reply, Up
 from tapes.distributed.outbox import Outbox
 from tapes.distributed.publisher import Publisher
 from tapes.distributed.questions import TIMEOUT_SECONDS, exchange, incarnation
-from tapes.distributed.sockets import new_reader
+from tapes.distributed.readers import Readers
+from tapes.distributed.sockets import Socket
 from tapes.distributed.wire import decode
 from tapes.endings import GOODBYE, at_end
 from tapes.environment import is_disabled
@@ -49,7 +46,6 @@ from tapes.snapshot import Snapshot
 
 __all__ = ["AggregatorConnection", "close", "connect", "leave"]
 
-T = TypeVar("T")
 _HOLD_SECONDS = 0.25
 
 _log = logging.getLogger("tapes.distributed")
@@ -153,9 +149,8 @@ class AggregatorConnection(Connection):
         self._closing = False
         self._held = self._stopped = False
         self._correlations = itertools.count(1)
-        self._readers: deque[zmq.Socket[bytes]] = deque()
+        self._readers = Readers(endpoints)
         self._outbox = Outbox(registry)
-        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._publisher: Publisher | None = None
         self._opening = threads.RLock()
 
@@ -169,8 +164,7 @@ class AggregatorConnection(Connection):
         with self._opening:
             if self._publisher is None:
                 self._outbox.begin(is_another_aggregator=self._meets_another)
-                self._context = self._context or zmq.Context()
-                publisher = Publisher(self._context, self.endpoints, self._outbox, self.move)
+                publisher = Publisher(self._readers.context, self.endpoints, self._outbox, self.move)
                 publisher.start()
                 self._publisher = publisher
             return self._publisher
@@ -203,7 +197,10 @@ class AggregatorConnection(Connection):
     def request_ended(self, *, may_be_the_last: bool = False) -> None:
         """Publish at the end of a request, where no thread can do it, or in time."""
         if may_be_the_last:
-            self.flush()
+            try:
+                self.flush()
+            except AggregatorUnavailable:
+                leave(self.registry)  # into a file
             return
         self.open()
         if self._publisher is not None:
@@ -222,11 +219,11 @@ class AggregatorConnection(Connection):
 
     def render(self, form: str) -> bytes:
         """Return the merged view, written by the aggregator; raises as `snapshot`."""
-        return self._ask(self._read_of(form)).payload
+        return self._ask(form).payload
 
     def flush(self) -> None:
         """Hand over what was recorded, and wait until the aggregator has it; raises as `snapshot`."""
-        self._ask(self._read_of(NOTHING))
+        self._ask(NOTHING)
 
     def close(self) -> None:
         """Stop publishing, and hand over the last values; takes 1 s at most if nobody answers.
@@ -257,10 +254,13 @@ class AggregatorConnection(Connection):
         if not unsaid:
             return
         try:
-            self._on_a_reader(self._say_goodbyes, deadline)
+            with self._readers.borrowed() as reader:
+                self._say_goodbyes(reader, deadline)
         except AggregatorUnavailable:
             unsaid[:] = [self._outbox.for_another(u) if u is farewell else u for u in unsaid]
-        self._shut(ended and (idle or not self._in_flight))  # first, as a file needs a descriptor
+        self._readers.close(
+            is_unused=ended and (idle or not self._in_flight)
+        )  # first, as a file needs a descriptor
         wills.leave_all(self.endpoints, [Goodbye(0, update) for update in unsaid])
 
     def before_fork(self) -> None:
@@ -278,7 +278,7 @@ class AggregatorConnection(Connection):
         self._held = True
         if self._changed.wait_for(lambda: not self._in_flight, wait_seconds):
             self._stopped = self._publisher is not None
-            self._shut(self._publisher is None or self._publisher.stop(wait_seconds))
+            self._readers.close(is_unused=self._publisher is None or self._publisher.stop(wait_seconds))
             return True
         return False
 
@@ -289,7 +289,7 @@ class AggregatorConnection(Connection):
             if self.endpoints == endpoints or not self._may_hold():
                 return
             if self._hold(TIMEOUT_SECONDS):
-                self.endpoints = endpoints
+                self.endpoints = self._readers.endpoints = endpoints
                 _log.info("tapes follows its aggregator to %s", endpoints.publish)
             self.go_on()
         if os.environ.get("TAPES_ADDR") == before.publish:
@@ -316,29 +316,8 @@ class AggregatorConnection(Connection):
         _attached.discard(self)
         _attach(self.registry, self.endpoints)
 
-    def _shut(self, is_unused: bool) -> None:
-        while self._readers:
-            self._readers.pop().close()
-        context, self._context = self._context, None
-        if is_unused and context is not None:
-            context.destroy(linger=0)
-
-    def _read_of(self, form: str) -> Callable[[int, zmq.Socket[bytes], float], Reply]:
-        def ask(number: int, reader: zmq.Socket[bytes], deadline: float) -> Reply:
-            if form != NOTHING:
-                self._open().await_producers()
-            self._say_goodbyes(reader, deadline)
-            reply = Reply(0, "behind", b"")
-            for keyframe in (False, True):
-                update = self._outbox.update(keyframe=keyframe)
-                reply = exchange(self.endpoints, reader, Read(number, form, update), deadline)
-                if reply.status != "behind":
-                    break
-            return reply
-
-        return ask
-
-    def _ask(self, question: Callable[[int, zmq.Socket[bytes], float], Reply]) -> Reply:
+    def _ask(self, form: str) -> Reply:
+        """Return the answer to a question for ``form``; raises as `snapshot`."""
         forks.check()
         if not self.is_of_this_process:
             raise AggregatorUnavailable(
@@ -348,15 +327,25 @@ class AggregatorConnection(Connection):
         self._follow()
         deadline = time.monotonic() + TIMEOUT_SECONDS
         with self._in_use():
-            number = next(self._correlations)
-            reply = threads.aside(
-                lambda: self._on_a_reader(lambda reader, end: question(number, reader, end), deadline)
-            )
+            reply = threads.aside(lambda: self._read(form, deadline))
         if reply.status != "ok":
             raise AggregatorUnavailable(
                 f"the aggregator could not answer ({reply.payload.decode(errors='replace')})"
             )
         return reply
+
+    def _read(self, form: str, deadline: float) -> Reply:
+        if form != NOTHING:
+            self._open().await_producers()
+        with self._readers.borrowed() as reader:
+            self._say_goodbyes(reader, deadline)
+            number = next(self._correlations)
+            for keyframe in (False, True):
+                update = self._outbox.update(keyframe=keyframe)
+                reply = exchange(self.endpoints, reader, Read(number, form, update), deadline)
+                if reply.status != "behind":
+                    break
+            return reply
 
     @contextlib.contextmanager
     def _in_use(self) -> Iterator[None]:
@@ -377,24 +366,7 @@ class AggregatorConnection(Connection):
                 self._in_flight -= 1
                 self._changed.notify_all()
 
-    def _on_a_reader(self, talk: Callable[[zmq.Socket[bytes], float], T], deadline: float) -> T:
-        """Return what ``talk`` returns, given a socket that nobody else uses."""
-        try:
-            if not self._readers:
-                self._context = self._context or zmq.Context()
-                self._readers.append(new_reader(self._context, self.endpoints))
-            reader = self._readers.pop()
-            try:
-                result = talk(reader, deadline)
-            except BaseException:
-                reader.close()  # a late answer must not meet the next question
-                raise
-        except (WireError, zmq.ZMQError) as error:
-            raise AggregatorUnavailable(f"the aggregator's answer can't be used ({error})") from error
-        self._readers.append(reader)
-        return result
-
-    def _say_goodbyes(self, reader: zmq.Socket[bytes], deadline: float) -> None:
+    def _say_goodbyes(self, reader: Socket, deadline: float) -> None:
         unsaid = _unsaid.get(self.registry, [])
         while unsaid:
             update = unsaid[0]

@@ -5,6 +5,7 @@ The applications are the examples; the servers are real, and so are their reload
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -12,12 +13,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.contrib.services import counts, has_ended, session, signal_to, timed
-from tests.processes import EXAMPLES, Home, free_port, get, mentions, wait_for
+from tests.processes import EXAMPLES, Home, connected, free_port, get, mentions, wait_for
 
 BIN = pathlib.Path(sys.executable).parent
 GUNICORN = "gunicorn -w 2 -b 127.0.0.1:{port} --log-level warning --graceful-timeout 5"
@@ -111,6 +113,15 @@ def command(line: str, port: int) -> list[str]:
     return [str(BIN / name), *arguments]
 
 
+@contextlib.contextmanager
+def staying(home: Home) -> Iterator[None]:
+    """Keep a service's aggregator from being idle: its HTTP reporter stops listening at once when it is."""
+    (service,) = home.services()
+    with connected(f"ipc://{service}/metrics.ipc") as registry:
+        registry.get_stats()
+        yield
+
+
 @pytest.mark.needs("ab")
 @pytest.mark.parametrize("server", SERVERS)
 def test_one_line_is_enough(home, server):
@@ -142,15 +153,18 @@ def test_one_line_is_enough(home, server):
 
         for _ in range(20):
             assert get(port, "/hello/bob")[0] == 200
-        process.terminate()
-        process.wait(15)
         if server == "tornado":  # of which the parent alone was ended, and its children know no end but this
+            process.terminate()
+            process.wait(15)
             for pid in before:
                 signal_to(int(pid), signal.SIGTERM)
             return
-        if not kills_its_workers(server):
-            expected["GET", route, "200"] += 20
-            wait_for(lambda: counts(http) == expected, "the aggregator, which stays on, has it all")
+        with staying(home):
+            process.terminate()
+            process.wait(15)
+            if not kills_its_workers(server):
+                expected["GET", route, "200"] += 20
+                wait_for(lambda: counts(http) == expected, "the aggregator, which stays on, has it all")
 
 
 SLOWLY = """
@@ -176,9 +190,10 @@ def test_workers_leave(home, server):
         workers(port)
         for _ in range(50):
             assert get(port, "/hello/bob")[0] == 200
-        process.terminate()
-        process.wait(15)
-        wait_for(lambda: sum(counts(http).values()) == 50, "the aggregator, which stays on, has it all")
+        with staying(home):
+            process.terminate()
+            process.wait(15)
+            wait_for(lambda: sum(counts(http).values()) == 50, "the aggregator, which stays on, has it all")
 
 
 DEVELOPMENT = {

@@ -1,0 +1,38 @@
+"""What a forked child keeps of its parent: see `tapes.forks` for the theory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tapes.connection import Connection
+from tapes.forks import Ancestor, Process
+
+__all__ = ["untold_by_parent"]
+
+
+def untold_by_parent(
+    registry: Any, connection: Connection | None, parent: Process, version: int
+) -> tuple[Ancestor, ...]:
+    """Let every metric of ``registry`` begin from zero in a forked child.
+
+    Args:
+        registry: The registry.
+        connection: What the parent had attached to it.
+        parent: The process that forked.
+        version: When it did, as `tapes.forks.stamp`.
+
+    Returns:
+        What the parent had recorded and not published; empty if that is nothing.
+    """
+    untold = []
+    for metric in registry.metrics():
+        metric.after_fork()
+        aside = metric.set_aside()
+        told = None if connection is None else connection.published((metric.name, metric.labels))
+        if aside is not None and not aside.is_at(told):
+            aside.note_told(told)
+            untold.append(aside)
+    if not untold:
+        return ()
+    base = connection.published_version() if connection is not None else 0
+    return (Ancestor(registry.identity, parent, version, base, untold, speaks=connection is not None),)
