@@ -17,6 +17,8 @@ from tapes.distributed.registry import DistributedRegistry
 from tapes.distributed.wire import encode
 from tests.processes import MAY_FORK_BESIDE_THREADS, clean_environment, run_python, wait_for, zmq_context
 
+# gevent's own threads wait for work in its pool while the process forks.
+GEVENT = MAY_FORK_BESIDE_THREADS + "from gevent import monkey; monkey.patch_all()"
 needs_gevent = pytest.mark.skipif(not importlib.util.find_spec("gevent"), reason="gevent is not installed")
 
 
@@ -450,7 +452,7 @@ def test_a_refused_goodbye_is_not_forgotten(short_dir):
 
 @pytest.mark.parametrize(
     "prologue",
-    ["", pytest.param("from gevent import monkey; monkey.patch_all()", marks=needs_gevent)],
+    ["", pytest.param(GEVENT, marks=needs_gevent)],
     ids=["plain", "gevent"],
 )
 def test_other_programs_can_be_started_by_a_connected_process(address, reader, short_dir, prologue):
