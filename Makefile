@@ -1,9 +1,10 @@
 # Everything a developer does, each target on its own in a fresh clone:
 #
 #   make demo     four gunicorn workers, real requests, one right answer   (SERVE=1: stay up)
-#   make test     linters, types, floors and all tests; what CI runs
+#   make test     linters, types, floors and all tests; what CI runs, with make newest
 #   make check    linters, types and floors alone
-#   make pythons  the tests of the core on every Python on the machine, CPython and PyPy
+#   make pythons  the tests of the core on every Python on the machine, CPython 3.9 to 3.15 and PyPy
+#   make newest   those tests, and those of forks and joining, on CPython 3.14 and 3.15, from Debian if need be
 #   make fuzz     a million odd messages to what decodes them, in about ten minutes
 #   make soak     one service under load for ten minutes, with kills   (SOAK_ARGS="--seconds N --seed N")
 #   make bench    speed and memory beside prometheus_client and others; writes docs/benchmarks.md
@@ -19,7 +20,7 @@ DEV_STAMP := $(VENV)/.dev-installed
 BENCH_STAMP := $(VENV)/.bench-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check pythons fuzz soak bench scale docs suites clean
+.PHONY: demo test check pythons newest fuzz soak bench scale docs suites clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_STAMP)
@@ -40,7 +41,11 @@ check: $(DEV_STAMP)
 	$(BIN)/lint-imports
 
 pythons:
-	@$(PYTHON) tests/interpreters.py
+	@$(PYTHON) -m tests.interpreters $(PYTEST_ARGS)
+
+newest:
+	@$(PYTHON) -m tests.interpreters --newest --numprocesses 2 --dist worksteal \
+		tests/distributed/test_forks.py tests/distributed/test_joining.py $(PYTEST_ARGS)
 
 fuzz: $(DEV_STAMP)
 	$(BIN)/python -m tests.fuzz --messages 1000000

@@ -114,11 +114,16 @@ def bin_keys(values: Sequence[Number], low: float = inf, high: float = -inf) -> 
     """
     try:
         return _keys(values, low, high)
-    except OverflowError:
-        keys, _, _ = _keys([max(-_LARGEST, min(value, _LARGEST)) for value in values], inf, -inf)
-        return keys, min(low, float(min(values))), max(high, float(max(values)))
+    except (
+        OverflowError,
+        error,
+    ):  # beyond a single, or no number: Python's versions differ in which they raise
+        clamped = [max(-_LARGEST, min(value, _LARGEST)) for value in values]
+    try:
+        keys, _, _ = _keys(clamped, inf, -inf)
     except error as no_number:
         raise TypeError(str(no_number)) from None
+    return keys, min(low, float(min(values))), max(high, float(max(values)))
 
 
 @lru_cache(maxsize=4096)

@@ -1,13 +1,15 @@
-"""Runs the suite of the core on every Python that is on the machine, and prints what ran.
+"""Runs the suite of the core on every Python that can be had, and prints what ran.
 
-    python tests/interpreters.py [pytest arguments]
+    python -m tests.interpreters [--newest] [pytest arguments]
 
-Looks for python3.9 to python3.14 and pypy3, on the path and among pyenv's versions. Each gets a virtual
-environment of its own below .interpreters/.
+Looks for python3.9 to python3.15 and pypy3, on the path and among pyenv's versions; the newest CPythons that
+are not there come from Debian, see `tests.debian`. Each gets a virtual environment of its own below
+.interpreters/. With ``--newest`` only the newest run, and each must.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import os
 import pathlib
@@ -16,58 +18,122 @@ import shutil
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests import debian
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 SUITES = ["tests/unit", "tests/properties", "tests/oracles", "tests/conformance"]
-NEEDS = ["hypothesis", "packaging", "prometheus-client", "pytest>=8", "pytest-timeout", "webtest"]
+NEEDS = [
+    "gevent; platform_python_implementation == 'CPython'",
+    "hypothesis",
+    "packaging",
+    "prometheus-client",
+    "pytest>=8",
+    "pytest-timeout",
+    "pytest-xdist",
+    "webtest",
+]
+NEWEST = [f"CPython {version}" for version in debian.NEWEST]
 
 
-def candidates() -> dict[str, str]:
-    """Return the version of every interpreter that can be used, and its path."""
-    names = [*(f"python3.{minor}" for minor in range(9, 15)), "pypy3", "pypy3.10", "pypy3.11"]
+@dataclasses.dataclass(frozen=True)
+class Interpreter:
+    """An interpreter that can be used.
+
+    Attributes:
+        name: Its implementation and version, as in ``CPython 3.14``.
+        path: Its program.
+        inside: The beginning of a command that runs it, where it needs one.
+    """
+
+    name: str
+    path: str
+    inside: tuple[str, ...] = ()
+
+
+def candidates() -> dict[str, Interpreter]:
+    """Return the interpreters that are installed, by their names."""
+    names = [*(f"python3.{minor}" for minor in range(9, 16)), "pypy3", "pypy3.10", "pypy3.11"]
     paths = [shutil.which(name) for name in names]
     paths += glob.glob(os.path.expanduser("~/.pyenv/versions/*/bin/python"))
-    found: dict[str, str] = {}
-    for path in paths:
+    found: dict[str, Interpreter] = {}
+    for path in filter(None, paths):
         code = "import platform as p; print(p.python_implementation(), p.python_version())"
-        ran = subprocess.run([path or "false", "-c", code], capture_output=True, text=True)
+        ran = subprocess.run([path, "-c", code], capture_output=True, text=True)
         known = re.fullmatch(r"(\w+) (3\.\d+)\.\S+", ran.stdout.strip())
         if ran.returncode == 0 and known and tuple(map(int, known[2].split("."))) >= (3, 9):
-            found.setdefault(f"{known[1]} {known[2]}", str(path))
+            name = f"{known[1]} {known[2]}"
+            found.setdefault(name, Interpreter(name, path))
     return found
 
 
-def run(name: str, path: str, arguments: list[str]) -> str:
+def newest(found: dict[str, Interpreter]) -> tuple[dict[str, Interpreter], str]:
+    """Return the newest interpreters that are not among those ``found``, or why they can't be had."""
+    missing = [name for name in NEWEST if name not in found]
+    if not missing:
+        return {}, ""
+    try:
+        inside = debian.inside()
+    except debian.Unavailable as why:
+        return {}, str(why)
+    return {name: Interpreter(name, f"/usr/bin/python{name.split()[1]}", inside) for name in missing}, ""
+
+
+def environment(interpreter: Interpreter) -> pathlib.Path:
+    """Return the virtual environment of an interpreter, with everything that the tests need."""
+    folder = ROOT / ".interpreters" / interpreter.name.replace(" ", "-")
+    needs = ["-e", ".[asgi,distributed,flask,tornado]", *NEEDS]
+    installed = folder / "installed.txt"
+    content = "\n".join([*interpreter.inside, interpreter.path, *needs])
+    if not installed.exists() or installed.read_text() != content:
+        subprocess.run(
+            [*interpreter.inside, interpreter.path, "-m", "venv", "--clear", str(folder)], check=True
+        )
+        install = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", *needs]
+        done = subprocess.run([*interpreter.inside, *install], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"{interpreter.name}: pip failed:\n{done.stderr[-2000:]}")
+        installed.write_text(content)
+    return folder
+
+
+def run(interpreter: Interpreter, arguments: list[str]) -> str:
     """Run the suite and return pytest's last line."""
-    environment = ROOT / ".interpreters" / name.replace(" ", "-")
-    if not environment.exists():
-        subprocess.run([path, "-m", "venv", str(environment)], check=True)
-        install = [
-            str(environment / "bin" / "python"),
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "-e",
-            ".[asgi,distributed,flask,tornado]",
-        ]
-        subprocess.run([*install, *NEEDS], check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
-    command = [str(environment / "bin" / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    base = [f"--basetemp=.interpreters/tmp-{environment.name}"]
-    ran = subprocess.run([*command, *base, *SUITES, *arguments], cwd=ROOT, capture_output=True, text=True)
+    folder = environment(interpreter)
+    command = [str(folder / "bin" / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    base = [f"--basetemp=.interpreters/tmp-{folder.name}"]
+    # Real parts that are not beside this interpreter are required where they are.
+    kept = {name: value for name, value in os.environ.items() if name != "TAPES_REQUIRE_REAL"}
+    ran = subprocess.run(
+        [*interpreter.inside, *command, *base, *SUITES, *arguments], cwd=ROOT, env=kept, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     if ran.returncode:
         sys.stdout.write(ran.stdout)
-    return f"{'passed' if ran.returncode == 0 else 'FAILED'}: {ran.stdout.strip().splitlines()[-1]}"
+    last = (ran.stdout.strip().splitlines() or [f"exit status {ran.returncode}"])[-1]
+    return f"{'passed' if ran.returncode == 0 else 'FAILED'}: {last}"
 
 
 def main() -> None:
+    """Run the suite on all of them; exit with 1 if one failed, or none ran."""
+    only_newest, arguments = sys.argv[1:2] == ["--newest"], sys.argv[1:]
+    found = candidates()
+    added, reason = newest(found)
+    found.update(added)
+    if only_newest:
+        found = {name: found[name] for name in NEWEST if name in found}
+        del arguments[0]
     results = {}
-    for name, path in sorted(
-        candidates().items(), key=lambda item: (item[0].split()[0], len(item[0]), item[0])
+    for name, interpreter in sorted(
+        found.items(), key=lambda item: (item[0].split()[0], len(item[0]), item[0])
     ):
-        results[name] = run(name, path, sys.argv[1:])
+        results[name] = run(interpreter, arguments)
         sys.stdout.write(f"{name}: {results[name]}\n")
         sys.stdout.flush()
-    sys.exit(any(result.startswith("FAILED") for result in results.values()) or not results)
+    absent = [name for name in NEWEST if name not in found]
+    for name in absent:
+        sys.stdout.write(f"{name}: not run: {reason}\n")
+    failed = any(result.startswith("FAILED") for result in results.values())
+    sys.exit(failed or not results or (only_newest and bool(absent)))
 
 
 if __name__ == "__main__":

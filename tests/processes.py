@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, Callable, TypeVar
 
+import zmq
+
 from tapes.distributed.registry import DistributedRegistry
 from tapes.errors import AggregatorUnavailable
 
@@ -194,6 +196,26 @@ def run_python(source: str, *, cwd: pathlib.Path, seconds: float = 60, **environ
         timeout=seconds,
         check=False,
     )
+
+
+MAY_FORK_BESIDE_THREADS = (
+    "import warnings\n"
+    "warnings.filterwarnings('ignore', 'This process .* is multi-threaded', DeprecationWarning)\n"
+    if sys.version_info >= (3, 15)  # older versions print the warning, though it is to be an error
+    else ""
+)
+"""How a program begins that forks while a thread of it is alive."""
+
+
+@contextlib.contextmanager
+def zmq_context() -> Iterator[zmq.Context[Any]]:
+    """A context of 0MQ whose sockets wait 10 s at most to send or to receive."""
+    context: zmq.Context[Any] = zmq.Context()
+    context.sndtimeo = context.rcvtimeo = 10_000
+    try:
+        yield context
+    finally:
+        context.destroy(linger=0)
 
 
 def children(pid: int) -> set[int]:

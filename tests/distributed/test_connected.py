@@ -30,6 +30,7 @@ from tests.processes import (
     run_python,
     running,
     wait_for,
+    zmq_context,
 )
 
 SERVICE = """
@@ -308,17 +309,15 @@ def test_closing_while_others_read_gives_them_typed_errors(aggregator):
 def test_an_answer_of_another_version_is_an_unavailable_aggregator(short_dir):
     """Also for /metrics, which says 503."""
     address = f"ipc://{short_dir}/m.ipc"
-    context = zmq.Context()
-    router = context.socket(zmq.ROUTER)
-    router.bind(address + ".read")
-    with connected(address) as registry:
+    with connected(address) as registry, zmq_context() as context:
+        router = context.socket(zmq.ROUTER)
+        router.bind(address + ".read")
         answer_once = threading.Thread(
             target=lambda: router.send_multipart([router.recv_multipart()[0], msgpack.packb([2, "Reply"])])
         )
         answer_once.start()
         assert answer(registry)[0] == 503
         answer_once.join()
-        context.destroy(linger=0)
 
 
 def test_a_blocking_producer_holds_nobody_up(aggregator):
@@ -473,11 +472,10 @@ def test_no_answer_is_an_error_within_its_timeout_and_the_next_one_works(aggrega
 def test_strangers_change_nothing_and_are_counted(aggregator):
     """Garbage, pickles and well-formed nonsense, on both sockets."""
     address, _ = aggregator
-    with connected(address) as registry:
+    with connected(address) as registry, zmq_context() as context:
         registry.counter("c").increment(5)
         evil = pickle.dumps(os.system)
         messages = [b"", b"\xc1", evil, os.urandom(1000), msgpack.packb([1, "Update", 1]), msgpack.packb({})]
-        context = zmq.Context()
         publisher, dealer = context.socket(zmq.XPUB), context.socket(zmq.DEALER)
         publisher.connect(address)
         dealer.connect(address + ".read")
@@ -491,7 +489,6 @@ def test_strangers_change_nothing_and_are_counted(aggregator):
             "every message is counted",
         )
         assert registry.get_stats().c.value == 5
-        context.destroy(linger=0)
 
 
 def test_kinds_that_differ_between_workers_break_nothing(aggregator):

@@ -25,7 +25,8 @@ from tapes.distributed.registry import DistributedRegistry, RegistryAggregator
 from tapes.distributed.wire import encode
 from tapes.errors import AddressError, AggregatorUnavailable
 from tapes.registry import Registry
-from tests.processes import connected, free_port, run_python, running, wait_for
+from tests.crew import stopped
+from tests.processes import connected, free_port, run_python, running, wait_for, zmq_context
 
 FOREGROUND = """
 import sys
@@ -69,15 +70,6 @@ def serving(address, key, cwd):
         host, _, port = resolve(address).read.removeprefix("tcp://").rpartition(":")
         wait_for(lambda: not socket.create_connection((host, int(port)), 5).close(), "the aggregator listens")
         yield process
-
-
-@contextlib.contextmanager
-def context():
-    made = zmq.Context()
-    try:
-        yield made
-    finally:
-        made.destroy(linger=0)
 
 
 def handshake(monitor):
@@ -163,35 +155,37 @@ KEYS_OF_STRANGERS = (no_key, another_pair, the_public_key_and_a_pair_of_its_own,
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    """An aggregator for strangers to try, and its key file."""
+    """An aggregator for strangers to try, its key file, and its pid."""
     directory = tmp_path_factory.mktemp("service")
     address, key = free_address(), make_key(directory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, key)
-        with serving(address, key, directory):
-            yield address, key
+        with serving(address, key, directory) as process:
+            yield address, key, process.pid
 
 
 @pytest.mark.parametrize("keys", KEYS_OF_STRANGERS)
 def test_a_strange_socket_neither_tells_nor_learns_anything(service, keys, monkeypatch):
     """Its handshake fails, what it had queued changes nothing, and the right ones are served on."""
-    address, key = service
+    address, key, aggregator = service
     monkeypatch.setenv(VARIABLE, key)
-    with connected(address) as worker, context() as strange:
+    with connected(address) as worker, zmq_context() as strange:
         worker.counter("c").increment(5)
         before = worker.get_stats()
         given = keys(zmq.auth.load_certificate(key)[0])
         publisher, reader = strange.socket(zmq.XPUB), strange.socket(zmq.DEALER)
         monitors = []
-        for connecting, endpoint in ((publisher, resolve(address).publish), (reader, resolve(address).read)):
-            if given:
-                connecting.curve_serverkey, connecting.curve_publickey, connecting.curve_secretkey = given
-            monitors.append(connecting.get_monitor_socket())
-            connecting.connect(endpoint)
         publication, read, goodbye = tells(1000)
-        reader.send(goodbye)
-        reader.send(read)
-        publisher.send(publication)
+        ends = ((publisher, resolve(address).publish), (reader, resolve(address).read))
+        with stopped(aggregator):  # after a failed handshake there is no queue, and a send would wait for one
+            for connecting, endpoint in ends:
+                if given:
+                    connecting.curve_serverkey, connecting.curve_publickey, connecting.curve_secretkey = given
+                monitors.append(connecting.get_monitor_socket())
+                connecting.connect(endpoint)
+            reader.send(goodbye, zmq.NOBLOCK)
+            reader.send(read, zmq.NOBLOCK)
+            publisher.send(publication, zmq.NOBLOCK)
         assert [handshake(monitor) in FAILED for monitor in monitors] == [True, True]
         assert not publisher.poll(0)
         assert not reader.poll(0)
@@ -204,9 +198,9 @@ def test_a_strange_socket_neither_tells_nor_learns_anything(service, keys, monke
 
 def test_what_strangers_say_would_have_counted(service, monkeypatch):
     """The same messages under the right key: so it was the key that kept them out."""
-    address, key = service
+    address, key, _ = service
     monkeypatch.setenv(VARIABLE, key)
-    with connected(address) as worker, context() as right:
+    with connected(address) as worker, zmq_context() as right:
         before = worker.get_stats().get("c", {"value": 0})["value"]
         publisher, reader = (
             make(right, resolve(address)) for make in (sockets.new_publisher, sockets.new_reader)
@@ -223,7 +217,7 @@ def test_what_strangers_say_would_have_counted(service, monkeypatch):
 @pytest.mark.parametrize("its_key", ["", "another"])
 def test_a_worker_without_the_key_is_not_served(service, its_key, short_dir, monkeypatch):
     """It is told so as by any aggregator that doesn't answer, and what it counted goes nowhere."""
-    address, key = service
+    address, key, _ = service
     monkeypatch.setenv(VARIABLE, its_key and make_key(short_dir, its_key))
     monkeypatch.setattr("tapes.distributed.connection.TIMEOUT_SECONDS", 0.3)
     with connected(address) as stranger:
@@ -244,7 +238,7 @@ def test_a_worker_tells_nothing_to_who_does_not_hold_the_key(short_dir, key, its
     """Whoever took the port; the aggregator that has it next hears everything, once."""
     address = free_address()
     endpoints = resolve(address)
-    with context() as strange:
+    with zmq_context() as strange:
         public, secret = zmq.curve_keypair()
         updates, questions = strange.socket(zmq.SUB), strange.socket(zmq.ROUTER)
         updates.subscribe(b"")
@@ -289,7 +283,11 @@ def test_workers_come_back_to_a_new_aggregator(short_dir, key):
 def test_an_aggregator_with_a_key_ends_cleanly(short_dir, key):
     """Also while strangers are connected that say nothing, or nonsense, or are refused."""
     address = free_address()
-    with serving(address, key, short_dir) as process, context() as strange, contextlib.ExitStack() as stack:
+    with (
+        serving(address, key, short_dir) as process,
+        zmq_context() as strange,
+        contextlib.ExitStack() as stack,
+    ):
         port = int(address.rpartition(":")[2])
         for where in (port, port + 1):
             stack.enter_context(socket.create_connection(("127.0.0.1", where)))
@@ -442,7 +440,7 @@ def checkers():
 
 def test_the_thread_that_checks_ends_with_its_context(key):
     """By itself."""
-    with context() as made:
+    with zmq_context() as made:
         bound = sockets.bind(made, resolve(free_address()))
         assert len(checkers()) == len(bound) - 1 == 1
     wait_for(lambda: not checkers(), "the thread ends")
@@ -452,7 +450,7 @@ def test_where_nobody_checks_nobody_is_admitted(key, monkeypatch):
     """Rather than everybody."""
     monkeypatch.setattr(curve, "admit", lambda context, pair: None)
     endpoints = resolve(free_address())
-    with context() as ours, context() as theirs:
+    with zmq_context() as ours, zmq_context() as theirs:
         bound = sockets.bind(ours, endpoints)
         worker = theirs.socket(zmq.DEALER)
         curve.as_client(worker, endpoints.key.pair())
@@ -469,5 +467,5 @@ def test_where_no_thread_can_be_started_there_is_no_aggregator(key, monkeypatch)
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr("tapes.threads.Worker.start", refuse)
-    with context() as made, pytest.raises(AggregatorUnavailable, match="thread"):
+    with zmq_context() as made, pytest.raises(AggregatorUnavailable, match="thread"):
         sockets.bind(made, resolve(free_address()))

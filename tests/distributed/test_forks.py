@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 import signal
 import subprocess
@@ -14,7 +15,11 @@ import zmq
 from tapes.distributed.messages import Reply
 from tapes.distributed.registry import DistributedRegistry
 from tapes.distributed.wire import encode
-from tests.processes import clean_environment, run_python, wait_for
+from tests.processes import MAY_FORK_BESIDE_THREADS, clean_environment, run_python, wait_for, zmq_context
+
+# gevent's own threads wait for work in its pool while the process forks.
+GEVENT = MAY_FORK_BESIDE_THREADS + "from gevent import monkey; monkey.patch_all()"
+needs_gevent = pytest.mark.skipif(not importlib.util.find_spec("gevent"), reason="gevent is not installed")
 
 
 def run(program, short_dir, *, seconds=60, **environment):
@@ -256,7 +261,8 @@ def work(how):
         os.kill(os.getpid(), signal.SIGKILL)
 
 ways = ("return", "sys.exit", "close", "kill")
-children = [multiprocessing.Process(target=work, args=(way,)) for way in ways]
+fork = multiprocessing.get_context("fork")  # others import this program again
+children = [fork.Process(target=work, args=(way,)) for way in ways]
 for child in children:
     child.start()
 for child in children:
@@ -389,7 +395,7 @@ release.set()
 tapes.counter("c").increment(11)
 assert tapes.get_stats().c.value == 12
 """
-    done = run_python(program, cwd=short_dir)
+    done = run_python(MAY_FORK_BESIDE_THREADS + program, cwd=short_dir)
     assert (done.returncode, done.stderr) == (0, "")
     assert_counted(reader, 12)
     assert reader.get_stats().h["count"] == 1
@@ -421,7 +427,7 @@ def fork_in_between(metric):
 tapes.metrics.Counter.take = fork_in_between
 tapes.close()
 """
-    done = run_python(program, cwd=short_dir)
+    done = run_python(MAY_FORK_BESIDE_THREADS + program, cwd=short_dir)
     assert (done.returncode, done.stderr) == (0, "")
     assert value(reader, "of.child") == 1
     assert [series.value for series in reader.snapshot().series("c")] == [1] * 10
@@ -430,23 +436,24 @@ tapes.close()
 def test_a_refused_goodbye_is_not_forgotten(short_dir):
     """It is left as a will."""
     address = f"ipc://{short_dir}/m.ipc"
-    context = zmq.Context()
-    router = context.socket(zmq.ROUTER)
-    router.bind(address + ".read")
-    refusal = encode(Reply(0, "error", b"no"))
-    refuse = threading.Thread(target=lambda: router.send_multipart([router.recv_multipart()[0], refusal]))
-    refuse.start()
-    registry = DistributedRegistry(address)
-    registry.connect()
-    registry.counter("c").increment()
-    registry.close()
-    refuse.join()
-    context.destroy(linger=0)
+    with zmq_context() as context:
+        router = context.socket(zmq.ROUTER)
+        router.bind(address + ".read")
+        refusal = encode(Reply(0, "error", b"no"))
+        refuse = threading.Thread(target=lambda: router.send_multipart([router.recv_multipart()[0], refusal]))
+        refuse.start()
+        registry = DistributedRegistry(address)
+        registry.connect()
+        registry.counter("c").increment()
+        registry.close()
+        refuse.join()
     assert len(list(short_dir.glob("*.will-*"))) == 1
 
 
 @pytest.mark.parametrize(
-    "prologue", ["", "from gevent import monkey; monkey.patch_all()"], ids=["plain", "gevent"]
+    "prologue",
+    ["", pytest.param(GEVENT, marks=needs_gevent)],
+    ids=["plain", "gevent"],
 )
 def test_other_programs_can_be_started_by_a_connected_process(address, reader, short_dir, prologue):
     """Forks that another program follows, with hooks of Python between: it runs, and nothing is lost."""

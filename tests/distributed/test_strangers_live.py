@@ -23,7 +23,7 @@ from tapes.distributed.wire import VERSION, decode, encode
 from tapes.forks import Process, process_of
 from tapes.registry import Registry
 from tests.crew import crew, resident, stopped
-from tests.processes import wait_for
+from tests.processes import wait_for, zmq_context
 
 MEGABYTE = 2**20
 
@@ -63,19 +63,15 @@ def service(short_dir):
 @contextlib.contextmanager
 def sockets(service, *kinds):
     """0MQ sockets that are connected to the service: publishers to one of its ends, others to the other."""
-    context = zmq.Context()
-    try:
+    with zmq_context() as context:
         made = []
         for kind in kinds:
             made.append(context.socket(kind))
-            made[-1].setsockopt(zmq.RCVTIMEO, 5000)
             made[-1].connect(service.address + ("" if kind == zmq.XPUB else ".read"))
             if kind == zmq.XPUB:
                 while made[-1].recv() != b"\x01":  # until its subscription is here, what is sent is dropped
                     pass
         yield made
-    finally:
-        context.destroy(linger=0)
 
 
 def update(identity=b"s" * 16, base=0):

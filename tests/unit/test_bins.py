@@ -43,7 +43,11 @@ def test_every_bin_holds_its_own_centre():
     assert centres == sorted(centres)
 
 
-@pytest.mark.parametrize(("value", "key"), [(1e39, MAX_KEY), (-1e300, -MAX_KEY), (3.4e38, MAX_KEY)])
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [(1e39, MAX_KEY), (-1e300, -MAX_KEY), (3.4e38, MAX_KEY), (10**39, MAX_KEY), (-(10**308), -MAX_KEY)],
+    ids="{:.3g}".format,
+)
 def test_what_is_beyond_the_range_counts_in_the_outermost_bin(value, key):
     """Finite values that a single can't hold are not lost."""
     assert bin_key(value) == key
@@ -57,10 +61,20 @@ def test_both_zeros_and_what_is_too_small_are_zero(value):
     assert math.copysign(1.0, bin_value(0)) == 1.0
 
 
+def test_a_whole_number_beyond_a_single_takes_no_other_value_along():
+    """Whole numbers up to the range of a float, in one batch: all keys and extremes are right."""
+    values = [1.0, 10**39, 2, -(10**308), 2**128, 0.5]
+    keys, low, high = bin_keys(values)
+    assert list(keys) == [bin_key(1.0), MAX_KEY, bin_key(2), -MAX_KEY, MAX_KEY, bin_key(0.5)]
+    assert (low, high) == (-1e308, 1e39)
+    assert bin_keys(values, -math.inf, math.inf) == (keys, -math.inf, math.inf)
+
+
 finite = st.floats(allow_nan=False, allow_infinity=False)
+whole = st.one_of(st.integers(-(10**30), 10**30), st.integers(-(10**308), 10**308))
 
 
-@given(st.lists(st.one_of(finite, st.integers(-(10**30), 10**30)), min_size=1, max_size=50))
+@given(st.lists(st.one_of(finite, whole), min_size=1, max_size=50))
 def test_both_ways_of_computing_keys_agree(values):
     """The big addition and the plain loop give the same key for every value, on every interpreter."""
     largest = 2.0**128 - 2.0**104
@@ -75,8 +89,10 @@ def test_both_ways_of_computing_keys_agree(values):
 
 
 @given(
-    st.lists(st.one_of(finite, st.integers(-(10**30), 10**30)), min_size=1, max_size=40),
-    st.sampled_from([[], [1e39], [-1e300], [3.4028235677973366e38, -3.4028235677973366e38]]),
+    st.lists(st.one_of(finite, whole), min_size=1, max_size=40),
+    st.sampled_from(
+        [[], [1e39], [-1e300], [10**39, -(10**308)], [3.4028235677973366e38, -3.4028235677973366e38]]
+    ),
 )
 def test_a_struct_that_refuses_what_a_single_cannot_hold_changes_nothing(values, beyond):
     """Native packing makes it infinite, standard packing raises: the same keys and extremes."""

@@ -17,6 +17,8 @@ on_cpython = pytest.mark.skipif(
     platform.python_implementation() != "CPython", reason="tracemalloc measures CPython's allocations"
 )
 
+pytestmark = pytest.mark.timeout(300)  # tracemalloc takes its time, on a busy machine above all
+
 KB = 1024
 
 

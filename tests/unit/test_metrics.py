@@ -365,6 +365,17 @@ def test_recording_and_reading_inside_a_fold_do_not_deadlock(registry):
     assert registry.snapshot().get("h").count >= 2
 
 
+@pytest.mark.parametrize("large", [10**39, 2**1023, 1e300])
+def test_a_number_beyond_the_bins_takes_no_other_with_it(registry, large):
+    """A histogram counts it in the outermost bin, and what was recorded beside it where that belongs."""
+    histogram = registry.histogram("h")
+    for value in (3, large, 0.5):
+        histogram.update(value)
+    fields = registry.snapshot().get("h").fields()
+    assert (fields["count"], fields["min"], fields["q50"], fields["max"]) == (3, 0.5, 3, float(large))
+    assert rejected(registry) == 0
+
+
 @pytest.mark.parametrize("kind", ["counter", "meter", "histogram", "timer", "gauge"])
 def test_numbers_whose_sum_is_beyond_all_floats_are_no_bad_values(registry, kind):
     """The sum stays at the largest float, and nothing is raised or dropped."""

@@ -13,7 +13,7 @@ import tapes
 from tapes.errors import AggregatorUnavailable, InvalidArgument
 from tapes.reporting import Reporter, ScheduledReporter
 from tapes.reporting.scheduled import Grid
-from tests.processes import run_python, wait_for
+from tests.processes import MAY_FORK_BESIDE_THREADS, run_python, wait_for
 
 LONG, SHORT = timedelta(hours=1), timedelta(milliseconds=5)
 
@@ -320,7 +320,7 @@ assert len(ours()) == 1, ours()
 printer.stop()
 assert not ours()
 """
-    run_printing(program, short_dir)
+    run_printing(MAY_FORK_BESIDE_THREADS + program, short_dir)
 
 
 def test_a_report_that_hangs_holds_up_no_fork_for_long(short_dir):
@@ -350,7 +350,7 @@ hanging.set()
 while pathlib.Path(sys.argv[1]).read_text().count(f"{pid} 5") < 5:  # it reports on
     time.sleep(0.01)
 """
-    assert len(run_printing(program, short_dir)) == 4
+    assert len(run_printing(MAY_FORK_BESIDE_THREADS + program, short_dir)) == 4
 
 
 def test_the_end_of_a_process_waits_for_all_reports_at_once(short_dir):

@@ -289,20 +289,20 @@ async def main():
     reporter.start()
     await asyncio.sleep(0.05)
 
-async def parent():
-    await main()
-    return os.fork()
-
-reporter = TornadoStreamReporter(datetime.timedelta(hours=1))
-pid = os.fork() or (asyncio.run(main()), os._exit(0))
-assert os.waitpid(pid, 0)[1] == 0
-pid = asyncio.run(parent())
-if not pid:
+def child():
     reporter.stop()
     reporter.start()
     reporter.stop()
     os._exit(0)
+
+async def parent():
+    await main()
+    return os.fork() or child()
+
+reporter = TornadoStreamReporter(datetime.timedelta(hours=1))
+pid = os.fork() or (asyncio.run(main()), os._exit(0))
 assert os.waitpid(pid, 0)[1] == 0
+assert os.waitpid(asyncio.run(parent()), 0)[1] == 0
 """
     done = run_python(program, cwd=short_dir)
     assert (done.returncode, done.stderr) == (0, "")
