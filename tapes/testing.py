@@ -106,7 +106,7 @@ class _Strict(Registry):
 
     def _make(self, *args: Any) -> Any:
         metric = super()._make(*args)
-        if type(metric._buffer) is list:
+        if type(metric._pending) is list:
             metric._buffer = metric._pending = _CheckedBuffer(metric)
         return metric
 
