@@ -25,8 +25,6 @@ SHORTLY_SECONDS = 0.1
 
 _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 1.0, 32.0
 """Seconds from one look for a service to the next; doubled each time."""
-_CANCEL_SECONDS = 0.25
-"""Maximum seconds that a fork waits for a thread that is connecting."""
 
 _log = logging.getLogger("tapes.registry")
 
@@ -45,7 +43,7 @@ class FirstUse:
         self._lock = threads.RLock()
         self._connects = self._has_begun = False
         self._look_at, self._pause = 0.0, _FIRST_PAUSE_SECONDS
-        self._delayed: threads.Delayed | None = None
+        self._delayed = self._new_delayed()
 
     def connect(self) -> None:
         """Connect as ``registry.connect_when_used`` does, if it is set, or wait for a thread that does."""
@@ -73,33 +71,29 @@ class FirstUse:
 
     def before_fork(self) -> None:
         """Called before this process forks."""
-        delayed = self._delayed
-        if delayed is not None and not delayed.cancel(_CANCEL_SECONDS):
-            self._delayed = None
+        self._delayed.pause()
 
     def after_in_parent(self) -> None:
         """Called in the parent after a fork."""
-        if self._delayed is not None:
-            self._connect_shortly()
+        self._delayed.resume()
 
     def after_in_child(self, *, is_to_connect: bool) -> None:
         """Called in a forked child; if its registry ``is_to_connect``, it does when it is first used."""
         self._lock = threads.RLock()
         self._connects = self._has_begun = False
-        self._delayed = None
+        self._delayed = self._new_delayed()
         if is_to_connect:
             self.wait()
             if self._has_somewhere() and any(gauge.has_producer for gauge in self._registry.gauges()):
-                self._connect_shortly()
+                self._delayed.start()
 
     def wait(self) -> None:
         """Connect when something is next recorded, if there is a service to connect to by then."""
         self._look_at, self._pause = 0.0, _FIRST_PAUSE_SECONDS
         self.sleep(self._begin)
 
-    def _connect_shortly(self) -> None:
-        self._delayed = threads.Delayed(self._open, SHORTLY_SECONDS, "tapes-first-use")
-        self._delayed.start()
+    def _new_delayed(self) -> threads.Delayed:
+        return threads.Delayed(self._open, SHORTLY_SECONDS, "tapes-first-use")
 
     def _begin(self) -> bool:
         """Connect in a thread of its own, if there is a service; return whether that is settled.

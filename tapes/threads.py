@@ -19,6 +19,8 @@ __all__ = [
 
 T = TypeVar("T")
 
+_PAUSE_SECONDS = 0.25
+
 
 def is_patched() -> bool:
     """Return whether gevent has replaced threads in this process."""
@@ -128,31 +130,39 @@ class Worker:
 
 
 class Delayed:
-    """Calls ``action`` in a thread of its own, ``seconds`` after its start, unless it is cancelled before.
+    """Calls ``action`` in a thread of its own, ``seconds`` after its start; a fork can pause it until then.
 
-    Starting and cancelling it takes no lock that another thread may hold.
+    It takes no lock that another thread may hold. A forked child needs another one.
     """
 
     def __init__(self, action: Callable[[], None], seconds: float, name: str) -> None:
         self._action = action
         self._seconds = seconds
-        self._cancelled: Any = real("_thread", "allocate_lock")()
-        self._cancelled.acquire()
-        self._worker = Worker(self._run, name, is_bare=True)
-        self._waits = True
+        self._name = name
+        self._worker: Worker | None = None
+        self._cancelled: Any = None
+        self._waits = False
 
     def start(self) -> None:
         """Begin to wait; nothing where no thread can be started."""
+        self._cancelled = real("_thread", "allocate_lock")()
+        self._cancelled.acquire()
+        self._worker = Worker(self._run, self._name, is_bare=True)
+        self._waits = True
         with contextlib.suppress(RuntimeError):
             self._worker.start()
 
-    def cancel(self, timeout_seconds: float) -> bool:
-        """End the wait; return whether that came in time, so that ``action`` is not called."""
-        if self._waits:
+    def pause(self) -> None:
+        """End the thread if it still waits; it may take 0.25 s if ``action`` has just begun."""
+        if self._waits and self._worker is not None:
             with contextlib.suppress(RuntimeError):
                 self._cancelled.release()
-            self._worker.join(timeout_seconds)
-        return self._waits
+            self._worker.join(_PAUSE_SECONDS)
+
+    def resume(self) -> None:
+        """Begin to wait again, if it was paused."""
+        if self._waits:
+            self.start()
 
     def _run(self) -> None:
         if not self._cancelled.acquire(timeout=self._seconds):

@@ -34,7 +34,6 @@ __all__ = ["Membership", "is_one_of_several"]
 
 _RETRY_SECONDS = 5.0
 _JOINING_SECONDS = 1.0
-_CANCEL_SECONDS = 0.25
 
 _log = logging.getLogger("tapes.contrib")
 
@@ -53,14 +52,14 @@ class Membership:
         self.is_off = is_disabled()
         self._registry = registry
         self._of_process: dict[int, _Here] = {}
-        self._delayed: threads.Delayed | None = None
+        self._delayed = self._new_delayed()
         if self.is_off:
             return
         forks.add_user(self)
         if "uwsgi" in sys.modules:
             importlib.import_module("tapes.contrib.uwsgi")  # whose hooks have to be there before the fork
         elif is_spawned() and multiprocessing.parent_process() is None:  # it does not know yet what it is
-            self._join_shortly()
+            self._delayed.start()
         else:
             self._join_from_the_start()
 
@@ -129,22 +128,19 @@ class Membership:
 
     def before_fork(self) -> None:
         """Called before this process forks."""
-        delayed = self._delayed
-        if delayed is not None and not delayed.cancel(_CANCEL_SECONDS):
-            self._delayed = None
+        self._delayed.pause()
 
     def go_on(self) -> None:
         """Called in the parent after a fork."""
-        if self._delayed is not None:
-            self._join_shortly()
+        self._delayed.resume()
 
     def forked(self, parent: forks.Process, version: int) -> None:
         """Called in a forked child: one of a server's master joins shortly."""
         was_member = self._of_process.pop(parent.pid, _Here()).is_member
         self._of_process.clear()
-        self._delayed = None
+        self._delayed = self._new_delayed()
         if not was_member:
-            self._join_shortly()
+            self._delayed.start()
 
     def let_go(self) -> None:
         """Nothing: a child that is no worker does not join."""
@@ -174,9 +170,8 @@ class Membership:
         if joining is not None:
             joining.wait(_JOINING_SECONDS)
 
-    def _join_shortly(self) -> None:
-        self._delayed = threads.Delayed(self._join_from_the_start, SHORTLY_SECONDS, "tapes-join")
-        self._delayed.start()
+    def _new_delayed(self) -> threads.Delayed:
+        return threads.Delayed(self._join_from_the_start, SHORTLY_SECONDS, "tapes-join")
 
     def _join_from_the_start(self) -> None:
         """Join, in a thread, if this process is known for one of several; a master only decides where."""

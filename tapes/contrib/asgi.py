@@ -58,8 +58,8 @@ class TapesMiddleware:
     ``http.server.active_requests``, and for websockets ``websocket.server.active_connections``, the timer
     ``websocket.server.connection.duration`` {route, code} and the counter ``websocket.server.messages``
     {route, direction}. The route is the full template of Starlette and FastAPI, never the raw path; the
-    status 499 is a client that went away. A process of several joins the others when its lifespan starts, or
-    with its first request. ``TAPES_DISABLED=1`` turns it off.
+    status 499 is a client that went away. A process of several joins the others in the background when this
+    is made. ``TAPES_DISABLED=1`` turns it off.
 
     Args:
         app: The ASGI application.

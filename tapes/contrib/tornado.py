@@ -56,7 +56,7 @@ def instrument(
     websocket, which is neither slow nor active while it is open; 500 also an answer that an exception broke
     off.
 
-    Call it before the server forks or after; a process of several joins the others with its first request. A
+    Call it before the server forks or after; a process of several joins the others in the background. A
     second call changes nothing. Safe with loops in many threads. ``TAPES_DISABLED=1`` turns it off.
 
     Args:

@@ -46,7 +46,7 @@ class TapesMiddleware:
     Records the timer ``http.server.request.duration`` {method, route, status} and the gauge
     ``http.server.active_requests``. The route is the template (Flask's ``/users/<id>``), never the raw path;
     the status 499 is a client that went away. Safe from any thread and across forks; a process of several
-    joins the others with its first request. ``TAPES_DISABLED=1`` turns it off.
+    joins the others in the background when this is made. ``TAPES_DISABLED=1`` turns it off.
 
     Args:
         app: The WSGI application.

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.contrib.services import counts
-from tests.processes import Home, free_port, get, wait_for
+from tests.processes import free_port, get, wait_for
 
 APPLICATION = """
 import sys, flask, tapes
@@ -47,14 +47,6 @@ class Forking(socketserver.ForkingMixIn, WSGIServer):
 make_server("127.0.0.1", int(sys.argv[1]), app, Forking, Handler).serve_forever()
 """,
 }
-
-
-@pytest.fixture
-def home(short_dir):
-    """Where a server runs; nothing of tapes is left of it within 4 s."""
-    home = Home(short_dir)
-    yield home
-    wait_for(home.nothing_left, "nothing is left", 4)
 
 
 @pytest.mark.parametrize("server", SERVERS)

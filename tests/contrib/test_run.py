@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from tests.contrib.services import Load, has_ended
-from tests.processes import Home, children, free_port, get, mentions, wait_for
+from tests.processes import children, free_port, get, mentions, wait_for
 
 BIN = pathlib.Path(sys.executable).parent
 TAPES = str(BIN / "tapes")
@@ -45,14 +45,6 @@ SERVERS = {
         "app:app",
     ],
 }  # fmt: skip
-
-
-@pytest.fixture
-def home(short_dir):
-    """Where a command runs; nothing of tapes is left of it within 4 s."""
-    home = Home(short_dir)
-    yield home
-    wait_for(home.nothing_left, "nothing is left", 4)
 
 
 @pytest.mark.parametrize("server", SERVERS)

@@ -109,14 +109,6 @@ def answer(port: int) -> tuple[int, int, int]:
     return live, stats.get("alive", {}).get("value", 0), len(stats.get("ticks", {}))
 
 
-@pytest.fixture
-def home(short_dir):
-    """Where a server runs; nothing of tapes is left of it within 4 s."""
-    home = Home(short_dir)
-    yield home
-    wait_for(home.nothing_left, "nothing is left", 4)
-
-
 @pytest.mark.parametrize("server", SERVERS)
 def test_workers_without_requests_are_counted(home, server):
     """TAPES_HTTP listens without a request, and knows the gauge and the counts of every worker."""
