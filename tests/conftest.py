@@ -59,6 +59,14 @@ def short_dir() -> Iterator[pathlib.Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def _no_address_is_left() -> Iterator[None]:
+    """No test leaves its process in a service: those after it would join that too."""
+    yield
+    left = os.environ.pop("TAPES_ADDR", None)
+    assert left is None, f"TAPES_ADDR is left: {left}"
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests whose real part is absent; fail them where parts are required."""
     for marker in item.iter_markers("needs"):

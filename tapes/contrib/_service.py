@@ -176,7 +176,7 @@ class Membership:
     def _join_from_the_start(self) -> None:
         """Join, in a thread, if this process is known for one of several; a master only decides where."""
         try:
-            if not is_one_of_several():
+            if not is_one_of_several() or _is_of_a_pool():
                 return
             _decide(self._registry)
             if _is_master():
@@ -199,7 +199,7 @@ class Membership:
         if _has_joined(self._registry) and here.joining is not None:
             here.joining.set()
             return
-        while here is self._of_process.get(os.getpid()):
+        while here is self._of_process.get(os.getpid()) and is_one_of_several():
             self.join()
             if not here.problem:
                 return
@@ -252,6 +252,12 @@ def _is_master() -> bool:
             names.add(frame.f_code.co_name)
         frame = frame.f_back
     return bool(names) and "spawn_worker" not in names
+
+
+def _is_of_a_pool() -> bool:
+    """Return whether this is a child of a pool, which serves nothing; if it does, its first request joins."""
+    target = getattr(multiprocessing.current_process(), "_target", None)
+    return getattr(target, "__module__", "") in ("multiprocessing.pool", "concurrent.futures.process")
 
 
 def _is_only_child() -> bool:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Callable
 
-from tests.processes import EXAMPLES, Clients, free_port, get, mentions, running, wait_for
+from tests.processes import EXAMPLES, Clients, Home, connected, free_port, get, mentions, running, wait_for
 
 
 class Service:
@@ -66,6 +66,15 @@ def timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     """Return what a call returns, and how many seconds it took."""
     started = time.monotonic()
     return call(*arguments), time.monotonic() - started
+
+
+@contextlib.contextmanager
+def staying(home: Home) -> Iterator[None]:
+    """Keep a service's aggregator from being idle: its HTTP reporter stops listening at once when it is."""
+    (service,) = home.services()
+    with connected(f"ipc://{service}/metrics.ipc") as registry:
+        registry.get_stats()
+        yield
 
 
 def session(leader: int) -> list[int]:

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.contrib.services import Load, has_ended
+from tests.contrib.services import Load, has_ended, staying
 from tests.processes import children, free_port, get, mentions, wait_for
 
 BIN = pathlib.Path(sys.executable).parent
@@ -73,10 +73,10 @@ def test_servers_that_spawn_their_workers(home, server):
         last = counted()
         for _ in range(20):
             get(port, "/")
-        process.terminate()
-        process.wait(10)
-        # The aggregator stays for a while: what the workers said last is there.
-        wait_for(lambda: counted(http) == last + 20, "the last words are counted")
+        with staying(home):
+            process.terminate()
+            process.wait(10)
+            wait_for(lambda: counted(http) == last + 20, "the workers' last values are counted")
 
 
 def test_status_and_signals_are_the_commands_own(home):

@@ -5,7 +5,6 @@ The applications are the examples; the servers are real, and so are their reload
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pathlib
 import shutil
@@ -13,13 +12,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.contrib.services import counts, has_ended, session, signal_to, timed
-from tests.processes import EXAMPLES, Home, connected, free_port, get, mentions, wait_for
+from tests.contrib.services import counts, has_ended, session, signal_to, staying, timed
+from tests.processes import EXAMPLES, Home, free_port, get, mentions, wait_for
 
 BIN = pathlib.Path(sys.executable).parent
 GUNICORN = "gunicorn -w 2 -b 127.0.0.1:{port} --log-level warning --graceful-timeout 5"
@@ -111,15 +109,6 @@ def command(line: str, port: int) -> list[str]:
     """Return the arguments of a line from one of the tables here."""
     name, *arguments = line.format(port=port, prefix=sys.prefix, examples=EXAMPLES, bin=BIN).split()
     return [str(BIN / name), *arguments]
-
-
-@contextlib.contextmanager
-def staying(home: Home) -> Iterator[None]:
-    """Keep a service's aggregator from being idle: its HTTP reporter stops listening at once when it is."""
-    (service,) = home.services()
-    with connected(f"ipc://{service}/metrics.ipc") as registry:
-        registry.get_stats()
-        yield
 
 
 @pytest.mark.needs("ab")
