@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from typing import Any, Callable
 
 from tapes import threads
@@ -23,7 +22,7 @@ __all__ = ["SHORTLY_SECONDS", "FirstUse"]
 SHORTLY_SECONDS = 0.1
 """Seconds after a fork until a child connects that has something to report without recording anything."""
 
-_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 1.0, 32.0
+_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.25, 1.0
 """Seconds from one look for a service to the next; doubled each time."""
 
 _log = logging.getLogger("tapes.registry")
@@ -42,8 +41,7 @@ class FirstUse:
         self._registry = registry
         self._lock = threads.RLock()
         self._connects = self._has_begun = False
-        self._look_at, self._pause = 0.0, _FIRST_PAUSE_SECONDS
-        self._delayed = self._new_delayed()
+        self._delayed = self._new_delayed(self._open, SHORTLY_SECONDS)
 
     def connect(self) -> None:
         """Connect as ``registry.connect_when_used`` does, if it is set, or wait for a thread that does."""
@@ -81,46 +79,53 @@ class FirstUse:
         """Called in a forked child; if its registry ``is_to_connect``, it does when it is first used."""
         self._lock = threads.RLock()
         self._connects = self._has_begun = False
-        self._delayed = self._new_delayed()
+        self._delayed = self._new_delayed(self._open, SHORTLY_SECONDS)
         if is_to_connect:
             self.wait()
             if self._has_somewhere() and any(gauge.has_producer for gauge in self._registry.gauges()):
                 self._delayed.start()
 
     def wait(self) -> None:
-        """Connect when something is next recorded, if there is a service to connect to by then."""
-        self._look_at, self._pause = 0.0, _FIRST_PAUSE_SECONDS
+        """Connect when something is next recorded, or once there is a service to connect to."""
         self.sleep(self._begin)
 
-    def _new_delayed(self) -> threads.Delayed:
-        return threads.Delayed(self._open, SHORTLY_SECONDS, "tapes-first-use")
+    def _new_delayed(self, action: Callable[[], None], seconds: float) -> threads.Delayed:
+        return threads.Delayed(action, seconds, "tapes-first-use")
 
     def _begin(self) -> bool:
-        """Connect in a thread of its own, if there is a service; return whether that is settled.
-
-        The service may come later, as when a pool was made before its parent joined: the next values look
-        again.
-        """
-        if self._has_begun:
-            return True
-        at_end(self._connect_at_end, CONNECT)
-        now = time.monotonic()
-        if now < self._look_at:
-            return False
-        if not self._has_somewhere():
-            self._look_at = now + self._pause
-            self._pause *= 2
-            if self._pause > _LAST_PAUSE_SECONDS:
-                self.wake = None
-            return self.wake is None
-        self._has_begun = True
-        if threads.can_run():  # otherwise the end of a request, or a read, does
-            with contextlib.suppress(RuntimeError):
-                threads.Worker(self._open, "tapes-first-use", is_bare=True).start()
+        """Called when something is recorded: connect in a thread, or begin to look for a service."""
+        self.wake = None
+        if not self._has_begun:
+            self._has_begun = True
+            at_end(self._connect_at_end, CONNECT)
+            if not threads.can_run():  # the end of a request, or a read, does
+                return True
+            if self._has_somewhere():
+                with contextlib.suppress(RuntimeError):
+                    threads.Worker(self._open, "tapes-first-use", is_bare=True).start()
+            else:
+                self._look_later(_FIRST_PAUSE_SECONDS)
         return True
 
+    def _look_later(self, seconds: float) -> None:
+        """Look for a service later: it may come, as when a pool was made before its parent joined."""
+
+        def look() -> None:
+            if self._has_somewhere():
+                self._open()
+            else:
+                self._look_later(min(2 * seconds, _LAST_PAUSE_SECONDS))
+
+        self._delayed = self._new_delayed(look, seconds)
+        self._delayed.start()
+
     def _has_somewhere(self) -> bool:
-        return self._registry._connection is not None or bool(service_address())
+        try:
+            return self._registry._connection is not None or bool(service_address())
+        except (
+            Exception
+        ):  # a look at the file system can fail in many ways, and must not break a recording call
+            return False
 
     def _connect_at_end(self) -> None:
         """Wait for the thread that is connecting, or connect now: there is something to hand over."""

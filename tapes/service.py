@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,15 +25,9 @@ from tapes import forks
 from tapes.forks import Process
 
 __all__ = [
-    "SOCKET",
-    "Supervisor",
-    "address",
-    "directory_name",
-    "parents",
-    "places",
-    "supervisor",
-    "supervisor_of",
-]
+    "SOCKET", "Supervisor", "address", "directory_name", "is_private", "is_private_to", "parents", "places",
+    "supervisor", "supervisor_of",
+]  # fmt: skip
 
 SOCKET = "metrics.ipc"
 """The name of the aggregator's socket in a private directory."""
@@ -134,7 +129,7 @@ def parents() -> list[str]:
         "/dev/shm",  # noqa: S108
     )
     names = (os.fsdecode(parent) for parent in given if parent)
-    return list(dict.fromkeys(map(os.path.abspath, names)))
+    return list(dict.fromkeys(os.path.normpath(name) for name in names if os.path.isabs(name)))
 
 
 def places(name: str) -> Iterator[str]:
@@ -146,6 +141,19 @@ def places(name: str) -> Iterator[str]:
 def address() -> str:
     """Return where an aggregator of this service is, or was a moment ago; empty if nowhere."""
     for path in places(directory_name(supervisor().process)):
-        if os.path.lexists(path + ".lock"):
+        if os.path.lexists(path + ".lock") and is_private(os.path.dirname(path)):
             return f"ipc://{path}"
     return ""
+
+
+def is_private(directory: str, uid: int | None = None) -> bool:
+    """Return whether only user ``uid`` can use ``directory``; by default the user of this process."""
+    try:
+        return is_private_to(os.lstat(directory), os.geteuid() if uid is None else uid)
+    except OSError:
+        return False
+
+
+def is_private_to(found: os.stat_result, uid: int) -> bool:
+    """Return whether what was ``found`` is a directory that only user ``uid`` can use."""
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == uid and not found.st_mode & 0o077

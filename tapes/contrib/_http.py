@@ -181,6 +181,8 @@ class Adapter:
             connection = self.registry.connection
             if connection is not None:
                 connection.request_ended(may_be_the_last=self.service.may_end_after_a_request)
+                if self.registry.connection is None:  # the aggregator did not answer
+                    self.service.join_again()
         except Exception as error:
             self.complain("tapes could not publish at the end of a request", error)
 

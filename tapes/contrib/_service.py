@@ -58,8 +58,6 @@ class Membership:
         forks.add_user(self)
         if "uwsgi" in sys.modules:
             importlib.import_module("tapes.contrib.uwsgi")  # whose hooks have to be there before the fork
-        elif is_spawned() and multiprocessing.parent_process() is None:  # it does not know yet what it is
-            self._delayed.start()
         else:
             self._join_from_the_start()
 
@@ -118,13 +116,17 @@ class Membership:
     def leave(self) -> None:
         """Hand over the last values; the next request, if there is one, joins again."""
         self._await_joining()
-        self.mark[0] = 0
-        self._of_process.clear()
+        self.join_again()
         if self._registry.connection is not None:
             try:
                 _leave(self._registry)
             except Exception:
                 _log.exception("tapes could not say goodbye")
+
+    def join_again(self) -> None:
+        """Have the next request, if there is one, join."""
+        self.mark[0] = 0
+        self._of_process.clear()
 
     def before_fork(self) -> None:
         """Called before this process forks."""
@@ -139,7 +141,7 @@ class Membership:
         was_member = self._of_process.pop(parent.pid, _Here()).is_member
         self._of_process.clear()
         self._delayed = self._new_delayed()
-        if not was_member:
+        if not was_member and (_is_of_gunicorn() or "tornado.process" in sys.modules):
             self._delayed.start()
 
     def let_go(self) -> None:
@@ -176,6 +178,9 @@ class Membership:
     def _join_from_the_start(self) -> None:
         """Join, in a thread, if this process is known for one of several; a master only decides where."""
         try:
+            if is_spawned() and multiprocessing.parent_process() is None:
+                self._delayed.start()  # its main module is still being imported
+                return
             if not is_one_of_several() or _is_of_a_pool():
                 return
             _decide(self._registry)

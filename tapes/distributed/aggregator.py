@@ -246,7 +246,7 @@ class Aggregator:
     def _settle_again(self, updates: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> None:
         """Make the files again that somebody has removed, there or elsewhere; or hand over to another one."""
         places = [self._endpoints, *directory.elsewhere(self._endpoints)]
-        heir = next(filter(is_served, places), None)  # ours is lost, so that is another one
+        heir = next(filter(directory.serves, places), None)  # ours is lost, so that is another one
         if heir is None:
             any(self._settle_at(place, updates, questions) for place in places)
         elif hand_over(self._books.inheritance(), heir):
@@ -266,9 +266,13 @@ class Aggregator:
                     return True
                 lock = self._lock.at(place)
                 lock.acquire()
+                try:
+                    bind_again(updates, questions, self._endpoints, place)
+                except AddressError:
+                    lock.release()
+                    raise
                 self._lock.let_go()
                 self._lock = lock
-                bind_again(updates, questions, self._endpoints, place)
         except (OSError, TapesError):
             return False
         _log.warning(

@@ -59,7 +59,7 @@ def connect(registry: Registry, addr: str | None) -> None:
     forks.check()
     registry.connect_when_used = None
     with _connecting:
-        connection = registry.connection
+        connection = registry._connection  # not by first use, whose lock is taken before this one
         if isinstance(connection, AggregatorConnection) and connection.is_of_this_process:
             if not directory.is_same_service(connection.endpoints, endpoints):
                 raise InvalidArgument(
@@ -212,9 +212,13 @@ class AggregatorConnection(Connection):
         Raises:
             AggregatorUnavailable: If the aggregator doesn't answer within a second.
         """
-        merged = decode(self.render("states"))
+        payload = self.render("states")
+        try:
+            merged = decode(payload)
+        except WireError as error:
+            raise AggregatorUnavailable(f"the aggregator's answer can't be used ({error})") from error
         if not isinstance(merged, Merged):
-            raise WireError("the aggregator's answer", got=type(merged).__name__, expected="Merged")
+            raise AggregatorUnavailable(f"the aggregator's answer can't be used ({type(merged).__name__})")
         return snapshot_of(merged)
 
     def render(self, form: str) -> bytes:

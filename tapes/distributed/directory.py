@@ -26,8 +26,8 @@ from tapes.forks import Process
 from tapes.service import SOCKET
 
 __all__ = [
-    "User", "clear", "elsewhere", "has_gone", "is_same_service", "place_of", "present", "restore", "settle",
-    "start_lock", "sweep",
+    "User", "clear", "elsewhere", "has_gone", "is_same_service", "place_of", "present", "restore", "serves",
+    "settle", "start_lock", "sweep",
 ]  # fmt: skip
 
 _START_LOCK = ".start"
@@ -70,7 +70,7 @@ def settle(endpoints: Endpoints, user: User) -> Endpoints:
         return endpoints
     places = [endpoints, *elsewhere(endpoints)]
     for place in places:
-        if is_served(place):
+        if serves(place, user.uid):
             return place
     reasons = []
     for place in places:
@@ -84,11 +84,20 @@ def settle(endpoints: Endpoints, user: User) -> Endpoints:
     )
 
 
+def serves(place: Endpoints, uid: int | None = None) -> bool:
+    """Return whether an aggregator serves ``place``; in a private directory, one of user ``uid``.
+
+    Its name is no secret, and anybody can make a directory of that name in one that all share.
+    """
+    directory = _owned(place)
+    return is_served(place) and (directory is None or service.is_private(directory, uid))
+
+
 def present(endpoints: Endpoints) -> Endpoints:
     """Return where the aggregator is by now that was to be at ``endpoints``; these, if it can't be found."""
     if endpoints.path is None or os.path.lexists(endpoints.path):
         return endpoints
-    return next(filter(is_served, elsewhere(endpoints)), endpoints)
+    return next(filter(serves, elsewhere(endpoints)), endpoints)
 
 
 def has_gone(endpoints: Endpoints) -> bool:
@@ -109,7 +118,7 @@ def place_of(supervisor: Process) -> Endpoints:
             remedy="set TMPDIR to a shorter path, or TAPES_ADDR to an address",
         )
     usable = (place for place in found if _is_usable(os.path.dirname(os.path.dirname(place.path or ""))))
-    return next(filter(is_served, found), next(usable, found[0]))
+    return next(filter(serves, found), next(usable, found[0]))
 
 
 def elsewhere(endpoints: Endpoints) -> list[Endpoints]:
@@ -153,7 +162,7 @@ def _make_private(directory: str, user: User) -> str:
         found = os.lstat(directory)
     except OSError as error:
         return str(error)
-    return "" if _is_private(found, user.uid) else f"{directory} is not ours alone"
+    return "" if service.is_private_to(found, user.uid) else f"{directory} is not ours alone"
 
 
 def _owned(endpoints: Endpoints) -> str | None:
@@ -215,7 +224,7 @@ def _opened(directory: str, uid: int) -> Iterator[int]:
     """Yield a descriptor of a directory that is private to ``uid``; raises OSError if it is none."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        if not _is_private(os.fstat(fd), uid):
+        if not service.is_private_to(os.fstat(fd), uid):
             raise PermissionError(f"{directory} is not ours alone")
         yield fd
     finally:
@@ -379,7 +388,3 @@ def _open_to_all(directory: str) -> bool:
         if directory == os.path.dirname(directory):
             return True
         directory = os.path.dirname(directory)
-
-
-def _is_private(found: os.stat_result, uid: int) -> bool:
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == uid and not found.st_mode & 0o077

@@ -256,10 +256,15 @@ class Publisher:
             )
 
     def _see_to_the_aggregator(self) -> None:
-        if self._is_older:
-            self._reviver.replace_older()
-        elif not self._subscribed:
-            self._reviver.tend()
+        try:
+            if self._is_older:
+                self._reviver.replace_older()
+            elif not self._subscribed:
+                self._reviver.tend()
+        except Exception as error:  # a look at the file system can fail in many ways
+            self._warn(
+                "tapes can't look for its aggregator (%r); it goes on trying, and says so only once", error
+            )
 
     def _publish(self) -> bool:
         try:

@@ -150,7 +150,7 @@ class Metric:
 
     def sleep(self, wake: Callable[[], bool]) -> None:
         """Have ``wake`` called when the next value is recorded; see `SleepingBuffer`."""
-        self._buffer = SleepingBuffer(self, wake)
+        self._buffer = SleepingBuffer(self, wake, FULL)
 
     def is_at(self, state: State | None) -> bool:
         """Return whether ``state`` is all there is, with nothing to be folded."""

@@ -24,12 +24,14 @@ class SleepingBuffer(list[Any]):
     Args:
         metric: The metric that wakes with the first value.
         wake: Called after each value that comes here; returns whether the metric is to stay awake.
+        full: How many pending values are folded.
     """
 
-    __slots__ = ("_metric", "_pending", "_wake")
+    __slots__ = ("_full", "_metric", "_pending", "_wake")
 
-    def __init__(self, metric: Any, wake: Callable[[], bool]) -> None:
+    def __init__(self, metric: Any, wake: Callable[[], bool], full: int) -> None:
         super().__init__()
+        self._full = full
         self._metric = metric
         self._pending: list[Any] = metric._pending
         self._wake = wake
@@ -38,6 +40,8 @@ class SleepingBuffer(list[Any]):
         """Append ``value`` to what is pending, and wake the metric, unless it is to sleep on."""
         self._pending.append(value)
         self.rouse()
+        if len(self._pending) >= self._full:  # who records sees an empty list
+            self._metric._fold(self._metric._clock())
 
     def rouse(self) -> None:
         """Wake the metric, unless it is to sleep on."""
