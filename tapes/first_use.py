@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from typing import Any, Callable
 
 from tapes import threads
 from tapes.endings import CONNECT, at_end
-from tapes.environment import service_address
+from tapes.environment import is_spawned, service_address
 
 __all__ = ["SHORTLY_SECONDS", "FirstUse"]
 
@@ -41,6 +42,7 @@ class FirstUse:
         self._registry = registry
         self._lock = threads.RLock()
         self._connects = self._has_begun = False
+        self._look_at = 0.0
         self._delayed = self._new_delayed(self._open, SHORTLY_SECONDS)
 
     def connect(self) -> None:
@@ -79,6 +81,7 @@ class FirstUse:
         """Called in a forked child; if its registry ``is_to_connect``, it does when it is first used."""
         self._lock = threads.RLock()
         self._connects = self._has_begun = False
+        self._look_at = 0.0
         self._delayed = self._new_delayed(self._open, SHORTLY_SECONDS)
         if is_to_connect:
             self.wait()
@@ -93,18 +96,29 @@ class FirstUse:
         return threads.Delayed(action, seconds, "tapes-first-use")
 
     def _begin(self) -> bool:
-        """Called when something is recorded: connect in a thread, or begin to look for a service."""
-        self.wake = None
-        if not self._has_begun:
-            self._has_begun = True
-            at_end(self._connect_at_end, CONNECT)
-            if not threads.can_run():  # the end of a request, or a read, does
-                return True
-            if self._has_somewhere():
-                with contextlib.suppress(RuntimeError):
-                    threads.Worker(self._open, "tapes-first-use", is_bare=True).start()
-            else:
+        """Called when something is recorded: connect in a thread, if there is a service.
+
+        Without one, a child of multiprocessing looks for it in a thread. Any other child sleeps on, and the
+        next values look: it may be a server that forks in C, where no thread may run. Returns whether to
+        wake.
+        """
+        if self._has_begun:
+            return True
+        now = time.monotonic()
+        if now < self._look_at:
+            return False
+        at_end(self._connect_at_end, CONNECT)
+        if not self._has_somewhere():
+            self._look_at = now + _LAST_PAUSE_SECONDS
+            self._has_begun = is_spawned() and threads.can_run()
+            if self._has_begun:
                 self._look_later(_FIRST_PAUSE_SECONDS)
+            return self._has_begun
+        self._has_begun = True
+        self.wake = None
+        if threads.can_run():  # otherwise the end of a request, or a read, connects
+            with contextlib.suppress(RuntimeError):
+                threads.Worker(self._open, "tapes-first-use", is_bare=True).start()
         return True
 
     def _look_later(self, seconds: float) -> None:
