@@ -136,9 +136,7 @@ class FirstUse:
     def _has_somewhere(self) -> bool:
         try:
             return self._registry._connection is not None or bool(service_address())
-        except (
-            Exception
-        ):  # a look at the file system can fail in many ways, and must not break a recording call
+        except Exception:  # looking at the file system can fail, and must not break a recording call
             return False
 
     def _connect_at_end(self) -> None:

@@ -260,7 +260,7 @@ def _is_master() -> bool:
 
 
 def _is_of_a_pool() -> bool:
-    """Return whether this is a child of a pool, which serves nothing; if it does, its first request joins."""
+    """Return whether this is a child of a pool, which is no server: only a request joins."""
     target = getattr(multiprocessing.current_process(), "_target", None)
     return getattr(target, "__module__", "") in ("multiprocessing.pool", "concurrent.futures.process")
 
@@ -280,13 +280,9 @@ def _has_joined(registry: Registry) -> bool:
     return not lacks
 
 
-def _may_decide(registry: Registry) -> bool:
-    return may_start() and not hasattr(registry, "socket_addr")
-
-
 def _decide(registry: Registry) -> None:
     """Decide where the service meets, for this process and for all that it starts."""
-    if _may_decide(registry) and not address_told():
+    if may_start() and not address_told() and not hasattr(registry, "socket_addr"):
         forks.import_module("tapes.distributed.joining").decide(supervisor())
 
 
