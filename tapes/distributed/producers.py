@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from typing import Any
 
 from tapes import threads
@@ -50,12 +51,15 @@ class Producers:
 
     def await_first(self) -> None:
         """Wait for producers that never ran yet, 0.2 s at most."""
-        if any(gauge.awaits_producer for gauge in self._gauges()):
+        deadline = time.monotonic() + _FIRST_WAIT_SECONDS
+        for _ in range(2):  # the round that ends first may have begun before the newest producer was there
+            if not any(gauge.awaits_producer for gauge in self._gauges()):
+                return
             self._ran.clear()
             self.tend()
             self._signal()
             if self._thread is not None:
-                self._ran.wait(_FIRST_WAIT_SECONDS)
+                self._ran.wait(max(deadline - time.monotonic(), 0.0))
 
     def stop(self, timeout_seconds: float) -> bool:
         """End the thread; return whether it has ended. One that is held up ends as soon as it can."""
