@@ -5,6 +5,9 @@ opened in a fork hook. The child's metrics sleep (`tapes.metrics.sleeping`), and
 the first read, connects its registry. A recording call does not wait for that: a thread of its own connects.
 A child that inherited gauges with producers has values without recording any, so it connects shortly after
 the fork.
+
+The master of a server is no worker, but a thread or a hook of its own may record. So its metrics sleep too
+once it has forked a worker, and it connects if it records.
 """
 
 from __future__ import annotations
@@ -35,10 +38,13 @@ class FirstUse:
     Attributes:
         wake: What the next value recorded into a sleeping metric calls; metrics made meanwhile sleep too.
             ``None`` if they are awake.
+        connect_master: What connects ``registry`` in a process that forks a server's workers, if it records
+            something after that; ``None`` in any other process.
     """
 
     def __init__(self, registry: Any) -> None:
         self.wake: Callable[[], bool] | None = None
+        self.connect_master: Callable[[], None] | None = None
         self._registry = registry
         self._lock = threads.RLock()
         self._connects = self._has_begun = False
@@ -76,9 +82,17 @@ class FirstUse:
     def after_in_parent(self) -> None:
         """Called in the parent after a fork."""
         self._delayed.resume()
+        self.wait_in_master()
+
+    def wait_in_master(self) -> None:
+        """Connect by ``connect_master`` when something is next recorded, if that is set."""
+        if self.connect_master is not None and self.wake is None and self._registry._connection is None:
+            self._has_begun = False
+            self.wait()
 
     def after_in_child(self, *, is_to_connect: bool) -> None:
         """Called in a forked child; if its registry ``is_to_connect``, it does when it is first used."""
+        self.wake = self.connect_master = None
         self._lock = threads.RLock()
         self._connects = self._has_begun = False
         self._look_at = 0.0
@@ -98,9 +112,9 @@ class FirstUse:
     def _begin(self) -> bool:
         """Called when something is recorded: connect in a thread, if there is a service.
 
-        Without one, a child of multiprocessing looks for it in a thread. Any other child sleeps on, and the
-        next values look: it may be a server that forks in C, where no thread may run. Returns whether to
-        wake.
+        Without one, a child of multiprocessing and a master look for it in a thread. Any other child sleeps
+        on, and the next values look: it may be a server that forks in C, where no thread may run. Returns
+        whether to wake.
         """
         if self._has_begun:
             return True
@@ -110,7 +124,7 @@ class FirstUse:
         at_end(self._connect_at_end, CONNECT)
         if not self._has_somewhere():
             self._look_at = now + _LAST_PAUSE_SECONDS
-            self._has_begun = is_spawned() and threads.can_run()
+            self._has_begun = threads.can_run() and (is_spawned() or self.connect_master is not None)
             if self._has_begun:
                 self._look_later(_FIRST_PAUSE_SECONDS)
             return self._has_begun
@@ -143,7 +157,9 @@ class FirstUse:
         """Wait for the thread that is connecting, or connect now: there is something to hand over."""
         registry = self._registry
         if registry._connection is None:
-            registry.connect_when_used = registry.connect_when_used or registry.connect_in_children
+            registry.connect_when_used = (
+                registry.connect_when_used or self.connect_master or registry.connect_in_children
+            )
         _ = registry.connection
 
     def _open(self) -> None:

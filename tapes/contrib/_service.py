@@ -6,8 +6,9 @@ test client and a notebook are none of these: there nothing is started, and the 
 
 A process joins when its adapter is made, so that it counts before its first request. That is done by a
 thread, and delays nothing. An adapter that is made in a server's master, which is no worker, only decides
-where the service meets; the master's children join shortly after they are forked. If only the server says
-that there are several processes (``wsgi.multiprocess``), a process joins with its first request.
+where the service meets; the master's children join shortly after they are forked, and the master itself if it
+records something after that. If only the server says that there are several processes
+(``wsgi.multiprocess``), a process joins with its first request.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 from tapes import forks, threads
 from tapes.endings import CONNECT, at_end
-from tapes.environment import address_told, is_disabled, is_spawned, may_start
+from tapes.environment import address_told, is_disabled, is_spawned, may_start, service_address
 from tapes.errors import AggregatorUnavailable, TapesError
 from tapes.exposition.endpoint import Answer, answer, plain
 from tapes.first_use import SHORTLY_SECONDS
@@ -135,6 +136,9 @@ class Membership:
     def go_on(self) -> None:
         """Called in the parent after a fork."""
         self._delayed.resume()
+        if not self._here().is_member and _makes_workers():
+            self._registry.first_use.connect_master = lambda: _connect(self._registry)
+            self._registry.first_use.wait_in_master()
 
     def forked(self, parent: forks.Process, version: int) -> None:
         """Called in a forked child: one of a server's master joins shortly."""
@@ -259,6 +263,17 @@ def _is_master() -> bool:
     return bool(names) and "spawn_worker" not in names
 
 
+def _makes_workers() -> bool:
+    """Return whether a server is just forking a worker of its own from this thread."""
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") not in (
+        "gunicorn.arbiter",
+        "tornado.process",
+    ):
+        frame = frame.f_back
+    return frame is not None
+
+
 def _is_of_a_pool() -> bool:
     """Return whether this is a child of a pool, which is no server: only a request joins."""
     target = getattr(multiprocessing.current_process(), "_target", None)
@@ -299,6 +314,13 @@ def _join(registry: Registry, is_claim: bool) -> None:
         )
     joining = forks.import_module("tapes.distributed.joining")
     joining.join(registry, getattr(registry, "socket_addr", None))
+
+
+def _connect(registry: Registry) -> None:
+    """Connect the registry of a master to where its workers are."""
+    address = getattr(registry, "socket_addr", None) or service_address()
+    if address:
+        forks.import_module("tapes.distributed.connection").connect(registry, address)
 
 
 def _leave(registry: Registry) -> None:

@@ -3,10 +3,11 @@
     gunicorn -w 4 -c python:tapes.contrib.gunicorn_conf app:app
 
 It starts an aggregator for gunicorn's master, connects every worker to it, and says goodbye when a worker
-exits. A master that exits waits for the aggregator's reporters, as in a container its end ends the
-aggregator too; elsewhere that leaves by itself when masters and workers are gone. As root with ``--user`` it
-runs as that user. To have settings of your own, write a configuration that imports these hooks; a hook of
-your own with the name of one of these goes beside it by `with_tapes`::
+exits. The master connects if it records something itself, as in a hook of your own. One that exits waits for
+the aggregator's reporters, as in a container its end ends the aggregator too; elsewhere that leaves by itself
+when masters and workers are gone. As root with ``--user`` it runs as that user. To have settings of your
+own, write a configuration that imports these hooks; a hook of your own with the name of one of these goes
+beside it by `with_tapes`::
 
     from tapes.contrib.gunicorn_conf import *
 
@@ -41,7 +42,10 @@ def on_starting(server: _Any) -> None:
     try:
         from tapes.environment import is_disabled, may_start
 
-        if is_disabled() or not may_start():
+        if is_disabled():
+            return
+        _tapes.default_registry.first_use.connect_master = _tapes.connect
+        if not may_start():
             return
         from tapes.distributed.directory import User
         from tapes.distributed.joining import Supervisor, meet

@@ -124,6 +124,66 @@ def test_uwsgi_without_threads(home):
         wait_for(lambda: answer(http)[0] == WORKERS, "every worker is known")
 
 
+MASTERS = {
+    "gunicorn": f"{GUNICORN} --preload master_records:app",
+    "gunicorn, own registry": f"{GUNICORN} --preload master_owns:app",
+    "tornado": "python tornado_master.py {port} {workers} before",
+    "gunicorn, a hook": f"{GUNICORN} -c master_hooks.py wsgi_silent:app",
+}  # fmt: skip
+RECORD_IN_MASTER = """
+import flask, os, threading, time, tapes
+from tapes.contrib.flask import Tapes
+registry = tapes.default_registry
+
+def work():
+    for _ in range(100):
+        registry.counter("in_master").increment()
+        time.sleep(0.02)
+    registry.counter("in_master", when="done").increment()
+"""
+MASTER_APPLICATIONS = {
+    "master_records": f"""{RECORD_IN_MASTER}
+app = flask.Flask("silent")
+Tapes(app)
+threading.Thread(target=work, daemon=True).start()
+""",
+    "master_owns": f"""{RECORD_IN_MASTER}
+registry = tapes.Registry()
+app = flask.Flask("silent")
+Tapes(app, registry=registry)
+threading.Thread(target=work, daemon=True).start()
+""",
+    "tornado_master": APPLICATIONS["tornado_silent"].replace(
+        "sockets =", f"{RECORD_IN_MASTER}\nthreading.Thread(target=work, daemon=True).start()\nsockets ="
+    ).replace("\nstart()\n", "\n"),
+    "master_hooks": """
+from tapes.contrib.gunicorn_conf import *
+import tapes
+_forked = []
+def pre_fork(server, worker):
+    _forked.append(worker)
+    if len(_forked) == 2:
+        tapes.counter("in_master").increment(100)
+        tapes.counter("in_master", when="done").increment()
+""",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("server", MASTERS)
+def test_what_the_master_records_counts(home, server):
+    """By its threads and hooks, also after the last fork; a master that records nothing is no worker."""
+    for name, text in MASTER_APPLICATIONS.items():
+        (home.directory / f"{name}.py").write_text(text)
+    http = free_port()
+    with start(home, MASTERS[server], TAPES_HTTP=str(http)):
+
+        def counts():
+            series = json.loads(get(http, "/metrics")[2]).get("in_master", {})
+            return series.get("value"), series.get('{when="done"}', {}).get("value")
+
+        wait_for(lambda: counts() == (100, 1), "everything is counted")
+
+
 DEVELOPMENT = {
     "flask": "flask --app wsgi_silent run --port {port}",
     "uvicorn": "uvicorn --port {port} --log-level warning asgi_silent:app",
