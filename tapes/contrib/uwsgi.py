@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 import sys
 from typing import Any, Callable
 
@@ -50,6 +51,22 @@ def _after(before: Callable[[], Any] | None, ours: Callable[[], None]) -> Callab
     return both
 
 
+def _note_lost(uwsgi: Any) -> bool:
+    """Say once what is not counted: values that uWSGI's master records when it has forked its workers.
+
+    A thread of ours in the master could hold a lock while uWSGI forks in C, so the master can't connect.
+    """
+    if uwsgi.masterpid() == os.getpid():
+        if not any(worker["pid"] for worker in uwsgi.workers()):
+            return False  # these count: every worker tells them
+        tapes.default_registry.first_use.wake = None
+        _log.warning(
+            "tapes: what uWSGI's master records is not counted; start threads in the workers, by "
+            "@uwsgidecorators.postfork or with --lazy-apps"
+        )
+    return True
+
+
 def _install(uwsgi: Any) -> None:
     with contextlib.suppress(ImportError):  # it takes the hook for itself when it is imported: let it be now
         importlib.import_module("uwsgidecorators")
@@ -58,6 +75,7 @@ def _install(uwsgi: Any) -> None:
         _join()
     else:
         tapes.default_registry.connect_when_used = None  # the master is no worker
+        tapes.default_registry.first_use.sleep(lambda: _note_lost(uwsgi))
         uwsgi.post_fork_hook = _after(getattr(uwsgi, "post_fork_hook", None), _join)
 
 

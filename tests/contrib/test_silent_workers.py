@@ -184,6 +184,17 @@ def test_what_the_master_records_counts(home, server):
         wait_for(lambda: counts() == (100, 1), "everything is counted")
 
 
+def test_what_uwsgis_master_records_is_logged(home):
+    """It can't connect; what was recorded before the fork counts, and is no reason to say anything."""
+    for name, text in MASTER_APPLICATIONS.items():
+        (home.directory / f"{name}.py").write_text(text)
+    log = home.directory / "log"
+    line = f"{UWSGI} --enable-threads --logto {log} --module master_records:app"
+    with start(home, line):
+        wait_for(lambda: log.read_text().count("what uWSGI's master records is not counted") == 1, "the log")
+    assert log.read_text().count("what uWSGI's master records is not counted") == 1
+
+
 DEVELOPMENT = {
     "flask": "flask --app wsgi_silent run --port {port}",
     "uvicorn": "uvicorn --port {port} --log-level warning asgi_silent:app",
