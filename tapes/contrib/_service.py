@@ -141,11 +141,10 @@ class Membership:
             self._registry.first_use.wait_in_master()
 
     def forked(self, parent: forks.Process, version: int) -> None:
-        """Called in a forked child: one of a server's master joins shortly."""
-        was_member = self._of_process.pop(parent.pid, _Here()).is_member
+        """Called in a forked child: a server's worker joins shortly."""
         self._of_process.clear()
         self._delayed = self._new_delayed()
-        if not was_member and (_is_of_gunicorn() or "tornado.process" in sys.modules):
+        if _makes_workers():
             self._delayed.start()
 
     def let_go(self) -> None:
@@ -206,6 +205,10 @@ class Membership:
         """Join; if that fails, try again, as this process counts with or without requests."""
         here = self._here()
         if _has_joined(self._registry) and here.joining is not None:
+            if (
+                self._registry.connection is not None
+            ):  # its master's, which sleeps until something is recorded
+                self._registry.connection.open()
             here.joining.set()
             return
         while here is self._of_process.get(os.getpid()) and is_one_of_several():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import signal
 import sys
 
 import pytest
 
-from tests.processes import Home, free_port, get, wait_for
+from tests.processes import Home, children, free_port, get, wait_for
 
 BIN = pathlib.Path(sys.executable).parent
 WORKERS = 3
@@ -124,6 +126,35 @@ def test_uwsgi_without_threads(home):
         wait_for(lambda: answer(http)[0] == WORKERS, "every worker is known")
 
 
+JOINED = {
+    "gunicorn": (f"{GUNICORN} --preload joined:app", {}),
+    "tornado": ("python tornado_unheard.py {port} {workers} before", {"JOIN": "1"}),
+    "tapes run": ("tapes run -- {prefix}/bin/python tornado_unheard.py {port} {workers} before", {}),
+}
+UNHEARD = {
+    "joined": """
+import flask, tapes
+from tapes.contrib.flask import Tapes
+tapes.join()
+app = flask.Flask("silent")
+Tapes(app)
+""",
+    "tornado_unheard": "import os, tapes\nif 'JOIN' in os.environ: tapes.join()\n"
+    + APPLICATIONS["tornado_silent"].replace("\nstart()\n", "\n"),
+}
+
+
+@pytest.mark.parametrize("server", JOINED)
+def test_workers_of_a_master_that_has_joined_itself(home, server):
+    """They count from their start, although they record nothing; so does the master, as it was told to."""
+    for name, text in UNHEARD.items():
+        (home.directory / f"{name}.py").write_text(text)
+    http = free_port()
+    line, environment = JOINED[server]
+    with start(home, line, TAPES_HTTP=str(http), **environment):
+        wait_for(lambda: answer(http)[0] == WORKERS + 1, "every worker is counted")
+
+
 MASTERS = {
     "gunicorn": f"{GUNICORN} --preload master_records:app",
     "gunicorn, own registry": f"{GUNICORN} --preload master_owns:app",
@@ -167,6 +198,25 @@ def pre_fork(server, worker):
         tapes.counter("in_master", when="done").increment()
 """,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("server", [server for server in MASTERS if "gunicorn" in server])
+def test_a_worker_of_a_master_that_is_connected_counts_from_its_start(home, server):
+    """It replaces one that was ended, and serves no request."""
+    for name, text in MASTER_APPLICATIONS.items():
+        (home.directory / f"{name}.py").write_text(text)
+    http = free_port()
+    with start(home, MASTERS[server], TAPES_HTTP=str(http)) as process:
+
+        def pids():
+            return set(children(process.pid))
+
+        wait_for(lambda: answer(http)[0] == WORKERS + 1, "the master is connected too")
+        before = pids()
+        for pid in before:
+            os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: len(pids()) == WORKERS and not pids() & before, "others have taken their places")
+        wait_for(lambda: answer(http)[0] == WORKERS + 1, "they are counted")
 
 
 @pytest.mark.parametrize("server", MASTERS)
