@@ -329,18 +329,18 @@ class AggregatorConnection(Connection):
                 remedy="call connect() after the fork, in every worker",
             )
         self._follow()
-        deadline = time.monotonic() + TIMEOUT_SECONDS
         with self._in_use():
-            reply = threads.aside(lambda: self._read(form, deadline))
+            reply = threads.aside(lambda: self._read(form))
         if reply.status != "ok":
             raise AggregatorUnavailable(
                 f"the aggregator could not answer ({reply.payload.decode(errors='replace')})"
             )
         return reply
 
-    def _read(self, form: str, deadline: float) -> Reply:
+    def _read(self, form: str) -> Reply:
         if form != NOTHING:
             self._open().await_producers()
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         with self._readers.borrowed() as reader:
             self._say_goodbyes(reader, deadline)
             number = next(self._correlations)

@@ -16,7 +16,7 @@ __all__ = ["Producers"]
 
 _INTERVAL_SECONDS = 1.0
 """So long a value that a producer gave is good for."""
-_FIRST_WAIT_SECONDS = 1.0
+_FIRST_WAIT_SECONDS = 0.5
 """So long a read waits for a producer that never ran yet."""
 
 _log = logging.getLogger("tapes.distributed")
@@ -50,7 +50,7 @@ class Producers:
                     self._thread = thread
 
     def await_first(self) -> None:
-        """Wait for producers that never ran yet, 1 s at most."""
+        """Wait for producers that never ran yet, 0.5 s at most."""
         deadline = time.monotonic() + _FIRST_WAIT_SECONDS
         for _ in range(2):  # the round that ends first may have begun before the newest producer was there
             if not any(gauge.awaits_producer for gauge in self._gauges()):

@@ -163,7 +163,7 @@ class Publisher:
                 self._alone.release()
 
     def await_producers(self) -> None:
-        """Wait for producers of gauges that never ran yet; 1 s at most."""
+        """Wait for producers of gauges that never ran yet; 0.5 s at most."""
         self._producers.await_first()
 
     def _open(self) -> bool:
