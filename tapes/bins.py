@@ -114,10 +114,7 @@ def bin_keys(values: Sequence[Number], low: float = inf, high: float = -inf) -> 
     """
     try:
         return _keys(values, low, high)
-    except (
-        OverflowError,
-        error,
-    ):  # beyond a single, or no number: Python's versions differ in which they raise
+    except (OverflowError, error):  # too large for a single, or no number: which one depends on the version
         clamped = [max(-_LARGEST, min(value, _LARGEST)) for value in values]
     try:
         keys, _, _ = _keys(clamped, inf, -inf)

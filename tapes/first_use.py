@@ -43,9 +43,12 @@ class FirstUse:
     """
 
     def __init__(self, registry: Any) -> None:
+        self._registry = registry
+        self._reset()
+
+    def _reset(self) -> None:
         self.wake: Callable[[], bool] | None = None
         self.connect_master: Callable[[], None] | None = None
-        self._registry = registry
         self._lock = threads.RLock()
         self._connects = self._has_begun = False
         self._look_at = 0.0
@@ -92,11 +95,7 @@ class FirstUse:
 
     def after_in_child(self, *, is_to_connect: bool) -> None:
         """Called in a forked child; if its registry ``is_to_connect``, it does when it is first used."""
-        self.wake = self.connect_master = None
-        self._lock = threads.RLock()
-        self._connects = self._has_begun = False
-        self._look_at = 0.0
-        self._delayed = self._new_delayed(self._open, SHORTLY_SECONDS)
+        self._reset()
         if is_to_connect:
             self.wait()
             if self._has_somewhere() and any(gauge.has_producer for gauge in self._registry.gauges()):
@@ -147,9 +146,13 @@ class FirstUse:
         self._delayed = self._new_delayed(look, seconds)
         self._delayed.start()
 
+    def address(self) -> str:
+        """Return where the registry is to connect: its own address or its service's; empty if none yet."""
+        return getattr(self._registry, "socket_addr", None) or service_address()
+
     def _has_somewhere(self) -> bool:
         try:
-            return self._registry._connection is not None or bool(service_address())
+            return self._registry._connection is not None or bool(self.address())
         except Exception:  # looking at the file system can fail, and must not break a recording call
             return False
 

@@ -7,10 +7,10 @@ from typing import Any
 from tapes.connection import Connection
 from tapes.forks import Ancestor, Process
 
-__all__ = ["untold_by_parent"]
+__all__ = ["unpublished_by_parent"]
 
 
-def untold_by_parent(
+def unpublished_by_parent(
     registry: Any, connection: Connection | None, parent: Process, version: int
 ) -> tuple[Ancestor, ...]:
     """Let every metric of ``registry`` begin from zero in a forked child.
@@ -24,15 +24,15 @@ def untold_by_parent(
     Returns:
         What the parent had recorded and not published; empty if that is nothing.
     """
-    untold = []
+    unpublished = []
     for metric in registry.metrics():
         metric.after_fork()
         aside = metric.set_aside()
-        told = None if connection is None else connection.published((metric.name, metric.labels))
-        if aside is not None and not aside.is_at(told):
-            aside.note_told(told)
-            untold.append(aside)
-    if not untold:
+        published = None if connection is None else connection.published((metric.name, metric.labels))
+        if aside is not None and not aside.is_at(published):
+            aside.note_told(published)
+            unpublished.append(aside)
+    if not unpublished:
         return ()
     base = connection.published_version() if connection is not None else 0
-    return (Ancestor(registry.identity, parent, version, base, untold, speaks=connection is not None),)
+    return (Ancestor(registry.identity, parent, version, base, unpublished, speaks=connection is not None),)

@@ -25,7 +25,7 @@ from tapes.clock import Clock, monotonic, tick_at
 from tapes.connection import Connection
 from tapes.errors import InvalidArgument, KindConflict, short_repr
 from tapes.first_use import FirstUse
-from tapes.lineage import untold_by_parent
+from tapes.lineage import unpublished_by_parent
 from tapes.metrics import Counter, Gauge, Histogram, Meter, Metric, State, Timer
 from tapes.metrics.gauge import Producer, check_gauge
 from tapes.naming import Labels, canonical_labels, check_name, label_text
@@ -321,7 +321,7 @@ class Registry:
     def forked(self, parent: forks.Process, version: int) -> None:
         """Called in a forked child: begin from zero, and keep what the parent had not published."""
         connection = self._connection
-        self.ancestors += untold_by_parent(self, connection, parent, version)
+        self.ancestors += unpublished_by_parent(self, connection, parent, version)
         self.identity = os.urandom(16)
         self.connect_when_used = self.connect_in_children or self.connect_when_used
         if connection is not None:

@@ -14,6 +14,7 @@ import pytest
 
 import tapes
 from tapes.testing import ManualClock
+from tests.processes import Home, wait_for
 
 # No deadlines: the machine may be busy. In CI the examples are the same every time.
 hypothesis.settings.register_profile(
@@ -57,6 +58,14 @@ def short_dir() -> Iterator[pathlib.Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def home(short_dir: pathlib.Path) -> Iterator[Home]:
+    """Where a service runs; nothing of it is left within 4 s."""
+    home = Home(short_dir)
+    yield home
+    wait_for(home.nothing_left, "nothing is left", 4)
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ test client and a notebook are none of these: there nothing is started, and the 
 A process joins when its adapter is made, so that it counts before its first request. That is done by a
 thread, and delays nothing. An adapter that is made in a server's master, which is no worker, only decides
 where the service meets; the master's children join shortly after they are forked, and the master itself if it
-records something after that. If only the server says that there are several processes
-(``wsgi.multiprocess``), a process joins with its first request.
+records something after that. If only ``wsgi.multiprocess`` shows that there are several processes, a process
+joins with its first request.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from tapes import forks, threads
 from tapes.endings import CONNECT, at_end
-from tapes.environment import address_told, is_disabled, is_spawned, may_start, service_address
+from tapes.environment import address_told, is_disabled, is_spawned, may_start
 from tapes.errors import AggregatorUnavailable, TapesError
 from tapes.exposition.endpoint import Answer, answer, plain
 from tapes.first_use import SHORTLY_SECONDS
@@ -205,10 +205,9 @@ class Membership:
         """Join; if that fails, try again, as this process counts with or without requests."""
         here = self._here()
         if _has_joined(self._registry) and here.joining is not None:
-            if (
-                self._registry.connection is not None
-            ):  # its master's, which sleeps until something is recorded
-                self._registry.connection.open()
+            connection = self._registry.connection
+            if connection is not None:
+                connection.open()  # inherited from its master, it sleeps until something is recorded
             here.joining.set()
             return
         while here is self._of_process.get(os.getpid()) and is_one_of_several():
@@ -257,24 +256,24 @@ def _is_master() -> bool:
     """
     if not _is_of_gunicorn():
         return False
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    names = set()
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "gunicorn.arbiter":
-            names.add(frame.f_code.co_name)
-        frame = frame.f_back
+    main_thread = sys._current_frames().get(threading.main_thread().ident or 0)
+    names = _functions_of(main_thread, "gunicorn.arbiter")
     return bool(names) and "spawn_worker" not in names
 
 
 def _makes_workers() -> bool:
-    """Return whether a server is just forking a worker of its own from this thread."""
-    frame: Any = sys._getframe()
-    while frame is not None and frame.f_globals.get("__name__") not in (
-        "gunicorn.arbiter",
-        "tornado.process",
-    ):
+    """Return whether a server is forking one of its workers; call it in a fork hook."""
+    return bool(_functions_of(sys._getframe(), "gunicorn.arbiter", "tornado.process"))
+
+
+def _functions_of(frame: Any, *modules: str) -> set[str]:
+    """Return the names of the functions of ``modules`` in the call stack of ``frame``."""
+    names = set()
+    while frame is not None:
+        if frame.f_globals.get("__name__") in modules:
+            names.add(frame.f_code.co_name)
         frame = frame.f_back
-    return frame is not None
+    return names
 
 
 def _is_of_a_pool() -> bool:
@@ -320,8 +319,8 @@ def _join(registry: Registry, is_claim: bool) -> None:
 
 
 def _connect(registry: Registry) -> None:
-    """Connect the registry of a master to where its workers are."""
-    address = getattr(registry, "socket_addr", None) or service_address()
+    """Connect the registry of a master to the aggregator of its workers."""
+    address = registry.first_use.address()
     if address:
         forks.import_module("tapes.distributed.connection").connect(registry, address)
 

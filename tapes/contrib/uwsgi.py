@@ -52,13 +52,13 @@ def _after(before: Callable[[], Any] | None, ours: Callable[[], None]) -> Callab
 
 
 def _note_lost(uwsgi: Any) -> bool:
-    """Say once what is not counted: values that uWSGI's master records when it has forked its workers.
+    """Log once that values are lost which uWSGI's master records after it has forked its workers.
 
-    A thread of ours in the master could hold a lock while uWSGI forks in C, so the master can't connect.
+    The master can't connect: a thread of tapes in it could hold a lock while uWSGI forks in C.
     """
     if uwsgi.masterpid() == os.getpid():
         if not any(worker["pid"] for worker in uwsgi.workers()):
-            return False  # these count: every worker tells them
+            return False  # values from before the fork count: every worker publishes them
         tapes.default_registry.first_use.wake = None
         _log.warning(
             "tapes: what uWSGI's master records is not counted; start threads in the workers, by "

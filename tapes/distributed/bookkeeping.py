@@ -360,6 +360,6 @@ class Bookkeeper:
             self._journal_fails = True
             _log.warning(
                 "tapes can't write its journal (%s): should the aggregator be killed now, what workers that "
-                "left had counted is lost; it goes on trying, and says so only once",
+                "left had counted is lost; it keeps trying, and logs this only once",
                 error,
             )

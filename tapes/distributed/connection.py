@@ -262,9 +262,8 @@ class AggregatorConnection(Connection):
                 self._say_goodbyes(reader, deadline)
         except AggregatorUnavailable:
             unsaid[:] = [self._outbox.for_another(u) if u is farewell else u for u in unsaid]
-        self._readers.close(
-            is_unused=ended and (idle or not self._in_flight)
-        )  # first, as a file needs a descriptor
+        # The sockets close first, as a file needs a descriptor.
+        self._readers.close(is_unused=ended and (idle or not self._in_flight))
         wills.leave_all(self.endpoints, [Goodbye(0, update) for update in unsaid])
 
     def before_fork(self) -> None:

@@ -183,7 +183,9 @@ def _judge(handler: zmq.Socket[bytes], pair: Pair) -> None:
             if not admitted and not warned:
                 warned = True
                 who = b"".join(request[3:4]).decode("ascii", "replace")
-                _log.warning("tapes refused a client at %s that holds another key; it says so only once", who)
+                _log.warning(
+                    "tapes refused a client at %s that holds another key; this is logged only once", who
+                )
             verdict = [b"200", b"OK", b"", b""] if admitted else [b"400", b"another key", b"", b""]
             handler.send_multipart([b"1.0", b"".join(request[1:2]), *verdict])
     except zmq.ZMQError:  # the context ends

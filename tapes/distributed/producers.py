@@ -15,9 +15,9 @@ from tapes.registry import Registry
 __all__ = ["Producers"]
 
 _INTERVAL_SECONDS = 1.0
-"""So long a value that a producer gave is good for."""
+"""Seconds after which a producer runs again."""
 _FIRST_WAIT_SECONDS = 0.5
-"""So long a read waits for a producer that never ran yet."""
+"""Maximum seconds that a read waits for producers that have not run yet."""
 
 _log = logging.getLogger("tapes.distributed")
 
@@ -50,9 +50,9 @@ class Producers:
                     self._thread = thread
 
     def await_first(self) -> None:
-        """Wait for producers that never ran yet, 0.5 s at most."""
+        """Wait for producers that have not run yet, 0.5 s at most."""
         deadline = time.monotonic() + _FIRST_WAIT_SECONDS
-        for _ in range(2):  # the round that ends first may have begun before the newest producer was there
+        for _ in range(2):  # the first round to end may have begun without the newest producer
             if not any(gauge.awaits_producer for gauge in self._gauges()):
                 return
             self._ran.clear()

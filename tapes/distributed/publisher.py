@@ -163,7 +163,7 @@ class Publisher:
                 self._alone.release()
 
     def await_producers(self) -> None:
-        """Wait for producers of gauges that never ran yet; 0.5 s at most."""
+        """Wait for producers of gauges that have not run yet; 0.5 s at most."""
         self._producers.await_first()
 
     def _open(self) -> bool:
@@ -176,7 +176,7 @@ class Publisher:
                 except Exception as error:
                     self._close_pipe()
                     self._warn(
-                        "tapes can't publish yet (%s); it goes on trying, and says so only once", error
+                        "tapes can't publish yet (%s); it keeps trying, and logs this only once", error
                     )
             return self._socket is not None
 
@@ -263,14 +263,14 @@ class Publisher:
                 self._reviver.tend()
         except Exception as error:  # a look at the file system can fail in many ways
             self._warn(
-                "tapes can't look for its aggregator (%r); it goes on trying, and says so only once", error
+                "tapes can't look for its aggregator (%r); it keeps trying, and logs this only once", error
             )
 
     def _publish(self) -> bool:
         try:
             return self._outbox.publish(self._send, keyframe=self._keyframe_due)
         except Exception as error:
-            self._warn("tapes could not publish (%r); it goes on trying, and says so only once", error)
+            self._warn("tapes could not publish (%r); it keeps trying, and logs this only once", error)
             return False
 
     def _warn(self, what: str, error: Exception) -> None:

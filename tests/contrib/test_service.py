@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.processes import Home, wait_for
+from tests.processes import wait_for
 
 PROLOGUE = """
 import io, json, os, sys, threading
@@ -35,14 +35,6 @@ def counted(app):
     tree = json.loads(data)["http"]["server"].get("request", {}).get("duration", {})
     return sum(one["count"] for one in tree.values()), json.loads(data)["tapes"]["workers"]
 """
-
-
-@pytest.fixture
-def home(short_dir):
-    """Where a program runs; nothing of tapes is left of it within 4 s."""
-    home = Home(short_dir)
-    yield home
-    wait_for(home.nothing_left, "nothing is left", 4)
 
 
 def run(home, program, **environment):

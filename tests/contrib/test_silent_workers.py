@@ -98,7 +98,7 @@ SERVERS = {
 
 def start(home: Home, line: str, **environment: str):
     """Run a server in a directory with the applications."""
-    for name, text in APPLICATIONS.items():
+    for name, text in {**APPLICATIONS, **UNHEARD, **MASTER_APPLICATIONS}.items():
         (home.directory / f"{name}.py").write_text(text)
     name, *arguments = line.format(port=free_port(), prefix=sys.prefix, workers=WORKERS).split()
     return home.running([str(BIN / name), *arguments], PYTHONPATH=str(home.directory), **environment)
@@ -146,9 +146,7 @@ Tapes(app)
 
 @pytest.mark.parametrize("server", JOINED)
 def test_workers_of_a_master_that_has_joined_itself(home, server):
-    """They count from their start, although they record nothing; so does the master, as it was told to."""
-    for name, text in UNHEARD.items():
-        (home.directory / f"{name}.py").write_text(text)
+    """Workers count from their start although they record nothing. So does the master that called join()."""
     http = free_port()
     line, environment = JOINED[server]
     with start(home, line, TAPES_HTTP=str(http), **environment):
@@ -158,6 +156,7 @@ def test_workers_of_a_master_that_has_joined_itself(home, server):
 MASTERS = {
     "gunicorn": f"{GUNICORN} --preload master_records:app",
     "gunicorn, own registry": f"{GUNICORN} --preload master_owns:app",
+    "gunicorn, own address": f"{GUNICORN} --preload master_has_address:app",
     "tornado": "python tornado_master.py {port} {workers} before",
     "gunicorn, a hook": f"{GUNICORN} -c master_hooks.py wsgi_silent:app",
 }  # fmt: skip
@@ -184,6 +183,19 @@ app = flask.Flask("silent")
 Tapes(app, registry=registry)
 threading.Thread(target=work, daemon=True).start()
 """,
+    "master_has_address": f"""{RECORD_IN_MASTER}
+registry = tapes.DistributedRegistry(f"ipc://{{os.getcwd()}}/own.ipc")
+app = flask.Flask("silent")
+Tapes(app, registry=registry)
+threading.Thread(target=work, daemon=True).start()
+""",
+    "only_before": """
+import flask, tapes
+from tapes.contrib.flask import Tapes
+app = flask.Flask("silent")
+Tapes(app)
+tapes.counter("before").increment(3)
+""",
     "tornado_master": APPLICATIONS["tornado_silent"].replace(
         "sockets =", f"{RECORD_IN_MASTER}\nthreading.Thread(target=work, daemon=True).start()\nsockets ="
     ).replace("\nstart()\n", "\n"),
@@ -203,8 +215,6 @@ def pre_fork(server, worker):
 @pytest.mark.parametrize("server", [server for server in MASTERS if "gunicorn" in server])
 def test_a_worker_of_a_master_that_is_connected_counts_from_its_start(home, server):
     """It replaces one that was ended, and serves no request."""
-    for name, text in MASTER_APPLICATIONS.items():
-        (home.directory / f"{name}.py").write_text(text)
     http = free_port()
     with start(home, MASTERS[server], TAPES_HTTP=str(http)) as process:
 
@@ -221,9 +231,7 @@ def test_a_worker_of_a_master_that_is_connected_counts_from_its_start(home, serv
 
 @pytest.mark.parametrize("server", MASTERS)
 def test_what_the_master_records_counts(home, server):
-    """By its threads and hooks, also after the last fork; a master that records nothing is no worker."""
-    for name, text in MASTER_APPLICATIONS.items():
-        (home.directory / f"{name}.py").write_text(text)
+    """Values count that its threads and hooks record, also those from after the last fork."""
     http = free_port()
     with start(home, MASTERS[server], TAPES_HTTP=str(http)):
 
@@ -234,15 +242,21 @@ def test_what_the_master_records_counts(home, server):
         wait_for(lambda: counts() == (100, 1), "everything is counted")
 
 
-def test_what_uwsgis_master_records_is_logged(home):
-    """It can't connect; what was recorded before the fork counts, and is no reason to say anything."""
-    for name, text in MASTER_APPLICATIONS.items():
-        (home.directory / f"{name}.py").write_text(text)
-    log = home.directory / "log"
-    line = f"{UWSGI} --enable-threads --logto {log} --module master_records:app"
-    with start(home, line):
-        wait_for(lambda: log.read_text().count("what uWSGI's master records is not counted") == 1, "the log")
-    assert log.read_text().count("what uWSGI's master records is not counted") == 1
+@pytest.mark.parametrize(("application", "warnings"), [("master_records", 1), ("only_before", 0)])
+def test_values_that_uwsgis_master_loses_are_logged_once(home, application, warnings):
+    """The master can't connect. Values from before the fork are not lost, and nothing is logged of them."""
+    log, http = home.directory / "log", free_port()
+    line = f"{UWSGI} --enable-threads --logto {log} --module {application}:app"
+
+    def logged():
+        return log.read_text().count("what uWSGI's master records is not counted")
+
+    with start(home, line, TAPES_HTTP=str(http)):
+        wait_for(lambda: answer(http)[0] == WORKERS, "every worker is counted")
+        wait_for(lambda: logged() == warnings, "the log")
+        if not warnings:
+            assert json.loads(get(http, "/metrics")[2])["before"]["value"] == 3
+    assert logged() == warnings
 
 
 DEVELOPMENT = {

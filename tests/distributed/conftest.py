@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.processes import Home, connected, running, wait_for
+from tests.processes import connected, running, wait_for
 
 AGGREGATOR = [
     sys.executable,
@@ -34,11 +34,3 @@ def reader(address):
     """A registry that recorded nothing itself."""
     with connected(address) as registry:
         yield registry
-
-
-@pytest.fixture
-def home(short_dir):
-    """Where a service runs; nothing of it is left within 4 s."""
-    home = Home(short_dir)
-    yield home
-    wait_for(home.nothing_left, "nothing is left", 4)
