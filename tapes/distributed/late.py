@@ -52,11 +52,17 @@ class Late:
         """Called after a value was recorded; the metrics sleep on."""
         if sys.is_finalizing():  # a destructor: modules that a round trip needs may be gone
             return False
-        with self._lock:
+        # A thread of tapes does not wait: the goodbye may be waiting for that thread to end.
+        if not self._lock.acquire(not threads.is_ours()):
+            self._again = True
+            return False
+        try:
             if self._is_busy:  # a signal handler, or a log handler that records
                 self._again = True
             elif self._spent < _BUDGET_SECONDS or time.monotonic() - self._ended > _SHARE * self._last:
                 self._run(self._hand_over)
+        finally:
+            self._lock.release()
         return False
 
     def _run(self, action: Callable[[], None]) -> None:

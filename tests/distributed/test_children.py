@@ -31,6 +31,9 @@ def run(method, target=work, *arguments):
     child = multiprocessing.get_context(method).Process(target=target, args=arguments)
     child.start()
     child.join()
+    until = time.monotonic() + 10
+    while child.exitcode is None and time.monotonic() < until:
+        time.sleep(0.001)  # the start() of another thread is reaping it, and has not noted its status yet
     assert child.exitcode == 0, child.exitcode
 
 def count():

@@ -1,0 +1,26 @@
+"""Values that are recorded during and after the goodbye."""
+
+from __future__ import annotations
+
+import tapes
+from tapes import threads
+from tapes.distributed.late import Late
+
+
+def test_the_goodbye_may_wait_for_a_thread_of_tapes_that_records():
+    """The publisher records how long it took. Its value is handed over after the goodbye."""
+    registry = tapes.Registry()
+    counter = registry.counter("c")
+    ended, handed_over = [], []
+    late = Late(registry, lambda: handed_over.append(counter.collect().counted))
+
+    def goodbye():
+        publisher = threads.Worker(counter.increment, "publisher")
+        publisher.start()
+        ended.append(publisher.join(5))
+
+    late.begin(goodbye)
+    assert ended == [True]
+    assert handed_over == [1]
+    counter.increment()
+    assert handed_over == [1, 2]
