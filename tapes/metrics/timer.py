@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Iterable
-from types import TracebackType
-from typing import Any, Callable, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
-from tapes.errors import InvalidArgument
 from tapes.ewma import Rates
 from tapes.metrics.base import FULL
 from tapes.metrics.meter import Ticking
 from tapes.metrics.origin import NOWHERE, Origin
+from tapes.metrics.timing import Timing
 from tapes.naming import Labels
 from tapes.sketch import EMPTY, Sketch
 from tapes.snapshot import TimerSeries
 from tapes.sums import Number
 
 __all__ = ["Timer", "TimerState", "Timing"]
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class TimerState(NamedTuple):
@@ -77,8 +72,9 @@ class Timer(Ticking):
 
         The duration is recorded when the block ends, also by an exception. A decorated function is timed
         per call, nested and recursive calls each on their own. Coroutines, generators and asynchronous
-        generators are timed from their first step to their end: exhaustion, ``close()``, an exception. Each
-        block needs a ``time()`` of its own.
+        generators are timed from their first step to their end: exhaustion, ``close()``, an exception. So is
+        a call that returns one of these, a future or another awaitable: until that has ended. Each block
+        needs a ``time()`` of its own. ``async with`` works too.
         """
         timing = Timing()
         timing._timer = self
@@ -118,105 +114,3 @@ class Timer(Ticking):
         state = self._state
         sketch = state.sketch.fold(values, self._tick, self._least)
         return TimerState(sketch, state.rates.mark(len(values), self._tick), state.origin)
-
-
-class Timing:
-    """One running measurement, or a decorator that makes one per call; see `Timer.time`."""
-
-    # Made by Timer.time() alone, which sets _timer: without an __init__ that takes a third of the time.
-    __slots__ = ("_start", "_timer")
-    _timer: Timer
-    _start: float
-
-    def __enter__(self) -> Timing:
-        self._start = self._timer._clock()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        timer = self._timer
-        now = timer._clock()
-        # What follows is Timer.record(); a call of it would cost as much as all of it.
-        if now >= timer._tick_end:
-            timer._fold(now)
-        buffer = timer._buffer
-        buffer.append(now - self._start)
-        if len(buffer) >= FULL:
-            timer._fold(now)
-
-    def __call__(self, function: F) -> F:
-        """Return ``function`` with every call of it measured, from its first step to its last."""
-        if not callable(function):
-            raise InvalidArgument(
-                "time() as a decorator",
-                got=function,
-                expected="a function",
-                remedy="put @staticmethod and @classmethod above it",
-            )
-        call = type(function).__call__  # of an object that is no function
-        wrap = next((wrap for is_one, wrap in _WRAPS if is_one(function) or is_one(call)), _timed_function)
-        return cast("F", functools.wraps(function)(wrap(function, self._timer)))
-
-
-def _timed_function(function: Callable[..., Any], timer: Timer) -> Callable[..., Any]:
-    clock, record = timer._clock, timer.record
-
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        start = clock()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            now = clock()
-            record(now - start, now)
-
-    return wrapper
-
-
-def _timed_coroutine(function: Callable[..., Any], timer: Timer) -> Callable[..., Any]:
-    async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with timer.time():
-            return await function(*args, **kwargs)
-
-    return wrapper
-
-
-def _timed_generator(function: Callable[..., Any], timer: Timer) -> Callable[..., Any]:
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with timer.time():
-            return (yield from function(*args, **kwargs))
-
-    return wrapper
-
-
-def _timed_async_generator(function: Callable[..., Any], timer: Timer) -> Callable[..., Any]:
-    async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with timer.time():
-            generator = function(*args, **kwargs)
-            step = generator.__anext__()
-            while True:
-                try:
-                    value = await step
-                except StopAsyncIteration:
-                    return
-                try:
-                    sent = yield value
-                except GeneratorExit:
-                    await generator.aclose()
-                    raise
-                except BaseException as error:  # whatever the consumer throws is the generator's to handle
-                    step = generator.athrow(error)
-                else:
-                    step = generator.asend(sent)
-
-    return wrapper
-
-
-_WRAPS: tuple[tuple[Callable[[Any], bool], Callable[..., Callable[..., Any]]], ...] = (
-    (inspect.iscoroutinefunction, _timed_coroutine),
-    (inspect.isasyncgenfunction, _timed_async_generator),
-    (inspect.isgeneratorfunction, _timed_generator),
-)
