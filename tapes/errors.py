@@ -66,6 +66,22 @@ class TapesError(Exception):
         message = what + (": " + ", ".join(details) if details else "")
         super().__init__(message + (f"; {remedy}" if remedy else ""))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {**vars(self), "got": _as_sent(self.got)}
+        return _received, (type(self), self.args, state)
+
+
+def _as_sent(value: Any) -> Any:
+    """Return ``value`` if it is plain, its repr otherwise: an error can always be pickled."""
+    return value if value is None or type(value) in (bool, int, float, str, bytes) else short_repr(value)
+
+
+def _received(kind: type[TapesError], args: tuple[Any, ...], state: dict[str, Any]) -> TapesError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    vars(error).update(state)
+    return error
+
 
 class InvalidName(TapesError, ValueError):
     """A metric name that can't be used."""

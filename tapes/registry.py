@@ -381,7 +381,7 @@ class Registry:
             self.first_use.connect()
 
         def build(labels: Labels) -> M:
-            made.append(kind(name, labels, self.clock, self._rejected, **options))
+            made.append(kind(name, labels, self.clock, self, **options))
             if self.first_use.wake is not None:
                 made[0].sleep(self.first_use.woken)
             return made[0]
@@ -393,8 +393,36 @@ class Registry:
             self.made = object()  # after it can be found
         return cast("M", found)
 
-    def _rejected(self, metric: Metric, value: Any, why: str) -> None:
+    def rejected(self, metric: Metric, value: Any, why: str) -> None:
+        """Count and log a value that ``metric`` can't record."""
         self.reject(metric.name, metric.labels, value, why)
+
+    def recipe(self, metric: Metric | None = None) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Return what gives ``metric``, or this registry, in the process that unpickles it."""
+        if self is not default_registry:
+            raise InvalidArgument(
+                "a metric can't be pickled" if metric else "a registry can't be pickled",
+                got=metric or self,
+                expected="one of the default registry",
+                remedy="make it again in the other process, or leave it out with __getstate__",
+            )
+        options = {"mode": metric.mode} if isinstance(metric, Gauge) else {}
+        return _of_default_registry, (metric and (type(metric), metric.name, metric.labels, options),)
+
+    def __copy__(self) -> Registry:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Registry:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.recipe()
+
+
+def _of_default_registry(
+    metric: tuple[type[Metric], str, Labels, dict[str, Any]] | None,
+) -> Metric | Registry:
+    return default_registry._make(*metric) if metric else default_registry
 
 
 default_registry = Registry()

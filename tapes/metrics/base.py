@@ -21,7 +21,6 @@ batch is absorbed, and the exception goes on.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterable
 from math import inf, isfinite
@@ -37,7 +36,7 @@ from tapes.snapshot import Series
 from tapes.sums import LARGE, Number
 from tapes.threads import RLock
 
-__all__ = ["DOWN", "FULL", "Metric", "Reject", "State", "checked_number"]
+__all__ = ["DOWN", "FULL", "Metric", "Owner", "State", "checked_number"]
 
 FULL = 256
 """A buffer of this many values is folded by whoever fills it, so memory stays bounded with no reader.
@@ -54,8 +53,19 @@ _BATCH = 4 * FULL
 _OURS = (ValueError, TypeError, ArithmeticError)
 """What arithmetic with bad values raises."""
 
-Reject = Callable[["Metric", Any, str], None]
-"""Told of every bad value: the metric, the value and why it can't be recorded."""
+
+class Owner(Protocol):
+    """The registry that made a metric."""
+
+    def rejected(self, metric: Metric, value: Any, why: str) -> None:
+        """Count and log a value that can't be recorded."""
+
+    def recipe(self, metric: Metric) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Return a function and its arguments that give the metric in another process, for `pickle`.
+
+        Raises:
+            InvalidArgument: If there is none.
+        """
 
 
 class State(Protocol):
@@ -79,21 +89,24 @@ class Metric:
     Thread and fork safety: recording and reading are safe from any thread, from signal handlers and from
     destructors. A forked child counts from zero, whatever its parent's threads were about; what it
     inherited is set aside, as several processes have it and it counts once.
+
+    A copy, also a deep one, is the metric itself. A pickled metric of the default registry is the one of its
+    name and labels in the process that unpickles it; a metric of another registry can't be pickled.
     """
 
     kind: ClassVar[str]
     _least: ClassVar[float] = -inf
 
     __slots__ = (
-        "__weakref__", "_bad", "_buffer", "_clock", "_folding", "_inherited", "_lock", "_pending", "_pid",
-        "_reject", "_state", "labels", "name",
+        "__weakref__", "_bad", "_buffer", "_clock", "_folding", "_inherited", "_lock", "_owner", "_pending",
+        "_pid", "_state", "labels", "name",
     )  # fmt: skip
 
-    def __init__(self, name: str, labels: Labels, clock: Clock, reject: Reject) -> None:
+    def __init__(self, name: str, labels: Labels, clock: Clock, owner: Owner) -> None:
         self.name = name
         self.labels = labels
         self._clock = clock
-        self._reject = reject
+        self._owner = owner
         self._buffer: list[Any] = []  # what recording appends to: the pending values, or what wakes first
         self._pending = self._buffer
         self._bad: list[tuple[Any, str]] = []
@@ -106,6 +119,15 @@ class Metric:
     def __repr__(self) -> str:
         labels = "".join(f", {name}={value!r}" for name, value in self.labels)
         return f"<tapes {self.kind} {self.name!r}{labels}>"
+
+    def __copy__(self) -> Metric:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Metric:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self._owner.recipe(self)
 
     def collect(self) -> State:
         """Fold what is pending and return what this process recorded; the same object if nothing changed."""
@@ -137,13 +159,21 @@ class Metric:
         """
         if not self._holds_something():
             return None
-        aside = copy.copy(self)
+        aside = self._duplicate()
         aside._lock, aside._folding = RLock(), False
-        aside._bad, aside._reject = [], _keep_quiet  # the parent counts them
+        aside._bad, aside._owner = [], _Nobody()  # the parent counts them
         self._inherited = aside
         self._buffer = self._pending = []
         self._state = self._initial(self._clock())
         return aside
+
+    def _duplicate(self) -> Metric:
+        other = object.__new__(type(self))
+        for cls in type(self).__mro__:
+            for slot in getattr(cls, "__slots__", ()):
+                if slot != "__weakref__":
+                    setattr(other, slot, getattr(self, slot))
+        return other
 
     def _holds_something(self) -> bool:
         return bool(self._pending) or not self._state.is_empty
@@ -239,7 +269,7 @@ class Metric:
                 value, why = self._bad.pop(0)
             except IndexError:  # another thread was faster
                 return
-            self._reject(self, value, why)
+            self._owner.rejected(self, value, why)
 
     def _fold_alone(self, now: float) -> None:
         buffer = self._pending
@@ -346,8 +376,14 @@ class Metric:
         return number
 
 
-def _keep_quiet(metric: Metric, value: Any, why: str) -> None:
-    """Reject for nobody to know."""
+class _Nobody:
+    """The owner of what a fork set aside: the parent counts its bad values."""
+
+    def rejected(self, metric: Metric, value: Any, why: str) -> None:
+        """Do nothing."""
+
+    def recipe(self, metric: Metric) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        raise NotImplementedError
 
 
 def checked_number(value: Any) -> Number:

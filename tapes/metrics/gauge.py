@@ -13,7 +13,7 @@ from typing import Any, Callable, NamedTuple
 
 from tapes.clock import Clock
 from tapes.errors import InvalidArgument, safe_text, short_repr
-from tapes.metrics.base import DOWN, FULL, Metric, Reject, State, checked_number
+from tapes.metrics.base import DOWN, FULL, Metric, Owner, State, checked_number
 from tapes.metrics.sleeping import SleepingBuffer
 from tapes.naming import Labels
 from tapes.snapshot import GaugeSeries
@@ -150,14 +150,14 @@ class Gauge(Metric):
     kind = "gauge"
     __slots__ = ("_produced", "_producer", "_producing", "_set", "_sleeps", "mode")
 
-    def __init__(self, name: str, labels: Labels, clock: Clock, reject: Reject, mode: str) -> None:
+    def __init__(self, name: str, labels: Labels, clock: Clock, owner: Owner, mode: str) -> None:
         self.mode = mode
         self._producer: Callable[[], Producer | None] | None = None
         self._produced = GaugeState(None, mode, None)
         self._producing = 0
         self._set: tuple[Number, float | None] | None = None
         self._sleeps = False
-        super().__init__(name, labels, clock, reject)
+        super().__init__(name, labels, clock, owner)
 
     def produce(self, producer: Producer, *, weak: bool = False) -> None:
         """Take the value from ``producer`` at every read from now on.
@@ -295,14 +295,14 @@ class Gauge(Metric):
         try:
             return GaugeState(checked_number(producer()), self.mode, now)
         except Exception as error:
-            self._reject(self, producer, f"its producer failed: {short_repr(error)}")
+            self._owner.rejected(self, producer, f"its producer failed: {short_repr(error)}")
             return GaugeState(None, self.mode, now)
 
     def _set_unusual(self, value: Any) -> None:
         try:
             self._set = (checked_number(value), self._clock())
         except Exception as error:
-            self._reject(self, value, safe_text(error))
+            self._owner.rejected(self, value, safe_text(error))
 
     def _checked(self, value: Any) -> Any:
         given, how, base = value
