@@ -45,6 +45,7 @@ PENDING = 4096
 MOST_VALUES = (1 << 64) - 1
 """The arrays have no room for more."""
 
+_PLAIN = frozenset({int, float})
 _FEW = 8
 """Fresh keys are few where there are so many bins for each."""
 _DECAY_PER_TICK = 0.015 * TICK_SECONDS
@@ -101,9 +102,12 @@ class Sketch(NamedTuple):
         that follows until they are settled (`make bench`).
 
         Raises:
-            ValueError, TypeError, OverflowError: If any value is not a finite number, or below ``least``;
-                nothing is added.
+            ValueError, TypeError, OverflowError: If any value is not a finite number, or below ``least``, or
+                the first or the last is no plain ``int`` or ``float``; nothing is added. Between the two, foreign
+                numbers may warn.
         """
+        if type(values[0]) not in _PLAIN or type(values[-1]) not in _PLAIN:
+            raise TypeError("not all are plain numbers")
         now = self._as_of(tick)
         (
             count, sum_parts, low, high, keys, counts, tick, weights, recent_sum,

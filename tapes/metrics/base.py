@@ -50,8 +50,8 @@ DOWN = object()
 _WAIT_SECONDS = 1.0
 _BATCH = 4 * FULL
 """A buffer that has grown longer, as its folder was slow, is folded in such parts."""
-_OURS = (ValueError, TypeError, ArithmeticError)
-"""What arithmetic with bad values raises."""
+_OURS = (ValueError, TypeError, ArithmeticError, Warning)
+"""What arithmetic with bad values raises, and what foreign numbers warn of where warnings are errors."""
 
 
 class Owner(Protocol):

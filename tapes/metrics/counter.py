@@ -126,9 +126,9 @@ def add_up(total: Total, values: list[Any]) -> Total:
     """
     if not values:
         return total
-    together = sum(values)
-    if min(values) < 0 or not {int, float}.issuperset(map(type, values)):
+    if not {int, float}.issuperset(map(type, values)) or min(values) < 0:
         raise ValueError("not all are plain numbers of 0 or more")
+    together = sum(values)
     if not together < LARGE:  # or one of them is not finite
         for value in values:
             checked_number(value)

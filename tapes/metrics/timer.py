@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 from tapes.ewma import Rates
@@ -80,14 +81,14 @@ class Timer(Ticking):
         timing._timer = self
         return timing
 
-    def update(self, seconds: Number) -> None:
-        """Add a duration in seconds, zero or more; a bad one is dropped, counted and logged.
+    def update(self, seconds: Number | timedelta) -> None:
+        """Add a duration, zero or more seconds or a ``timedelta``; a bad one is dropped, counted and logged.
 
         Cost: a clock read and an append. Never raises, never waits.
         """
         self.record(seconds, self._clock())
 
-    def record(self, seconds: Number, now: float) -> None:
+    def record(self, seconds: Number | timedelta, now: float) -> None:
         """Add a duration that ended at ``now`` on this timer's clock, for callers that have just looked."""
         if now >= self._tick_end:
             self._fold(now)
@@ -109,6 +110,9 @@ class Timer(Ticking):
         if state.sketch.is_settled:
             return state
         return TimerState(state.sketch.settled(), state.rates, state.origin)
+
+    def _checked(self, value: Any) -> Any:
+        return super()._checked(value.total_seconds() if isinstance(value, timedelta) else value)
 
     def _absorb(self, values: list[Any]) -> TimerState:
         state = self._state
