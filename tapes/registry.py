@@ -29,6 +29,7 @@ from tapes.lineage import unpublished_by_parent
 from tapes.metrics import Counter, Gauge, Histogram, Meter, Metric, State, Timer
 from tapes.metrics.gauge import Producer, check_gauge
 from tapes.naming import Labels, canonical_labels, check_name, label_text
+from tapes.producing import run_producers
 from tapes.snapshot import Description, Family, Snapshot
 
 __all__ = ["REJECTED", "Registry", "default_registry"]
@@ -189,7 +190,7 @@ class Registry:
         Args:
             name: The name.
             producer: A zero-argument callable that returns the value, run at every read; without one the
-                value is what was set. The first producer stays for as long as it is alive.
+                value is what was set. The newest producer replaces an earlier one.
             merge: ``sum``, ``max``, ``min``, ``mean`` or ``each`` (one series per worker) of live workers, to
                 which an exited one contributes nothing; or ``last``, the value set last, also if by that.
             weak: Do not keep the producer alive, nor the object that it is a method of.
@@ -210,7 +211,7 @@ class Registry:
         gauge = self._get(Gauge, self._gauges, name, labels, more_labels, mode=merge)
         if merge not in (gauge.mode, "sum"):
             raise KindConflict(f"gauge {name!r} merges in another way", got=merge, expected=gauge.mode)
-        if producer is not None and not gauge.has_producer:
+        if producer is not None:
             gauge.produce(producer, weak=weak)
         return gauge
 
@@ -289,10 +290,9 @@ class Registry:
         for metric in self.metrics():
             yield metric.kind, metric.name, metric.labels, metric.collect()
 
-    def refresh(self, max_age_seconds: float = 0.0) -> None:
-        """Run the producers of gauges whose values are older than ``max_age_seconds``."""
-        for gauge in self.gauges():
-            gauge.refresh(max_age_seconds)
+    def refresh(self, max_age_seconds: float = 0.0, *, is_read: bool = True) -> None:
+        """Run the producers of gauges whose values are older; see `tapes.producing.run_producers`."""
+        run_producers(self.gauges(), max_age_seconds, is_read=is_read)
 
     def gauges(self) -> list[Gauge]:
         """Return every gauge; looks at no other metric."""

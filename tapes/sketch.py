@@ -103,8 +103,8 @@ class Sketch(NamedTuple):
 
         Raises:
             ValueError, TypeError, OverflowError: If any value is not a finite number, or below ``least``, or
-                the first or the last is no plain ``int`` or ``float``; nothing is added. Between the two, foreign
-                numbers may warn.
+                the first or the last is no plain ``int`` or ``float``; nothing is added. Foreign numbers
+                between these two may warn.
         """
         if type(values[0]) not in _PLAIN or type(values[-1]) not in _PLAIN:
             raise TypeError("not all are plain numbers")

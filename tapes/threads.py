@@ -38,7 +38,7 @@ def real(module: str, name: str) -> Any:
 
 def aside(function: Callable[[], T]) -> T:
     """Return what ``function`` returns; its waiting holds up no greenlet."""
-    if not is_patched():
+    if not is_patched() or is_ours():
         return function()
     gevent: Any = importlib.import_module("gevent")
     result: T = gevent.get_hub().threadpool.apply(function)

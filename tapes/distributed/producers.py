@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from typing import Any
@@ -18,8 +17,6 @@ _INTERVAL_SECONDS = 1.0
 """Seconds after which a producer runs again."""
 _FIRST_WAIT_SECONDS = 0.5
 """Maximum seconds that a read waits for producers that have not run yet."""
-
-_log = logging.getLogger("tapes.distributed")
 
 
 class Producers:
@@ -79,9 +76,6 @@ class Producers:
 
     def _run(self) -> None:
         while not self._stopped:
-            try:
-                self._registry.refresh(_INTERVAL_SECONDS)
-            except BaseException:  # a producer that exits ends nobody but itself
-                _log.exception("tapes: a gauge's producer failed")
+            self._registry.refresh(_INTERVAL_SECONDS, is_read=False)
             self._ran.set()
             self._wake.acquire(timeout=_INTERVAL_SECONDS)

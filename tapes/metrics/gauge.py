@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import weakref
 from collections.abc import Iterable
@@ -12,7 +14,7 @@ from types import MethodType
 from typing import Any, Callable, NamedTuple
 
 from tapes.clock import Clock
-from tapes.errors import InvalidArgument, safe_text, short_repr
+from tapes.errors import InvalidArgument, safe_text
 from tapes.metrics.base import DOWN, FULL, Metric, Owner, State, checked_number
 from tapes.metrics.sleeping import SleepingBuffer
 from tapes.naming import Labels
@@ -22,6 +24,10 @@ from tapes.sums import LARGE, Number, Total
 __all__ = ["DOWN_ONE", "MERGE_MODES", "UP_ONE", "Gauge", "GaugeState", "Producer", "check_gauge"]
 
 Producer = Callable[[], Number]
+
+_KEPT_SECONDS = 10.0
+"""Seconds for which a gauge keeps its last value while its producer hangs."""
+_log = logging.getLogger("tapes.registry")
 
 MERGE_MODES = ("sum", "max", "min", "mean", "last", "each")
 """How the gauges of several processes become one.
@@ -123,6 +129,18 @@ UP_ONE, DOWN_ONE = (1, _UP, None), (1, DOWN, None)
 """What steps of one append to the buffer of a gauge that was never set; for adapters, which save the call."""
 
 
+class _Run(NamedTuple):
+    """One run of a producer.
+
+    Attributes:
+        pid: The process that runs it.
+        start: When it began, by the gauge's clock.
+    """
+
+    pid: int
+    start: float
+
+
 class _Standing(NamedTuple):
     """A gauge's state, and the value set last that it is based on.
 
@@ -148,31 +166,45 @@ class Gauge(Metric):
     """
 
     kind = "gauge"
-    __slots__ = ("_produced", "_producer", "_producing", "_set", "_sleeps", "mode")
+    __slots__ = ("_is_late", "_is_replaced", "_produced", "_producer", "_run", "_set", "_sleeps", "mode")
 
     def __init__(self, name: str, labels: Labels, clock: Clock, owner: Owner, mode: str) -> None:
         self.mode = mode
         self._producer: Callable[[], Producer | None] | None = None
         self._produced = GaugeState(None, mode, None)
-        self._producing = 0
+        self._run: _Run | None = None  # the run of the producer that goes on
+        self._is_late = False
+        self._is_replaced = False
         self._set: tuple[Number, float | None] | None = None
         self._sleeps = False
         super().__init__(name, labels, clock, owner)
 
     def produce(self, producer: Producer, *, weak: bool = False) -> None:
-        """Take the value from ``producer`` at every read from now on.
+        """Take the value from ``producer`` at every read from now on, in place of an earlier producer.
 
         Args:
             producer: A zero-argument callable that returns a finite number.
             weak: Do not keep ``producer`` alive, nor the object that it is a method of; once that is gone
                 the gauge has no value.
         """
+        before = self._producer and self._producer()
+        if before == producer:
+            return
+        if before is not None and not self._is_replaced:
+            self._is_replaced = True
+            with contextlib.suppress(Exception):  # whatever logging is made to do, it is not the caller's
+                _log.warning(
+                    "gauge %r got another producer; the newest one is used (this is logged once). "
+                    "Give each its own name or labels to keep both.",
+                    self.name,
+                )
         if not weak:
             self._producer = lambda: producer
         elif isinstance(producer, MethodType):
             self._producer = weakref.WeakMethod(producer)
         else:
             self._producer = weakref.ref(producer)
+        self._run, self._is_late = None, False  # a run of the earlier one counts no more
         self._rouse()
 
     def sleep(self, wake: Callable[[], bool]) -> None:
@@ -192,8 +224,8 @@ class Gauge(Metric):
 
     @property
     def awaits_producer(self) -> bool:
-        """Whether its producer has yet to run."""
-        return self.has_producer and self._produced.since is None
+        """Whether its producer has yet to run; not if a read has waited for it in vain."""
+        return self.has_producer and self._produced.since is None and not self._is_late
 
     def set(self, value: Number) -> None:
         """Stand at ``value``, any finite number; a bad one is dropped, counted and logged.
@@ -221,24 +253,49 @@ class Gauge(Metric):
         if len(buffer) >= FULL:
             self._fold(0.0)
 
-    def refresh(self, max_age_seconds: float = 0.0) -> None:
-        """Run the producer, if there is one, unless its last value is younger than ``max_age_seconds``.
+    def is_due(self, max_age_seconds: float) -> bool:
+        """Return whether its producer is to run: its last value is older, and it does not run already.
 
-        A producer that is running already is not run again: it may itself be the reader.
+        One that runs may itself be the reader. The last value of one that hangs goes after 10 s.
         """
-        producing = self._producer
-        if producing is None:
-            return
-        last = self._produced
-        now = self._clock()
-        young = last.since is not None and now - last.since < max_age_seconds
-        if young or self._producing == os.getpid():
-            return
-        self._producing = os.getpid()  # in a forked child whoever was running it is not there
+        if self._producer is None:
+            return False
+        last, run, now = self._produced, self._run, self._clock()
+        if run is not None and run.pid == os.getpid():  # a forked child has no thread that runs it
+            if now - run.start > _KEPT_SECONDS and last.value is not None:
+                self._produced = GaugeState(None, self.mode, now)
+            return False
+        return last.since is None or now - last.since >= max_age_seconds
+
+    def run_producer(self, caught: type[BaseException]) -> BaseException | None:
+        """Run the producer, and keep its value; return what it raised, if that is a ``caught``."""
+        producing, now = self._producer, self._clock()
+        producer = producing and producing()
+        if producer is None:
+            self._produced = GaugeState(None, self.mode, None)
+            return None
+        run = self._run = _Run(os.getpid(), now)
+        value, failure = None, None
         try:
-            self._produced = self._produce(producing(), now)
+            value = checked_number(producer())
+        except caught as error:
+            failure = error
         finally:
-            self._producing = 0
+            if self._run is run:  # there is no newer producer
+                self._run, self._is_late = None, False
+                self._produced = GaugeState(value, self.mode, now)
+        return failure
+
+    def note_failure(self, why: str) -> None:
+        """Count and log that its producer gave no value."""
+        self._owner.rejected(self, self._producer and self._producer(), why)
+
+    def note_late(self, seconds: float) -> None:
+        """Note that its producer has run for ``seconds``; counted and logged once for each run."""
+        run = self._run
+        if run is not None and not self._is_late:
+            self._is_late = True
+            self.note_failure(f"its producer has not returned within {seconds:g} s")
 
     def collect(self) -> GaugeState:
         """Return the value: as set and moved, or as last produced (`refresh`)."""
@@ -268,6 +325,7 @@ class Gauge(Metric):
         """Stand at nothing of its own in a forked child; return a gauge of the value, if it was ever set."""
         if self._producer is not None:
             self._produced = GaugeState(None, self.mode, None)
+            self._is_late = False
             return None
         aside = super().set_aside()
         self._set = None
@@ -288,15 +346,6 @@ class Gauge(Metric):
 
     def _holds_something(self) -> bool:
         return bool(self._pending) or self._set is not None or not self._state.state.is_empty
-
-    def _produce(self, producer: Producer | None, now: float) -> GaugeState:
-        if producer is None:
-            return GaugeState(None, self.mode, None)
-        try:
-            return GaugeState(checked_number(producer()), self.mode, now)
-        except Exception as error:
-            self._owner.rejected(self, producer, f"its producer failed: {short_repr(error)}")
-            return GaugeState(None, self.mode, now)
 
     def _set_unusual(self, value: Any) -> None:
         try:

@@ -1,0 +1,111 @@
+"""Runs the producers of gauges, so that one that fails or hangs holds up no other.
+
+A round runs producers in helper threads, as a call that hangs can't be interrupted:
+
+1. One helper takes gauges from a queue, in the context (`contextvars`) of the reader.
+2. Every 0.1 s in which the queue does not become empty, another helper starts to take from it.
+3. What still runs after 1 s is *late*. The reader goes on without it. It keeps its thread until it returns,
+   and is not run again before that.
+4. A reader runs what failed once more, in its own thread: some producers work only there, such as one that
+   counts the tasks of the running event loop.
+
+Failures and late producers are counted and logged by the reader, for each of them once a round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import time
+from collections import deque
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from tapes import threads
+from tapes.errors import short_repr
+from tapes.metrics import Gauge
+
+__all__ = ["run_producers"]
+
+_STEP_SECONDS = 0.1
+"""Seconds after which another helper starts, if gauges still wait."""
+_PATIENCE_SECONDS = 1.0
+"""Maximum seconds that a round waits."""
+
+
+def run_producers(gauges: Iterable[Gauge], max_age_seconds: float = 0.0, *, is_read: bool = True) -> None:
+    """Run the producers of ``gauges`` whose values are older than ``max_age_seconds``; takes 1 s at most.
+
+    Args:
+        gauges: Those without a producer are left out, and so are those whose producer runs just now.
+        max_age_seconds: The least age of a value.
+        is_read: Whether a reader waits in this thread. It runs what failed once more, here.
+    """
+    due = [gauge for gauge in gauges if gauge.is_due(max_age_seconds)]
+    if not due:
+        return
+    one_round = _Round(due)
+    one_round.run()
+    for gauge, failure in one_round.failed:
+        error: BaseException | None = failure
+        if is_read and isinstance(failure, Exception):
+            error = gauge.run_producer(Exception)  # any other is a signal handler's, and ends the read
+        if error is not None:
+            gauge.note_failure(f"its producer failed: {short_repr(error)}")
+
+
+class _Round:
+    """One run of each of ``gauges``."""
+
+    def __init__(self, gauges: list[Gauge]) -> None:
+        self.failed: list[tuple[Gauge, BaseException]] = []
+        self._context = contextvars.copy_context()
+        self._queue = deque(gauges)
+        self._unfinished = set(gauges)
+        self._ended: Any = threads.real("_thread", "allocate_lock")()
+        self._ended.acquire()
+
+    def run(self) -> None:
+        """Run them all, and wait for them."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while self._unfinished:
+            if self._queue and not self._start_helper():
+                self._run_here()
+                break
+            wait = min(_STEP_SECONDS, deadline - time.monotonic())
+            if wait <= 0 or threads.aside(partial(self._ended.acquire, timeout=wait)):
+                break
+        self._queue.clear()
+        for gauge in list(self._unfinished):
+            gauge.note_late(_PATIENCE_SECONDS)
+
+    def _start_helper(self) -> bool:
+        if not threads.can_run():
+            return False
+        context = self._context.copy()  # two threads can't be in one
+        try:
+            threads.Worker(lambda: context.run(self._work), "tapes-producer").start()
+        except RuntimeError:
+            return False
+        return True
+
+    def _run_here(self) -> None:
+        while self._queue:
+            self._run_one(self._queue.popleft())
+            if self.failed and isinstance(self.failed[-1][1], (KeyboardInterrupt, SystemExit)):
+                raise self.failed[-1][1]  # most likely a signal handler's
+
+    def _work(self) -> None:
+        with contextlib.suppress(IndexError):  # the queue is empty
+            while True:
+                self._run_one(self._queue.popleft())
+
+    def _run_one(self, gauge: Gauge) -> None:
+        error = gauge.run_producer(BaseException)
+        if error is not None:
+            self.failed.append((gauge, error))
+        self._unfinished.discard(gauge)
+        if not self._unfinished:
+            with contextlib.suppress(RuntimeError):  # it was released already
+                self._ended.release()
