@@ -304,15 +304,25 @@ class Snapshot:
 
         A labelled series hangs below its name under its selector: ``tree.jobs.done['{queue="mail"}']``.
         """
-        tree = addict.Dict()
+        tree = addict.Dict(self.tree())
+        tree.freeze()
+        return tree
+
+    def tree(self) -> dict[str, Any]:
+        """Return what `stats` does as plain dicts, for those who write it."""
+        tree: dict[str, Any] = {}
         for family in self:
-            node = tree
+            if not family.series:
+                continue
+            node: Any = tree
             for segment in family.name.split("."):
-                node = node[segment] if isinstance(node, dict) else None
+                node = node.setdefault(segment, {}) if isinstance(node, dict) else None
             if not isinstance(node, dict):
                 _log_hidden(family.name)  # only workers that disagree on names can come here
                 continue
             for series in family.series:
-                (node[selector(series.labels)] if series.labels else node).update(series.fields())
-        tree.freeze()
+                if series.labels:
+                    node.setdefault(selector(series.labels), {}).update(series.fields())
+                else:
+                    node.update(series.fields())
         return tree

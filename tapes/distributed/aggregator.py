@@ -28,6 +28,7 @@ import zmq
 from tapes.clock import monotonic
 from tapes.distributed import directory
 from tapes.distributed.address import Endpoints, Lock, is_served
+from tapes.distributed.answers import Answers, Wanted
 from tapes.distributed.bookkeeping import Bookkeeper
 from tapes.distributed.lease import Lease
 from tapes.distributed.moving import hand_over
@@ -78,6 +79,7 @@ class Aggregator:
         self._reason = reason
         self._books = Bookkeeper(endpoints, lease, configured)
         self._deferred: list[tuple[list[bytes], bytes]] = []
+        self._answers = Answers(self._books.make, self._wake)
         self._reports = Reports(self._wake)
         self._held: list[tuple[Demand, list[bytes]]] = []
         self._is_missed = self._is_displaced = False
@@ -114,6 +116,7 @@ class Aggregator:
             stack.enter_context(self._signals())
             self._recover(updates, questions)
             stack.callback(self._reports.stop)
+            stack.callback(self._answers.stop)
             self._start_reporters(updates, questions)
             _log.info(
                 "tapes aggregator %d listens at %s%s",
@@ -125,6 +128,8 @@ class Aggregator:
                 self._serve(updates, questions, self._is_over)
                 if self._leave(updates, questions):
                     self._answer_held(questions, float("inf"))
+                    self._answers.stop()
+                    self._send_made(questions)
                     return
 
     def _when_free(self, take: Callable[[], T]) -> T:
@@ -236,6 +241,7 @@ class Aggregator:
                 self._answer(questions)
             now = monotonic()
             self._answer_held(questions, now)
+            self._send_made(questions)
             if now - looked >= _TURN_MILLISECONDS / 1000:
                 looked = now
                 if self._lock.is_lost:
@@ -332,20 +338,29 @@ class Aggregator:
         return False
 
     def _answer(self, questions: zmq.Socket[bytes]) -> None:
+        """Take in questions, and answer those that need no more than a word."""
         with contextlib.suppress(zmq.Again):
-            *route, question = questions.recv_multipart(zmq.NOBLOCK)
-            self._respond(questions, route, question)
+            for _ in range(_AT_ONCE):
+                *route, question = questions.recv_multipart(zmq.NOBLOCK)
+                self._respond(questions, route, question)
 
     def _respond(self, questions: zmq.Socket[bytes], route: list[bytes], question: bytes) -> None:
         answer = self._books.answer(question)
         if answer is None:
             self._deferred.append((route, question))
             return
+        if isinstance(answer, Wanted):
+            self._answers.put(route, answer)
+            return
         demand = self._demand_reports(monotonic())
         if demand is None:
             _send(questions, [*route, answer])
         else:
             self._held.append((demand, [*route, answer]))
+
+    def _send_made(self, questions: zmq.Socket[bytes]) -> None:
+        for route, answer in self._answers.made():
+            _send(questions, [*route, answer])
 
     def _answer_held(self, questions: zmq.Socket[bytes], now: float) -> None:
         """Send the answers that waited for reports which were made, or have taken too long by ``now``."""

@@ -17,6 +17,7 @@ from tapes import forks
 from tapes.clock import monotonic
 from tapes.distributed.accounts import Worker, as_told
 from tapes.distributed.address import Endpoints
+from tapes.distributed.answers import Wanted
 from tapes.distributed.journal import JournalFile
 from tapes.distributed.lease import Lease, OwnersElsewhere
 from tapes.distributed.ledger import Ledger
@@ -172,8 +173,13 @@ class Bookkeeper:
         else:
             self._lag.update(max(0.0, (forks.stamp() - update.seq) / 1e9))
 
-    def answer(self, data: bytes) -> bytes | None:
-        """Return the answer to a question; ``None`` if it has to be asked again when nobody is awaited."""
+    def answer(self, data: bytes) -> bytes | Wanted | None:
+        """Return the answer to a question.
+
+        Returns:
+            The answer; or what `make` has to make for it; or ``None`` if it has to be asked again when nobody
+            is awaited.
+        """
         self._messages.increment()
         version = version_to_answer(data)
         try:
@@ -186,11 +192,20 @@ class Bookkeeper:
                 )
             if self.awaited and isinstance(question, Read) and question.what != NOTHING:
                 return None
-            return encode(self._reply(question, data, version), version)
+            reply = self._reply(question, data, version)
+            return reply if isinstance(reply, Wanted) else encode(reply, version)
         except Exception as error:
             self._reject(data, error)
             refusal = Reply(0, "error", f"it refused the question: {error}".encode(errors="replace"))
             return encode(refusal, version)
+
+    def make(self, what: str, version: int) -> tuple[str, bytes]:
+        """Return the status and the payload of the answer to a read; safe from any thread."""
+        try:
+            return "ok", self._view.states(version) if what == "states" else self._view.render(what)
+        except Exception as error:
+            _log.exception("tapes: the aggregator could not answer a read")
+            return "error", repr(error).encode(errors="replace")
 
     def look_around(self, now: float) -> int:
         """Read wills, and retire workers that have ended; return how many live."""
@@ -247,7 +262,9 @@ class Bookkeeper:
             self._watches[identity] = ProcessWatch(worker.process, worker.program)
         return self._watches[identity].ended()
 
-    def _reply(self, question: Read | Hello | Goodbye | Flush | HandOver, data: bytes, version: int) -> Reply:
+    def _reply(
+        self, question: Read | Hello | Goodbye | Flush | HandOver, data: bytes, version: int
+    ) -> Reply | Wanted:
         number = question.correlation
         if isinstance(question, HandOver):
             return self._hand_over(question)
@@ -272,13 +289,7 @@ class Bookkeeper:
             return Reply(number, "ok", b"")
         if question.what != "states" and question.what not in FORMS:
             return Reply(number, "error", b"it does not know this format")
-        try:
-            if question.what == "states":
-                return Reply(number, "ok", self._view.states(version))
-            return Reply(number, "ok", self._view.render(question.what))
-        except Exception as error:
-            _log.exception("tapes: the aggregator could not answer a read")
-            return Reply(number, "error", repr(error).encode(errors="replace"))
+        return Wanted(question.what, version, number)
 
     def _leave(self, goodbye: Goodbye, data: bytes) -> bool:
         """Retire who says goodbye, and write that down; return whether everything of it is known."""

@@ -42,6 +42,7 @@ from tapes.errors import AggregatorUnavailable, InvalidArgument, WireError
 from tapes.metrics import State
 from tapes.naming import Labels
 from tapes.registry import Registry, default_registry
+from tapes.sharing import Shared
 from tapes.snapshot import Snapshot
 
 __all__ = ["AggregatorConnection", "close", "connect", "leave"]
@@ -151,6 +152,7 @@ class AggregatorConnection(Connection):
         self._correlations = itertools.count(1)
         self._readers = Readers(endpoints)
         self._outbox = Outbox(registry)
+        self._shared: Shared[Reply] = Shared(TIMEOUT_SECONDS)
         self._publisher: Publisher | None = None
         self._opening = threads.RLock()
 
@@ -329,12 +331,15 @@ class AggregatorConnection(Connection):
             )
         self._follow()
         with self._in_use():
-            reply = threads.aside(lambda: self._read(form))
+            reply = threads.aside(lambda: self._read_shared(form))
         if reply.status != "ok":
             raise AggregatorUnavailable(
                 f"the aggregator could not answer ({reply.payload.decode(errors='replace')})"
             )
         return reply
+
+    def _read_shared(self, form: str) -> Reply:
+        return self._read(form) if form == NOTHING else self._shared.call(form, lambda: self._read(form))
 
     def _read(self, form: str) -> Reply:
         if form != NOTHING:

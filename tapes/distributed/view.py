@@ -22,6 +22,7 @@ from tapes.metrics import Gauge
 from tapes.registry import Registry
 from tapes.reporting.base import FAILED, SKIPPED
 from tapes.reporting.statsd import SENDS_FAILED
+from tapes.sharing import Shared
 from tapes.snapshot import Snapshot
 
 __all__ = ["JOURNAL_FAILED", "LAG", "MESSAGES", "MergedView"]
@@ -30,6 +31,8 @@ MESSAGES, LAG, JOURNAL_FAILED = "tapes.messages", "tapes.publish.lag", "tapes.jo
 _WORKERS, _MEMORY = "tapes.workers", "tapes.aggregator.memory"
 _OF_ONE_PROCESS = (MESSAGES, LAG)
 """What begins at zero with each aggregator; only it tells them, so a reader sees that they were reset."""
+_PATIENCE_SECONDS = 1.0
+"""Maximum seconds that a reader waits for others who read."""
 
 
 class MergedView(Connection):
@@ -42,6 +45,7 @@ class MergedView(Connection):
         self._registry = registry
         self._seq = 0
         self._lock = threading.Lock()
+        self._shared: Shared[bytes] = Shared(_PATIENCE_SECONDS)
         self._live, self._retired = (registry.own(Gauge, _WORKERS, state=s) for s in ("live", "retired"))
         self._memory = registry.own(Gauge, _MEMORY)
         registry.describe(_WORKERS, "Worker processes that live, and that have left.")
@@ -64,7 +68,7 @@ class MergedView(Connection):
         """Return the merged view, written in that form, or the states themselves."""
         if form == "states":
             return self.states()
-        return write(self.snapshot(), form)
+        return self._shared.call(form, lambda: write(self.snapshot(), form))
 
     def states(self, version: int | None = None) -> bytes:
         """Return the states themselves, for who speaks that version of the wire."""

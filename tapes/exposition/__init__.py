@@ -30,7 +30,7 @@ class Form(NamedTuple):
 
 
 def _write_json(snapshot: Snapshot) -> bytes:
-    return json.dumps(snapshot.stats(), allow_nan=False).encode() + b"\n"
+    return json.dumps(snapshot.tree(), allow_nan=False).encode() + b"\n"
 
 
 FORMS = {

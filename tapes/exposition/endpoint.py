@@ -9,11 +9,16 @@ from urllib.parse import parse_qs
 from tapes.errors import InvalidArgument, TapesError
 from tapes.exposition import FORMS, negotiate, render
 from tapes.registry import Registry
+from tapes.sharing import Pressure
 
-__all__ = ["TOKEN_VARIABLE", "Answer", "answer", "plain", "refusal"]
+__all__ = ["MOST_READERS", "TOKEN_VARIABLE", "Answer", "answer", "plain", "refusal"]
 
 Answer = tuple[int, dict[str, str], bytes]
 """Status, headers without ``Content-Length``, and body."""
+
+MOST_READERS = 32
+"""Maximum readers that a process answers at once."""
+_pressure = Pressure(MOST_READERS)
 
 TOKEN_VARIABLE = "TAPES_METRICS_TOKEN"  # noqa: S105 - it names the token
 """The environment variable with the token that readers have to show, if it is set."""
@@ -30,7 +35,8 @@ def answer(registry: Registry, accept: str = "", query: str = "") -> Answer:
     wanted = parse_qs(query).get("format", [""])[-1]
     try:
         form = negotiate(accept, wanted)
-        body = render(registry, form)
+        with _pressure.reader():
+            body = render(registry, form)
     except InvalidArgument as error:
         return plain(400, f"{error}.")
     except TapesError as error:

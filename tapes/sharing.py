@@ -1,0 +1,189 @@
+"""Work that several callers share, and how much of it is done at once.
+
+`Shared`: when many ask for the same thing at the same time, it is made once for all of them. An answer must
+know everything that was recorded before it was asked for. So whoever comes while it is being made can't have
+that one; all of these share the next.
+
+`Pressure`: how many readers a process answers at once, and for how much of its time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Hashable, Iterator
+from typing import Any, Callable, Generic, TypeVar
+
+from tapes.errors import AggregatorUnavailable
+from tapes.threads import RLock, real
+
+__all__ = ["Pressure", "Shared"]
+
+T = TypeVar("T")
+
+
+class _Call(Generic[T]):
+    """One call of the function, for all who wait for it."""
+
+    def __init__(self) -> None:
+        self.leader = _me()
+        self.ended: Any = real("_thread", "allocate_lock")()
+        self.ended.acquire()
+        self.result: T | None = None
+        self.error: BaseException | None = None
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for its end; return whether it has ended."""
+        if not self.ended.acquire(timeout=seconds):
+            return False
+        self.ended.release()
+        return True
+
+
+class Shared(Generic[T]):
+    """Calls of functions that threads share; safe from any thread and from signal handlers.
+
+    Args:
+        seconds: Maximum seconds to wait for another caller.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._lock = RLock()
+        self._running: dict[Hashable, _Call[T]] = {}
+        self._next: dict[Hashable, _Call[T]] = {}
+
+    def call(self, key: Hashable, function: Callable[[], T]) -> T:
+        """Return what a call of ``function`` returns that began after this one.
+
+        Args:
+            key: What the function makes; functions of one key are exchangeable.
+            function: Called by one of all who wait for it.
+
+        Raises:
+            AggregatorUnavailable: If others have not made it in time. Otherwise what ``function`` raises.
+        """
+        with self._lock:
+            running, call = self._running.get(key), self._next.get(key)
+            leads = call is None
+            is_interrupted = any(one is not None and one.leader == _me() for one in (running, call))
+            if call is None and not is_interrupted:
+                call = self._next[key] = _Call()
+        if call is None or is_interrupted:  # a signal handler has interrupted what the others wait for
+            return function()
+        if leads:
+            self._lead(key, call, running, function)
+        else:
+            self._wait_for(key, call)
+        if call.error is None:
+            return call.result  # type: ignore[return-value]
+        if leads:
+            raise call.error
+        if not isinstance(call.error, Exception):  # the thread that led was ended, and that alone
+            return self.call(key, function)
+        raise copy.copy(call.error)
+
+    def _lead(
+        self, key: Hashable, call: _Call[T], running: _Call[T] | None, function: Callable[[], T]
+    ) -> None:
+        """Wait for the call before this one, and make it."""
+        try:
+            if running is not None:
+                self._wait_for(key, running)
+            with self._lock:
+                self._forget(key, call)  # who comes from here on needs another one
+                self._running[key] = call
+            call.result = function()
+        except BaseException as error:
+            call.error = error
+        finally:
+            with self._lock:
+                self._forget(key, call)
+            call.ended.release()
+
+    def _wait_for(self, key: Hashable, call: _Call[T]) -> None:
+        """Wait for the end of a call that another thread makes. One that never ends holds up nobody again."""
+        if not call.wait(self._seconds):
+            with self._lock:
+                self._forget(key, call)
+            raise AggregatorUnavailable(
+                f"so many ask for the metrics that none was answered within {self._seconds:g} s",
+                remedy="ask again",
+            )
+
+    def _forget(self, key: Hashable, call: _Call[T]) -> None:
+        for place in (self._running, self._next):
+            if place.get(key) is call:
+                del place[key]
+
+
+def _me() -> int:
+    ident: int = real("_thread", "get_ident")()
+    return ident
+
+
+class Pressure:
+    """How many readers are answered at once, and for how much time.
+
+    Reading a large service takes time, and a burst of readers must not take all of it from requests. While
+    slow reads are under way they use up an allowance of seconds, which comes back when none is. Once it is
+    used up, one reader at a time is answered.
+
+    Args:
+        most: Maximum readers at once.
+        clock: Seconds that never go backwards; for tests.
+    """
+
+    _QUICK_SECONDS = 0.05
+    """Seconds of each read that are free."""
+    _ALLOWANCE_SECONDS = 1.0
+    _PACE = 0.5
+    """Seconds of the allowance that come back in a second without a reader."""
+
+    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most = most
+        self._clock = clock
+        self._lock = RLock()
+        self._readers = 0
+        self._allowance = self._ALLOWANCE_SECONDS
+        self._counted_to = clock()
+
+    @contextlib.contextmanager
+    def reader(self) -> Iterator[None]:
+        """Answer a reader in the block.
+
+        Raises:
+            AggregatorUnavailable: If there are too many.
+        """
+        start = self._enter()
+        try:
+            yield
+        finally:
+            self._leave(start)
+
+    def _enter(self) -> float:
+        with self._lock:
+            now = self._clock()
+            if not self._readers:
+                regained = (now - self._counted_to) * self._PACE
+                self._allowance = min(self._allowance + regained, self._ALLOWANCE_SECONDS)
+                self._counted_to = now
+            if self._readers >= (self._most if self._allowance > 0 else 1):
+                raise AggregatorUnavailable(
+                    f"this process answers {self._readers} readers already", remedy="ask again in a second"
+                )
+            self._readers += 1
+            return now
+
+    def _leave(self, start: float) -> None:
+        with self._lock:
+            now = self._clock()
+            slow = now - start - self._QUICK_SECONDS
+            if slow > 0:  # what several readers share is counted once
+                self._allowance -= min(slow, now - self._counted_to)
+                self._counted_to = now
+            self._readers -= 1
+            if not self._readers:
+                self._allowance = max(self._allowance, -self._ALLOWANCE_SECONDS)
+                self._counted_to = now

@@ -1,0 +1,93 @@
+"""tapes.distributed.answers: one answer serves all who wait for the same, beside the aggregator's loop."""
+
+import threading
+
+import pytest
+
+from tapes.distributed import answers
+from tapes.distributed.answers import Answers, Wanted
+from tapes.distributed.messages import Reply
+from tapes.distributed.wire import VERSION, decode
+from tests.processes import wait_for
+
+
+class Maker:
+    """Makes answers, as slowly as the test wants."""
+
+    def __init__(self):
+        self.made = []
+        self.goes_on = threading.Event()
+        self.is_making = threading.Event()
+        self.answers = Answers(self.make, lambda: None)
+        self.sent = []
+
+    def make(self, what, version):
+        self.made.append(what)
+        self.is_making.set()
+        assert self.goes_on.wait(20)
+        return "ok", f"{what} {len(self.made)}".encode()
+
+    def ask(self, *forms, start=0):
+        for number, form in enumerate(forms, start):
+            self.answers.put([b"client", b"%d" % number], Wanted(form, VERSION, number))
+
+    def sends(self, number):
+        """Wait for ``number`` answers in all, and return them as text by the number of the question."""
+        wait_for(lambda: self.sent.extend(self.answers.made()) or len(self.sent) >= number, "they are made")
+        return {
+            decode(data).correlation: decode(data).payload.decode()
+            for route, data in self.sent
+            if route == [b"client", b"%d" % decode(data).correlation]
+        }
+
+
+@pytest.fixture
+def maker():
+    maker = Maker()
+    yield maker
+    maker.goes_on.set()
+    maker.answers.stop()
+
+
+def test_all_that_want_the_same_while_an_answer_is_made_get_the_next_one(maker):
+    maker.ask("json")
+    assert maker.is_making.wait(10)
+    maker.ask(*["json"] * 500, start=1)
+    maker.goes_on.set()
+    assert maker.sends(501) == {0: "json 1", **dict.fromkeys(range(1, 501), "json 2")}
+    assert maker.made == ["json", "json"]
+
+
+def test_each_form_is_made_once_and_the_one_that_has_waited_longest_comes_first(maker):
+    maker.ask("states")
+    assert maker.is_making.wait(10)
+    maker.ask("openmetrics", "json", "openmetrics", "json", "prometheus", start=1)
+    maker.goes_on.set()
+    sent = maker.sends(6)
+    assert maker.made == ["states", "openmetrics", "json", "prometheus"]
+    assert sent == {
+        0: "states 1", 1: "openmetrics 2", 2: "json 3", 3: "openmetrics 2", 4: "json 3", 5: "prometheus 4"
+    }  # fmt: skip
+
+
+def test_a_question_whose_reader_has_given_up_is_dropped(maker, monkeypatch):
+    maker.ask("json")
+    assert maker.is_making.wait(10)
+    monkeypatch.setattr(answers, "TIMEOUT_SECONDS", -1.0)
+    maker.ask("prometheus", "json", start=1)
+    monkeypatch.undo()
+    maker.ask("json", start=3)
+    maker.goes_on.set()
+    assert maker.sends(2) == {0: "json 1", 3: "json 2"}
+
+
+def test_where_no_thread_can_start_answers_are_made_at_once(maker, monkeypatch):
+    def refuse(worker):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(answers.Worker, "start", refuse)
+    maker.goes_on.set()
+    maker.ask("json", "json")
+    assert [decode(data) for _, data in maker.answers.made()] == [
+        Reply(0, "ok", b"json 1"), Reply(1, "ok", b"json 2")
+    ]  # fmt: skip
