@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Iterable, MutableMapping
+from itertools import islice
 from typing import Any, Callable
 
 from tapes.contrib._http import (
@@ -31,6 +32,7 @@ from tapes.contrib._http import (
 from tapes.contrib._routes import Templates, path_below
 from tapes.contrib._websocket import OpenConnection, WebSocketMetrics
 from tapes.errors import MissingExtra
+from tapes.exposition import MOST_CHARACTERS
 from tapes.exposition.endpoint import refusal
 from tapes.registry import Registry
 
@@ -180,11 +182,12 @@ class TapesMiddleware:
             await sending({"type": "lifespan.shutdown.complete"})
 
     async def _answer(self, scope: Scope, send: Send) -> None:
-        headers = {name.lower(): value.decode("latin-1") for name, value in scope.get("headers", ())}
+        headers = list(islice(scope.get("headers", ()), _MOST_LINES))
         allowed = await self._adapter.is_allowed_later(scope)
-        answer = refusal(scope.get("method", ""), headers.get(b"authorization", ""), allowed)
+        answer = refusal(scope.get("method", ""), _field(headers, b"authorization"), allowed)
         if answer is None:
-            accept, query = headers.get(b"accept", ""), scope.get("query_string", b"").decode("latin-1")
+            accept = _field(headers, b"accept", MOST_CHARACTERS + 1)  # one more shows that it is cut
+            query = scope.get("query_string", b"").decode("latin-1")
             # It may wait for the aggregator for a second; the application's own threads are not taken for it.
             answer = await run_sync(self._service.answer, accept, query, limiter=CapacityLimiter(1))
         status, fields, body = answer
@@ -192,6 +195,17 @@ class TapesMiddleware:
         raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in fields.items()]
         await send({"type": "http.response.start", "status": status, "headers": raw})
         await send({"type": "http.response.body", "body": b"" if scope.get("method") == "HEAD" else body})
+
+
+def _field(headers: list[tuple[bytes, bytes]], name: bytes, most: int | None = None) -> str:
+    """Return the value of a header, and of each line no more than ``most`` bytes.
+
+    Several lines of one name are one list (RFC 9110, section 5.3).
+    """
+    return b", ".join([value[:most] for key, value in headers if key.lower() == name]).decode("latin-1")
+
+
+_MOST_LINES = 1000  # maximum number of header lines of a request for the metrics that are looked at
 
 
 class _Exchange(Exchange):

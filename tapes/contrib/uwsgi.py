@@ -68,7 +68,8 @@ def _note_lost(uwsgi: Any) -> bool:
 
 
 def _install(uwsgi: Any) -> None:
-    with contextlib.suppress(ImportError):  # it takes the hook for itself when it is imported: let it be now
+    # The import takes the hook for itself, so it comes first. Without uWSGI's master it raises Exception.
+    with contextlib.suppress(Exception):
         importlib.import_module("uwsgidecorators")
     uwsgi.atexit = _after(getattr(uwsgi, "atexit", None), _leave)
     if uwsgi.worker_id():

@@ -14,7 +14,12 @@ from tapes.exposition import prometheus
 from tapes.registry import Registry
 from tapes.snapshot import Snapshot
 
-__all__ = ["FORMS", "Form", "negotiate", "render", "write"]
+__all__ = ["FORMS", "MOST_CHARACTERS", "Form", "negotiate", "render", "shortened", "write"]
+
+MOST_CHARACTERS = 2048
+"""Maximum length of a header or a query string that is read. Scrapers and browsers send less than 500."""
+
+_MOST_RANGES = 32  # maximum number of media ranges of an ``Accept`` header that are read
 
 
 class Form(NamedTuple):
@@ -70,8 +75,11 @@ def negotiate(accept: str = "", wanted: str = "") -> str:
     comes first, then JSON. Who names a format that only scrapers know gets the text format where others get
     JSON: by ``*/*``, and where nothing that we write is acceptable.
 
+    Only the first 32 ranges within the first 2,048 characters are read, so that no header costs more than a
+    millisecond.
+
     Args:
-        accept: The request's ``Accept`` header.
+        accept: The request's ``Accept`` header; several lines are one list, joined by commas.
         wanted: What ``?format=`` says; wins over ``accept``.
 
     Raises:
@@ -81,7 +89,8 @@ def negotiate(accept: str = "", wanted: str = "") -> str:
         if wanted in FORMS:
             return wanted
         raise InvalidArgument("the format", got=wanted, expected=" or ".join(FORMS))
-    ranges = [_parsed(part) for part in accept.split(",")]
+    parts = shortened(accept, ",").split(",", _MOST_RANGES)[:_MOST_RANGES]
+    ranges = [_parsed(part) for part in parts]
     scraper = any(kind in _SCRAPERS_TYPES or (kind == "text/plain" and "version" in p) for kind, p in ranges)
     names = sorted(FORMS, key="prometheus".__ne__) if scraper else list(FORMS)
     best, best_rank = names[0], (0.0, 0, 0)
@@ -89,12 +98,17 @@ def negotiate(accept: str = "", wanted: str = "") -> str:
         matching = [
             (closeness, -place, _quality(parameters))
             for place, (kind, parameters) in enumerate(ranges)
-            if (closeness := _closeness(FORMS[name], kind, parameters))
+            if (closeness := _closeness(name, kind, parameters))
         ]
         closeness, place, quality = max(matching, default=(0, 0, 0.0))
         if quality and (quality, closeness, place) > best_rank:
             best, best_rank = name, (quality, closeness, place)
     return best
+
+
+def shortened(text: str, separator: str) -> str:
+    """Return the pieces of ``text`` that are complete within its first `MOST_CHARACTERS`."""
+    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS].rpartition(separator)[0]
 
 
 def _parsed(part: str) -> tuple[str, dict[str, str]]:
@@ -104,9 +118,12 @@ def _parsed(part: str) -> tuple[str, dict[str, str]]:
     return kind, {name.strip(): value.strip().strip('"') for name, _, value in pairs}
 
 
-def _closeness(form: Form, kind: str, parameters: dict[str, str]) -> int:
-    """Return how closely a range names ``form``; 0 if it doesn't."""
-    own_kind, own_parameters = _parsed(form.content_type)
+_OWN_RANGES = {name: _parsed(form.content_type) for name, form in FORMS.items()}
+
+
+def _closeness(name: str, kind: str, parameters: dict[str, str]) -> int:
+    """Return how closely a range names the form of that name; 0 if it doesn't."""
+    own_kind, own_parameters = _OWN_RANGES[name]
     if kind == own_kind:
         version = parameters.get("version")
         return 3 if version is None else 4 if version == own_parameters.get("version") else 0

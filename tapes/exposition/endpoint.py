@@ -7,7 +7,7 @@ import os
 from urllib.parse import parse_qs
 
 from tapes.errors import InvalidArgument, TapesError
-from tapes.exposition import FORMS, negotiate, render
+from tapes.exposition import FORMS, MOST_CHARACTERS, negotiate, render, shortened
 from tapes.registry import Registry
 from tapes.sharing import Pressure
 
@@ -29,10 +29,10 @@ def answer(registry: Registry, accept: str = "", query: str = "") -> Answer:
 
     Args:
         registry: Any registry; a connected one answers for the whole service.
-        accept: The request's ``Accept`` header, or empty.
+        accept: The request's ``Accept`` header, or empty; several lines are one list, joined by commas.
         query: The request's query string, or empty; its ``format`` wins over ``accept``.
     """
-    wanted = parse_qs(query).get("format", [""])[-1]
+    wanted = parse_qs(shortened(query, "&")).get("format", [""])[-1]
     try:
         form = negotiate(accept, wanted)
         with _pressure.reader():
@@ -64,7 +64,8 @@ def refusal(method: str, authorization: str = "", allowed: bool | None = None) -
     token = os.fsencode(os.environ[TOKEN_VARIABLE]).strip()  # files of secrets often end with a line's end
     if not token:
         return plain(403, f"{TOKEN_VARIABLE} is set, but empty, so nobody may read the metrics.")
-    scheme, _, shown = authorization.partition(" ")
+    is_short = len(authorization) <= len(token) + MOST_CHARACTERS
+    scheme, _, shown = authorization.partition(" ") if is_short else ("", "", "")
     if scheme.lower() == "bearer":
         try:
             if hmac.compare_digest(shown.strip().encode("latin-1"), token):  # as headers are decoded

@@ -6,7 +6,9 @@ import errno
 import logging
 import socket
 import threading
+from http.client import LineTooLong
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, cast
 
 from tapes import forks
 from tapes.errors import AddressError, AddressInUse, InvalidArgument
@@ -18,6 +20,7 @@ __all__ = ["HTTPReporter"]
 
 _PATHS = frozenset({"", "/", "/metrics", "/metrics/"})
 _CLIENT_TIMEOUT_SECONDS = 10.0
+_MOST_OF_HEAD = 65536  # maximum bytes of all header lines of a request
 
 _log = logging.getLogger("tapes.reporting.http")
 
@@ -128,6 +131,21 @@ class _Server(ThreadingHTTPServer):
         self.socket.close()
 
 
+class _Head:
+    """The head of a request: at most `_MOST_OF_HEAD` bytes, where the standard library allows 6 MB."""
+
+    def __init__(self, rfile: Any) -> None:
+        self._rfile = rfile
+        self._left = _MOST_OF_HEAD
+
+    def readline(self, limit: int) -> bytes:
+        line: bytes = self._rfile.readline(limit)
+        self._left -= len(line)
+        if self._left < 0:
+            raise LineTooLong("head")
+        return line
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
     protocol_version = "HTTP/1.1"
@@ -136,6 +154,14 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _CLIENT_TIMEOUT_SECONDS
     error_content_type = "text/plain; charset=utf-8"
     error_message_format = "%(message)s.\n"
+
+    def parse_request(self) -> bool:
+        """Parse the request's head, if it is not too large; otherwise answer 431."""
+        rfile, self.rfile = self.rfile, cast(Any, _Head(self.rfile))
+        try:
+            return super().parse_request()
+        finally:
+            self.rfile = rfile
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
@@ -146,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
             body = b"There is nothing here. The metrics are at /metrics.\n"
         else:
             refused = refusal(self.command, self.headers.get("Authorization", ""))
-            accept = self.headers.get("Accept", "")
+            accept = ", ".join(self.headers.get_all("Accept", ()))
             status, headers, body = refused or answer(self.server.reporter.registry, accept, query)
         self.send_response(status)
         for name, value in headers.items():

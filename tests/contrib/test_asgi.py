@@ -374,6 +374,22 @@ def test_an_exception_after_the_last_byte_is_none(registry):
     assert counts(registry) == {("GET", "<unmatched>", "200"): 1}
 
 
+@pytest.mark.parametrize("kinds", [(b"image/png", b"text/plain"), (b"text/plain", b"image/png")])
+def test_several_accept_lines_are_one_list(registry, kinds):
+    """The order of the lines does not decide which one is read."""
+    app = TapesMiddleware(plain, registry)
+    answer = ask(app, "/metrics", headers=[(b"accept", kind) for kind in kinds])
+    assert answer.headers[b"content-type"].startswith(b"text/plain")
+
+
+def test_only_the_first_1000_header_lines_are_looked_at(registry):
+    """A request of many lines costs no more than one of 1,000."""
+    app = TapesMiddleware(plain, registry)
+    for lines, kind in ((999, b"text/plain"), (1000, b"application/json")):
+        answer = ask(app, "/metrics", headers=[(b"a", b"b")] * lines + [(b"accept", b"text/plain")])
+        assert answer.headers[b"content-type"].partition(b";")[0] == kind
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_clients_that_go_away_are_499(registry, backend):
     """Told by receive(), by an error of send(), or by a cancelled task."""

@@ -106,6 +106,21 @@ def test_reloads_under_load(short_dir, mode):
     wait_for(service.nothing_left, "nothing is left", 4)
 
 
+@pytest.mark.parametrize("mode", ["no threads", "lazy, threads"])
+def test_uwsgi_without_a_master(short_dir, mode):
+    """The application is loaded, its requests are counted, and nothing is left behind."""
+    service = Service(short_dir, *MODES[mode])
+    service.command.remove("--master")
+    with service.running() as process:
+        service.wait_until_up()
+        for _ in range(5):
+            assert get(service.port, "/")[2] == b"here"
+        wait_for(lambda: service.counted() == 5, "all requests are counted")
+        process.send_signal(signal.SIGINT)
+        process.wait(10)
+    wait_for(service.nothing_left, "nothing is left", 10)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_workers_that_are_recycled_and_killed(short_dir, mode):
     """max-requests: exact; all workers give the same answer at once; KILL of everything leaves no process."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -13,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 import tapes
 from tapes.errors import InvalidArgument
 from tapes.exposition import FORMS, negotiate, render, write
+from tapes.exposition.endpoint import answer
 from tapes.exposition.prometheus import render as render_prometheus
 from tapes.metrics.counter import CounterState
 from tapes.snapshot import Family, Snapshot
@@ -398,6 +400,52 @@ def test_content_types_are_those_that_prometheus_demands():
 def test_clients_get_what_they_ask_for(accept, form):
     """By Accept; JSON where nothing else is asked for."""
     assert negotiate(accept) == form
+
+
+@pytest.mark.parametrize(
+    ("accept", "form"),
+    [
+        ("a/b," * 31 + "text/plain", "prometheus"),
+        ("a/b," * 32 + "text/plain", "json"),
+        ("application/json;q=0.5, text/plain;q=0.9" + "9" * 3000, "json"),
+        ("application/json;q=0.5, text/plain;q=0.9," + " " * 3000, "prometheus"),
+        ("text/plain" + " " * 3000, "json"),
+    ],
+)
+def test_only_the_beginning_of_a_long_accept_header_is_read(accept, form):
+    """32 ranges within 2,048 characters count; a range that is cut off does not."""
+    assert negotiate(accept) == form
+
+
+@pytest.mark.parametrize("part", ["a/b;q=0.1,", ",", ";", "a", "*/*;q=0.1;"])
+def test_the_size_of_an_accept_header_does_not_add_to_the_work(part):
+    """A header of 1 MB executes no more lines of code than one of 4 KB does."""
+
+    def lines(size):
+        executed = 0
+
+        def trace(frame, event, argument):
+            nonlocal executed
+            executed += 1
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            negotiate(part * (size // len(part)))
+        finally:
+            sys.settrace(before)
+        return executed
+
+    assert 10 < lines(1_000_000) <= lines(4_000) < 20_000
+
+
+def test_only_the_beginning_of_a_long_query_is_read():
+    """A format within the first 2,048 characters counts; one behind them does not."""
+    registry = tapes.Registry()
+    for padding, kind in ((400, "text/plain"), (1_000_000, "application/json")):
+        status, headers, _ = answer(registry, "", "a=b&" * padding + "format=prometheus")
+        assert (status, headers["Content-Type"].partition(";")[0]) == (200, kind)
 
 
 def test_the_query_wins_over_accept():

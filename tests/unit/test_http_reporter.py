@@ -39,6 +39,31 @@ def test_it_answers_as_the_adapters_do(reporter, path):
         other.connect(("127.0.0.2", reporter.port))
 
 
+def answered(port, *lines):
+    """The status line and the content type of the answer to a request with these header lines."""
+    head = b"\r\n".join([b"GET / HTTP/1.1", b"Connection: close", *lines, b"", b""])
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall(head)
+        status, *rest = client.makefile("rb").read().split(b"\r\n")
+    kinds = [line for line in rest if line.startswith(b"Content-Type:")]
+    return status, kinds[0].partition(b";")[0]
+
+
+@pytest.mark.parametrize("kinds", [(b"image/png", b"text/plain"), (b"text/plain", b"image/png")])
+def test_several_accept_lines_are_one_list(reporter, kinds):
+    """The order of the lines does not decide which one is read."""
+    status, kind = answered(reporter.port, *(b"Accept: " + kind for kind in kinds))
+    assert (status, kind) == (b"HTTP/1.1 200 OK", b"Content-Type: text/plain")
+
+
+def test_a_head_of_more_than_64_kb_is_refused(reporter):
+    """However its bytes are spread over the lines; the reporter answers the next request."""
+    lines = [b"Accept: " + b"," * 990] * 66
+    assert answered(reporter.port, *lines[:65])[0] == b"HTTP/1.1 200 OK"
+    assert answered(reporter.port, *lines)[0].startswith(b"HTTP/1.1 431 ")
+    assert get(reporter.port, "/")[0] == 200
+
+
 def test_head_is_get_without_its_body(reporter):
     """The headers are the same."""
     (status, headers, body), (_, expected, _) = (
