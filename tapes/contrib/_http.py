@@ -29,6 +29,7 @@ __all__ = [
     "LabelsOf",
     "RouteOf",
     "allows",
+    "is_complete",
     "status_of",
 ]
 
@@ -296,6 +297,18 @@ def status_of(error: BaseException) -> str:
     What is no error is a request that nobody waits for: its task was cancelled, its coroutine closed.
     """
     return "500" if isinstance(error, (Exception, KeyboardInterrupt, SystemExit)) else "499"
+
+
+def is_complete(method: str, status: str | int, lengths: Iterable[str], sent: int) -> bool:
+    """Return whether an answer has no byte missing, though its end was not sent.
+
+    Args:
+        method: The request's method.
+        status: The answer's status.
+        lengths: The values of its ``Content-Length``.
+        sent: How many bytes of its body were sent.
+    """
+    return method == "HEAD" or str(status) in ("204", "304") or str(sent) in lengths
 
 
 def _known(method: str) -> str:

@@ -27,6 +27,7 @@ from tapes.contrib._http import (
     Guard,
     LabelsOf,
     RouteOf,
+    is_complete,
     status_of,
 )
 from tapes.contrib._routes import Templates, path_below
@@ -143,7 +144,8 @@ class TapesMiddleware:
         exchange._receive = receive
         exchange._send = send
         exchange._status = 500
-        exchange._gone = exchange._is_complete = exchange._trailers = False
+        exchange._gone = exchange._is_over = exchange._is_complete = False
+        exchange._answer = _NOT_STARTED
         adapter.active._buffer.append(UP_ONE)
         exchange.start = adapter.clock()
         try:
@@ -208,22 +210,33 @@ def _field(headers: list[tuple[bytes, bytes]], name: bytes, most: int | None = N
 _MOST_LINES = 1000  # maximum number of header lines of a request for the metrics that are looked at
 
 
+_NOT_STARTED: Message = {}
+
+
 class _Exchange(Exchange):
-    """One request, or the handshake of a websocket."""
+    """One request, or the handshake of a websocket.
+
+    Attributes:
+        _answer: The message that started the answer.
+        _gone: Whether the client went away before the last message was handed to the server.
+        _is_over: Whether the last message was handed to the server.
+        _is_complete: Whether the server has taken it.
+    """
 
     __slots__ = (
-        "_gone", "_is_complete", "_middleware", "_path", "_receive", "_root_path", "_send", "_status",
-        "_trailers",
+        "_answer", "_gone", "_is_complete", "_is_over", "_middleware", "_path", "_receive", "_root_path",
+        "_send", "_status",
     )  # fmt: skip
+    _answer: Message
     _gone: bool
     _is_complete: bool
+    _is_over: bool
     _path: str
     _middleware: TapesMiddleware
     _receive: Receive
     _root_path: str
     _send: Send
     _status: int
-    _trailers: bool
 
     async def receive(self) -> Message:
         raise NotImplementedError
@@ -231,13 +244,31 @@ class _Exchange(Exchange):
     def send(self, message: Message) -> Awaitable[None]:
         raise NotImplementedError
 
+    def disconnected(self) -> None:
+        """Note that the server reports the end of the exchange, which may come while it still writes."""
+        if self._is_over:
+            self._is_complete = True
+        else:
+            self._gone = True
+
     def fail(self, error: BaseException) -> None:
         """End by ``error``."""
-        self.end(499 if self._gone else int(status_of(error)))
+        is_taken = self._is_complete and not isinstance(error, Exception)
+        self.end(self.status_if_gone() if self._gone else self._status if is_taken else int(status_of(error)))
 
     def returned(self) -> None:
         """End as the application has returned, if the answer hasn't ended before."""
-        self.end(499 if self._gone else self._status if self._is_complete else 500)
+        self.end(self.status_if_gone() if self._gone else self._status if self._is_complete else 500)
+
+    def status_if_gone(self) -> int:
+        """Return the status of an answer without its last message: 499, unless nothing was missing."""
+        try:
+            fields = self._answer.get("headers") or ()
+            lengths = [value.decode() for name, value in fields if name.lower() == b"content-length"]
+        except Exception:  # no headers, which the server has refused
+            lengths = []
+        is_whole = bool(self._answer) and is_complete(self.method, self._status, lengths, self.sent)
+        return self._status if is_whole else 499
 
     def late_route(self) -> str:
         route = self._middleware._templates.of(self.source, self._root_path, self._path)
@@ -251,7 +282,7 @@ class _Request(_Exchange):
         message = await self._receive()
         kind = message["type"]
         if kind == "http.disconnect":
-            self._gone = True
+            self.disconnected()
         elif kind == "http.request":
             self.received += len(message.get("body") or b"")
         return message
@@ -259,27 +290,28 @@ class _Request(_Exchange):
     def send(self, message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             self._status = message["status"]
-            self._trailers = message.get("trailers", False)
+            self._answer = message
             return self._send(message)
         return self._pass_on(message)
 
     async def _pass_on(self, message: Message) -> None:
-        # After its last message a server tells of a disconnect that is none.
-        status = 499 if self._gone else self._status
+        kind = message["type"]
+        is_end = False
+        if kind in _BODIES:
+            self.sent += len(message.get("body") or b"")
+            is_end = not message.get("more_body", False)
+            self._is_over = is_end and not self._answer.get("trailers", False)
+        elif kind == "http.response.trailers":
+            is_end = self._is_over = not message.get("more_trailers", False)
         try:
             await self._send(message)
         except OSError:  # what servers raise when there is no client any more
-            self._gone = True
+            self._gone, self._answer = True, _NOT_STARTED  # so it is not complete, whatever was counted
             raise
-        kind = message["type"]
-        if kind in _BODIES:
-            self.sent += len(message.get("body") or b"")
-            if not message.get("more_body", False):
-                self._is_complete = True
-                if not self._trailers:
-                    self.end(status)
-        elif kind == "http.response.trailers" and not message.get("more_trailers", False):
-            self.end(status)
+        if is_end:
+            self._is_complete = True
+            if self._is_over:
+                self.end(self.status_if_gone() if self._gone else self._status)
 
 
 _BODIES = frozenset({"http.response.body", "http.response.pathsend", "http.response.zerocopysend"})
@@ -297,7 +329,7 @@ class _WebSocket(_Exchange):
         if kind == "websocket.receive" and self._open is not None:
             self._open.received()
         elif kind == "websocket.disconnect":
-            self._gone = True
+            self.disconnected()
             self._close(message.get("code", 1005), by_client=True)
         return message
 
@@ -308,17 +340,21 @@ class _WebSocket(_Exchange):
         return self._pass_on(message)
 
     async def _pass_on(self, message: Message) -> None:
-        await self._send(message)
         kind = message["type"]
+        if kind == "websocket.close":
+            self._is_over, self._status = True, 403  # what a server makes of it instead of an acceptance
+        elif kind == "websocket.http.response.body":
+            self._is_over = not message.get("more_body", False)
+        await self._send(message)
         if kind == "websocket.accept":
             self.end(101)
             self._open = self._middleware._websockets.opened(self.route or UNMATCHED)
         elif kind == "websocket.close":
-            self.end(403)  # what a server makes of it, if it comes instead of an acceptance
+            self.end(403)
             self._close(message.get("code", 1000))
         elif kind == "websocket.http.response.start":
             self._status = message["status"]
-        elif kind == "websocket.http.response.body" and not message.get("more_body", False):
+        elif self._is_over:
             self.end(self._status)
 
     def fail(self, error: BaseException) -> None:

@@ -24,6 +24,7 @@ from tapes.contrib._http import (
     Guard,
     LabelsOf,
     RouteOf,
+    is_complete,
     status_of,
 )
 from tapes.exposition.endpoint import refusal
@@ -296,13 +297,13 @@ class _Exchange(Exchange):
         """Return 499 if the server stopped asking in the middle: the client went away."""
         if not hasattr(self, "_headers"):
             return "500"  # which the server makes of an answer that never started
-        if self.sent < 0 or self.method == "HEAD":
+        if self.sent < 0:
             return self._status
         try:
             lengths = [value for name, value in self._headers if name.lower() == "content-length"]
         except Exception:  # no headers, which the server has refused
             lengths = []
-        return self._status if str(self.sent) in lengths else "499"
+        return self._status if is_complete(self.method, self._status, lengths, self.sent) else "499"
 
     def late_route(self) -> str | None:
         route = self.source.get(ROUTE, UNMATCHED)
