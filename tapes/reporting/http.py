@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import socket
 import threading
+from collections import deque
 from http.client import LineTooLong
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, cast
 
 from tapes import forks
+from tapes.clock import monotonic
 from tapes.errors import AddressError, AddressInUse, InvalidArgument
 from tapes.exposition.endpoint import answer, refusal
 from tapes.registry import Registry
@@ -20,6 +23,22 @@ __all__ = ["HTTPReporter"]
 
 _PATHS = frozenset({"", "/", "/metrics", "/metrics/"})
 _CLIENT_TIMEOUT_SECONDS = 10.0
+"""Maximum seconds for a client to send a request, and to take the answer."""
+_HURRY_SECONDS = 1.0
+"""The same for the request while there are as many clients as there may be."""
+_MOST_CLIENTS = 64
+"""Maximum clients that are answered at once, each by a thread."""
+_MOST_REFUSED = 256
+"""Maximum connections that stay open after a refusal."""
+_FAREWELL_SECONDS = 1.0
+"""Maximum seconds that a refused client has to close its connection."""
+_LOOK_SECONDS = 0.1
+_REFUSAL_BODY = b"There are too many readers. Ask again in a second.\n"
+_REFUSAL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nServer: tapes\r\nContent-Type: text/plain; charset=utf-8\r\n"
+    b"Cache-Control: no-store\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
+    % (len(_REFUSAL_BODY), _REFUSAL_BODY)
+)
 _MOST_OF_HEAD = 65536  # maximum bytes of all header lines of a request
 
 _log = logging.getLogger("tapes.reporting.http")
@@ -102,18 +121,76 @@ class HTTPReporter(Reporter):
 
 
 class _Server(ThreadingHTTPServer):
+    """Has a thread for each client, for a bounded number of them and a bounded time."""
+
     daemon_threads = True
-    request_queue_size = 128
+    request_queue_size = 1024
 
     def __init__(self, reporter: HTTPReporter) -> None:
         self.reporter = reporter
         self.is_open = True
+        self.asking: dict[socket.socket, float] = {}  # whose request has not come, and since when
+        self._clients: set[socket.socket] = set()
+        self._refused: deque[tuple[socket.socket, float]] = deque()
+        self._looked = 0.0
         self.address_family = socket.AF_INET6 if ":" in reporter.host else socket.AF_INET
         super().__init__((reporter.host, reporter.port), _Handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Note that a client was cut off, or cut us off."""
         _log.debug("tapes: a request from %s failed", client_address, exc_info=True)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a client in a thread of its own, or refuse it."""
+        if len(self._clients) >= _MOST_CLIENTS:
+            self._refuse(request)
+            return
+        self._clients.add(request)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread can be started
+            self._clients.discard(request)
+            self._refuse(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """End the connection to a client."""
+        self._clients.discard(request)
+        self.asking.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """End what has taken too long; called for each client, and ten times a second."""
+        now = monotonic()
+        if now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        patience = _CLIENT_TIMEOUT_SECONDS if len(self._clients) < _MOST_CLIENTS else _HURRY_SECONDS
+        for client, since in list(self.asking.items()):
+            if now - since > patience:
+                with contextlib.suppress(OSError):
+                    client.shutdown(socket.SHUT_RDWR)  # its thread ends it
+        for _ in range(len(self._refused)):
+            client, since = self._refused.popleft()
+            if now - since > _FAREWELL_SECONDS or _has_closed(client):
+                client.close()
+            else:
+                self._refused.append((client, since))
+
+    def _refuse(self, client: socket.socket) -> None:
+        """Send a 503. A connection that is closed with a request unread is reset, and the answer with it."""
+        with contextlib.suppress(OSError):
+            client.setblocking(False)
+            client.send(_REFUSAL)
+            client.shutdown(socket.SHUT_WR)
+        self._refused.append((client, monotonic()))
+        if len(self._refused) > _MOST_REFUSED:
+            self._refused.popleft()[0].close()
+
+    def server_close(self) -> None:
+        """Close everything."""
+        super().server_close()
+        while self._refused:
+            self._refused.popleft()[0].close()
 
     def before_fork(self) -> None:
         """Called before this process forks."""
@@ -129,6 +206,18 @@ class _Server(ThreadingHTTPServer):
         """In a forked child, let go of the port, at which clients would wait in vain."""
         self.is_open = False
         self.socket.close()
+
+
+def _has_closed(client: socket.socket) -> bool:
+    """Read what a refused client sends; return whether it has closed its end."""
+    try:
+        while client.recv(65536):
+            pass
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 class _Head:
@@ -155,6 +244,14 @@ class _Handler(BaseHTTPRequestHandler):
     error_content_type = "text/plain; charset=utf-8"
     error_message_format = "%(message)s.\n"
 
+    def handle_one_request(self) -> None:
+        """Wait for a request, and answer it."""
+        self.server.asking[self.connection] = monotonic()
+        try:
+            super().handle_one_request()
+        finally:
+            self.server.asking.pop(self.connection, None)
+
     def parse_request(self) -> bool:
         """Parse the request's head, if it is not too large; otherwise answer 431."""
         rfile, self.rfile = self.rfile, cast(Any, _Head(self.rfile))
@@ -162,6 +259,7 @@ class _Handler(BaseHTTPRequestHandler):
             return super().parse_request()
         finally:
             self.rfile = rfile
+            self.server.asking.pop(self.connection, None)
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")

@@ -12,6 +12,7 @@ import pytest
 
 import tapes
 from tapes.errors import AddressInUse, InvalidArgument
+from tapes.reporting import http
 from tapes.reporting.http import HTTPReporter
 from tests.processes import get, wait_for
 
@@ -172,3 +173,82 @@ def test_nothing_is_left(reporter):
     get(reporter.port, "/")
     reporter.stop()
     wait_for(lambda: not [t for t in threading.enumerate() if t.name == "tapes-http"], "its end")
+
+
+def connected(reporter):
+    return socket.create_connection(("127.0.0.1", reporter.port), timeout=20)
+
+
+def answer_of(client):
+    """Return the status and the body of the answer, read to the end of the connection."""
+    with client.makefile("rb") as file:
+        head, _, body = file.read().partition(b"\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+def test_a_client_that_sends_a_byte_now_and_then_is_ended_in_time(reporter, monkeypatch):
+    monkeypatch.setattr(http, "_CLIENT_TIMEOUT_SECONDS", 0.5)
+    with connected(reporter) as client:
+        ended = threading.Event()
+
+        def trickle():
+            for byte in b"GET /metrics HTTP/1.1\r\nX-Slow: " + b"x" * 10_000:
+                if ended.wait(0.05):
+                    return
+                try:
+                    client.send(bytes([byte]))
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        try:
+            assert client.recv(1000) == b""  # the server has closed; a timeout would raise
+        except ConnectionResetError:
+            pass
+        finally:
+            ended.set()
+            thread.join()
+    wait_for(lambda: not reporter._server._clients, "its thread has ended")
+
+
+def test_clients_that_send_nothing_keep_a_reader_waiting_for_a_second_and_no_more(reporter, monkeypatch):
+    monkeypatch.setattr(http, "_MOST_CLIENTS", 8)
+    silent = [connected(reporter) for _ in range(8)]
+    try:
+        wait_for(lambda: len(reporter._server._clients) == 8, "they have all the threads")
+        with connected(reporter) as client:
+            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert answer_of(client) == (503, b"There are too many readers. Ask again in a second.\n")
+        wait_for(lambda: get(reporter.port, "/metrics")[0] == 200, "a reader is answered", 5)
+    finally:
+        for client in silent:
+            client.close()
+
+
+def test_a_burst_of_readers_takes_a_bounded_number_of_threads_and_each_has_an_answer(reporter):
+    before = threading.active_count()
+    most, statuses = 0, []
+    clients = [connected(reporter) for _ in range(300)]
+    for client in clients:
+        client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        most = max(most, threading.active_count() - before)
+    for client in clients:
+        with client:
+            statuses.append(answer_of(client)[0])
+    assert set(statuses) <= {200, 503}
+    assert 200 in statuses
+    assert most <= http._MOST_CLIENTS
+    wait_for(lambda: not reporter._server._clients and not reporter._server._refused, "nothing stays open")
+
+
+def test_a_client_that_no_thread_can_be_started_for_gets_a_503(reporter, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with connected(reporter) as client, monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with connected(reporter) as other:
+            other.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            assert answer_of(other)[0] == 503
+    assert client.fileno() == -1
