@@ -34,11 +34,12 @@ from tapes.contrib._routes import Templates, path_below
 from tapes.contrib._websocket import OpenConnection, WebSocketMetrics
 from tapes.errors import MissingExtra
 from tapes.exposition import MOST_CHARACTERS
-from tapes.exposition.endpoint import refusal
+from tapes.exposition.endpoint import MOST_READERS, Answer, plain, refusal
 from tapes.registry import Registry
 
 try:
-    from anyio import CapacityLimiter
+    from anyio import CapacityLimiter, move_on_after
+    from anyio.lowlevel import RunVar
     from anyio.to_thread import run_sync
 except ModuleNotFoundError:
     raise MissingExtra("tapes.contrib.asgi", "asgi") from None
@@ -52,6 +53,13 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+_readers: RunVar[CapacityLimiter | None] = RunVar("tapes readers")
+_PATIENCE_SECONDS = 1.0
+"""Maximum seconds for which a reader waits for a thread."""
+_PIECE_BYTES = 1 << 18
+"""Maximum bytes that are handed to the server at once; it keeps what the client has not taken."""
 
 
 class TapesMiddleware:
@@ -190,13 +198,30 @@ class TapesMiddleware:
         if answer is None:
             accept = _field(headers, b"accept", MOST_CHARACTERS + 1)  # one more shows that it is cut
             query = scope.get("query_string", b"").decode("latin-1")
-            # It may wait for the aggregator for a second; the application's own threads are not taken for it.
-            answer = await run_sync(self._service.answer, accept, query, limiter=CapacityLimiter(1))
+            answer = await self._read(accept, query)
         status, fields, body = answer
         fields["Content-Length"] = str(len(body))
         raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in fields.items()]
         await send({"type": "http.response.start", "status": status, "headers": raw})
-        await send({"type": "http.response.body", "body": b"" if scope.get("method") == "HEAD" else body})
+        if scope.get("method") == "HEAD":
+            body = b""
+        for start in range(0, max(1, len(body)), _PIECE_BYTES):
+            end = start + _PIECE_BYTES
+            message = {"type": "http.response.body", "body": body[start:end], "more_body": end < len(body)}
+            await send(message)
+
+    async def _read(self, accept: str, query: str) -> Answer:
+        """Return the metrics; it may wait for the aggregator, and as long for a thread.
+
+        The application's own threads are not taken for it.
+        """
+        limiter = _readers.get(None)
+        if limiter is None:  # there is one for each event loop
+            limiter = CapacityLimiter(MOST_READERS)
+            _readers.set(limiter)
+        with move_on_after(_PATIENCE_SECONDS):  # what has begun is awaited
+            return await run_sync(self._service.answer, accept, query, limiter=limiter)
+        return plain(503, f"This process answers {MOST_READERS} readers already; ask again in a second.")
 
 
 def _field(headers: list[tuple[bytes, bytes]], name: bytes, most: int | None = None) -> str:
