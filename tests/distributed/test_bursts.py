@@ -1,0 +1,50 @@
+"""Readers that ask without a pause hold up no worker that leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import threading
+import time
+
+import tapes
+from tests.processes import connected
+
+
+def record_and_leave(address: str, took: multiprocessing.SimpleQueue) -> None:
+    with connected(address) as registry:
+        registry.counter("left").increment(3)
+        start = time.monotonic()
+    took.put(time.monotonic() - start)
+
+
+def test_workers_leave_in_a_burst_of_readers_and_are_counted(address):
+    """Their goodbyes do not wait behind the readers: none runs into its timeout of a second."""
+    with connected(address) as registry:
+        for number in range(2000):
+            registry.timer("work", route=f"/some/route/number/{number}").update(0.25)
+        stop = threading.Event()
+
+        def read() -> None:
+            with connected(address) as reader:
+                while not stop.is_set():
+                    with contextlib.suppress(tapes.TapesError):  # it may be too busy
+                        reader.get_stats()
+
+        readers = [threading.Thread(target=read) for _ in range(8)]
+        for reader in readers:
+            reader.start()
+        try:
+            context = multiprocessing.get_context("spawn")
+            took = context.SimpleQueue()
+            for _ in range(5):
+                child = context.Process(target=record_and_leave, args=(address, took))
+                child.start()
+                child.join()
+                assert child.exitcode == 0
+                assert took.get() < 1.0
+        finally:
+            stop.set()
+            for reader in readers:
+                reader.join()
+        assert registry.get_stats().left.value == 15
