@@ -34,6 +34,7 @@ from tapes.distributed.lease import Lease
 from tapes.distributed.moving import hand_over
 from tapes.distributed.reports import START_SECONDS, Demand, Reports
 from tapes.distributed.sockets import bind, bind_again
+from tapes.distributed.wire import frames
 from tapes.errors import AddressError, AddressInUse, TapesError
 from tapes.reporting import Reporter
 from tapes.reporting.configured import reporters_from
@@ -360,7 +361,7 @@ class Aggregator:
 
     def _send_made(self, questions: zmq.Socket[bytes]) -> None:
         for route, answer in self._answers.made():
-            _send(questions, [*route, answer])
+            _send(questions, [*route, *frames(answer)])
 
     def _answer_held(self, questions: zmq.Socket[bytes], now: float) -> None:
         """Send the answers that waited for reports which were made, or have taken too long by ``now``."""
@@ -370,6 +371,6 @@ class Aggregator:
                 _send(questions, held[1])
 
 
-def _send(questions: zmq.Socket[bytes], answer: list[bytes]) -> None:
+def _send(questions: zmq.Socket[bytes], answer: Sequence[bytes | memoryview]) -> None:
     with contextlib.suppress(zmq.ZMQError):  # who asked has gone
         questions.send_multipart(answer, zmq.NOBLOCK)

@@ -2,7 +2,7 @@
 
 Making one takes from a millisecond to half a second. One answer serves all questions of one form that wait
 when it is begun: the loop had entered their updates before. Questions whose readers have given up are
-dropped.
+dropped. While a long one is made, the loop sends its readers a `WAIT` now and then, and they wait on.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from tapes.clock import monotonic
-from tapes.distributed.messages import Reply
+from tapes.distributed.messages import WAIT, Reply
 from tapes.distributed.questions import TIMEOUT_SECONDS
-from tapes.distributed.wire import encode
+from tapes.distributed.wire import VERSION, encode
 from tapes.threads import Worker, can_run, real
 
 __all__ = ["Answers", "Wanted"]
+
+
+_SIGN_SECONDS = TIMEOUT_SECONDS / 3
+"""Seconds between two signs that an answer is being made."""
 
 
 class Wanted(NamedTuple):
@@ -53,6 +57,8 @@ class Answers:
         self._wake = wake
         self._waiting: deque[_Question] = deque()
         self._made: deque[tuple[list[bytes], bytes]] = deque()
+        self._making: list[_Question] = []
+        self._sign_due = 0.0
         self._is_stopped = False
         self._thread: Worker | None = None
         self._something_waits = real("_thread", "allocate_lock")()
@@ -76,6 +82,12 @@ class Answers:
 
     def made(self) -> Iterator[tuple[list[bytes], bytes]]:
         """Yield the answers that are to be sent, each with its route."""
+        making = self._making
+        if making and monotonic() > self._sign_due:
+            self._sign_due = monotonic() + _SIGN_SECONDS
+            for route, (_, version, correlation), _ in making:
+                if version == VERSION:  # an earlier release knows no such reply
+                    yield route, encode(Reply(correlation, WAIT, b""))
         while self._made:
             yield self._made.popleft()
 
@@ -103,7 +115,10 @@ class Answers:
         what, version, _ = alive[0].wanted
         same = [question for question in alive if question.wanted[:2] == (what, version)]
         self._waiting.extendleft(question for question in reversed(alive) if question not in same)
+        self._sign_due = now + _SIGN_SECONDS
+        self._making = same
         status, payload = self._make(what, version)
+        self._making = []
         for question in same:
             reply = Reply(question.wanted.correlation, status, payload)
             self._made.append((question.route, encode(reply, version)))

@@ -22,6 +22,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from math import inf
 
 from tapes import forks, threads
 from tapes.connection import Connection
@@ -216,7 +217,7 @@ class AggregatorConnection(Connection):
         """
         payload = self.render("states")
         try:
-            merged = decode(payload)
+            merged = decode(payload, most=inf)
         except WireError as error:
             raise AggregatorUnavailable(f"the aggregator's answer can't be used ({error})") from error
         if not isinstance(merged, Merged):

@@ -125,13 +125,16 @@ class HandOver(NamedTuple):
     version: int
 
 
+WAIT = "wait"
+
+
 class Reply(NamedTuple):
     """An answer.
 
     Attributes:
         correlation: Of the question.
-        status: ``"ok"``, ``"behind"`` (send a keyframe, some of what it builds on is missing) or
-            ``"error"``.
+        status: ``"ok"``, ``"behind"`` (send a keyframe, some of what it builds on is missing),
+            ``"error"``, or `WAIT` (the answer is being made, and another reply follows).
         payload: The answer; for an error, a sentence.
     """
 

@@ -11,7 +11,7 @@ import zmq
 
 from tapes import forks
 from tapes.distributed.address import Endpoints
-from tapes.distributed.messages import Flush, Goodbye, HandOver, Hello, Read, Reply
+from tapes.distributed.messages import WAIT, Flush, Goodbye, HandOver, Hello, Read, Reply
 from tapes.distributed.sockets import Socket, new_reader
 from tapes.distributed.wire import VERSION, decode, encode
 from tapes.errors import AggregatorUnavailable, WireError
@@ -30,6 +30,8 @@ Question = Union[Read, Hello, Goodbye, Flush, HandOver]
 
 TIMEOUT_SECONDS = 1.0
 """So long a read or a goodbye waits for the aggregator."""
+_LONGEST_SECONDS = 10.0
+"""Maximum seconds that a reader waits for an answer that is being made."""
 _LOOK_MILLISECONDS = 100
 
 
@@ -41,6 +43,7 @@ def exchange(endpoints: Endpoints, reader: Socket, question: Question, deadline:
     """Return the answer to ``question``.
 
     If another aggregator takes the place of the one that was asked, it is asked again: every question may be.
+    While the aggregator makes a long answer, ``deadline`` is put off, to 10 s at most.
 
     Raises:
         AggregatorUnavailable: If there is no answer by ``deadline``.
@@ -48,12 +51,13 @@ def exchange(endpoints: Endpoints, reader: Socket, question: Question, deadline:
         WireError: If the answer can't be read.
     """
     data = encode(question)
+    latest = time.monotonic() + _LONGEST_SECONDS
     asked = incarnation(endpoints)
     _send(endpoints, reader, data, deadline)
     while True:
         left = max(0.0, deadline - time.monotonic())
         if reader.poll(min(_LOOK_MILLISECONDS, int(left * 1000) + 1), zmq.POLLIN):
-            answer = reader.recv(zmq.NOBLOCK, copy=False).buffer
+            answer = _received(reader)
             if not isinstance(question, HandOver) and len(answer) > 1 and answer[1] < VERSION:
                 raise OlderAggregator(
                     f"the aggregator at {endpoints.publish} is of an older version of tapes",
@@ -62,12 +66,19 @@ def exchange(endpoints: Endpoints, reader: Socket, question: Question, deadline:
             reply = decode(answer)
             # A question that could not be read is answered with number 0.
             if isinstance(reply, Reply) and reply.correlation in (question.correlation, 0):
-                return reply
+                if reply.status != WAIT:
+                    return reply
+                deadline = max(deadline, min(time.monotonic() + TIMEOUT_SECONDS, latest))
         elif not left:
             raise _unanswered(endpoints)
         elif asked != (asks := incarnation(endpoints)):
             asked = asks
             _send(endpoints, reader, data, deadline)
+
+
+def _received(reader: Socket) -> memoryview | bytes:
+    parts = [frame.buffer for frame in reader.recv_multipart(zmq.NOBLOCK, copy=False)]
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def stay_for(endpoints: Endpoints, *processes: forks.Process) -> bool:

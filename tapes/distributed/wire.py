@@ -26,7 +26,7 @@ from typing import Any, Callable
 import msgpack
 
 from tapes.distributed.decoding import MOST_DIGITS, MOST_WHOLE, STATES, decoded
-from tapes.distributed.messages import HandOver, Message, Reply
+from tapes.distributed.messages import HandOver, Merged, Message, Reply
 from tapes.distributed.reader import Reader
 from tapes.errors import WireError, safe_text
 from tapes.ewma import Rates
@@ -35,11 +35,12 @@ from tapes.metrics.origin import Origin
 from tapes.sketch import Sketch
 from tapes.sums import Number, Total
 
-__all__ = ["MAX_BYTES", "VERSION", "decode", "encode", "version_to_answer"]
+__all__ = ["MAX_BYTES", "VERSION", "decode", "encode", "frames", "version_to_answer"]
 
 VERSION = 2
 MAX_BYTES = 64 << 20
-"""A longer message is dropped by the socket."""
+"""Maximum bytes of a message from a worker, and of a frame; the socket drops a longer one."""
+_FRAME_BYTES = 32 << 20
 
 _REPLY, _REPLY_HEAD = b"\xa5Reply", 64
 """What a reply has after its first two bytes; and how many of them are enough for all but its payload."""
@@ -51,13 +52,13 @@ def encode(message: Message, version: int | None = None) -> bytes:
     """Return ``message`` as bytes, for who speaks ``version``; by default `VERSION`.
 
     Raises:
-        WireError: If that is longer than `MAX_BYTES`.
+        WireError: If that is longer than `MAX_BYTES`; an answer has no limit.
     """
     name = type(message).__name__
     fields = [_plain_field(value) for value in message]
     head = [VERSION if version is None else version, name]
     packed: bytes = msgpack.packb(head + fields, unicode_errors="surrogatepass")
-    if len(packed) > MAX_BYTES:
+    if len(packed) > MAX_BYTES and not isinstance(message, (Reply, Merged)):
         raise WireError(
             f"the {name} is too long to be sent",
             got=len(packed),
@@ -67,22 +68,35 @@ def encode(message: Message, version: int | None = None) -> bytes:
     return packed
 
 
+def frames(answer: bytes) -> list[bytes | memoryview]:
+    """Return the frames in which an answer is sent: one, unless it is long."""
+    if len(answer) <= _FRAME_BYTES:
+        return [answer]
+    view = memoryview(answer)
+    return [view[start : start + _FRAME_BYTES] for start in range(0, len(answer), _FRAME_BYTES)]
+
+
 def version_to_answer(question: bytes) -> int:
     """Return the version in which who sent ``question`` understands an answer."""
     return VERSION - 1 if question[1:2] == bytes([VERSION - 1]) else VERSION
 
 
-def decode(data: bytes | memoryview) -> Message:
+def decode(data: bytes | memoryview, *, most: float | None = None) -> Message:
     """Return the message in ``data``.
+
+    Args:
+        data: One message.
+        most: Maximum bytes of a message that is no reply; `MAX_BYTES` by default.
 
     Raises:
         WireError: If it is not one of ours, of another version, or inconsistent.
     """
     try:
-        if len(data) > MAX_BYTES:
-            raise WireError("a message's length", got=len(data), expected=f"{MAX_BYTES} bytes at most")
         if data[2 : 2 + len(_REPLY)] == _REPLY:
             return _reply(data)
+        limit = MAX_BYTES if most is None else most
+        if len(data) > limit:
+            raise WireError("a message's length", got=len(data), expected=f"{limit} bytes at most")
         read = Reader(bytes(data))
         fields, version, name = read.count() - 2, read.flat(), read.flat()
         if name != HandOver.__name__ and (type(version) is not int or version not in (VERSION, VERSION - 1)):

@@ -8,7 +8,8 @@ import threading
 import time
 
 import tapes
-from tests.processes import connected
+from tapes.exposition import render
+from tests.processes import connected, wait_for
 
 
 def record_and_leave(address: str, took: multiprocessing.SimpleQueue) -> None:
@@ -48,3 +49,17 @@ def test_workers_leave_in_a_burst_of_readers_and_are_counted(address):
             for reader in readers:
                 reader.join()
         assert registry.get_stats().left.value == 15
+
+
+def test_an_answer_of_more_than_64_mb_reaches_its_reader(address):
+    """It is sent in frames, and the reader waits for as long as it is being made."""
+    with connected(address) as registry:
+        for number in range(2000):
+            for name in ("one", "two", "three"):
+                registry.timer(name, agent=f"{number:x<1000}").update(0.25)
+        wait_for(lambda: registry.get_stats().three, "the aggregator knows them")
+        text = wait_for(lambda: render(registry, "prometheus"), "it is answered")
+        assert len(text) > 64 << 20
+        assert text.count(b"_seconds_count{") == 6000
+        (family,) = [family for family in registry.snapshot() if family.name == "two"]
+        assert sum(series.count for series in family.series) == 2000

@@ -165,14 +165,23 @@ def test_texts_may_have_any_length():
     assert decode(encode(update)) == update
 
 
-def test_a_message_has_a_longest_length(monkeypatch):
-    """Who would send more is told so, and who gets more does not look into it."""
+def test_a_message_has_a_longest_length_and_an_answer_has_none(monkeypatch):
     monkeypatch.setattr(wire, "MAX_BYTES", 1000)
-    assert decode(encode(Reply(1, "ok", bytes(980)))).payload == bytes(980)
+    assert decode(encode(Reply(1, "ok", bytes(2000)))).payload == bytes(2000)
     with pytest.raises(WireError, match="too long to be sent"):
-        encode(Reply(1, "ok", bytes(1000)))
+        encode(Hello(1, "h" * 1000, ()))
     with pytest.raises(WireError, match="length"):
         decode(bytes(1001))
+
+
+def test_a_long_answer_is_sent_in_frames(monkeypatch):
+    monkeypatch.setattr(wire, "_FRAME_BYTES", 1000)
+    for length in (0, 500, 990, 2000, 10_000):
+        answer = encode(Reply(1, "ok", b"x" * length))
+        frames = wire.frames(answer)
+        assert max(map(len, frames)) <= 1000
+        assert len(frames) == -(-len(answer) // 1000)
+        assert b"".join(frames) == answer
 
 
 def test_a_refusal_is_short():

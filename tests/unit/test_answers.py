@@ -6,7 +6,7 @@ import pytest
 
 from tapes.distributed import answers
 from tapes.distributed.answers import Answers, Wanted
-from tapes.distributed.messages import Reply
+from tapes.distributed.messages import WAIT, Reply
 from tapes.distributed.wire import VERSION, decode
 from tests.processes import wait_for
 
@@ -91,3 +91,14 @@ def test_where_no_thread_can_start_answers_are_made_at_once(maker, monkeypatch):
     assert [decode(data) for _, data in maker.answers.made()] == [
         Reply(0, "ok", b"json 1"), Reply(1, "ok", b"json 2")
     ]  # fmt: skip
+
+
+def test_while_a_long_answer_is_made_its_readers_are_asked_to_wait(maker, monkeypatch):
+    monkeypatch.setattr(answers, "_SIGN_SECONDS", 0.01)
+    maker.answers.put([b"client"], Wanted("json", VERSION, 3))
+    maker.answers.put([b"old"], Wanted("prometheus", VERSION - 1, 4))
+    signs = wait_for(lambda: list(maker.answers.made()), "it sends a sign")
+    assert [(route, decode(data)) for route, data in signs] == [([b"client"], Reply(3, WAIT, b""))]
+    maker.goes_on.set()
+    wait_for(lambda: maker.sent.extend(maker.answers.made()) or len(maker.sent) >= 2, "both are made")
+    assert decode(maker.sent[-1][1]).payload == b"prometheus 2"
