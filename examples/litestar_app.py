@@ -1,4 +1,4 @@
-"""Litestar, with metrics for all of its workers; it leaves the route's template in the scope.
+"""Litestar, with metrics for all of its workers; the adapter finds the route's template in the scope.
 
 uvicorn --workers 4 litestar_app:app
 """
@@ -20,6 +20,4 @@ async def worker() -> str:
     return f"{os.getpid()}\n"
 
 
-app = TapesMiddleware(
-    Litestar([hello, worker]), exclude=["/worker"], route=lambda scope: scope.get("path_template")
-)
+app = TapesMiddleware(Litestar([hello, worker]), exclude=["/worker"])

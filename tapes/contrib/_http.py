@@ -6,11 +6,12 @@ The names are those of the OpenTelemetry HTTP semantic conventions.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Callable, Union
 
+from tapes.contrib._applications import Application
 from tapes.contrib._service import Membership
+from tapes.contrib._setup import Setup
 from tapes.errors import InvalidArgument
 from tapes.metrics import Timer
 from tapes.metrics.base import FULL
@@ -46,15 +47,13 @@ ROUTE = "tapes.route"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"})
 """Methods by their own name; all others are ``_OTHER``, as a client can invent any number of them."""
 
-_log = logging.getLogger("tapes.contrib")
-
 _DURATION = "http.server.request.duration"
 _ACTIVE = "http.server.active_requests"
 _REQUEST_SIZE = "http.server.request.body.size"
 _RESPONSE_SIZE = "http.server.response.body.size"
 
 
-class Adapter:
+class Adapter(Setup):
     """An application's request metrics, whatever its protocol: options, recording, and the answer to readers.
 
     A *source* is what the protocol knows of a request: the environ, the scope, the request.
@@ -70,6 +69,7 @@ class Adapter:
         guard: A callable that takes the source and says who may read the metrics; the others get 403.
         prefix: Put before the metrics' names, with a dot.
         route: A callable that takes the source and returns the route's template, ``None`` if it knows none.
+        application: What is measured, if it is a WSGI or ASGI application.
 
     Raises:
         InvalidArgument: If one of them can't be used.
@@ -86,6 +86,7 @@ class Adapter:
         guard: Guard = None,
         prefix: str = "",
         route: RouteOf = None,
+        application: Any = None,
     ) -> None:
         registry = default_registry if registry is None else registry
         if not isinstance(registry, Registry):
@@ -108,10 +109,11 @@ class Adapter:
         self.excluded_below = tuple(path[:-1] for path in excluded if _is_below(path))
         self.guard = guard
         self._route_of = route
+        self.watch_setup(self.active, Application(application), expects_routes=route is None)
+        self.is_left_out: Callable[[str], bool] | None = None  # of an endpoint of Flask
         self.labels_of = labels if callable(labels) else None
         self._labels = {} if callable(labels) else dict(canonical_labels(labels, {}))
         self._labelled: dict[Any, Timer] = {}
-        self._complaints: set[tuple[str, type]] = set()
         self._duration = before + _DURATION
         self._request_size = before + _REQUEST_SIZE
         self._response_size = before + _RESPONSE_SIZE
@@ -130,6 +132,8 @@ class Adapter:
         """Return the timer of a request that is not in `timers`; ``None`` if it is not to be measured."""
         if exchange.route is None:
             return None
+        if exchange.route is not UNMATCHED:
+            self.has_seen_routes = True
         if self._route_of is not None:
             named = self._called(self._route_of, exchange.source, "the callable for routes")
             exchange.route = label_text(named or exchange.route)
@@ -186,12 +190,6 @@ class Adapter:
                     self.service.join_again()
         except Exception as error:
             self.complain("tapes could not publish at the end of a request", error)
-
-    def complain(self, what: str, error: Exception) -> None:
-        """Log ``what``, once for each kind of ``error``."""
-        if (what, type(error)) not in self._complaints:
-            self._complaints.add((what, type(error)))
-            _log.warning("%s (said once): %r", what, error, exc_info=error)
 
     def is_allowed(self, source: Any) -> bool | None:
         """Return what the guard says; ``None`` if there is none. A guard that fails lets nobody in."""
@@ -268,7 +266,9 @@ class Exchange:
             active._fold(now)
         try:
             if self.route is UNMATCHED:
-                self.route = self.late_route()
+                self.route = self.late_route(adapter)
+                if self.route is UNMATCHED and adapter.strays:
+                    adapter.stray(status)
             timer = adapter.timers.get((self.method, self.route, status)) or adapter.timer_of(self, status)
             if timer is not None:
                 # What follows is Timer.record(). After the application's code most of what is run here has
@@ -283,12 +283,17 @@ class Exchange:
                 adapter.record_sizes(self)
         except Exception as error:
             adapter.complain("tapes could not record a request", error)
+        self.source = None  # which has this exchange
         if adapter.registry.tells_at_request_end:
             adapter.tell()
 
-    def late_route(self) -> str | None:
+    def late_route(self, adapter: Adapter) -> str | None:
         """Return the route's template, now that the application has been asked; see ``route``."""
         return UNMATCHED
+
+    def __deepcopy__(self, memo: Any) -> Exchange:
+        """Return itself: who copies the environ or the scope copies no exchange."""
+        return self
 
 
 def status_of(error: BaseException) -> str:

@@ -3,7 +3,8 @@
 A route knows its own path, not where it is mounted, and ``root_path`` has the mount's path as the client
 spelled it, which for ``/tenants/{tenant}`` is a raw path. So where something is mounted the template is
 looked up by the endpoint in an index of the whole tree of routes. What is not found there is a part of the
-template, or unmatched, and never raw.
+template, or unmatched, and never raw. Where the scope was copied on its way to the router, `template_of`
+chooses a route as the router did.
 
 Older versions of Starlette leave only the endpoint, which is enough. FastAPI keeps the routers that it
 includes apart and leaves the full path in a context of its own.
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["Templates", "path_below"]
+__all__ = ["Templates", "path_below", "template_of", "templates_in"]
 
 
 class Templates:
@@ -89,12 +90,61 @@ class _Leaf(NamedTuple):
         return own.match(path) is not None
 
 
-def _walk(routes: Iterable[Any], above: str = "", patterns: tuple[Any, ...] = ()) -> Iterator[_Leaf]:
+def template_of(routes: Iterable[Any], scope: Mapping[str, Any], path: str) -> str | None:
+    """Return the template of the route that Starlette or FastAPI would choose; ``None`` if none matches.
+
+    It does what a router does: the first route that matches fully, or else the first that matches but for the
+    method. What is mounted answers for all that is below it.
+
+    Args:
+        routes: The routes of the application.
+        scope: What was given to it, or a copy.
+        path: The path below ``root_path``.
+    """
+    own = {**scope, "path": path, "root_path": "", "path_params": {}}
+    own.pop("fastapi", None)
+    partial = None
+    for route in _flat(routes):
+        match, child_scope = route.matches(own)
+        if match.name == "PARTIAL":
+            partial = partial or route.path
+        elif match.name == "FULL":
+            template: str = getattr(route, "path", "")
+            if not hasattr(route, "routes"):
+                return template
+            inner = _routes_in(route)
+            if not inner:
+                return template + _ANYTHING
+            below = path_below(path, child_scope.get("root_path", ""))
+            found = template_of(inner, scope, child_scope.get("path", below))
+            return None if found is None else template + found
+    return partial
+
+
+def templates_in(routes: Iterable[Any]) -> Iterator[str]:
+    """Yield the templates of an application's routes, and the paths at which something is mounted."""
+    for leaf in _walk(routes):
+        yield leaf.template.removesuffix(_ANYTHING)
+    for route in routes:
+        if not hasattr(route, "path_regex"):  # of Litestar
+            yield str(getattr(route, "path", ""))
+
+
+_ANYTHING = "/{path:path}"
+
+
+def _flat(routes: Iterable[Any]) -> Iterator[Any]:
+    """Yield the routes of FastAPI's included routers in their place."""
     for route in routes:
         included = getattr(route, "effective_route_contexts", None)
-        if included is not None:
-            yield from _walk((one.starlette_route or one for one in included()), above, patterns)
-            continue
+        if included is None:
+            yield route
+        else:
+            yield from _flat(one.starlette_route or one for one in included())
+
+
+def _walk(routes: Iterable[Any], above: str = "", patterns: tuple[Any, ...] = ()) -> Iterator[_Leaf]:
+    for route in _flat(routes):
         path, pattern = getattr(route, "path", ""), getattr(route, "path_regex", None)
         inner = _routes_in(route)
         here = patterns if pattern is None else (*patterns, pattern)
@@ -105,7 +155,7 @@ def _walk(routes: Iterable[Any], above: str = "", patterns: tuple[Any, ...] = ()
         elif inner:
             yield from _walk(inner, above + path, here)
         elif pattern is not None:  # something mounted that has no routes of its own
-            yield _Leaf(getattr(route, "app", None), f"{above}{path}/{{path:path}}", here)
+            yield _Leaf(getattr(route, "app", None), above + path + _ANYTHING, here)
 
 
 def _routes_in(route: Any) -> Iterable[Any]:

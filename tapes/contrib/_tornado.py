@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Callable, NamedTuple
 
 from tornado.httputil import HTTPInputError, HTTPServerRequest
@@ -186,6 +186,16 @@ class Routes:
             if all(matcher.match(request) is not None for matcher in rule.matchers):
                 return rule.name
         return UNMATCHED if is_error or handler is None else str(handler.__name__)
+
+    def has_rule(self, paths: Iterable[str], ours: type[RequestHandler]) -> bool:
+        """Return whether a rule for exactly one of ``paths`` leads to something else than ``ours``."""
+        for handler, rule in _walk(self._application, (), None, []):
+            patterns = [matcher.regex for matcher in rule.matchers if isinstance(matcher, PathMatches)]
+            is_exact = bool(patterns) and rule.name.removesuffix("/?").rstrip("/") in paths
+            is_ours = handler is not None and issubclass(handler, ours)
+            if is_exact and not is_ours and any(all(p.match(path) for p in patterns) for path in paths):
+                return True
+        return False
 
 
 def _walk(router: Any, above: tuple[Any, ...], regex: Any, routers: list[Any]) -> Iterator[tuple[Any, _Rule]]:

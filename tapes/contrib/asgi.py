@@ -108,24 +108,26 @@ class TapesMiddleware:
         self.app = app
         self._adapter = Adapter(
             registry, metrics_path=metrics_path, exclude=exclude, labels=labels, body_sizes=body_sizes,
-            guard=guard, prefix=prefix, route=route,
+            guard=guard, prefix=prefix, route=route, application=app,
         )  # fmt: skip
         self._service = self._adapter.service
+        self._mark, self._is_off = self._service.mark, self._service.is_off
         self._websockets = WebSocketMetrics(self._adapter.registry, prefix)
         self._templates = Templates()
+        self._adapter.mark_requests_above(TapesMiddleware.__call__)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a connection, as ASGI 3 says."""
         kind = scope["type"]
-        service = self._service
-        if not service.mark[0] and service.begin():
-            # It may wait for an aggregator to start: the event loop has other things to do.
-            await run_sync(service.join, limiter=CapacityLimiter(1))
-        if kind == "lifespan":
-            await self._live(scope, receive, send)
-            return
-        if kind not in ("http", "websocket"):
-            await self.app(scope, receive, send)
+        if not self._mark[0]:
+            service = self._service
+            if kind != "lifespan":  # in which routes may be added
+                self._adapter.look_for_own_route()
+            if service.begin():
+                # It may wait for an aggregator to start: the event loop has other things to do.
+                await run_sync(service.join, limiter=CapacityLimiter(1))
+        if kind != "http" and kind != "websocket":
+            await (self._live if kind == "lifespan" else self.app)(scope, receive, send)
             return
         whole_path = scope.get("path", "")
         root_path = scope.get("root_path", "")
@@ -137,10 +139,10 @@ class TapesMiddleware:
             else:
                 await self.app(scope, receive, send)
             return
-        if service.is_off:
+        exchange: _Exchange = _Request() if kind == "http" else _WebSocket()
+        if self._is_off or (adapter.is_shared and adapter.is_within(scope, exchange)):
             await self.app(scope, receive, send)
             return
-        exchange: _Exchange = _Request() if kind == "http" else _WebSocket()
         exchange.adapter = adapter
         exchange.source = scope
         exchange.method = scope.get("method", "GET")
@@ -152,7 +154,7 @@ class TapesMiddleware:
         exchange._receive = receive
         exchange._send = send
         exchange._status = 500
-        exchange._gone = exchange._is_over = exchange._is_complete = False
+        exchange._stage = _OPEN
         exchange._answer = _NOT_STARTED
         adapter.active._buffer.append(UP_ONE)
         exchange.start = adapter.clock()
@@ -175,6 +177,8 @@ class TapesMiddleware:
         async def sending(message: Message) -> None:
             nonlocal is_known
             is_known = True
+            if message["type"] == "lifespan.startup.complete":
+                self._adapter.look_for_own_route()
             if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
                 self._service.leave()  # the process may end right after it
             await send(message)
@@ -192,6 +196,7 @@ class TapesMiddleware:
             await sending({"type": "lifespan.shutdown.complete"})
 
     async def _answer(self, scope: Scope, send: Send) -> None:
+        self._adapter.look_for_own_route()
         headers = list(islice(scope.get("headers", ()), _MOST_LINES))
         allowed = await self._adapter.is_allowed_later(scope)
         answer = refusal(scope.get("method", ""), _field(headers, b"authorization"), allowed)
@@ -237,30 +242,31 @@ _MOST_LINES = 1000  # maximum number of header lines of a request for the metric
 
 _NOT_STARTED: Message = {}
 
+_OPEN = 0  # the end of the body is missing
+_BODY = 1  # the server has taken the whole body, and trailers are missing
+_OVER = 2  # the last message was handed to the server
+_TAKEN = 3  # after that, the server has reported the end of the exchange
+_GONE = 4  # before that, the server has reported the end: the client went away
+
 
 class _Exchange(Exchange):
     """One request, or the handshake of a websocket.
 
     Attributes:
         _answer: The message that started the answer.
-        _gone: Whether the client went away before the last message was handed to the server.
-        _is_over: Whether the last message was handed to the server.
-        _is_complete: Whether the server has taken it.
+        _stage: How far the answer is: `_OPEN`, `_BODY`, `_OVER`, `_TAKEN` or `_GONE`.
     """
 
     __slots__ = (
-        "_answer", "_gone", "_is_complete", "_is_over", "_middleware", "_path", "_receive", "_root_path",
-        "_send", "_status",
+        "_answer", "_middleware", "_path", "_receive", "_root_path", "_send", "_stage", "_status",
     )  # fmt: skip
     _answer: Message
-    _gone: bool
-    _is_complete: bool
-    _is_over: bool
     _path: str
     _middleware: TapesMiddleware
     _receive: Receive
     _root_path: str
     _send: Send
+    _stage: int
     _status: int
 
     async def receive(self) -> Message:
@@ -271,19 +277,24 @@ class _Exchange(Exchange):
 
     def disconnected(self) -> None:
         """Note that the server reports the end of the exchange, which may come while it still writes."""
-        if self._is_over:
-            self._is_complete = True
-        else:
-            self._gone = True
+        if self._stage < _OVER:
+            self._stage = _GONE
+        elif self._stage == _OVER:
+            self._stage = _TAKEN
 
     def fail(self, error: BaseException) -> None:
         """End by ``error``."""
-        is_taken = self._is_complete and not isinstance(error, Exception)
-        self.end(self.status_if_gone() if self._gone else self._status if is_taken else int(status_of(error)))
+        if self._stage == _TAKEN and not isinstance(error, Exception):
+            self.end(self._status)
+        else:
+            self.end(self.status_if_gone() if self._stage == _GONE else int(status_of(error)))
 
     def returned(self) -> None:
         """End as the application has returned, if the answer hasn't ended before."""
-        self.end(self.status_if_gone() if self._gone else self._status if self._is_complete else 500)
+        if self._stage == _GONE:
+            self.end(self.status_if_gone())
+        else:
+            self.end(500 if self._stage == _OPEN else self._status)
 
     def status_if_gone(self) -> int:
         """Return the status of an answer without its last message: 499, unless nothing was missing."""
@@ -295,9 +306,17 @@ class _Exchange(Exchange):
         is_whole = bool(self._answer) and is_complete(self.method, self._status, lengths, self.sent)
         return self._status if is_whole else 499
 
-    def late_route(self) -> str:
-        route = self._middleware._templates.of(self.source, self._root_path, self._path)
-        return route or str(self.source.get(ROUTE) or UNMATCHED)
+    def late_route(self, adapter: Adapter) -> str:
+        scope = self.source
+        route = self._middleware._templates.of(scope, self._root_path, self._path) or scope.get(ROUTE)
+        if route:
+            return str(route)
+        route = scope.get("path_template")  # of Litestar
+        has_been_routed = "router" in scope and "endpoint" not in scope  # and no route matched
+        if not route and adapter.application.may_have_routes and not has_been_routed:
+            # This costs what the framework takes to find a route.
+            route = adapter.application.route_of(scope, self._path)
+        return route or UNMATCHED
 
 
 class _Request(_Exchange):
@@ -321,22 +340,24 @@ class _Request(_Exchange):
 
     async def _pass_on(self, message: Message) -> None:
         kind = message["type"]
-        is_end = False
+        is_last = False
         if kind in _BODIES:
             self.sent += len(message.get("body") or b"")
-            is_end = not message.get("more_body", False)
-            self._is_over = is_end and not self._answer.get("trailers", False)
+            if not message.get("more_body", False):
+                is_last = not self._answer.get("trailers", False)
         elif kind == "http.response.trailers":
-            is_end = self._is_over = not message.get("more_trailers", False)
+            is_last = not message.get("more_trailers", False)
+        if is_last and self._stage < _OVER:
+            self._stage = _OVER
         try:
             await self._send(message)
         except OSError:  # what servers raise when there is no client any more
-            self._gone, self._answer = True, _NOT_STARTED  # so it is not complete, whatever was counted
+            self._stage, self._answer = _GONE, _NOT_STARTED  # so it is not complete, whatever was counted
             raise
-        if is_end:
-            self._is_complete = True
-            if self._is_over:
-                self.end(self.status_if_gone() if self._gone else self._status)
+        if is_last:
+            self.end(self.status_if_gone() if self._stage == _GONE else self._status)
+        elif kind in _BODIES and self._stage == _OPEN and not message.get("more_body", False):
+            self._stage = _BODY
 
 
 _BODIES = frozenset({"http.response.body", "http.response.pathsend", "http.response.zerocopysend"})
@@ -366,10 +387,11 @@ class _WebSocket(_Exchange):
 
     async def _pass_on(self, message: Message) -> None:
         kind = message["type"]
+        is_last = kind == "websocket.http.response.body" and not message.get("more_body", False)
         if kind == "websocket.close":
-            self._is_over, self._status = True, 403  # what a server makes of it instead of an acceptance
-        elif kind == "websocket.http.response.body":
-            self._is_over = not message.get("more_body", False)
+            self._status = 403  # what a server makes of it, if it comes instead of an acceptance
+        if self._stage == _OPEN and (is_last or kind == "websocket.close"):
+            self._stage = _OVER
         await self._send(message)
         if kind == "websocket.accept":
             self.end(101)
@@ -379,7 +401,7 @@ class _WebSocket(_Exchange):
             self._close(message.get("code", 1000))
         elif kind == "websocket.http.response.start":
             self._status = message["status"]
-        elif self._is_over:
+        elif is_last:
             self.end(self._status)
 
     def fail(self, error: BaseException) -> None:

@@ -78,9 +78,9 @@ def instrument(
         InvalidArgument: If an option can't be used.
     """
     if not isinstance(getattr(application.find_handler, "__self__", None), _Instrument):
-        adapter = Adapter(
+        adapter = _Adapter(
             registry, metrics_path=metrics_path, exclude=exclude, labels=labels, body_sizes=body_sizes,
-            guard=guard, prefix=prefix, route=route,
+            guard=guard, prefix=prefix, route=route, application=application,
         )  # fmt: skip
         application.find_handler = _Instrument(application, adapter).find_handler  # type: ignore[method-assign]
     return application
@@ -180,6 +180,11 @@ for _name in ("latency", "error_rate"):  # nothing is recorded for the base itse
     default_registry.remove(f"http.endpoints.MeteredHandler.{_name}")
 
 
+class _Adapter(Adapter):
+    def has_own_route(self) -> bool:
+        return Routes(self.application.outermost).has_rule(self.metrics_paths, MetricsHandler)
+
+
 class _Instrument:
     """Takes the place of an application's ``find_handler``, which is asked when headers have arrived."""
 
@@ -190,6 +195,7 @@ class _Instrument:
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
         adapter, path = self._adapter, request.path
+        adapter.look_for_own_route()
         service = _joined(adapter.registry)
         if adapter.leaves_out(path) or service.is_off:
             if path in adapter.metrics_paths:

@@ -38,6 +38,7 @@ App = Callable[[Environ, StartResponse], Iterable[bytes]]
 
 _LEFT_OUT = object()
 _MOST_DIGITS = 19
+_modules: dict[str, Any] = sys.modules
 _DEVELOPMENT = ("Werkzeug/", "WSGIServer/")
 
 
@@ -85,20 +86,16 @@ class TapesMiddleware:
         self._app = app
         self._adapter = Adapter(
             registry, metrics_path=metrics_path, exclude=exclude, labels=labels, body_sizes=body_sizes,
-            guard=guard, prefix=prefix, route=route,
+            guard=guard, prefix=prefix, route=route, application=app,
         )  # fmt: skip
         self._mark = self._adapter.service.mark
         self._own_paths = self._adapter.own_paths
         self._has_below = bool(self._adapter.excluded_below)
         mounts = getattr(app, "mounts", None)  # of werkzeug's DispatcherMiddleware
         self._mounts = mounts if isinstance(mounts, dict) else {}
-        self._is_left_out: Callable[[str], bool] | None = None
         has_labels = self._adapter.labels_of is not None
         self._has_more = has_labels or self._adapter.body_sizes or bool(self._mounts)
-        flask: Any = sys.modules.get("flask")
-        owner = getattr(app, "__self__", None)
-        if flask is not None and isinstance(owner, flask.Flask):
-            flask.got_request_exception.connect(self._note_route, owner)
+        self._connect_to_flask()
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Answer a request, as PEP 3333 says."""
@@ -111,6 +108,8 @@ class TapesMiddleware:
                 return self._answer(environ, start_response)
             return self._app(environ, start_response)
         exchange = _Exchange()
+        if adapter.is_shared and adapter.is_within(environ, exchange):
+            return self._app(environ, start_response)
         exchange.adapter = adapter
         exchange.source = environ
         exchange.method = environ.get("REQUEST_METHOD", "")
@@ -149,6 +148,7 @@ class TapesMiddleware:
     def _begin(self, environ: Environ) -> bool:
         """Join, if this process has to; return whether requests are measured."""
         service = self._adapter.service
+        self._adapter.look_for_own_route()
         if service.is_off:
             return environ.get("PATH_INFO", "") in self._adapter.metrics_paths
         is_development = str(environ.get("SERVER_SOFTWARE", "")).startswith(_DEVELOPMENT)
@@ -158,14 +158,20 @@ class TapesMiddleware:
 
     def leave_out(self, is_left_out: Callable[[str], bool]) -> None:
         """Do not measure requests for the endpoints of Flask of which ``is_left_out`` is true."""
-        self._is_left_out = is_left_out
+        self._adapter.is_left_out = is_left_out
         self._has_more = True
 
     def route_of(self, rule: Any, mounted: str) -> str | None:
         """Return the template of a rule of Flask; ``None`` if it is left out."""
-        if self._is_left_out is not None and self._is_left_out(rule.endpoint):
+        if self._adapter.is_left_out is not None and self._adapter.is_left_out(rule.endpoint):
             return None
         return (mounted if mounted in self._mounts else "") + str(rule.rule)
+
+    def _connect_to_flask(self) -> None:
+        """Have Flask call `_note_route`."""
+        app, flask = self._adapter.application.flask, _modules.get("flask")
+        if app is not None and flask is not None:
+            flask.got_request_exception.connect(self._note_route, app)
 
     def _note_route(self, sender: Any, **_: Any) -> None:
         """Note the route of an exception that leaves Flask, as Flask drops its request before."""
@@ -187,9 +193,12 @@ class TapesMiddleware:
 class _Exchange(Exchange):
     """One request, and the body of its answer."""
 
-    __slots__ = ("_headers", "_iterator", "_middleware", "_script", "_start_response", "_status", "body")
+    __slots__ = (
+        "_headers", "_is_routed", "_iterator", "_middleware", "_script", "_start_response", "_status", "body",
+    )  # fmt: skip
     body: Iterable[bytes]
     _headers: Any
+    _is_routed: bool
     _iterator: Iterator[bytes]
     _middleware: TapesMiddleware
     _script: str
@@ -205,11 +214,29 @@ class _Exchange(Exchange):
             request = self.source.get("werkzeug.request")
             if request is not None:
                 self.route = request.url_rule.rule
+            elif "flask" in _modules:
+                self._ask_flask()
         except (AttributeError, TypeError):  # no rule matched; or what is no status, which the server refuses
-            pass
+            self._ask_flask()
         if exc_info is None:
             return self._start_response(status, headers)
         return self._start_response(status, headers, exc_info)
+
+    def _ask_flask(self) -> Any:
+        """Find the route by the request that Flask answers now, if that is this one; return that request.
+
+        Where there is a copy of the environ, or another request was built from it, the environ has none.
+        """
+        flask = _modules.get("flask")
+        if flask is None or not flask.has_request_context():
+            return None
+        request = flask.request
+        if request.environ.get("wsgi.input") is not self.source.get("wsgi.input"):
+            return None
+        if request.url_rule is not None:
+            self.route = request.url_rule.rule
+        self._is_routed = True
+        return request
 
     def prepare(self, middleware: TapesMiddleware) -> None:
         """Get ready for `start_response_closely`."""
@@ -227,11 +254,12 @@ class _Exchange(Exchange):
         try:
             if not hasattr(self, "labels"):
                 self.labels = middleware._adapter.further_labels(self.source)
-            rule = getattr(self.source.get("werkzeug.request"), "url_rule", None)
-            if rule is not None:
-                self.route = middleware.route_of(
-                    rule, self.source.get("SCRIPT_NAME", "")[len(self._script) :]
-                )
+            request = self.source.get("werkzeug.request")
+            if getattr(request, "url_rule", None) is None:
+                request = self._ask_flask()
+            if request is not None and request.url_rule is not None:
+                mounted = request.environ.get("SCRIPT_NAME", "")[len(self._script) :]
+                self.route = middleware.route_of(request.url_rule, mounted)
         except Exception as error:
             middleware._adapter.complain("tapes could not see how an answer starts", error)
 
@@ -305,9 +333,20 @@ class _Exchange(Exchange):
             lengths = []
         return self._status if is_complete(self.method, self._status, lengths, self.sent) else "499"
 
-    def late_route(self) -> str | None:
-        route = self.source.get(ROUTE, UNMATCHED)
-        return None if route is _LEFT_OUT else str(route or UNMATCHED)
+    def late_route(self, adapter: Adapter) -> str | None:
+        environ = self.source
+        route = environ.get(ROUTE)
+        if route:
+            return None if route is _LEFT_OUT else str(route)
+        application = adapter.application
+        if not application.may_have_routes or hasattr(self, "_is_routed"):  # Flask has found no route
+            return UNMATCHED
+        # This costs what the framework takes to find a route.
+        rule = application.rule_of(environ)
+        if rule is None:
+            return application.django_route_of(_path_info(environ)) or UNMATCHED
+        is_left_out = adapter.is_left_out is not None and adapter.is_left_out(rule.endpoint)
+        return None if is_left_out else str(rule.rule)
 
 
 class _SizedExchange(_Exchange):
@@ -317,6 +356,10 @@ class _SizedExchange(_Exchange):
 
     def __len__(self) -> int:
         return len(cast("list[bytes]", self.body))
+
+
+def _path_info(environ: Environ) -> str:
+    return str(environ.get("PATH_INFO") or "/").encode("latin-1").decode("utf-8", "replace")
 
 
 def _is_file(body: Any, wrapper: Any) -> bool:

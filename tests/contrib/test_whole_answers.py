@@ -113,7 +113,7 @@ def test_a_disconnect_while_the_server_writes(registry, backend, messages, ends,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_stream_of_starlette_that_is_told_to_end_while_its_last_piece_is_written(registry, backend):
+def test_a_stream_of_starlette_that_ends_while_its_last_piece_is_written(registry, backend):
     """Starlette cancels its own stream then; the answer is complete."""
 
     async def app(scope, receive, send):

@@ -1,0 +1,125 @@
+"""What an adapter notices of how it is set up, and logs once: requests whose route it never sees, a route of
+the application that it hides, and another adapter that measures the same requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from tapes.contrib._applications import Application
+
+__all__ = ["Setup"]
+
+_MOST_STRAYS = 100  # answers of status 200 in a row without a route until that is logged
+
+_log = logging.getLogger("tapes.contrib")
+_adapters: WeakKeyDictionary[Any, WeakSet[Setup]] = WeakKeyDictionary()  # by their gauge of active requests
+
+
+class Setup:
+    """The part of an adapter that looks at what is around it.
+
+    Attributes:
+        application: What is measured.
+        is_shared: Whether another adapter of this process has the same metrics, so that one may be within the
+            other. Only then is an exchange left in the environ or the scope.
+        key: Where it is left.
+        strays: How many answers of status 200 are to come without a route until that is logged; 0 once it
+            was.
+        has_seen_routes: Whether a request with a route was looked up since the last stray.
+    """
+
+    timers: dict[Any, Any]
+    metrics_paths: frozenset[str]
+
+    def watch_setup(self, active: Any, application: Application, *, expects_routes: bool) -> None:
+        """Begin to look; ``active`` is the gauge of active requests."""
+        self.application = application
+        self.strays = _MOST_STRAYS if expects_routes else 0
+        self.has_seen_routes = self.is_shared = self._has_looked = self._is_inner = False
+        self.key = f"tapes.exchange.{id(active)}"
+        self._complaints: set[tuple[str, type]] = set()
+        others = _adapters.setdefault(active, WeakSet())
+        others.add(self)
+        if len(others) > 1:
+            for adapter in list(others):
+                adapter.is_shared = True
+
+    def mark_requests_above(self, call: Any) -> None:
+        """Leave the exchanges of requests in whose course this adapter is made, as an inner one.
+
+        Starlette makes its middleware when the first request comes, if there was no lifespan before.
+
+        Args:
+            call: The method of outer adapters that answers requests.
+        """
+        frame: Any = sys._getframe() if self.is_shared else None
+        while frame is not None:
+            exchange: Any = frame.f_locals.get("exchange") if frame.f_code is call.__code__ else None
+            if getattr(exchange, "adapter", None) is not None:  # else it passes its request on
+                exchange.source[exchange.adapter.key] = exchange
+            frame = frame.f_back
+
+    def complain(self, what: str, error: Exception) -> None:
+        """Log ``what``, once for each kind of ``error``."""
+        if (what, type(error)) not in self._complaints:
+            self._complaints.add((what, type(error)))
+            _log.warning("%s (logged once): %r", what, error, exc_info=error)
+
+    def stray(self, status: str | int) -> None:
+        """Count an answer without a route; log once that many in a row of status 200 had none."""
+        if str(status) != "200":
+            return
+        if self.has_seen_routes or self.strays == _MOST_STRAYS:
+            # A request with a route is only noticed when its timer is not in ``timers``.
+            self.timers.clear()
+            self.has_seen_routes, self.strays = False, _MOST_STRAYS
+        self.strays -= 1
+        if self.strays == 0:
+            _log.warning(
+                "tapes: %d answers of status 200 in a row have route=<unmatched>, as the adapter can't find "
+                "the route that matched. Give it a route= callable that returns the template, or put it "
+                "inside the middleware that passes on a copy of the environ or the scope (logged once)",
+                _MOST_STRAYS,
+            )
+
+    def look_for_own_route(self) -> None:
+        """Log, once, if the application has a route of its own where the adapter answers the metrics."""
+        if self._has_looked or not self.metrics_paths:
+            return
+        self._has_looked = True
+        try:
+            if self.has_own_route():
+                _log.warning(
+                    "tapes: the application has a route for %s, but the adapter answers there, so that route "
+                    "is not reached. Give the adapter another metrics_path, or metrics_path=None",
+                    min(self.metrics_paths, key=len),
+                )
+        except Exception:
+            _log.debug("tapes can't look at the routes of the application", exc_info=True)
+
+    def has_own_route(self) -> bool:
+        """Return whether the application has a route for the metrics' path."""
+        return self.application.has_route(self.metrics_paths)
+
+    def is_within(self, source: MutableMapping[str, Any], exchange: Any) -> bool:
+        """Return whether an outer adapter with the same metrics measures this request; log that once.
+
+        If none does, leave ``exchange`` for adapters that are within this one.
+        """
+        outer = source.get(self.key)
+        if outer is None or outer.adapter is None:
+            source[self.key] = exchange
+            return False
+        if not self._is_inner:
+            self._is_inner = True
+            _log.warning(
+                "tapes: two adapters with the same metrics are around one application. The outer one records "
+                "its requests, with its own options, and the inner one does not. Remove one of them, or give "
+                "one another registry or prefix (logged once)"
+            )
+        return True
