@@ -18,14 +18,22 @@ from tapes import forks
 from tapes.environment import address_told, is_disabled, is_spawned, service_address
 from tapes.errors import TapesError
 from tapes.meta import metered_meta
+from tapes.metrics import Counter, Gauge, Histogram, Meter, Timer
 from tapes.registry import Registry, default_registry
+from tapes.snapshot import Stats
 
 if TYPE_CHECKING:
     from tapes.distributed.registry import DistributedRegistry as DistributedRegistry
 
 __all__ = [
+    "Counter",
+    "Gauge",
+    "Histogram",
+    "Meter",
     "Registry",
+    "Stats",
     "TapesError",
+    "Timer",
     "close",
     "connect",
     "counter",
@@ -106,10 +114,12 @@ def __dir__() -> list[str]:
     return [*__all__, "DistributedRegistry", "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "DistributedRegistry":
-        return _distributed("registry").DistributedRegistry
-    raise AttributeError(f"module 'tapes' has no attribute {name!r}")
+if not TYPE_CHECKING:  # for which every name would be there
+
+    def __getattr__(name: str) -> Any:
+        if name == "DistributedRegistry":
+            return _distributed("registry").DistributedRegistry
+        raise AttributeError(f"module 'tapes' has no attribute {name!r}")
 
 
 def _distributed(module: str) -> Any:

@@ -17,20 +17,19 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, TypeVar, cast
 
-import addict
-
 from tapes import forks, threads
 from tapes.catalogue import MAX_SERIES, OVERFLOW, Catalogue
 from tapes.clock import Clock, monotonic, tick_at
 from tapes.connection import Connection
 from tapes.errors import InvalidArgument, KindConflict, short_repr
+from tapes.face import Faced
 from tapes.first_use import FirstUse
 from tapes.lineage import unpublished_by_parent
 from tapes.metrics import Counter, Gauge, Histogram, Meter, Metric, State, Timer
-from tapes.metrics.gauge import Producer, check_gauge
+from tapes.metrics.gauge import MergeMode, Producer, check_gauge
 from tapes.naming import Labels, canonical_labels, check_name, label_text
 from tapes.producing import run_producers
-from tapes.snapshot import Description, Family, Snapshot
+from tapes.snapshot import Description, Family, Snapshot, Stats
 
 __all__ = ["REJECTED", "Registry", "default_registry"]
 
@@ -42,7 +41,7 @@ _Words = tuple[str, ...]
 _log = logging.getLogger("tapes.registry")
 
 
-class Registry:
+class Registry(Faced):
     """Makes metrics, keeps them, and answers for their values.
 
     The same name and labels give the same metric, whoever asks. All methods are safe from any thread.
@@ -61,6 +60,13 @@ class Registry:
         >>> print(stats["my"]["timer"]["count"])
         0
     """
+
+    _internal = frozenset({
+        "ancestors", "before_fork", "collect", "connect_in_children", "connect_when_read",
+        "connect_when_used", "connection", "connection_to_read", "descriptions", "first_use", "forked",
+        "gauges", "go_on", "identity", "made", "metrics", "own", "refresh", "reject", "revision",
+        "take", "tells_at_request_end",
+    })  # fmt: skip
 
     def __init__(
         self,
@@ -178,7 +184,7 @@ class Registry:
         name: str,
         producer: Producer | None = None,
         *,
-        merge: str = "sum",
+        merge: MergeMode = "sum",
         weak: bool = False,
         labels: Mapping[str, Any] | None = None,
         **more_labels: Any,
@@ -249,7 +255,7 @@ class Registry:
         self.revision = object()
         return True
 
-    def get_stats(self) -> addict.Dict:
+    def get_stats(self) -> Stats:
         """Return the values as a frozen tree of dicts, nested on dots; if connected, of the whole service.
 
         Raises:
@@ -257,7 +263,7 @@ class Registry:
         """
         return self.snapshot().stats()
 
-    async def get_stats_async(self) -> addict.Dict:
+    async def get_stats_async(self) -> Stats:
         """Return what `get_stats` does, to an event loop that goes on meanwhile (asyncio; trio by anyio)."""
         return await threads.beside_the_loop(self.get_stats)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import inf, isfinite
 from operator import itemgetter
-from typing import Any, NamedTuple, Protocol, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Union
 
 import addict
 
@@ -33,10 +33,20 @@ __all__ = [
     "MeterSeries",
     "Series",
     "Snapshot",
+    "Stats",
     "TimerSeries",
 ]
 
 _log = logging.getLogger("tapes.snapshot")
+
+if TYPE_CHECKING:  # addict has no types
+
+    class Stats(dict[str, Any]):
+        """What ``get_stats()`` returns: an `addict.Dict`, whose items are attributes too; frozen."""
+
+        def __getattr__(self, name: str) -> Any: ...
+else:
+    Stats = addict.Dict
 
 _MOST_BUCKETS = 1000
 
@@ -299,12 +309,12 @@ class Snapshot:
         wanted = canonical_labels(labels, more_labels)
         return next((series for series in self.series(name) if series.labels == wanted), None)
 
-    def stats(self) -> addict.Dict:
+    def stats(self) -> Stats:
         """Return all values as a frozen tree of dicts, nested on the dots of the names.
 
         A labelled series hangs below its name under its selector: ``tree.jobs.done['{queue="mail"}']``.
         """
-        tree = addict.Dict(self.tree())
+        tree = Stats(self.tree())
         tree.freeze()
         return tree
 

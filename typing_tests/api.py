@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Union
 from typing_extensions import assert_type
 
 import tapes
-from tapes.distributed.registry import RegistryAggregator
+from tapes import Counter, Gauge, Histogram, Meter, Stats, Timer
+from tapes.distributed.registry import DistributedRegistry, RegistryAggregator
 from tapes.exposition.prometheus import render
-from tapes.metrics import Counter, Gauge, Histogram, Meter, Timer
 from tapes.metrics.timer import Timing
 from tapes.reporting.http import HTTPReporter
 from tapes.snapshot import Family, Series, Snapshot
@@ -32,6 +32,8 @@ registry = tapes.Registry(prefix="app", labels={"region": "eu"}, clock=ManualClo
 assert_type(registry.counter("a"), Counter)
 tapes.counter(5)  # type: ignore[arg-type]
 tapes.gauge("e", 12)  # type: ignore[arg-type]
+tapes.gauge("e", merge="average")  # type: ignore[arg-type]
+tapes.conter("a")  # type: ignore[attr-defined]
 tapes.Registry("app")  # type: ignore[call-arg]
 
 # Recording.
@@ -106,7 +108,19 @@ assert_type(Widgets().work(), str)
 factory: Callable[[str], Timer] = registry.timer
 tapes.metered_meta([("latency", "endpoints.{}.latency")])  # type: ignore[list-item]
 
-# Reading.
+# Reading. Values of `Stats` are `Any`, by attribute and by key; the tree itself is a dictionary.
+
+stats = tapes.get_stats()
+assert_type(stats, Stats)
+assert_type(registry.snapshot().stats(), Stats)
+assert_type(stats.jobs.done.value, Any)
+assert_type(stats["jobs"], Any)
+assert_type(list(stats), list[str])
+
+
+async def read() -> None:
+    assert_type(await tapes.get_stats_async(), Stats)
+
 
 snapshot = registry.snapshot()
 assert_type(snapshot, Snapshot)
@@ -119,6 +133,7 @@ assert_type(render(registry, openmetrics=True), bytes)
 
 reporter = HTTPReporter(8080, registry, host="127.0.0.1")
 aggregator = RegistryAggregator([reporter], "ipc://tapes_metrics.ipc")
+assert_type(tapes.DistributedRegistry(), DistributedRegistry)
 assert_type(tapes.DistributedRegistry().close(), None)
 with strict() as same:
     assert_type(same, tapes.Registry)

@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Protocol, cast
 
 from tapes.clock import Clock
 from tapes.errors import safe_text
+from tapes.face import Faced
 from tapes.metrics.origin import with_told
 from tapes.metrics.sleeping import SleepingBuffer
 from tapes.naming import Labels
@@ -83,7 +84,7 @@ class State(Protocol):
         """Return what a reader sees as of ``tick``; ``None`` if there is nothing to see."""
 
 
-class Metric:
+class Metric(Faced):
     """A named series that a process records into; made by a registry.
 
     Thread and fork safety: recording and reading are safe from any thread, from signal handlers and from
@@ -96,6 +97,10 @@ class Metric:
 
     kind: ClassVar[str]
     _least: ClassVar[float] = -inf
+    _internal = frozenset({
+        "after_fork", "awaits_producer", "collect", "has_producer", "is_at", "note_told", "produce", "record",
+        "refresh", "set_aside", "sleep", "state", "take", "whole",
+    })  # fmt: skip
 
     __slots__ = (
         "__weakref__", "_bad", "_buffer", "_clock", "_folding", "_inherited", "_lock", "_owner", "_pending",

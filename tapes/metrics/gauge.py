@@ -11,7 +11,7 @@ from itertools import repeat
 from math import isfinite
 from operator import is_
 from types import MethodType
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Literal, NamedTuple
 
 from tapes.clock import Clock
 from tapes.errors import InvalidArgument, safe_text
@@ -21,7 +21,7 @@ from tapes.naming import Labels
 from tapes.snapshot import GaugeSeries
 from tapes.sums import LARGE, Number, Total
 
-__all__ = ["DOWN_ONE", "MERGE_MODES", "UP_ONE", "Gauge", "GaugeState", "Producer", "check_gauge"]
+__all__ = ["DOWN_ONE", "MERGE_MODES", "UP_ONE", "Gauge", "GaugeState", "MergeMode", "Producer", "check_gauge"]
 
 Producer = Callable[[], Number]
 
@@ -29,6 +29,7 @@ _KEPT_SECONDS = 10.0
 """Seconds for which a gauge keeps its last value while its producer hangs."""
 _log = logging.getLogger("tapes.registry")
 
+MergeMode = Literal["sum", "max", "min", "mean", "last", "each"]
 MERGE_MODES = ("sum", "max", "min", "mean", "last", "each")
 """How the gauges of several processes become one.
 

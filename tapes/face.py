@@ -1,0 +1,31 @@
+"""What the public classes show of themselves.
+
+A metric and a registry have methods that only the rest of tapes calls. Those stay reachable, but neither
+``dir()``, which completion asks, nor ``help()`` lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+__all__ = ["Face", "Faced"]
+
+
+class Face(type):
+    """The type of a class that hides ``_internal`` names; ``help()`` and Sphinx ask ``dir(cls)``."""
+
+    _internal: frozenset[str]
+
+    def __dir__(cls) -> Iterable[str]:
+        return [name for name in super().__dir__() if name not in cls._internal]
+
+
+class Faced(metaclass=Face):
+    """The base of a class that hides ``_internal`` names, of its objects and of the class itself."""
+
+    __slots__ = ()
+    _internal: ClassVar[frozenset[str]] = frozenset()
+
+    def __dir__(self) -> Iterable[str]:
+        return [name for name in super().__dir__() if name not in self._internal]
