@@ -13,5 +13,5 @@ html_theme = "furo"
 html_title = f"tapes {release}"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
-myst_heading_anchors = 2
+myst_heading_anchors = 3
 napoleon_use_ivar = True

@@ -21,6 +21,7 @@ from tapes import forks, threads
 from tapes.distributed import directory
 from tapes.distributed.address import Endpoints, is_served, resolve
 from tapes.distributed.lease import Lease
+from tapes.distributed.title import set_title
 from tapes.errors import AddressError, AddressInUse, AggregatorUnavailable, InvalidArgument, TapesError
 from tapes.forks import Process
 from tapes.reporting.configured import HTTP, STATSD, reporters_from
@@ -64,7 +65,7 @@ class Readiness:
         """Run ``aggregator`` to its end, telling the other side how it started; return the exit status."""
         if self._receiver >= 0:
             os.close(self._receiver)
-        _settle()
+        _settle(aggregator)
         try:
             aggregator.run(lambda: self.tell("ready"))
         except TapesError as error:
@@ -130,8 +131,10 @@ class Readiness:
             self._sender = -1
 
 
-def _settle() -> None:
-    """Make a process that is an aggregator's alone fit for many workers."""
+def _settle(aggregator: Aggregator) -> None:
+    """Make a process that is an aggregator's alone fit for many workers, and known in ``ps``."""
+    reason = aggregator._reason and f", started for {aggregator._reason}"
+    set_title(f"tapes aggregator {aggregator._endpoints.publish}{reason}")
     gc.set_threshold(50_000, 20, 50)  # states have no cycles, and there are many of them
     with contextlib.suppress(ValueError, OSError):
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

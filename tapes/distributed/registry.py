@@ -24,6 +24,7 @@ from tapes.distributed.aggregator import Aggregator
 from tapes.distributed.keeper import Keeper
 from tapes.distributed.launch import Readiness
 from tapes.distributed.lease import Lease
+from tapes.distributed.title import set_title
 from tapes.environment import is_disabled
 from tapes.errors import InvalidArgument, TapesError
 from tapes.registry import Registry
@@ -183,6 +184,7 @@ class RegistryAggregator:
         status = 1
         try:
             os.setsid()
+            set_title(f"tapes aggregator supervisor {self.socket_addr}")
             status = Keeper(run, owner).keep(readiness)
         finally:
             os._exit(status)
