@@ -11,16 +11,20 @@ With pytest there are fixtures, in every project that has tapes installed:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from tapes.errors import BadValue, InvalidArgument
-from tapes.metrics import Metric
+from tapes.metrics import Counter, Gauge, Histogram, Meter, Metric, Timer
 from tapes.naming import Labels, canonical_labels, selector
 from tapes.registry import Registry, default_registry
 
 __all__ = ["ManualClock", "assert_recorded", "strict"]
+
+__tracebackhide__ = True
+"""pytest shows the line of the test that fails, and no frame of this module."""
 
 
 class ManualClock:
@@ -82,6 +86,7 @@ def strict(registry: Registry = default_registry) -> Iterator[Registry]:
         raise InvalidArgument(
             "strict()", got="a connected registry", expected="a local one", remedy="close() it first"
         )
+    _hide_frames_below()
     ordinary = type(registry)
     if not isinstance(registry, _Strict):  # a block within a block
         registry.__class__ = type(f"Strict{ordinary.__name__}", (_Strict, ordinary), {})
@@ -91,6 +96,18 @@ def strict(registry: Registry = default_registry) -> Iterator[Registry]:
     finally:
         registry.__class__ = ordinary
         _forget(registry, _CheckedBuffer if issubclass(ordinary, _Strict) else lambda metric: [])
+
+
+def _hide_frames_below() -> None:
+    """Let pytest show the line that records a bad value, and no frame of what it calls in tapes."""
+    kinds = (Registry, Counter, Gauge, Histogram, Meter, Timer)
+    for name in {every.__module__ for kind in kinds for every in kind.__mro__ if every is not object}:
+        vars(sys.modules[name])["__tracebackhide__"] = _is_bad_value
+
+
+def _is_bad_value(raised: Any) -> bool:
+    """Return whether pytest's ``ExceptionInfo`` is of a bad value; any other error shows all frames."""
+    return isinstance(raised.value, BadValue)
 
 
 def _forget(registry: Registry, make_buffer: Callable[[Metric], list[Any]]) -> None:
@@ -113,7 +130,10 @@ class _Strict(Registry):
     def reject(self, name: str, labels: Labels, value: Any, why: str) -> None:
         expected = {"it is not a finite number": "a finite number", "it is less than 0": "zero or more"}
         what = "can't record it" if why in expected else f"can't be read: {why}"
-        raise BadValue(f"{name + selector(labels)!r} {what}", got=value, expected=expected.get(why, ""))
+        error = BadValue(f"{name + selector(labels)!r} {what}", got=value, expected=expected.get(why, ""))
+        if why in expected:
+            raise error from None
+        raise error  # what a producer raised is shown before it
 
 
 class _CheckedBuffer(list[Any]):

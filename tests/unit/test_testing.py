@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
@@ -140,3 +141,46 @@ def test_without_fields_something_must_have_been_recorded(registry):
     assert_recorded("c", value=0, registry=registry)
     counter.increment()
     assert_recorded("c", registry=registry)
+
+
+FAILING = {
+    "assert_recorded": ("assert_recorded('jobs', value=2)", "jobs was not recorded"),
+    "a count": ("tapes.counter('jobs').increment('one')", "got 'one', expected a finite number"),
+    "a duration": ("tapes.timer('jobs').update('one')", "got 'one', expected a finite number"),
+    "a size": ("tapes.histogram('jobs').update(None)", "got None, expected a finite number"),
+    "an event": ("tapes.meter('jobs').mark(-1)", "expected zero or more"),
+    "a gauge": ("tapes.gauge('jobs').set('one')", "got 'one', expected a finite number"),
+    "a producer": ("(tapes.gauge('jobs', lambda: 1 / 0), tapes.get_stats())", "its producer failed"),
+    "the clock": ("ManualClock().advance(-1)", "expected zero or more"),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_failing_test_ends_at_its_own_line(pytester, name):
+    """What pytest shows of a failure is the line of the test, and no frame of tapes below it."""
+    line, message = FAILING[name]
+    pytester.makepyfile(
+        f"import tapes\nfrom tapes.testing import *\n\ndef test_it(tapes_registry):\n    {line}\n"
+    )
+    result = pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider")
+    result.assert_outcomes(failed=1)
+    *_, shown = result.stdout.str().split("During handling of the above exception")
+    assert message in shown
+    assert re.search(rf"^> +{re.escape(line)}$", shown, re.MULTILINE)
+    assert not re.search(r"^\S*tapes/\S+\.py:\d+", shown, re.MULTILINE)
+
+
+def test_other_errors_show_all_frames(pytester):
+    """An error that is not about a bad value may be one of tapes, so its frames are there."""
+    pytester.makepyfile(
+        """
+        import tapes
+
+        def test_it(tapes_registry):
+            tapes.counter("jobs")
+            tapes.meter("jobs")
+        """
+    )
+    result = pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider")
+    result.assert_outcomes(failed=1)
+    assert re.search(r"^\S*tapes/registry\.py:\d+", result.stdout.str(), re.MULTILINE)
