@@ -24,7 +24,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_STAMP)
-	@cd examples && ../$(BIN)/python demo.py
+	@cd examples && exec ../$(BIN)/python demo.py
 
 # Most tests wait for real servers most of the time, so three run side by side; then those that measure time.
 # A half of which PYTEST_ARGS select nothing, for which pytest ends with 5, has not failed.

@@ -8,6 +8,7 @@ and about twelve seconds.
 from __future__ import annotations
 
 import collections
+import contextlib
 import glob
 import http.client
 import json
@@ -26,6 +27,7 @@ CLIENTS = 8
 TICK = 5.0
 SECONDS = 6.5  # so that a tick of the moving rates passes
 MAX_REQUESTS = 20_000
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LIVE = sys.stdout.isatty()
 HERE = pathlib.Path(__file__).parent
 
@@ -207,6 +209,8 @@ def main() -> int:
         show("\n  interrupted\n")
         return 130
     finally:
+        for number in ENDS:
+            signal.signal(number, signal.SIG_IGN)  # a second ctrl-C must not end this before the service
         stop(service)
 
 
@@ -243,6 +247,30 @@ def wait_until_gone(master: int) -> None:
     show("  gunicorn and the aggregator have ended; nothing is left behind\n")
 
 
+@contextlib.contextmanager
+def terminal():
+    """Take the terminal's ctrl-C from the processes that started this one: make would call it an error."""
+    try:
+        group = os.tcgetpgrp(sys.stdin.fileno())
+        if group != os.getpgrp() or group == os.getpid():
+            raise OSError("this process is not in the foreground, or has no group to share")
+    except (OSError, ValueError):
+        yield
+        return
+    # Otherwise what follows stops a process in the background, and ctrl-Z this one and not the shell's job.
+    for number in (signal.SIGTTOU, signal.SIGTSTP):
+        signal.signal(number, signal.SIG_IGN)
+    os.setpgid(0, 0)
+    os.tcsetpgrp(sys.stdin.fileno(), os.getpgrp())
+    try:
+        yield
+    finally:
+        os.tcsetpgrp(sys.stdin.fileno(), group)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    for number in ENDS:
+        signal.signal(number, signal.default_int_handler)
+    with terminal():
+        status = main()
+    sys.exit(status)

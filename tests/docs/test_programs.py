@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
 import pkgutil
 import re
 import subprocess
@@ -72,6 +73,30 @@ def test_the_examples_of_docstrings_run(name):
     """As written."""
     results = doctest.testmod(importlib.import_module(name))
     assert results.failed == 0
+
+
+def test_ctrl_c_ends_the_demo_that_stays_up_quietly(tmp_path):
+    """On a terminal, pressed twice: no traceback, status 0, and its parent is not interrupted."""
+    on_a_terminal = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    shell = ["sh", "-c", f"'{sys.executable}' demo.py; echo ended with $?"]
+    with subprocess.Popen(
+        [sys.executable, "-c", on_a_terminal, *shell],
+        cwd=EXAMPLES, env=clean_environment(TMPDIR=str(tmp_path), SERVE="1"),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        shown = b""
+        while b"format=prometheus" not in shown:
+            piece = os.read(process.stdout.fileno(), 65536)
+            assert piece, shown.decode()
+            shown += piece
+        process.stdin.write(b"\x03\x03")
+        process.stdin.flush()
+        shown = (shown + process.stdout.read()).decode()
+        assert process.wait(30) == 0, shown
+    assert shown.rstrip().endswith("ended with 0"), shown
+    assert "Traceback" not in shown
+    assert "nothing is left behind" in shown
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_demo_agrees_and_ends_with_status_0(tmp_path):
