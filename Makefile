@@ -72,7 +72,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(DEMO_STAMP): pyproject.toml | $(BIN)/python
-	$(PIP) --editable '.[distributed,flask]' gunicorn
+	$(PIP) --editable '.[flask]' gunicorn
 	@touch $@
 
 $(BENCH_STAMP): pyproject.toml | $(BIN)/python

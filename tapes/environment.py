@@ -6,9 +6,14 @@ import multiprocessing
 import os
 
 from tapes import service
+from tapes.errors import InvalidArgument
 from tapes.forks import connected_parent
 
-__all__ = ["address_told", "is_disabled", "is_spawned", "may_start", "service_address"]
+__all__ = [
+    "LABELS", "address_told", "is_disabled", "is_spawned", "labels_given", "may_start", "service_address",
+]  # fmt: skip
+
+LABELS = "TAPES_LABELS"
 
 
 def is_disabled() -> bool:
@@ -19,6 +24,26 @@ def is_disabled() -> bool:
 def may_start() -> bool:
     """Return whether aggregators may be started by themselves (unless ``TAPES_AUTOSTART=0``)."""
     return os.environ.get("TAPES_AUTOSTART", "1") != "0"
+
+
+def labels_given() -> dict[str, str]:
+    """Return the labels that the default registry gives to every series: ``TAPES_LABELS=key=value,…``.
+
+    Raises:
+        InvalidArgument: If it can't be read so.
+    """
+    text = os.environ.get(LABELS, "")
+    labels: dict[str, str] = {}
+    for pair in text.split(",") if text else ():
+        name, _, value = map(str.strip, pair.partition("="))
+        if not (name and value) or name in labels:
+            raise InvalidArgument(
+                LABELS,
+                got=text,
+                expected="KEY=VALUE,KEY=VALUE, each key once, such as region=eu,service=shop",
+            )
+        labels[name] = value
+    return labels
 
 
 def address_told() -> str:

@@ -21,7 +21,8 @@ from tapes import forks, threads
 from tapes.catalogue import MAX_SERIES, OVERFLOW, Catalogue
 from tapes.clock import Clock, monotonic, tick_at
 from tapes.connection import Connection
-from tapes.errors import InvalidArgument, KindConflict, short_repr
+from tapes.environment import LABELS, labels_given
+from tapes.errors import InvalidArgument, KindConflict, TapesError, short_repr
 from tapes.face import Faced
 from tapes.first_use import FirstUse
 from tapes.lineage import unpublished_by_parent
@@ -431,5 +432,13 @@ def _of_default_registry(
     return default_registry._make(*metric) if metric else default_registry
 
 
-default_registry = Registry()
+def _default_registry() -> Registry:
+    try:
+        return Registry(labels=labels_given())
+    except TapesError as error:  # it is the import of the user's application that comes here
+        _log.warning("tapes records without the labels of %s: %s", LABELS, error)
+        return Registry()
+
+
+default_registry = _default_registry()
 """The registry behind ``tapes.counter()`` and its siblings."""

@@ -35,7 +35,7 @@ _READY_SECONDS = 10.0
 _END = b"\0"
 _NOT_HANDED_ON = (
     "GUNICORN_FD", "GUNICORN_PID", "LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET",
-    "TAPES_ADDR", "TAPES_CONNECTED",
+    "TAPES_ADDR", "TAPES_CONNECTED", "TAPES_LABELS",
 )  # fmt: skip
 
 _log = logging.getLogger("tapes.distributed")

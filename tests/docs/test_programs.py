@@ -47,6 +47,48 @@ def test_a_page_prints_what_it_says(tmp_path, page):
     assert done.stdout == "".join(printed or "" for _, printed in blocks)
 
 
+def rows(page):
+    """Yield the cells of each row of the tables of a page that say what to import."""
+    for line in (ROOT / page).read_text().splitlines():
+        if line.startswith("| ") and "import " in line:
+            yield [cell.strip() for cell in line.strip("| ").split("|")]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/adapters.md"])
+def test_the_imports_and_the_extras_of_the_tables_are_there(page):
+    """Each import of a table of adapters or reporters works; each extra is declared and brings something."""
+    extras = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert all(extras.values())
+    imported = named = 0
+    for cells in rows(page):
+        for statement in re.findall(r"`((?:from \S+ )?import [\w.]+)`", cells[1]):
+            exec(statement, {})  # the page is our own
+            imported += 1
+        for extra in re.findall(r"tapes\[(\w+)\]", " ".join(cells)):
+            assert extra in extras
+            named += 1
+    assert imported >= 9
+    assert named >= 8
+
+
+def test_every_extra_that_an_error_names_is_there():
+    """MissingExtra says what to install, so that exists."""
+    extras = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    sources = "".join(path.read_text() for path in (ROOT / "tapes").rglob("*.py"))
+    named = set(re.findall(r'MissingExtra\(\s*"[^"]+",\s*"(\w+)"', sources))
+    assert {"asgi", "distributed", "flask", "tornado"} <= named <= set(extras)
+
+
+def test_the_first_half_of_the_readme_says_who_may_read():
+    """The metrics are open by default, and what closes them stands next to the first service."""
+    readme = (ROOT / "README.md").read_text()
+    assert readme.index("`/metrics` is open") < readme.index("TAPES_METRICS_TOKEN") < len(readme) / 2
+
+
 def test_the_tornado_program_of_the_documentation_is_the_example():
     """Which is run elsewhere; here, that they have not drifted apart."""
     (source,) = (s for s, _ in programs((ROOT / "docs" / "distributed.md").read_text()) if "tornado" in s)

@@ -1,0 +1,48 @@
+"""Labels from the environment, in a service of several workers."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from tests.contrib.services import Service
+from tests.processes import get, wait_for
+
+
+def workers_answered(service):
+    """Send a request; return the number of workers that have had one."""
+    get(service.port, "/")
+    workers = json.loads(get(service.port, "/metrics")[2])["tapes"]["workers"]
+    return workers['{state="live"}']["value"]
+
+
+def test_all_workers_and_all_formats_show_the_labels_of_the_environment(short_dir):
+    """TAPES_LABELS: on every series of the service, in JSON and in Prometheus text, from three workers."""
+    service = Service(short_dir, ["-w", "3"], TAPES_LABELS="region=eu,service=shop")
+    with service.running():
+        service.wait_until_up()
+        wait_for(lambda: workers_answered(service) == 3, "all workers are there")
+        own = {"tapes", "tapes_"}
+        tree = json.loads(get(service.port, "/metrics")[2])
+        assert set(tree) > {"http", "tapes"}
+        selectors = set(re.findall(r"{[^{}]*}", json.dumps(tree["http"]).replace('\\"', "'")))
+        series = {selector for selector in selectors if "=" in selector}
+        assert series
+        assert all("region='eu'" in one and "service='shop'" in one for one in series)
+        text = get(service.port, "/metrics", Accept="text/plain")[2].decode()
+        samples = [line for line in text.splitlines() if not line.startswith(("#", *own))]
+        assert len(samples) > 20
+        assert all('region="eu"' in line and 'service="shop"' in line for line in samples)
+    assert "TAPES_LABELS" not in service.output()
+
+
+def test_labels_that_cannot_be_read_are_a_warning_and_no_fault(short_dir):
+    """The service answers without them; each process logs it once, and the aggregator does not."""
+    service = Service(short_dir, ["-w", "2"], TAPES_LABELS="region")
+    with service.running():
+        service.wait_until_up()
+        wait_for(lambda: workers_answered(service) == 2, "all workers are there")
+    lines = [line for line in service.output().splitlines() if "TAPES_LABELS" in line]
+    assert lines
+    assert len(lines) <= 3
+    assert all("got 'region', expected KEY=VALUE" in line for line in lines)
