@@ -81,7 +81,7 @@ def newest(found: dict[str, Interpreter]) -> tuple[dict[str, Interpreter], str]:
 def environment(interpreter: Interpreter) -> pathlib.Path:
     """Return the virtual environment of an interpreter, with everything that the tests need."""
     folder = ROOT / ".interpreters" / interpreter.name.replace(" ", "-")
-    needs = ["-e", ".[asgi,distributed,flask,tornado]", *NEEDS]
+    needs = ["-e", ".[all]", *NEEDS]
     installed = folder / "installed.txt"
     content = "\n".join([*interpreter.inside, interpreter.path, *needs])
     if not installed.exists() or installed.read_text() != content:
