@@ -14,9 +14,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from tapes import forks
+from tapes import alone, forks
 from tapes.environment import address_told, is_disabled, is_spawned, service_address
-from tapes.errors import TapesError
+from tapes.errors import TapesError, UnknownAttribute
 from tapes.meta import metered_meta
 from tapes.metrics import Counter, Gauge, Histogram, Meter, Timer
 from tapes.registry import Registry, default_registry
@@ -119,7 +119,21 @@ if not TYPE_CHECKING:  # for which every name would be there
     def __getattr__(name: str) -> Any:
         if name == "DistributedRegistry":
             return _distributed("registry").DistributedRegistry
-        raise AttributeError(f"module 'tapes' has no attribute {name!r}")
+        raise _unknown(name)
+
+
+def _unknown(name: str) -> AttributeError:
+    """Return the error of a name that this module does not have."""
+    what = f"module 'tapes' has no attribute {name!r}"
+    if name.startswith("_"):
+        return AttributeError(what)
+    if name in ("contrib", "distributed", "exposition", "reporting", "testing"):
+        return UnknownAttribute(what, attribute=name, remedy=f"import tapes.{name}")
+    from difflib import get_close_matches  # takes as long to import as some of tapes
+
+    close = get_close_matches(name, __dir__(), 1)
+    remedy = f"did you mean {close[0]!r}?" if close else "dir(tapes) lists what there is"
+    return UnknownAttribute(what, attribute=name, remedy=remedy)
 
 
 def _distributed(module: str) -> Any:
@@ -142,3 +156,4 @@ if address_told():
     default_registry.connect_when_used = _connect_as_told
 elif is_spawned():
     default_registry.first_use.wait()
+alone.watch(default_registry)

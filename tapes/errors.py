@@ -5,6 +5,8 @@
     ├── InvalidLabel           ValueError        a label name that can't be used
     ├── InvalidArgument        ValueError        any other argument out of its range
     ├── BadValue               ValueError        a value that can't be recorded; raised in tests only
+    ├── InvalidCall            TypeError         a call with arguments that are missing or in the wrong place
+    ├── UnknownAttribute       AttributeError    a name that a metric or the package does not have
     ├── KindConflict           TypeError         the name belongs to a metric of another kind
     ├── MissingExtra           ImportError       an optional dependency is not installed
     ├── AddressError           ValueError        an address that can't be bound or connected to
@@ -27,11 +29,13 @@ __all__ = [
     "AggregatorUnavailable",
     "BadValue",
     "InvalidArgument",
+    "InvalidCall",
     "InvalidLabel",
     "InvalidName",
     "KindConflict",
     "MissingExtra",
     "TapesError",
+    "UnknownAttribute",
     "WireError",
     "safe_text",
     "short_repr",
@@ -93,6 +97,25 @@ class InvalidLabel(TapesError, ValueError):
 
 class InvalidArgument(TapesError, ValueError):
     """An argument other than a name or a label that is out of its range."""
+
+
+class InvalidCall(TapesError, TypeError):
+    """A call with arguments that are missing or in the wrong place."""
+
+
+class UnknownAttribute(TapesError, AttributeError):
+    """A name that a metric or the package does not have.
+
+    Args:
+        what: What is wrong.
+        attribute: The name.
+        expected: Which names there are, in words.
+        remedy: What to use.
+    """
+
+    def __init__(self, what: str, *, attribute: str, expected: str = "", remedy: str = "") -> None:
+        super().__init__(what, expected=expected, remedy=remedy)
+        self.name = attribute  # so that Python adds no suggestion of its own
 
 
 class BadValue(TapesError, ValueError):

@@ -28,6 +28,7 @@ Labels = tuple[tuple[str, str], ...]
 RESERVED = frozenset({"name", "producer", "merge", "weak", "unit", "help", "buckets", "labels"})
 """Words that no maker takes as a keyword label: they are, or may become, arguments of their own."""
 
+_DESCRIBED = {"help", "unit", "buckets"}
 _LABEL_NAME = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -69,11 +70,12 @@ def canonical_labels(labels: Mapping[str, Any] | None, more_labels: Mapping[str,
         InvalidLabel: For a reserved keyword, a name that Prometheus would refuse, or a name given twice.
     """
     for word in RESERVED.intersection(more_labels):
+        described = f", or tapes.describe(name, text, …) for a {word}" if word in _DESCRIBED else ""
         raise InvalidLabel(
             f"{word!r} can't be a keyword label",
             got=f"{word}={more_labels[word]!r}",
             expected="a keyword that is not an argument's name",
-            remedy=f"use labels={{{word!r}: …}}",
+            remedy=f"use labels={{{word!r}: …}} for a label{described}",
         )
     merged: dict[str, str] = {}
     for given in (labels or {}, more_labels):

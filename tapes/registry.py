@@ -23,12 +23,11 @@ from tapes.clock import Clock, monotonic, tick_at
 from tapes.connection import Connection
 from tapes.environment import LABELS, labels_given
 from tapes.errors import InvalidArgument, KindConflict, TapesError, short_repr
-from tapes.face import Faced
 from tapes.first_use import FirstUse
 from tapes.lineage import unpublished_by_parent
-from tapes.metrics import Counter, Gauge, Histogram, Meter, Metric, State, Timer
-from tapes.metrics.gauge import MergeMode, Producer, check_gauge
-from tapes.naming import Labels, canonical_labels, check_name, label_text
+from tapes.makers import Makers, check_prefix
+from tapes.metrics import Counter, Gauge, Metric, State
+from tapes.naming import Labels, canonical_labels, check_name
 from tapes.producing import run_producers
 from tapes.snapshot import Description, Family, Snapshot, Stats
 
@@ -38,11 +37,10 @@ M = TypeVar("M", bound=Metric)
 
 REJECTED = "tapes.rejected"
 """The counter of values and messages that were dropped."""
-_Words = tuple[str, ...]
 _log = logging.getLogger("tapes.registry")
 
 
-class Registry(Faced):
+class Registry(Makers):
     """Makes metrics, keeps them, and answers for their values.
 
     The same name and labels give the same metric, whoever asks. All methods are safe from any thread.
@@ -65,8 +63,8 @@ class Registry(Faced):
     _internal = frozenset({
         "ancestors", "before_fork", "collect", "connect_in_children", "connect_when_read",
         "connect_when_used", "connection", "connection_to_read", "descriptions", "first_use", "forked",
-        "gauges", "go_on", "identity", "made", "metrics", "own", "refresh", "reject", "revision",
-        "take", "tells_at_request_end",
+        "gauges", "go_on", "identity", "made", "metrics", "own", "recipe", "refresh", "reject", "rejected",
+        "revision", "take", "tells_at_request_end",
     })  # fmt: skip
 
     def __init__(
@@ -79,17 +77,13 @@ class Registry(Faced):
     ) -> None:
         if not isinstance(max_series, int) or max_series < 1:
             raise InvalidArgument("max_series", got=max_series, expected="a whole number of at least 1")
-        self._prefix = check_name(prefix) + "." if prefix else ""
+        super().__init__()
+        self._prefix = check_prefix(prefix)
         self._labels = dict(canonical_labels(labels, {}))
         self.clock = clock
         self.max_series = max_series
         self._catalogue = Catalogue()
         self._described: dict[str, Description] = {}
-        self._counters: dict[_Words, Counter] = {}
-        self._meters: dict[_Words, Meter] = {}
-        self._histograms: dict[_Words, Histogram] = {}
-        self._timers: dict[_Words, Timer] = {}
-        self._gauges: dict[_Words, Gauge] = {}
         self._complained: set[tuple[str, Labels]] = set()
         self._memory: dict[str, Any] = {}
         self.revision = self.made = object()  # others after each change: += 1 of two threads may be one
@@ -122,106 +116,6 @@ class Registry(Faced):
             self.connect_when_read()
         return self._connection
 
-    def counter(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Counter:
-        """Return the counter of this name and these labels; made if it isn't there.
-
-        A counter counts things: ``.increment()``, ``.decrement()``.
-
-        Raises:
-            InvalidName, InvalidLabel: If the name or a label can't be used.
-            KindConflict: If the name belongs to another kind of metric.
-        """
-        if labels is None:  # the same lines in each maker: a call would cost as much as they do
-            words = (name, *more_labels, *more_labels.values())
-            try:
-                return self._counters[words]
-            except (KeyError, TypeError):
-                pass
-        return self._get(Counter, self._counters, name, labels, more_labels)
-
-    def meter(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Meter:
-        """Return the meter of this name and these labels; made if it isn't there. Raises as `counter`.
-
-        A meter counts events and knows how often they come: ``.mark()``.
-        """
-        if labels is None:
-            words = (name, *more_labels, *more_labels.values())
-            try:
-                return self._meters[words]
-            except (KeyError, TypeError):
-                pass
-        return self._get(Meter, self._meters, name, labels, more_labels)
-
-    def histogram(
-        self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any
-    ) -> Histogram:
-        """Return the histogram of this name and these labels; made if it isn't there. Raises as `counter`.
-
-        A histogram keeps how values are distributed: ``.update(value)``.
-        """
-        if labels is None:
-            words = (name, *more_labels, *more_labels.values())
-            try:
-                return self._histograms[words]
-            except (KeyError, TypeError):
-                pass
-        return self._get(Histogram, self._histograms, name, labels, more_labels)
-
-    def timer(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Timer:
-        """Return the timer of this name and these labels; made if it isn't there. Raises as `counter`.
-
-        A timer keeps durations in seconds: ``with timer.time(): …``, ``@timer.time()``, ``.update(seconds)``.
-        """
-        if labels is None:
-            words = (name, *more_labels, *more_labels.values())
-            try:
-                return self._timers[words]
-            except (KeyError, TypeError):
-                pass
-        return self._get(Timer, self._timers, name, labels, more_labels)
-
-    def gauge(
-        self,
-        name: str,
-        producer: Producer | None = None,
-        *,
-        merge: MergeMode = "sum",
-        weak: bool = False,
-        labels: Mapping[str, Any] | None = None,
-        **more_labels: Any,
-    ) -> Gauge:
-        """Return the gauge of this name and these labels; made if it isn't there.
-
-        A gauge stands at a value: ``.set(value)``, ``.increment()``, ``.decrement()``, or a producer.
-
-        Args:
-            name: The name.
-            producer: A zero-argument callable that returns the value, run at every read; without one the
-                value is what was set. The newest producer replaces an earlier one.
-            merge: ``sum``, ``max``, ``min``, ``mean`` or ``each`` (one series per worker) of live workers, to
-                which an exited one contributes nothing; or ``last``, the value set last, also if by that.
-            weak: Do not keep the producer alive, nor the object that it is a method of.
-            labels: The labels.
-            **more_labels: Labels too.
-
-        Raises:
-            InvalidArgument: If ``producer`` is not callable or ``merge`` is none of the above.
-            KindConflict: If the gauge is there with another mode; otherwise as `counter`.
-        """
-        if labels is None and producer is None and merge == "sum" and weak is False:
-            words = (name, *more_labels, *more_labels.values())
-            try:
-                return self._gauges[words]
-            except (KeyError, TypeError):
-                pass
-        check_gauge(producer, merge, weak)
-        gauge = self._get(Gauge, self._gauges, name, labels, more_labels, mode=merge)
-        if merge not in (gauge.mode, "sum"):
-            raise KindConflict(f"gauge {name!r} merges in another way", got=merge, expected=gauge.mode)
-        if producer is not None:
-            gauge.produce(producer, weak=weak)
-        return gauge
-
     def describe(
         self, name: str, text: str, *, unit: str | None = None, buckets: Sequence[float] = ()
     ) -> None:
@@ -250,9 +144,7 @@ class Registry(Faced):
         self._complained.discard((full_name, key))
         if OVERFLOW not in key:
             metrics.free_places.append(0)
-        for found in (self._counters, self._meters, self._histograms, self._timers, self._gauges):
-            for words in [words for words, kept in found.copy().items() if kept is metric]:
-                found.pop(words, None)
+        self._forget(metric)
         self.revision = object()
         return True
 
@@ -355,33 +247,13 @@ class Registry(Faced):
         """Return a metric about tapes itself: it has none of the prefix and the labels of this registry."""
         return self._make(kind, name, canonical_labels(labels, {}), {"mode": "sum"} if kind is Gauge else {})
 
-    def _get(
-        self,
-        kind: type[M],
-        found: dict[_Words, M],
-        name: str,
-        labels: Mapping[str, Any] | None,
-        more_labels: dict[str, Any],
-        **options: Any,
-    ) -> M:
-        """Return a metric; remembered in ``found`` under its name and its labels, as words in given order."""
-        words = None
-        if labels is None and type(name) is str:
-            words = (name, *more_labels, *map(label_text, more_labels.values()))
-            if words in found:
-                return found[words]
-        all_labels = self._all_labels(labels, more_labels)
-        metric = self._make(kind, self._prefix + check_name(name), all_labels, options)
-        if words is not None and metric.labels == all_labels:
-            found[words] = metric
-            metrics = self._catalogue.get(metric.name)
-            if metrics is None or metrics.by_labels.get(all_labels) is not metric:  # removed meanwhile
-                found.pop(words, None)
-        return metric
-
     def _all_labels(self, labels: Mapping[str, Any] | None, more: Mapping[str, Any]) -> Labels:
         given = canonical_labels(labels, more)
         return tuple(sorted({**self._labels, **dict(given)}.items())) if self._labels else given
+
+    def _is_there(self, metric: Metric, labels: Labels) -> bool:
+        metrics = self._catalogue.get(metric.name)
+        return metrics is not None and metrics.by_labels.get(labels) is metric
 
     def _make(self, kind: type[M], name: str, labels: Labels, options: dict[str, Any]) -> M:
         if self.connect_when_used is not None and self.first_use.wake is None:

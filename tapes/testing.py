@@ -19,6 +19,7 @@ from typing import Any
 from tapes.errors import BadValue, InvalidArgument
 from tapes.metrics import Counter, Gauge, Histogram, Meter, Metric, Timer
 from tapes.naming import Labels, canonical_labels, selector
+from tapes.producing import run_producers
 from tapes.registry import Registry, default_registry
 
 __all__ = ["ManualClock", "assert_recorded", "strict"]
@@ -101,7 +102,8 @@ def strict(registry: Registry = default_registry) -> Iterator[Registry]:
 def _hide_frames_below() -> None:
     """Let pytest show the line that records a bad value, and no frame of what it calls in tapes."""
     kinds = (Registry, Counter, Gauge, Histogram, Meter, Timer)
-    for name in {every.__module__ for kind in kinds for every in kind.__mro__ if every is not object}:
+    names = {every.__module__ for kind in kinds for every in kind.__mro__ if every is not object}
+    for name in names | {run_producers.__module__}:
         vars(sys.modules[name])["__tracebackhide__"] = _is_bad_value
 
 
@@ -128,10 +130,15 @@ class _Strict(Registry):
         return metric
 
     def reject(self, name: str, labels: Labels, value: Any, why: str) -> None:
-        expected = {"it is not a finite number": "a finite number", "it is less than 0": "zero or more"}
-        what = "can't record it" if why in expected else f"can't be read: {why}"
-        error = BadValue(f"{name + selector(labels)!r} {what}", got=value, expected=expected.get(why, ""))
-        if why in expected:
+        why, _, remedy = why.partition("; ") if why.startswith("it is ") else (why, "", "")
+        expected = {"it is not a finite number": "a finite number", "it is less than 0": "zero or more"}.get(
+            why
+        )
+        what = "can't record it" if expected else f"can't be read: {why}"
+        error = BadValue(
+            f"{name + selector(labels)!r} {what}", got=value, expected=expected or "", remedy=remedy
+        )
+        if expected:
             raise error from None
         raise error  # what a producer raised is shown before it
 

@@ -271,7 +271,7 @@ class Exchange:
                     adapter.stray(status)
             timer = adapter.timers.get((self.method, self.route, status)) or adapter.timer_of(self, status)
             if timer is not None:
-                # What follows is Timer.record(). After the application's code most of what is run here has
+                # What follows is Timer._record(). After the application's code most of what is run here has
                 # to be fetched from memory again, so what counts is how many functions there are.
                 if now >= timer._tick_end:
                     timer._fold(now)

@@ -65,4 +65,4 @@ class OpenConnection:
             label = "_OTHER" if by_client and code not in _STANDARD_CODES else label_text(code)
             timer = self._registry.timer(self._before + _DURATION, route=self._route, code=label)
             now = self._registry.clock()
-            timer.record(now - self._start, now)
+            timer._record(now - self._start, now)

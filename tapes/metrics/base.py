@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Protocol, cast
 
 from tapes.clock import Clock
 from tapes.errors import safe_text
-from tapes.face import Faced
+from tapes.metrics.misuse import Guided, LabelsOf
 from tapes.metrics.origin import with_told
 from tapes.metrics.sleeping import SleepingBuffer
 from tapes.naming import Labels
@@ -84,7 +84,7 @@ class State(Protocol):
         """Return what a reader sees as of ``tick``; ``None`` if there is nothing to see."""
 
 
-class Metric(Faced):
+class Metric(Guided):
     """A named series that a process records into; made by a registry.
 
     Thread and fork safety: recording and reading are safe from any thread, from signal handlers and from
@@ -98,8 +98,9 @@ class Metric(Faced):
     kind: ClassVar[str]
     _least: ClassVar[float] = -inf
     _internal = frozenset({
-        "after_fork", "awaits_producer", "collect", "has_producer", "is_at", "note_told", "produce", "record",
-        "refresh", "set_aside", "sleep", "state", "take", "whole",
+        "after_fork", "awaits_producer", "collect", "has_producer", "is_at", "is_due", "note_failure",
+        "note_late", "note_told", "produce", "run_producer", "set_aside", "sleep", "state", "take",
+        "whole",
     })  # fmt: skip
 
     __slots__ = (
@@ -109,7 +110,7 @@ class Metric(Faced):
 
     def __init__(self, name: str, labels: Labels, clock: Clock, owner: Owner) -> None:
         self.name = name
-        self.labels = labels
+        self.labels: Labels = LabelsOf(labels)
         self._clock = clock
         self._owner = owner
         self._buffer: list[Any] = []  # what recording appends to: the pending values, or what wakes first

@@ -62,7 +62,6 @@ class Counter(Metric):
     """
 
     kind = "counter"
-    _least = 0.0
     __slots__ = ()
 
     def increment(self, n: Number = 1) -> None:
@@ -105,10 +104,14 @@ class Counter(Metric):
         return CounterState(add_up(up, ups), add_up(down, downs), origin)
 
     def _checked(self, value: Any) -> Any:
-        if not _is_down(value):
-            return super()._checked(value)
-        number = super()._checked(value[0])
-        return value if number is value[0] else (number, DOWN)
+        is_down = _is_down(value)
+        given = value[0] if is_down else value
+        number = checked_number(given)
+        if number < 0:
+            raise ValueError(f"it is less than 0; use {'increment' if is_down else 'decrement'}()")
+        if not is_down:
+            return number
+        return value if number is given else (number, DOWN)
 
     def _given(self, value: Any) -> Any:
         return value[0] if _is_down(value) else value

@@ -55,7 +55,8 @@ def check_gauge(producer: Any, merge: Any, weak: Any) -> None:
             "a gauge's producer",
             got=producer,
             expected="a callable without arguments",
-            remedy="use .set(value) for a plain value",
+            remedy="use .set(value) for a plain value, keywords or labels={…} for labels, and "
+            "tapes.describe(name, text) for a help text",
         )
     if not isinstance(weak, bool):
         raise InvalidArgument(

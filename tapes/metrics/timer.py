@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+from tapes.errors import InvalidCall
 from tapes.ewma import Rates
 from tapes.metrics.base import FULL
 from tapes.metrics.meter import Ticking
@@ -68,7 +69,7 @@ class Timer(Ticking):
     _least = 0.0
     __slots__ = ()
 
-    def time(self) -> Timing:
+    def time(self, function: None = None) -> Timing:
         """Return a context manager, also usable as a decorator, that records how long its block took.
 
         The duration is recorded when the block ends, also by an exception. A decorated function is timed
@@ -77,6 +78,13 @@ class Timer(Ticking):
         a call that returns one of these, a future or another awaitable: until that has ended. Each block
         needs a ``time()`` of its own. ``async with`` works too.
         """
+        if function is not None:
+            raise InvalidCall(
+                "time() takes no argument",
+                got=function,
+                expected="parentheses: @timer.time()",
+                remedy="write @timer.time(), not @timer.time",
+            )
         timing = Timing()
         timing._timer = self
         return timing
@@ -86,9 +94,9 @@ class Timer(Ticking):
 
         Cost: a clock read and an append. Never raises, never waits.
         """
-        self.record(seconds, self._clock())
+        self._record(seconds, self._clock())
 
-    def record(self, seconds: Number | timedelta, now: float) -> None:
+    def _record(self, seconds: Number | timedelta, now: float) -> None:
         """Add a duration that ended at ``now`` on this timer's clock, for callers that have just looked."""
         if now >= self._tick_end:
             self._fold(now)

@@ -54,7 +54,7 @@ class Timing:
     ) -> None:
         timer = self._timer
         now = timer._clock()
-        # What follows is Timer.record(); a call of it would cost as much as all of it.
+        # What follows is Timer._record(); a call of it would cost as much as all of it.
         if now >= timer._tick_end:
             timer._fold(now)
         buffer = timer._buffer
@@ -108,7 +108,7 @@ def _resumed(timer: Timer, spent: float) -> Timing:
 
 
 def _timed_function(function: Callable[..., Any], timer: Timer) -> Callable[..., Any]:
-    clock, record = timer._clock, timer.record
+    clock, record = timer._clock, timer._record
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         start = clock()
@@ -232,7 +232,7 @@ def _rest_of_future(result: Any, timer: Timer, spent: float) -> Any:
 
     def done(future: Any) -> None:
         now = timer._clock()
-        timer.record(now - start, now)
+        timer._record(now - start, now)
 
     try:
         result.add_done_callback(done)

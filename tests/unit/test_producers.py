@@ -61,7 +61,7 @@ def test_whatever_a_producer_raises_the_others_are_read(registry, caplog, error)
     snapshot = registry.snapshot()
     assert [snapshot.get(name).value for name in "adgjm"] == [1] * 5
     assert snapshot.series("ax") == ()
-    assert registry.counter("tapes.rejected").collect().counted == 5
+    assert registry.own(tapes.Counter, "tapes.rejected").collect().counted == 5
     assert f"its producer failed: {error.__name__}('gone')" in caplog.text
 
 
@@ -89,7 +89,7 @@ def test_a_producer_that_hangs_holds_up_one_read_for_a_second_and_no_other_produ
         snapshot = registry.snapshot()
         assert (snapshot.get("a").value, snapshot.get("c").value, snapshot.series("b")) == (1, 2, ())
     assert len(hang.runs) == 1
-    assert registry.counter("tapes.rejected").collect().counted == 1
+    assert registry.own(tapes.Counter, "tapes.rejected").collect().counted == 1
     assert "its producer has not returned within 1 s" in caplog.text
     hang.goes_on.set()
     wait_for(lambda: registry.snapshot().series("b"), "the producer is run again")
@@ -161,7 +161,7 @@ def test_a_producer_that_works_in_the_readers_thread_alone_has_a_value(registry)
         return registry.get_stats().tasks.value
 
     assert asyncio.run(main()) == 1
-    assert registry.counter("tapes.rejected").collect().counted == 0
+    assert registry.own(tapes.Counter, "tapes.rejected").collect().counted == 0
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError, RuntimeError])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import enum
 import logging
+import pickle
 import threading
 
 import pytest
 
 import tapes
-from tapes.errors import InvalidArgument, InvalidLabel, InvalidName, KindConflict
+from tapes.errors import InvalidArgument, InvalidCall, InvalidLabel, InvalidName, KindConflict
 
 MAKERS = ["counter", "gauge", "histogram", "meter", "timer"]
 
@@ -262,3 +263,70 @@ def test_a_removed_name_blocks_nobody(registry, first, second):
     assert registry.remove(first)
     registry.counter(second).increment()
     assert registry.snapshot().get(second).value == 1
+
+
+MAKERS = ["counter", "gauge", "histogram", "meter", "timer"]
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_name_can_be_a_keyword(registry, maker):
+    """And gives the same metric as one by position."""
+    make = getattr(registry, maker)
+    assert make(name="a") is make("a")
+    assert make(name="a", queue="mail") is make("a", queue="mail") is not make("a")
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_any_word_that_is_no_argument_can_be_a_label(registry, maker):
+    """Also one that is a word of the language of methods."""
+    assert getattr(registry, maker)("a", self="x", cls="y", kind="z").labels == (
+        ("cls", "y"), ("kind", "z"), ("self", "x"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_labels_by_position_are_an_error_also_of_a_metric_that_is_there(registry, maker):
+    """Two words behind the name are no label and its value."""
+    make = getattr(registry, maker)
+    make("a", m="x")
+    for wrong in (("a", "m", "x"), ("a", None, "m", "x")):
+        with pytest.raises(TypeError):
+            make(*wrong)
+    with pytest.raises(InvalidCall, match="positional"):
+        make("a", None, "x")
+
+
+def test_names_of_tapes_are_refused_but_for_its_own(registry):
+    """Under any prefix that makes such a name; a name that only looks alike is allowed."""
+    for wrong in ("tapes.rejected", "tapes.x", "tapes.a.b"):
+        with pytest.raises(InvalidName, match=r"'tapes\.'"):
+            registry.counter(wrong)
+    for wrong in ("tapes", "tapes.shop"):
+        with pytest.raises(InvalidName, match=r"'tapes\.'"):
+            tapes.Registry(prefix=wrong)
+    assert tapes.Registry(prefix="shop").counter("tapes.x").name == "shop.tapes.x"
+    assert registry.counter("tapestry.x").name == "tapestry.x"
+    registry.counter("a").increment("bad")
+    assert registry.get_stats().tapes.rejected.value == 1
+
+
+def test_wrong_names_are_attribute_errors_and_cost_nothing_else(registry):
+    """hasattr() is false, a default is returned, and neither an object nor its class shows the name."""
+    for maker, name in (("counter", "inc"), ("gauge", "dec"), ("histogram", "observe"), ("timer", "record")):
+        metric = getattr(registry, maker)(maker)
+        assert not hasattr(metric, name)
+        assert getattr(metric, name, None) is None
+        assert name not in dir(metric)
+        assert name not in dir(type(metric))
+        assert type(metric).__getattribute__ is object.__getattribute__
+        assert not hasattr(type(metric), "__getattr__")
+
+
+def test_the_labels_of_a_metric_are_a_tuple(registry):
+    """Equal to one, with its hash; they explain themselves where they are called."""
+    labels = registry.counter("a", queue="mail").labels
+    assert labels == (("queue", "mail"),)
+    assert hash(labels) == hash((("queue", "mail"),))
+    assert type(pickle.loads(pickle.dumps(labels))) is tuple
+    with pytest.raises(InvalidCall, match="the maker"):
+        labels(queue="mail")

@@ -1,0 +1,266 @@
+"""The makers of a registry: from a name and labels, as words of a call, to a metric.
+
+Theory. A metric that was asked for before is found by one look-up of its kind, its name and its labels in
+the order of the call. Everything else is the slow path: to check, to make, and to explain a wrong call.
+Each maker is written as its slow path, and `_maker` puts the look-up before it. The function that is called
+accepts any arguments, so that the slow path can explain what is wrong; Python's own error would only count
+the arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Callable, TypeVar, cast
+
+from tapes.errors import InvalidCall, InvalidName, KindConflict, short_repr
+from tapes.face import Faced
+from tapes.metrics import Counter, Gauge, Histogram, Meter, Metric, Timer
+from tapes.metrics.gauge import MergeMode, Producer, check_gauge
+from tapes.naming import Labels, canonical_labels, check_name, label_text
+
+__all__ = ["Makers", "check_prefix"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+M = TypeVar("M", bound=Metric)
+
+_OWN = "tapes."
+"""How the names of metrics about tapes itself begin."""
+_NO_NAME: Any = object()
+_Words = tuple[Any, ...]
+
+
+def _maker(kind: type[Metric]) -> Callable[[F], F]:
+    def decorate(slow: F) -> F:
+        def maker(
+            self: Makers, name: Any = _NO_NAME, /, *misplaced: Any, labels: Any = None, **more_labels: Any
+        ) -> Any:
+            if labels is None and not misplaced:
+                words: _Words = (kind, name)
+                if more_labels:
+                    words = (kind, name, *more_labels, *more_labels.values())
+                try:
+                    return self._found[words]
+                except (KeyError, TypeError):
+                    pass
+            name = _checked_call(kind, name, misplaced, more_labels)
+            return slow(self, name, labels=labels, **more_labels)
+
+        return cast("F", functools.wraps(slow)(maker))
+
+    return decorate
+
+
+def _gauge_maker(slow: F) -> F:
+    def maker(
+        self: Makers,
+        name: Any = _NO_NAME,
+        /,
+        producer: Any = None,
+        *misplaced: Any,
+        merge: Any = "sum",
+        weak: Any = False,
+        labels: Any = None,
+        **more_labels: Any,
+    ) -> Any:
+        if labels is None and producer is None and merge == "sum" and weak is False and not misplaced:
+            words: _Words = (Gauge, name)
+            if more_labels:
+                words = (Gauge, name, *more_labels, *more_labels.values())
+            try:
+                return self._found[words]
+            except (KeyError, TypeError):
+                pass
+        name = _checked_call(Gauge, name, misplaced, more_labels)
+        return slow(self, name, producer, merge=merge, weak=weak, labels=labels, **more_labels)
+
+    return cast("F", functools.wraps(slow)(maker))
+
+
+class Makers(Faced):
+    """What makes metrics; a base of `tapes.Registry`."""
+
+    _prefix: str
+
+    def __init__(self) -> None:
+        self._found: dict[_Words, Metric] = {}
+
+    @_maker(Counter)
+    def counter(
+        self, /, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any
+    ) -> Counter:
+        """Return the counter of this name and these labels; made if it isn't there.
+
+        A counter counts things: ``.increment()``, ``.decrement()``.
+
+        Raises:
+            InvalidName, InvalidLabel: If the name or a label can't be used.
+            KindConflict: If the name belongs to another kind of metric.
+        """
+        return self._get(Counter, name, labels, more_labels)
+
+    @_maker(Meter)
+    def meter(self, /, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Meter:
+        """Return the meter of this name and these labels; made if it isn't there. Raises as `counter`.
+
+        A meter counts events and knows how often they come: ``.mark()``.
+        """
+        return self._get(Meter, name, labels, more_labels)
+
+    @_maker(Histogram)
+    def histogram(
+        self, /, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any
+    ) -> Histogram:
+        """Return the histogram of this name and these labels; made if it isn't there. Raises as `counter`.
+
+        A histogram keeps how values are distributed: ``.update(value)``.
+        """
+        return self._get(Histogram, name, labels, more_labels)
+
+    @_maker(Timer)
+    def timer(self, /, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Timer:
+        """Return the timer of this name and these labels; made if it isn't there. Raises as `counter`.
+
+        A timer keeps durations in seconds: ``with timer.time(): …``, ``@timer.time()``, ``.update(seconds)``.
+        """
+        return self._get(Timer, name, labels, more_labels)
+
+    @_gauge_maker
+    def gauge(
+        self,
+        /,
+        name: str,
+        producer: Producer | None = None,
+        *,
+        merge: MergeMode = "sum",
+        weak: bool = False,
+        labels: Mapping[str, Any] | None = None,
+        **more_labels: Any,
+    ) -> Gauge:
+        """Return the gauge of this name and these labels; made if it isn't there.
+
+        A gauge stands at a value: ``.set(value)``, ``.increment()``, ``.decrement()``, or a producer.
+
+        Args:
+            name: The name.
+            producer: A zero-argument callable that returns the value, run at every read; without one the
+                value is what was set. The newest producer replaces an earlier one.
+            merge: ``sum``, ``max``, ``min``, ``mean`` or ``each`` (one series per worker) of live workers, to
+                which an exited one contributes nothing; or ``last``, the value set last, also if by that.
+            weak: Do not keep the producer alive, nor the object that it is a method of.
+            labels: The labels.
+            **more_labels: Labels too.
+
+        Raises:
+            InvalidArgument: If ``producer`` is not callable or ``merge`` is none of the above.
+            KindConflict: If the gauge is there with another mode; otherwise as `counter`.
+        """
+        check_gauge(producer, merge, weak)
+        gauge = self._get(Gauge, name, labels, more_labels, mode=merge)
+        if merge not in (gauge.mode, "sum"):
+            raise KindConflict(f"gauge {name!r} merges in another way", got=merge, expected=gauge.mode)
+        if producer is not None:
+            gauge.produce(producer, weak=weak)
+        return gauge
+
+    def _get(
+        self,
+        kind: type[M],
+        name: str,
+        labels: Mapping[str, Any] | None,
+        more_labels: dict[str, Any],
+        **options: Any,
+    ) -> M:
+        """Return a metric; remembered under its name and its labels, as words in given order."""
+        words = None
+        if labels is None and type(name) is str:
+            words = (kind, name, *more_labels, *map(label_text, more_labels.values()))
+            if words in self._found:
+                return cast("M", self._found[words])
+        all_labels = self._all_labels(labels, more_labels)
+        metric = self._make(kind, self._full_name(name), all_labels, options)
+        if words is not None and metric.labels == all_labels:
+            self._found[words] = metric
+            if not self._is_there(metric, all_labels):  # removed meanwhile
+                self._found.pop(words, None)
+        return metric
+
+    def _forget(self, metric: Metric) -> None:
+        for words in [words for words, kept in self._found.copy().items() if kept is metric]:
+            self._found.pop(words, None)
+
+    def _full_name(self, name: str) -> str:
+        full_name = self._prefix + check_name(name)
+        if full_name.startswith(_OWN):
+            raise _taken(full_name)
+        return full_name
+
+    def _all_labels(self, labels: Mapping[str, Any] | None, more: Mapping[str, Any]) -> Labels:
+        raise NotImplementedError
+
+    def _make(self, kind: type[M], name: str, labels: Labels, options: dict[str, Any]) -> M:
+        raise NotImplementedError
+
+    def _is_there(self, metric: Metric, labels: Labels) -> bool:
+        raise NotImplementedError
+
+
+def check_prefix(prefix: str) -> str:
+    """Return what stands before the names of a registry with ``prefix``.
+
+    Raises:
+        InvalidName: If it can't stand there, or names would be those of metrics about tapes itself.
+    """
+    before = check_name(prefix) + "." if prefix else ""
+    if before.startswith(_OWN):
+        raise _taken(prefix)
+    return before
+
+
+def _taken(name: str) -> InvalidName:
+    return InvalidName(
+        f"names that begin with {_OWN!r} are those of metrics about tapes itself",
+        got=name,
+        expected="another name",
+        remedy="put the name of your application before it",
+    )
+
+
+def _checked_call(
+    kind: type[Metric], name: Any, misplaced: tuple[Any, ...], more_labels: dict[str, Any]
+) -> Any:
+    """Return the name of a call; take it from ``more_labels`` if it was given by keyword.
+
+    Raises:
+        InvalidCall: If there is no name, or a positional argument behind it.
+        InvalidLabel: If ``name`` is a label too.
+    """
+    if name is not _NO_NAME:
+        canonical_labels({}, {"name": more_labels["name"]} if "name" in more_labels else {})
+    elif "name" in more_labels:
+        name = more_labels.pop("name")
+    else:
+        raise InvalidCall(
+            f"{kind.kind}() has no name",
+            expected=f"a name, and labels as keywords: {kind.kind}('jobs.done', queue='mail')",
+        )
+    if misplaced:
+        raise _misplaced(kind, name, misplaced[0])
+    return name
+
+
+def _misplaced(kind: type[Metric], name: Any, given: Any) -> InvalidCall:
+    """Return the error of a positional argument behind the name."""
+    maker, name = kind.kind, short_repr(name)
+    if isinstance(given, Mapping):
+        remedy = f"pass a dict of labels by its keyword: {maker}({name}, labels={short_repr(given)})"
+    elif isinstance(given, (list, tuple)):
+        remedy = f"label names are not declared; give each call their values: {maker}({name}, method='GET')"
+    else:
+        remedy = f"for a help text call tapes.describe({name}, {short_repr(given)}); a label has a name"
+    return InvalidCall(
+        f"{maker}() takes no positional argument there",
+        got=given,
+        expected=f"a name, and labels as keywords: {maker}({name}, method='GET')",
+        remedy=remedy,
+    )
