@@ -36,9 +36,7 @@ def _maker(kind: type[Metric]) -> Callable[[F], F]:
             self: Makers, name: Any = _NO_NAME, /, *misplaced: Any, labels: Any = None, **more_labels: Any
         ) -> Any:
             if labels is None and not misplaced:
-                words: _Words = (kind, name)
-                if more_labels:
-                    words = (kind, name, *more_labels, *more_labels.values())
+                words = (kind, name, *more_labels, *more_labels.values()) if more_labels else (kind, name)
                 try:
                     return self._found[words]
                 except (KeyError, TypeError):
@@ -64,9 +62,7 @@ def _gauge_maker(slow: F) -> F:
         **more_labels: Any,
     ) -> Any:
         if labels is None and producer is None and merge == "sum" and weak is False and not misplaced:
-            words: _Words = (Gauge, name)
-            if more_labels:
-                words = (Gauge, name, *more_labels, *more_labels.values())
+            words = (Gauge, name, *more_labels, *more_labels.values()) if more_labels else (Gauge, name)
             try:
                 return self._found[words]
             except (KeyError, TypeError):

@@ -17,7 +17,7 @@ from flask.testing import FlaskClient
 import tapes
 from tapes.contrib.flask import TapesMiddleware
 from tapes.contrib.wsgi import TapesMiddleware as WSGIMiddleware
-from tapes.errors import InvalidArgument, InvalidLabel
+from tapes.errors import InvalidArgument, InvalidLabel, InvalidName
 from tapes.testing import ManualClock
 from tests.contrib.recorded import DURATION, active, counts
 
@@ -563,3 +563,9 @@ def test_invented_paths_and_methods_make_no_more_series(registry):
     for number in range(500):
         list(call(application, REQUEST_METHOD=f"M{number}"))
     assert counts(registry) == {("GET", "<unmatched>", "404"): 10_000, ("_OTHER", "<unmatched>", "404"): 500}
+
+
+def test_a_prefix_that_is_taken_is_refused_when_the_adapter_is_made():
+    """Not in a request: names that begin with 'tapes.' are those of metrics about tapes itself."""
+    with pytest.raises(InvalidName, match=r"'tapes\.'"):
+        TapesMiddleware(lambda environ, start_response: [], tapes.Registry(), prefix="tapes")
