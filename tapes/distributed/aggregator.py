@@ -33,6 +33,7 @@ from tapes.distributed.bookkeeping import Bookkeeper
 from tapes.distributed.lease import Lease
 from tapes.distributed.moving import hand_over
 from tapes.distributed.reports import START_SECONDS, Demand, Reports
+from tapes.distributed.room import new_context
 from tapes.distributed.sockets import bind, bind_again
 from tapes.distributed.wire import frames
 from tapes.errors import AddressError, AddressInUse, TapesError
@@ -111,7 +112,7 @@ class Aggregator:
                 self._reporters = reporters_from(before)
             if not self._books.is_successor:
                 self._books.journal.finish()  # a tail alone says nothing
-            context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+            context = new_context()
             stack.callback(lambda: context.destroy(linger=_LINGER_MILLISECONDS * self._books.hands_over))
             updates, questions = self._when_free(lambda: bind(context, self._endpoints))
             stack.enter_context(self._signals())

@@ -13,13 +13,14 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable
-from typing import Any, Union
+from typing import Union
 
 import zmq
 
 from tapes.distributed.address import Endpoints
 from tapes.distributed.messages import Goodbye, Hello, Read
 from tapes.distributed.questions import TIMEOUT_SECONDS, exchange
+from tapes.distributed.room import new_context
 from tapes.distributed.sockets import new_reader
 from tapes.errors import TapesError
 
@@ -35,16 +36,17 @@ def hand_over(inheritance: Inheritance, heir: Endpoints) -> bool:
 
     It may be given again: nothing of it counts twice.
     """
-    context: zmq.Context[Any] = zmq.Context()
     try:
-        with contextlib.closing(new_reader(context, heir)) as reader:
-            for question in inheritance:
-                deadline = time.monotonic() + TIMEOUT_SECONDS
-                if exchange(heir, reader, question, deadline).status != "ok":
-                    return False
-        return True
+        context = new_context()
+        try:
+            with contextlib.closing(new_reader(context, heir)) as reader:
+                for question in inheritance:
+                    deadline = time.monotonic() + TIMEOUT_SECONDS
+                    if exchange(heir, reader, question, deadline).status != "ok":
+                        return False
+            return True
+        finally:
+            context.destroy(linger=0)
     except (TapesError, zmq.ZMQError) as error:
         _log.warning("tapes can't hand over to the aggregator at %s yet: %s", heir.publish, error)
         return False
-    finally:
-        context.destroy(linger=0)

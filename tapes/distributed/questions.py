@@ -12,6 +12,7 @@ import zmq
 from tapes import forks
 from tapes.distributed.address import Endpoints
 from tapes.distributed.messages import WAIT, Flush, Goodbye, HandOver, Hello, Read, Reply
+from tapes.distributed.room import new_context
 from tapes.distributed.sockets import Socket, new_reader
 from tapes.distributed.wire import VERSION, decode, encode
 from tapes.errors import AggregatorUnavailable, WireError
@@ -107,7 +108,10 @@ def flush(endpoints: Endpoints) -> bool:
 
 
 def _ask_once(endpoints: Endpoints, question: Question) -> bool:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        context = new_context()
+    except AggregatorUnavailable:
+        return False
     try:
         deadline = time.monotonic() + TIMEOUT_SECONDS
         with contextlib.closing(new_reader(context, endpoints)) as reader:

@@ -10,6 +10,7 @@ import zmq
 
 from tapes import threads
 from tapes.distributed.address import Endpoints
+from tapes.distributed.room import new_context
 from tapes.distributed.sockets import Socket, new_reader
 from tapes.errors import AggregatorUnavailable, WireError
 
@@ -34,7 +35,7 @@ class Readers:
         """The context of all sockets; made if there is none."""
         with self._lock:
             if self._context is None:
-                self._context = zmq.Context()
+                self._context = new_context()
             return self._context
 
     @contextlib.contextmanager

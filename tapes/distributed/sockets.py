@@ -25,15 +25,15 @@ import zmq
 
 from tapes.distributed import curve
 from tapes.distributed.address import Endpoints
+from tapes.distributed.room import make_sure_of_descriptors
 from tapes.distributed.wire import MAX_BYTES, VERSION
-from tapes.errors import AddressError, AddressInUse, AggregatorUnavailable
+from tapes.errors import AddressError, AddressInUse
 
 __all__ = ["Socket", "announced_version", "bind", "bind_again", "new_publisher", "new_reader"]
 
 Socket = zmq.Socket[bytes]
 
 _QUEUE = 4
-_DESCRIPTORS = 16
 _HEARTBEAT_MILLISECONDS = 1000
 _ANNOUNCEMENT = re.compile(rb"\xfftapes wire (\d{1,6})")
 
@@ -98,7 +98,7 @@ def bind_again(updates: Socket, questions: Socket, before: Endpoints, endpoints:
 
 def new_publisher(context: zmq.Context[Any], endpoints: Endpoints) -> Socket:
     """Return a worker's socket for what it publishes; raises as `new_reader`."""
-    _make_sure_of_descriptors()
+    make_sure_of_descriptors()
     publisher: Socket = context.socket(zmq.XPUB)
     for option, value in (
         (zmq.IMMEDIATE, 1), (zmq.XPUB_NODROP, 1), (zmq.XPUB_VERBOSE, 1),
@@ -117,31 +117,12 @@ def new_reader(context: zmq.Context[Any], endpoints: Endpoints) -> Socket:
         AddressError: If the address can't be used.
         AggregatorUnavailable: If there are no file descriptors left.
     """
-    _make_sure_of_descriptors()
+    make_sure_of_descriptors()
     reader: Socket = context.socket(zmq.DEALER)
     for option, value in ((zmq.IMMEDIATE, 1), (zmq.LINGER, 0), (zmq.MAXMSGSIZE, MAX_BYTES)):
         reader.setsockopt(option, value)
     _connect(reader, endpoints, endpoints.read)
     return reader
-
-
-def _make_sure_of_descriptors() -> None:
-    """Raise unless there are as many file descriptors as a first socket needs.
-
-    libzmq ends the process if it gets none for some of what it makes.
-    """
-    found = []
-    try:
-        for _ in range(_DESCRIPTORS):
-            found.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-    except OSError as error:
-        raise AggregatorUnavailable(
-            f"no socket can be opened ({error.strerror})",
-            remedy="close files, or raise the limit (ulimit -n)",
-        ) from None
-    finally:
-        for fd in found:
-            os.close(fd)
 
 
 def _connect(connecting: Socket, endpoints: Endpoints, endpoint: str) -> None:

@@ -106,7 +106,7 @@ class Wills:
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode) or found.st_uid not in (0, os.geteuid()):
                     return  # anybody can put a file into a directory that all share
-                data = file.read(MAX_BYTES)
+                data = file.read(min(MAX_BYTES, found.st_size))  # read() takes the memory first
             try:
                 message = decode(data)
                 if not isinstance(message, Goodbye):

@@ -1,0 +1,93 @@
+"""Where 0MQ gets no thread, memory or descriptor, the process goes on without it; libzmq would end it."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import resource
+import sys
+
+import pytest
+
+from tests.processes import free_port, get, run_python, running, wait_for
+
+GUNICORN = str(pathlib.Path(sys.executable).with_name("gunicorn"))
+APPLICATION = """
+from tapes.contrib.wsgi import TapesMiddleware
+
+def app(environ, start_response):
+    start_response("200 OK", [])
+    return [b"ok"]
+
+app = TapesMiddleware(app)
+"""
+UNDER_A_LIMIT = """
+import os, resource, sys, threading
+import tapes.distributed.joining, tapes.distributed.connection
+from tapes.distributed.room import new_context
+from tapes.errors import AggregatorUnavailable
+
+os.setgid({uid})
+os.setuid({uid})
+resource.setrlimit(resource.RLIMIT_NPROC, (1 + {threads},) * 2)
+try:
+    context = new_context()
+except AggregatorUnavailable as error:
+    print(error)
+else:
+    print("a context")
+    context.destroy(linger=0)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user who has no other process")
+@pytest.mark.parametrize("threads", range(6))
+def test_a_context_is_made_only_where_its_threads_can_be_started(tmp_path, threads):
+    uid = 40_000 + os.getpid() % 20_000  # the limit counts all processes of a user
+    done = run_python(UNDER_A_LIMIT.format(uid=uid, threads=threads), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    if threads >= 3:
+        assert done.stdout == "a context\n"
+    else:
+        assert done.stdout.startswith("no thread can be started; leave room for 3 threads in each process")
+
+
+@pytest.mark.parametrize("megabytes", [60, 90, 120, 160, 220, 300])
+def test_a_worker_that_has_little_memory_answers_every_request(home, megabytes):
+    """Whether or not it can join: what it can't do, it says at its ``/metrics``."""
+    (home.directory / "app.py").write_text(APPLICATION)
+    port = free_port()
+    command = [
+        sys.executable, "-c",
+        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]) << 20,) * 2); "
+        "os.execv(sys.argv[2], sys.argv[2:])",
+        str(megabytes), GUNICORN, "-w", "2", "-b", f"127.0.0.1:{port}", "app:app",
+    ]  # fmt: skip
+    with running(command, cwd=home.directory, **home.environment):
+        wait_for(lambda: get(port, "/")[0] == 200, "it is up")
+        assert [get(port, "/")[0] for _ in range(40)] == [200] * 40
+        status, _, body = get(port, "/metrics")
+        assert status == 200 or (status == 503 and b"; " in body)
+        log = (home.directory / "output.log").read_text()
+        assert log.count("Booting worker") == 2, log
+        assert "src/" not in log, log
+
+
+def test_memory_is_looked_for_before_it_is_taken(tmp_path):
+    source = """
+import resource
+from tapes.distributed.room import make_sure_of_memory
+from tapes.errors import AggregatorUnavailable
+make_sure_of_memory(1 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (1 << 28, 1 << 28))
+try:
+    make_sure_of_memory(1 << 28)
+except AggregatorUnavailable as error:
+    print(error)
+"""
+    done = run_python(source, cwd=tmp_path)
+    assert done.stdout == (
+        "there is no memory for 0MQ (Cannot allocate memory); leave 256 MB of address space (ulimit -v), "
+        "or raise the limit\n"
+    ), done.stderr
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
