@@ -186,7 +186,7 @@ class Makers(Faced):
             self._found.pop(words, None)
 
     def _full_name(self, name: str) -> str:
-        full_name = self._prefix + check_name(name)
+        full_name = check_name(self._prefix + check_name(name)) if self._prefix else check_name(name)
         if full_name.startswith(_OWN):
             raise _taken(full_name)
         return full_name

@@ -27,7 +27,7 @@ from tapes.first_use import FirstUse
 from tapes.lineage import unpublished_by_parent
 from tapes.makers import Makers, check_prefix
 from tapes.metrics import Counter, Gauge, Metric, State
-from tapes.naming import Labels, canonical_labels, check_name
+from tapes.naming import MOST_LABEL_CHARACTERS, Labels, canonical_labels, check_name, is_cut
 from tapes.producing import run_producers
 from tapes.snapshot import Description, Family, Snapshot, Stats
 
@@ -37,6 +37,8 @@ M = TypeVar("M", bound=Metric)
 
 REJECTED = "tapes.rejected"
 """The counter of values and messages that were dropped."""
+CUT = "tapes.labels.cut"
+"""The counter of series with a label's value that was cut."""
 _log = logging.getLogger("tapes.registry")
 
 
@@ -270,7 +272,20 @@ class Registry(Makers):
         found = self._catalogue.find_or_make(name, labels, kind, build, self.max_series, overflow)
         if made:
             self.made = object()  # after it can be found
+            if any(is_cut(value) for _, value in made[0].labels):
+                self._note_cut(name)
         return cast("M", found)
+
+    def _note_cut(self, name: str) -> None:
+        self.own(Counter, CUT).increment()
+        if (CUT, (("name", name),)) not in self._complained:
+            self._complained.add((CUT, (("name", name),)))
+            with contextlib.suppress(Exception):  # whatever logging is made to do, it is not the request's
+                _log.warning(
+                    "tapes cut a label's value of %r at %d characters (further series are counted in %s). "
+                    "Is it what a client sent, such as a header?",
+                    name, MOST_LABEL_CHARACTERS, CUT,
+                )  # fmt: skip
 
     def rejected(self, metric: Metric, value: Any, why: str) -> None:
         """Count and log a value that ``metric`` can't record."""
