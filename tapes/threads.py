@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 import threading
+import time
 from typing import Any, Callable, TypeVar
 
 __all__ = [
-    "Delayed", "RLock", "Worker", "aside", "beside_the_loop", "can_run", "ends_with_a_hook", "is_ours",
-    "is_patched", "real",
+    "Delayed", "Monitor", "RLock", "Worker", "aside", "beside_the_loop", "can_run", "ends_with_a_hook",
+    "is_ours", "is_patched", "real",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -23,16 +25,26 @@ _PAUSE_SECONDS = 0.25
 
 
 def is_patched() -> bool:
-    """Return whether gevent has replaced threads in this process."""
+    """Return whether gevent or eventlet has replaced threads in this process."""
     monkey: Any = sys.modules.get("gevent.monkey")
-    return monkey is not None and bool(monkey.is_module_patched("threading"))
+    if monkey is not None and monkey.is_module_patched("threading"):
+        return True
+    return _is_patched_by_eventlet("thread")
+
+
+def _is_patched_by_eventlet(module: str) -> bool:
+    patcher: Any = sys.modules.get("eventlet.patcher")
+    return patcher is not None and bool(patcher.is_monkey_patched(module))
 
 
 def real(module: str, name: str) -> Any:
-    """Return ``name`` of the standard ``module`` as it was before gevent patched it, if it did."""
+    """Return ``name`` of the standard ``module`` as it was before gevent or eventlet patched it."""
     monkey: Any = sys.modules.get("gevent.monkey")
     if monkey is not None:
         return monkey.get_original(module, name)
+    patcher: Any = sys.modules.get("eventlet.patcher")
+    if patcher is not None:
+        return getattr(patcher.original(module), name)
     return getattr(importlib.import_module(module), name)
 
 
@@ -40,9 +52,36 @@ def aside(function: Callable[[], T]) -> T:
     """Return what ``function`` returns; its waiting holds up no greenlet."""
     if not is_patched() or is_ours():
         return function()
+    if _is_patched_by_eventlet("thread"):
+        return _beside_eventlet(function)
     gevent: Any = importlib.import_module("gevent")
     result: T = gevent.get_hub().threadpool.apply(function)
     return result
+
+
+def _beside_eventlet(function: Callable[[], T]) -> T:
+    """Return what ``function`` returns in a thread of its own; eventlet's pool does not survive a fork."""
+    hubs: Any = importlib.import_module("eventlet.hubs")
+    results: list[T] = []
+    errors: list[BaseException] = []
+    receiver, sender = os.pipe()
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            os.close(sender)
+
+    try:
+        Worker(run, "tapes-aside").start()
+        hubs.trampoline(receiver, read=True)
+    finally:
+        os.close(receiver)
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 async def beside_the_loop(function: Callable[[], T]) -> T:
@@ -61,6 +100,40 @@ def RLock() -> threading.RLock:  # noqa: N802 - it stands for the class
     """Return a new re-entrant lock between threads."""
     lock: threading.RLock = real("_thread", "RLock")()
     return lock
+
+
+class Monitor:
+    """A re-entrant lock between threads, and waiting for a condition that it guards.
+
+    It looks at the condition again and again. A thread of the operating system can't notify a greenlet of
+    eventlet that waits in another one.
+    """
+
+    _SHORTEST_SECONDS, _LONGEST_SECONDS = 0.0005, 0.01
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def wait_for(self, condition: Callable[[], object], seconds: float) -> bool:
+        """Wait until ``condition`` holds; return whether it does. Others may have the lock meanwhile."""
+        lock: Any = self._lock
+        deadline, pause = time.monotonic() + seconds, self._SHORTEST_SECONDS
+        while not condition():
+            if time.monotonic() > deadline:
+                return False
+            state = lock._release_save()
+            try:
+                time.sleep(pause)  # also of a greenlet
+            finally:
+                lock._acquire_restore(state)
+            pause = min(2 * pause, self._LONGEST_SECONDS)
+        return True
 
 
 _ours: set[int] = set()

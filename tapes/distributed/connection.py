@@ -146,7 +146,7 @@ class AggregatorConnection(Connection):
         self.registry = registry
         self._aggregator = incarnation(endpoints)
         self._pid = os.getpid()
-        self._changed = threading.Condition()
+        self._changed = threads.Monitor()
         self._in_flight = 0
         self._closing = False
         self._held = self._stopped = False
@@ -314,7 +314,6 @@ class AggregatorConnection(Connection):
                 self._publisher = None
                 self._open()
             self._held = self._stopped = False
-            self._changed.notify_all()
 
     def begin_anew(self) -> None:
         """In a forked child, attach a connection of its own; it opens when it is first used."""
@@ -373,7 +372,6 @@ class AggregatorConnection(Connection):
         finally:
             with self._changed:
                 self._in_flight -= 1
-                self._changed.notify_all()
 
     def _say_goodbyes(self, reader: Socket, deadline: float) -> None:
         unsaid = _unsaid.get(self.registry, [])

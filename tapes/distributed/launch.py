@@ -90,8 +90,10 @@ class Readiness:
         """
         self.hand_over()
         said = b""
-        # select() knows no descriptors above 1023; in a thread of ours gevent's would leave a loop behind.
-        poll = threads.real("select", "poll")() if threads.is_ours() else select.poll()
+        # select() knows no descriptors above 1023. In a thread of ours gevent's poll() would leave a loop
+        # behind; eventlet has none.
+        is_real = threads.is_ours() or not hasattr(select, "poll")
+        poll = threads.real("select", "poll")() if is_real else select.poll()
         poll.register(self._receiver, select.POLLIN)
         try:
             # A child that was forked meanwhile may hold the other end open, so the end is marked.

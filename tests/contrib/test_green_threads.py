@@ -1,0 +1,77 @@
+"""Under gevent and eventlet everything counts, and nothing hangs, whenever they replace threads."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import pytest
+
+TAPES = str(pathlib.Path(sys.executable).with_name("tapes"))
+PROGRAM = """
+import os, sys
+library, patched, joins = sys.argv[1:]
+
+def reached(moment):
+    if patched != moment:
+        return
+    if library == "gevent":
+        import gevent.monkey
+        gevent.monkey.patch_all()
+    else:
+        import eventlet
+        eventlet.monkey_patch()
+
+reached("first")
+import tapes
+reached("imported")
+counter = tapes.counter("n")
+counter.increment()
+reached("recorded")
+if joins == "join":
+    tapes.join()
+reached("joined")
+if joins == "join":
+    tapes.get_stats()
+reached("read")
+
+import threading, time
+
+def work():
+    for _ in range(10):
+        counter.increment()
+        time.sleep(0.001)
+
+workers = [threading.Thread(target=work) for _ in range(5)]
+for worker in workers:
+    worker.start()
+for worker in workers:
+    worker.join()
+pid = os.fork()
+if pid == 0:
+    counter.increment(100)
+    sys.exit(0)
+os.waitpid(pid, 0)
+deadline = time.monotonic() + 10
+while tapes.get_stats().n.value != 151 and time.monotonic() < deadline:
+    time.sleep(0.02)
+print("counted", tapes.get_stats().n.value)
+"""
+
+
+@pytest.mark.parametrize("patched", ["first", "imported", "recorded", "joined", "read"])
+@pytest.mark.parametrize("library", ["gevent", "eventlet"])
+def test_threads_and_children_count_whenever_threads_were_replaced(home, library, patched):
+    """Threads of the operating system publish; what was made before goes on."""
+    pytest.importorskip(library)
+    _, output, errors = home.run([sys.executable, "-W", "ignore", "-c", PROGRAM, library, patched, "join"])
+    assert output == "counted 151\n", errors
+
+
+@pytest.mark.parametrize("library", ["gevent", "eventlet"])
+def test_a_program_of_greenlets_counts_under_tapes_run(home, library):
+    pytest.importorskip(library)
+    (home.directory / "program.py").write_text(PROGRAM)
+    command = [TAPES, "run", "--", sys.executable, "-W", "ignore", "program.py", library, "first", "run"]
+    status, output, errors = home.run(command)
+    assert (status, output) == (0, "counted 151\n"), errors
