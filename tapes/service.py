@@ -8,10 +8,17 @@ The service meets in a private directory that is named after its supervisor. The
 that directory can be made, and it differs between processes and changes with time (a login session ends and
 takes ``XDG_RUNTIME_DIR`` with it). So the first process decides and hands the address down in
 ``TAPES_ADDR``, and every process looks in all `places` for an aggregator before one is started.
+
+Several of these places are directories that all users share. A user who knew the name of a private directory
+could take it first. So the name ends with a number that other users can't know: it is computed from where the
+program of the supervisor is in memory, which the kernel chooses at random and shows to the same user only.
+What another user made is no place of the service, whatever its name is.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import re
 import stat
@@ -25,17 +32,19 @@ from tapes import forks
 from tapes.forks import Process
 
 __all__ = [
-    "SOCKET", "Supervisor", "address", "directory_name", "is_private", "is_private_to", "parents", "places",
-    "supervisor", "supervisor_of",
+    "SOCKET", "Supervisor", "address", "directories", "directory_name", "is_private", "is_private_to",
+    "parents", "places", "supervisor", "supervisor_of",
 ]  # fmt: skip
 
 SOCKET = "metrics.ipc"
 """The name of the aggregator's socket in a private directory."""
 
-_NAME = re.compile(r"tapes-(\d+)-(\d+)")
+_NAME = re.compile(r"tapes-(\d+)-(\d+)(?:-[0-9a-f]{12})?")
 _MOST_GENERATIONS = 32
 _GUNICORN = b"gunicorn: master"
 """How the command of gunicorn's master begins where the package setproctitle is installed."""
+_ROUNDS = 2000
+"""Number of times that a key is hashed, 2 ms in all: so nobody finds out by trial what it was made of."""
 
 
 class Supervisor(NamedTuple):
@@ -105,9 +114,45 @@ def _command(pid: int) -> bytes:
         return b""
 
 
-def directory_name(process: Process) -> str:
-    """Return the name of the private directory of the service whose supervisor is ``process``."""
-    return f"tapes-{process.pid}-{process.started}"
+def directory_name(process: Process, parent: str) -> str:
+    """Return the name, below ``parent``, of the private directory of the service of ``process``."""
+    name, key = f"tapes-{process.pid}-{process.started}", _key(process)
+    return f"{name}-{_hash(key + os.fsencode(parent)).hex()[:12]}" if key else name
+
+
+@lru_cache(maxsize=1)
+def _key(process: Process) -> bytes:
+    """Return what all processes of the service of ``process`` know and no other user does; empty if nothing.
+
+    A process that was forked from the supervisor has its program in the same place in memory, and can read
+    that if it has changed its user since; any other process reads it of the supervisor, if it may.
+    """
+    above = _command(process.pid)
+    is_fork = forks.origin() == process or "uwsgi" in sys.modules or above.startswith(_GUNICORN)
+    if is_fork or (above and above == _command(os.getpid())):
+        key = _layout(os.getpid())
+    else:
+        key = _layout(process.pid) if forks.process_of(process.pid) == process else b""
+    for _ in range(_ROUNDS if key else 0):
+        key = _hash(key)
+    return key
+
+
+def _hash(data: bytes) -> bytes:
+    blake2b: Any = forks.import_module("hashlib").blake2b
+    digest: bytes = blake2b(data).digest()
+    return digest
+
+
+def _layout(pid: int) -> bytes:
+    """Return where in memory code, stack and heap of a process begin; empty if that can't be seen."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        found = (fields[23], fields[25], fields[44])  # proc(5) counts from the pid: 26, 28 and 47
+    except (OSError, IndexError):
+        return b""
+    return b" ".join(found) if b"0" not in found else b""
 
 
 def supervisor_of(name: str) -> Process | None:
@@ -132,16 +177,32 @@ def parents() -> list[str]:
     return list(dict.fromkeys(os.path.normpath(name) for name in names if os.path.isabs(name)))
 
 
-def places(name: str) -> Iterator[str]:
-    """Yield the paths of the sockets at which the service with the private directory ``name`` may meet."""
+def places(process: Process) -> Iterator[str]:
+    """Yield the paths of the sockets at which the service of ``process`` may meet, the best first."""
     for parent in parents():
-        yield os.path.join(parent, name, SOCKET)
+        yield os.path.join(parent, directory_name(process, parent), SOCKET)
+
+
+def directories(process: Process, uid: int) -> Iterator[str]:
+    """Yield the private directories of the service of ``process`` that are there and belong to ``uid``.
+
+    One has another name where a process made it that knew another key, or none.
+    """
+    for parent in parents():
+        with contextlib.suppress(OSError):
+            for name in os.listdir(parent):
+                path = os.path.join(parent, name)
+                if supervisor_of(name) == process and is_private(path, uid):
+                    yield path
 
 
 def address() -> str:
     """Return where an aggregator of this service is, or was a moment ago; empty if nowhere."""
-    for path in places(directory_name(supervisor().process)):
-        if os.path.lexists(path + ".lock") and is_private(os.path.dirname(path)):
+    process, uid = supervisor().process, os.geteuid()
+    named = (os.path.dirname(path) for path in places(process))
+    for directory in itertools.chain(filter(is_private, named), directories(process, uid)):
+        path = os.path.join(directory, SOCKET)
+        if os.path.lexists(path + ".lock"):
             return f"ipc://{path}"
     return ""
 

@@ -1,10 +1,11 @@
 """The private directory of a service: where it is, who may use it, and how it goes.
 
-It is named after the supervisor of the service, by pid and start, so that all its processes find it without a
-word, and nobody else does; mode 0700. It holds the aggregator's sockets, its locks and wills, and is removed
-with them. What a service leaves that was killed outright, the next one to start sweeps away: at once if all
-its processes were of this pid namespace. A directory for temporary files may be on a volume that several
-containers share, where pids mean different processes; so what another namespace may use is swept by its age.
+It is named after the supervisor of the service, so that all its processes find it, and no other user knows
+its name before it is there; mode 0700. What has its name and belongs to another user is ignored. It holds the
+aggregator's sockets, its locks and wills, and is removed with them. What a service leaves that was killed
+outright, the next one to start sweeps away: at once if all its processes were of this pid namespace. A
+directory for temporary files may be on a volume that several containers share, where pids mean different
+processes; so what another namespace may use is swept by its age.
 """
 
 from __future__ import annotations
@@ -68,9 +69,12 @@ def settle(endpoints: Endpoints, user: User) -> Endpoints:
     directory = _owned(endpoints)
     if directory is None:
         return endpoints
-    places = [endpoints, *elsewhere(endpoints)]
+    places = [endpoints, *elsewhere(endpoints, user.uid)]
     for place in places:
         if serves(place, user.uid):
+            return place
+    for place in places:
+        if service.is_private(os.path.dirname(place.path or ""), user.uid):
             return place
     reasons = []
     for place in places:
@@ -80,29 +84,28 @@ def settle(endpoints: Endpoints, user: User) -> Endpoints:
         reasons.append(why_not)
     raise AggregatorUnavailable(
         f"there is no directory for the aggregator's sockets ({'; '.join(reasons)})",
-        remedy="set TMPDIR to a directory that can be written to, or TAPES_ADDR to an address",
+        remedy="set XDG_RUNTIME_DIR or TMPDIR to a directory that user "
+        f"{user.uid} can write to, or TAPES_ADDR to an address",
     )
 
 
 def serves(place: Endpoints, uid: int | None = None) -> bool:
-    """Return whether an aggregator serves ``place``; in a private directory, one of user ``uid``.
-
-    Its name is no secret, and anybody can make a directory of that name in one that all share.
-    """
+    """Return whether an aggregator serves ``place``; in a private directory, one of user ``uid``."""
     directory = _owned(place)
-    return is_served(place) and (directory is None or service.is_private(directory, uid))
+    return (directory is None or service.is_private(directory, uid)) and is_served(place)
 
 
 def present(endpoints: Endpoints) -> Endpoints:
     """Return where the aggregator is by now that was to be at ``endpoints``; these, if it can't be found."""
-    if endpoints.path is None or os.path.lexists(endpoints.path):
+    if endpoints.path is None or (os.path.lexists(endpoints.path) and not _is_of_another(endpoints)):
         return endpoints
     return next(filter(serves, elsewhere(endpoints)), endpoints)
 
 
 def has_gone(endpoints: Endpoints) -> bool:
     """Return whether the private directory of ``endpoints``, or what an aggregator keeps in it, is gone."""
-    return _owned(endpoints) is not None and not os.path.lexists(endpoints.lock or "")
+    is_there = os.path.lexists(endpoints.lock or "") and not _is_of_another(endpoints)
+    return _owned(endpoints) is not None and not is_there
 
 
 def place_of(supervisor: Process) -> Endpoints:
@@ -111,31 +114,35 @@ def place_of(supervisor: Process) -> Endpoints:
     Raises:
         AggregatorUnavailable: If all paths are too long.
     """
-    found = _resolved(service.places(service.directory_name(supervisor)))
+    found = _resolved(service.places(supervisor))
     if not found:
         raise AggregatorUnavailable(
             "there is no directory for the aggregator's sockets: all paths are too long",
             remedy="set TMPDIR to a shorter path, or TAPES_ADDR to an address",
         )
+    there = _there(supervisor, os.geteuid())
     usable = (place for place in found if _is_usable(os.path.dirname(os.path.dirname(place.path or ""))))
-    return next(filter(serves, found), next(usable, found[0]))
+    return next(filter(serves, [*found, *there]), next(iter(there), next(usable, found[0])))
 
 
-def elsewhere(endpoints: Endpoints) -> list[Endpoints]:
-    """Return the other places in which a service may meet that has a private directory."""
-    directory = _owned(endpoints)
-    if directory is None:
+def elsewhere(endpoints: Endpoints, uid: int | None = None) -> list[Endpoints]:
+    """Return the other places in which a service may meet that has a private directory of ``uid``."""
+    supervisor = service.supervisor_of(os.path.basename(_owned(endpoints) or ""))
+    if supervisor is None:
         return []
-    found = _resolved(service.places(os.path.basename(directory)))
+    there = _there(supervisor, os.geteuid() if uid is None else uid)
+    found = dict.fromkeys([*_resolved(service.places(supervisor)), *there])
     return [place for place in found if place != endpoints]
+
+
+def _there(supervisor: Process, uid: int) -> list[Endpoints]:
+    return _resolved(os.path.join(found, SOCKET) for found in service.directories(supervisor, uid))
 
 
 def is_same_service(one: Endpoints, other: Endpoints) -> bool:
     """Return whether both are where one service meets, or has met before it moved."""
-    owned = _owned(one), _owned(other)
-    return one == other or (
-        None not in owned and os.path.basename(owned[0] or "") == os.path.basename(owned[1] or "")
-    )
+    first, second = (service.supervisor_of(os.path.basename(_owned(place) or "")) for place in (one, other))
+    return one == other or (first is not None and first == second)
 
 
 def _resolved(paths: Iterable[str]) -> list[Endpoints]:
@@ -161,8 +168,18 @@ def _make_private(directory: str, user: User) -> str:
             _check_room(directory)
         found = os.lstat(directory)
     except OSError as error:
-        return str(error)
-    return "" if service.is_private_to(found, user.uid) else f"{directory} is not ours alone"
+        return f"{parent}: {error.strerror or error}"
+    return "" if service.is_private_to(found, user.uid) else f"{directory} belongs to others too"
+
+
+def _is_of_another(endpoints: Endpoints) -> bool:
+    """Return whether what has the name of the private directory of ``endpoints`` belongs to another user."""
+    directory = _owned(endpoints)
+    if directory is None or os.geteuid() == 0:  # root meets with whichever user its service runs as
+        return False
+    with contextlib.suppress(OSError):
+        return os.lstat(directory).st_uid != os.geteuid()
+    return False
 
 
 def _owned(endpoints: Endpoints) -> str | None:
@@ -178,14 +195,15 @@ def restore(endpoints: Endpoints, user: User) -> None:
     """Make the private directory of ``endpoints`` again if it is one, and gone.
 
     Raises:
-        AddressError: If that can't be done.
+        AddressError: If that can't be done, or another user has made it.
     """
     directory = _owned(endpoints)
     if directory is not None:
         try:
-            _make(directory, user)
-        except FileExistsError:
-            pass
+            with contextlib.suppress(FileExistsError):
+                _make(directory, user)
+            if not service.is_private(directory, user.uid):
+                raise PermissionError(f"{directory} belongs to others too")
         except OSError as error:
             raise AddressError(
                 f"the directory of {endpoints.publish} can't be made ({error.strerror or error})",
@@ -225,7 +243,7 @@ def _opened(directory: str, uid: int) -> Iterator[int]:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if not service.is_private_to(os.fstat(fd), uid):
-            raise PermissionError(f"{directory} is not ours alone")
+            raise PermissionError(f"{directory} belongs to others too")
         yield fd
     finally:
         os.close(fd)
@@ -339,7 +357,7 @@ def sweep() -> None:
 
 
 def _sweep(directory: str) -> None:
-    if _may_be_used(directory):
+    if not service.is_private(directory) or _may_be_used(directory):
         return
     locks = []
     try:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tapes import service
+from tapes import forks, service
 from tapes.forks import Process
 from tests.processes import run_python
 
@@ -94,9 +94,9 @@ def test_gunicorn_with_process_titles(monkeypatch):
 
 def test_names_of_directories():
     """A private directory names its supervisor; other names are none of ours."""
-    process = Process(12, 345)
-    assert service.supervisor_of(service.directory_name(process)) == process
-    for name in ("tapes", "tapes-1", "tapes-1-2-3", "tapes-a-b", "xtapes-1-2"):
+    for process in (Process(12, 345), forks.this_process()):
+        assert service.supervisor_of(service.directory_name(process, "/tmp")) == process
+    for name in ("tapes", "tapes-1", "tapes-1-2-3", "tapes-1-2-0123456789abc", "tapes-a-b", "xtapes-1-2"):
         assert service.supervisor_of(name) is None
 
 
