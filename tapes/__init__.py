@@ -23,6 +23,8 @@ from tapes.registry import Registry, default_registry
 from tapes.snapshot import Stats
 
 if TYPE_CHECKING:
+    # Programs that freeze applications find here what is imported when it is used.
+    from tapes.distributed import connection, joining  # noqa: F401
     from tapes.distributed.registry import DistributedRegistry as DistributedRegistry
 
 __all__ = [

@@ -9,6 +9,7 @@ import os
 import pathlib
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Callable, TypeVar
 
+import pytest
 import zmq
 
 from tapes.distributed.registry import DistributedRegistry
@@ -196,6 +198,22 @@ def run_python(source: str, *, cwd: pathlib.Path, seconds: float = 60, **environ
         timeout=seconds,
         check=False,
     )
+
+
+def python_for_everybody(*modules: str) -> tuple[str, str]:
+    """Return an interpreter of this version that any user can run and that has ``modules``, and its path."""
+    path = ":".join([str(ROOT), *(entry for entry in sys.path if entry.endswith("site-packages"))])
+    code = f"import os, sys, {', '.join(modules)}; print(sys.version_info[:2], os.path.realpath(os.__file__))"
+    for python in (sys.executable, "/usr/bin/python3"):
+        with contextlib.suppress(OSError):
+            done = subprocess.run(
+                [python, "-c", code], env={"PYTHONPATH": path}, capture_output=True, text=True, check=False
+            )
+            version, _, library = done.stdout.strip().rpartition(" ")
+            parents = pathlib.Path(library).parents
+            if version == str(sys.version_info[:2]) and all(p.stat().st_mode & stat.S_IXOTH for p in parents):
+                return python, path
+    pytest.skip("no interpreter of this version that any user can run")
 
 
 MAY_FORK_BESIDE_THREADS = (

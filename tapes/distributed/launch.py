@@ -7,6 +7,7 @@ or restarts it. It says on a pipe when it is ready, or why it can't be.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import logging
 import os
@@ -18,7 +19,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from tapes import forks, threads
-from tapes.distributed import directory
+from tapes.distributed import detached, directory
 from tapes.distributed.address import Endpoints, is_served, resolve
 from tapes.distributed.lease import Lease
 from tapes.distributed.title import set_title
@@ -52,7 +53,7 @@ class Readiness:
     """Exit statuses: it could not be started; it failed later."""
 
     def __init__(self, fds: tuple[int, int] | None = None) -> None:
-        self._receiver, self._sender = os.pipe() if fds is None else fds
+        self._receiver, self._sender = _pipe() if fds is None else fds
         self._said = False
         self._silence = f"the aggregator was not ready within {_READY_SECONDS:g} s"
 
@@ -133,6 +134,20 @@ class Readiness:
             self._sender = -1
 
 
+def _pipe() -> tuple[int, int]:
+    """Return the ends of a new pipe; neither has the number of a standard stream, which may be closed."""
+    receiver, sender = os.pipe()
+    return _above_standard_streams(receiver), _above_standard_streams(sender)
+
+
+def _above_standard_streams(fd: int) -> int:
+    if fd > 2:
+        return fd
+    higher = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(fd)
+    return higher
+
+
 def _settle(aggregator: Aggregator) -> None:
     """Make a process that is an aggregator's alone fit for many workers, and known in ``ps``."""
     reason = aggregator._reason and f", started for {aggregator._reason}"
@@ -168,15 +183,20 @@ def launch(
     Raises:
         AddressError, AggregatorUnavailable, InvalidArgument: If it can't be started.
     """
-    python = _python()
+    python = "" if detached.is_frozen() else _python()
     readiness = Readiness()
     environment = {name: text for name, text in os.environ.items() if name not in _NOT_HANDED_ON}
-    command = [
-        python, "-c", _BOOTSTRAP, os.pathsep.join(filter(None, sys.path)), endpoints.publish,
-        str(owner.pid), str(owner.started), reason, str(user.uid), str(user.gid), str(readiness.sender),
+    arguments = [
+        endpoints.publish, str(owner.pid), str(owner.started), reason,
+        str(user.uid), str(user.gid), str(readiness.sender),
     ]  # fmt: skip
+    # Each directory is an argument of its own: the kernel limits the length of one to 128 KiB.
+    command = [python, "-c", _BOOTSTRAP, *arguments, *filter(None, sys.path)]
     try:
-        if threads.is_patched() and threads.is_ours():
+        if not python:
+            detached.fork(lambda: serve(*arguments), environment, readiness.sender)
+            readiness.hand_over()
+        elif threads.is_patched() and threads.is_ours():
             _spawn(command, readiness.sender, environment)
             readiness.hand_over()
         else:
@@ -185,6 +205,7 @@ def launch(
                     command,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
+                    stderr=None if detached.has_standard_error() else subprocess.DEVNULL,
                     pass_fds=[readiness.sender],
                     start_new_session=True,
                     env=environment,
@@ -193,7 +214,10 @@ def launch(
             starting.wait()
     except OSError as error:
         readiness.give_up()
-        raise AggregatorUnavailable(f"the aggregator can't be started ({error})") from None
+        raise AggregatorUnavailable(
+            f"the aggregator can't be started ({error.strerror or error})",
+            remedy="start it by hand: RegistryAggregator(…).start() before the fork, connect() after it",
+        ) from None
     except BaseException:
         readiness.give_up()
         raise
@@ -210,7 +234,8 @@ def launch(
 def _spawn(command: list[str], fd: int, environment: dict[str, str]) -> None:
     """Do what `subprocess` does, in a thread of which gevent, which has replaced that, knows nothing."""
     os.set_inheritable(fd, True)
-    nothing = [(os.POSIX_SPAWN_OPEN, given, os.devnull, os.O_RDWR, 0) for given in (0, 1)]
+    unused = (0, 1) if detached.has_standard_error() else (0, 1, 2)
+    nothing = [(os.POSIX_SPAWN_OPEN, given, os.devnull, os.O_RDWR, 0) for given in unused]
     pid = threads.real("os", "posix_spawn")(
         command[0], command, environment, file_actions=nothing, setsid=True
     )
@@ -220,11 +245,9 @@ def _spawn(command: list[str], fd: int, environment: dict[str, str]) -> None:
 # What it has inherited is closed, and the working directory is taken off the path before anything is
 # imported, so that no file in it can stand in for a module of the library.
 _BOOTSTRAP = """\
-import os, sys; sys.path[:1] = []; argv = sys.argv[1:]
-for fd in map(int, os.listdir("/dev/fd")):
-    try: fd < 3 or fd == int(argv[-1]) or os.close(fd)
-    except OSError: pass
-sys.path += [path for path in argv.pop(0).split(os.pathsep) if path not in sys.path]
+import os, sys; sys.path[:1] = []; argv, paths = sys.argv[1:8], sys.argv[8:]
+fd = int(argv[-1]); os.closerange(3, fd); os.closerange(fd + 1, 65536)
+sys.path += [path for path in paths if path not in sys.path]
 from tapes.distributed.launch import serve; serve(*argv)
 """
 

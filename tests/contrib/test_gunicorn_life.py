@@ -6,11 +6,9 @@ import contextlib
 import http.client
 import json
 import os
-import pathlib
 import re
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -18,25 +16,9 @@ import time
 import pytest
 
 from tests.contrib.services import Load, Service, counts, gone, has_ended, session, signal_to
-from tests.processes import EXAMPLES, ROOT, children, get, mentions, wait_for
+from tests.processes import EXAMPLES, children, get, mentions, python_for_everybody, wait_for
 
 GONE = "/old-catalogue"
-
-
-def python_for_everybody() -> tuple[str, str]:
-    """An interpreter of this version that any user can run, and the path for it."""
-    path = ":".join([str(ROOT), *(entry for entry in sys.path if entry.endswith("site-packages"))])
-    code = "import os, sys, flask, gunicorn, zmq; print(sys.version_info[:2], os.path.realpath(os.__file__))"
-    for python in (sys.executable, "/usr/bin/python3"):
-        with contextlib.suppress(OSError):
-            done = subprocess.run(
-                [python, "-c", code], env={"PYTHONPATH": path}, capture_output=True, text=True, check=False
-            )
-            version, _, library = done.stdout.strip().rpartition(" ")
-            parents = pathlib.Path(library).parents
-            if version == str(sys.version_info[:2]) and all(p.stat().st_mode & stat.S_IXOTH for p in parents):
-                return python, path
-    pytest.skip("no interpreter of this version that the user nobody can run")
 
 
 def stats(service):
@@ -203,7 +185,7 @@ def test_root_that_drops_its_privileges(short_dir, preload):
     service = Service(
         short_dir, ["-w", "2", "--user", "nobody", "--group", "nogroup", "--log-level", "warning", *preload]
     )
-    python, path = python_for_everybody()
+    python, path = python_for_everybody("flask", "gunicorn", "zmq")
     service.command[:1] = [python, "-m", "gunicorn"]
     service.environment["PYTHONPATH"] = path
     for directory in (short_dir, service.private):

@@ -1,0 +1,248 @@
+"""A service starts where little is there: no writable root, no /proc, no standard streams, no interpreter."""
+
+from __future__ import annotations
+
+import itertools
+import modulefinder
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+import tapes
+from tests.processes import clean_environment, python_for_everybody, wait_for
+
+SERVICE = """
+import os, sys
+if len(sys.argv) > 1:
+    os.setgroups([]); os.setgid(int(sys.argv[1])); os.setuid(int(sys.argv[1]))
+import tapes
+def work():
+    tapes.join()
+    tapes.counter("n").increment(10)
+def end():  # without what Python prints of an error
+    tapes.close()
+    os._exit(0)
+try:
+    for _ in range(3):
+        if os.fork() == 0:
+            work()
+            end()
+    for _ in range(3):
+        assert os.wait()[1] == 0
+    work()
+    print(os.environ["TAPES_ADDR"], tapes.get_stats().n.value)
+except tapes.TapesError as error:
+    print(repr(error))
+"""
+"""Three children and their parent count and one of them reads; as another user if one is given."""
+
+READ_ONLY = """
+mount --make-rprivate / && mount -o remount,bind,ro / && ! mkdir /var/writable 2>/dev/null || exit 77
+case $1 in
+    /dev/shm) mount -t tmpfs -o mode=1777 none /dev/shm;;
+    *) mount -t tmpfs -o ro none /dev/shm;;
+esac
+case $1 in
+    /tmp) mount -t tmpfs -o mode=1777 none /tmp;;
+    /run) mount -t tmpfs -o mode=755 none /run && install -d -m 700 -o $2 /run/user/$2;;
+    /mnt) mount -t tmpfs -o mode=700,uid=$2 none /mnt;;
+esac || exit 77
+shift 2
+exec "$@"
+"""
+"""Runs a command where nothing but one directory is writable; status 77 where that can't be arranged."""
+
+USERS = (0, 12345)  # the second one has no entry in passwd, and no home
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+
+
+def started(writable: str, user: int, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """Start the service as ``user`` where nothing but ``writable`` is writable, in ``environment`` alone."""
+    python, path = python_for_everybody("zmq", "msgpack", "addict")
+    return subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", writable, str(user),
+         python, "-c", SERVICE, str(user)],
+        cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **environment},
+    )  # fmt: skip
+
+
+def outputs(writable: str, **environment: str) -> list[str]:
+    """Return what the service prints as each of `USERS`; it has ended by then, its aggregator too."""
+    services = [started(writable, user, environment) for user in USERS]
+    found = []
+    try:
+        for service in services:
+            output, errors = service.communicate(timeout=60)
+            if service.returncode == 77:
+                pytest.skip(f"mounting is not permitted here: {errors.strip()}")
+            assert service.returncode == 0, errors
+            assert "Traceback" not in errors, errors
+            found.append(output)
+    finally:
+        for service in services:
+            if service.returncode is None:
+                os.killpg(service.pid, signal.SIGKILL)
+                service.communicate()
+    return found
+
+
+@needs_root
+@pytest.mark.needs("unshare")
+@pytest.mark.parametrize(
+    ("writable", "environment", "meets"),
+    [
+        ("/tmp", {}, "/tmp/tapes-"),
+        ("/dev/shm", {}, "/dev/shm/tapes-"),
+        ("/run", {}, "/run/user/{user}/tapes-"),
+        ("/mnt", {"XDG_RUNTIME_DIR": "/mnt"}, "/mnt/tapes-"),
+        ("/mnt", {"TMPDIR": "/mnt"}, "/mnt/tapes-"),
+        ("/mnt", {"TAPES_ADDR": "ipc:///mnt/m.ipc"}, "/mnt/m.ipc"),
+        ("/dev/shm", {"XDG_RUNTIME_DIR": "/nowhere", "TMPDIR": "/var"}, "/dev/shm/tapes-"),
+    ],
+    ids=["tmp", "shm", "run", "XDG_RUNTIME_DIR", "TMPDIR", "TAPES_ADDR", "fall through"],
+)
+def test_a_service_with_a_read_only_root_meets_where_it_can_write(writable, environment, meets):
+    """Each directory alone is enough, for root and for a user without an entry in passwd and a home."""
+    for user, output in zip(USERS, outputs(writable, **environment)):
+        address, counted = output.split()
+        assert address.startswith("ipc://" + meets.replace("{user}", str(user)))
+        assert counted == "40"
+
+
+@needs_root
+@pytest.mark.needs("unshare")
+def test_where_nothing_is_writable_one_sentence_says_what_to_do():
+    """The error names what was tried, and both remedies; none of the processes knows more."""
+    for user, output in zip(USERS, outputs("nothing")):
+        (line,) = set(output.splitlines())  # each of the processes has the same error
+        assert line.startswith("AggregatorUnavailable(")
+        assert f"set XDG_RUNTIME_DIR or TMPDIR to a directory that user {user} can write to" in output
+        assert "or TAPES_ADDR to an address" in output
+        for tried in ("/tmp: Read-only file system", "/dev/shm: Read-only file system"):
+            assert tried in output
+
+
+@needs_root
+@pytest.mark.needs("unshare")
+def test_a_service_counts_without_proc(home):
+    """Neither a process's start nor its descriptors can be looked up there."""
+    without = 'mount --make-rprivate / && umount -l /proc || exit 77; exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", without, "sh", sys.executable, "-c", SERVICE]
+    status, output, errors = home.run(command)
+    if status == 77 or "unshare failed" in errors:
+        pytest.skip(f"/proc can't be unmounted here: {errors.strip()}")
+    assert status == 0, errors
+    assert output.split()[1:] == ["40"]
+
+
+CLOSING = """
+import os, sys
+for fd in map(int, sys.argv[1]):
+    os.close(fd)
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+WITHOUT_STREAMS = """
+import tapes
+try:
+    tapes.join()
+    tapes.counter("n").increment(10)
+    result = str(tapes.get_stats().n.value)
+except Exception as error:
+    result = repr(error)
+with open("result", "w") as file:
+    file.write(result)
+"""
+
+
+@pytest.mark.parametrize("closed", ["0", "1", "2", "01", "02", "12", "012"])
+def test_a_process_without_standard_streams_joins(home, closed):
+    """Whichever of the descriptors 0, 1 and 2 are closed when it starts, and 0MQ takes their numbers."""
+    status, _, errors = home.run([sys.executable, "-c", CLOSING, closed, "-c", WITHOUT_STREAMS])
+    assert status == 0, errors
+    assert (home.directory / "result").read_text() == "10"
+
+
+def long_path(directories: int) -> str:
+    return f"import sys; sys.path += [f'/nowhere/{{number:0100}}' for number in range({directories})]\n"
+
+
+def test_a_path_of_200_kib_is_handed_to_the_aggregator(home):
+    """Linux limits one argument of a program to 128 KiB."""
+    status, output, errors = home.run([sys.executable, "-c", long_path(2000) + SERVICE])
+    assert (status, output.split()[1:]) == (0, ["40"]), errors
+
+
+def test_a_path_that_no_process_can_be_given_is_an_error_with_a_remedy(home):
+    """It is an error of tapes, not one of the operating system."""
+    status, output, errors = home.run([sys.executable, "-c", long_path(40000) + SERVICE])
+    assert status == 0, errors
+    assert output.startswith("AggregatorUnavailable(")
+    assert "start it by hand: RegistryAggregator" in output
+
+
+FROZEN = """
+import os, signal, socket, sys, threading, time
+sys.frozen, sys.executable = True, "/bin/false"  # as PyInstaller sets them
+sys.exec_prefix = sys.base_exec_prefix = os.environ["PATH"] = "/nowhere"
+import tapes
+listener = socket.create_server(("127.0.0.1", 0))
+signal.signal(signal.SIGUSR1, lambda *_: open("handled", "w").close())
+threading.Thread(target=time.sleep, args=(0.5,)).start()
+tapes.join()
+tapes.counter("n").increment(10)
+port = listener.getsockname()[1]
+listener.close()
+print(tapes.get_stats().n.value, os.environ["TAPES_ADDR"].partition("://")[2], port, flush=True)
+for line in sys.stdin:
+    tapes.counter("n").increment(1)
+    try:
+        print(tapes.get_stats().n.value, flush=True)
+    except tapes.TapesError:
+        print("none", flush=True)
+"""
+"""A frozen application: joins, and reads for each line of its input."""
+
+
+def test_a_frozen_application_starts_its_aggregator_and_starts_it_again(home):
+    """``sys.executable`` is the application. The aggregator is a fork that keeps nothing of it but memory."""
+    with (home.directory / "errors.log").open("w") as log, subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", FROZEN], cwd=home.directory, stderr=log, text=True, bufsize=1,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=clean_environment(**home.environment),
+    ) as application:  # fmt: skip
+        words, answers = application.stdin, application.stdout
+        assert words is not None
+        assert answers is not None
+        counted, path, port = answers.readline().split()
+        assert counted == "10"
+        aggregator = int(pathlib.Path(f"{path}.lock").read_text().split()[0])
+        with socket.create_server(("127.0.0.1", int(port))):
+            pass  # the aggregator does not hold what the application listens on
+        os.kill(aggregator, signal.SIGUSR1)  # kills it: the handler is the application's
+        asked = itertools.count(1)
+
+        def read() -> bool:
+            words.write("\n")
+            return answers.readline().strip() == str(10 + next(asked))
+
+        wait_for(read, "the next aggregator answers", every=0.1)
+        words.close()
+        assert application.wait(30) == 0
+    assert not (home.directory / "handled").exists()
+    assert (home.directory / "errors.log").read_text().count("listens at") == 2
+
+
+def test_programs_that_freeze_applications_find_what_tapes_imports_when_it_is_used():
+    """They read the import statements of the code: of ``import tapes`` alone."""
+    finder = modulefinder.ModuleFinder(excludes=["zmq", "msgpack", "addict", "multiprocessing", "asyncio"])
+    finder.load_file(tapes.__file__)
+    assert {f"tapes.distributed.{name}" for name in ("aggregator", "connection", "joining")} <= {
+        *finder.modules
+    }
