@@ -176,14 +176,16 @@ def misses_aggregator(endpoints: Endpoints) -> bool:
 
 
 def _holder_of(endpoints: Endpoints) -> tuple[bool, bool]:
-    """Return whether somebody holds the lock, and whether who held it last was joined."""
+    """Return whether a process holds the lock, and whether the one that held it last was joined."""
     if endpoints.lock is None:
         return False, False
     try:
-        fd = os.open(endpoints.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(endpoints.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False, False
     try:
+        if not _may_be_ours(os.fstat(fd)):
+            return False, False
         joined = _JOINED in os.pread(fd, 40, 0)
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -193,6 +195,11 @@ def _holder_of(endpoints: Endpoints) -> tuple[bool, bool]:
     finally:
         unlock(fd)
     return False, joined
+
+
+def _may_be_ours(found: os.stat_result) -> bool:
+    """Return whether a lock's file is one that this user made; root meets with services of other users."""
+    return stat.S_ISREG(found.st_mode) and os.geteuid() in (0, found.st_uid)
 
 
 def _lock_soon(fd: int) -> None:
@@ -254,7 +261,7 @@ class Lock:
             self.release(to_be_missed=self.is_missed)
             raise AddressError(
                 f"the aggregator can't bind {self._endpoints.publish} ({error.strerror or error})",
-                remedy="choose a directory that exists and can be written to",
+                remedy="choose a directory that exists and that this user alone can write to",
             ) from None
         except AddressError:
             self.release(to_be_missed=self.is_missed)
@@ -299,6 +306,9 @@ class Lock:
         """Return the descriptor of the locked file, or -1 if it was removed meanwhile."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
+            if not _may_be_ours(os.fstat(fd)):
+                os.close(fd)
+                raise PermissionError(f"{path} belongs to another user")
             _lock_soon(fd)
             owner = os.pread(fd, 20, 0).partition(b"\n")[0]
             if owner and not owner.isdigit():

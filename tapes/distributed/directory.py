@@ -2,10 +2,8 @@
 
 It is named after the supervisor of the service, so that all its processes find it, and no other user knows
 its name before it is there; mode 0700. What has its name and belongs to another user is ignored. It holds the
-aggregator's sockets, its locks and wills, and is removed with them. What a service leaves that was killed
-outright, the next one to start sweeps away: at once if all its processes were of this pid namespace. A
-directory for temporary files may be on a volume that several containers share, where pids mean different
-processes; so what another namespace may use is swept by its age.
+aggregator's sockets, its locks and wills, and is removed with them. `tapes.distributed.sweeping` removes
+what a service leaves that was killed outright.
 """
 
 from __future__ import annotations
@@ -20,29 +18,19 @@ from typing import NamedTuple
 
 from tapes import forks, service
 from tapes.distributed.address import Endpoints, is_served, resolve, unlock
-from tapes.distributed.journal import read_journal
-from tapes.distributed.processes import lives
-from tapes.errors import AddressError, AggregatorUnavailable, TapesError, WireError
+from tapes.errors import AddressError, AggregatorUnavailable
 from tapes.forks import Process
 from tapes.service import SOCKET
 
 __all__ = [
-    "User", "clear", "elsewhere", "has_gone", "is_same_service", "place_of", "present", "restore", "serves",
-    "settle", "start_lock", "sweep",
+    "START_LOCK", "User", "clear", "elsewhere", "empty", "has_gone", "is_same_service", "opened", "place_of",
+    "present", "restore", "serves", "settle", "start_lock",
 ]  # fmt: skip
 
-_START_LOCK = ".start"
+START_LOCK = ".start"
+"""How the name of the lock of those who start an aggregator ends."""
 _PROBE = SOCKET + ".probe"
 _PATIENCE_SECONDS = 20.0
-_LEFT_SECONDS = 3600.0
-"""Seconds after which an untouched directory is swept if its service may be one of another pid namespace.
-
-Its aggregator sets the time of a file every 10 s while it lives. When that has died, a worker starts another
-one; that may take a while, as where the end of a request does it.
-"""
-
-_SKEW_SECONDS = 2.0
-"""Seconds that the time of a file may be ahead, as file systems have clocks and rounding of their own."""
 
 
 class User(NamedTuple):
@@ -96,10 +84,18 @@ def serves(place: Endpoints, uid: int | None = None) -> bool:
 
 
 def present(endpoints: Endpoints) -> Endpoints:
-    """Return where the aggregator is by now that was to be at ``endpoints``; these, if it can't be found."""
-    if endpoints.path is None or (os.path.lexists(endpoints.path) and not _is_of_another(endpoints)):
+    """Return where the aggregator is by now that was to be at ``endpoints``.
+
+    If it can't be found, these; or, where another user has made a directory of that name, where it may come.
+    """
+    if endpoints.path is None:
         return endpoints
-    return next(filter(serves, elsewhere(endpoints)), endpoints)
+    is_of_another = _is_of_another(endpoints)
+    if os.path.lexists(endpoints.path) and not is_of_another:
+        return endpoints
+    others = elsewhere(endpoints)
+    possible = (place for place in others if is_of_another and not _is_of_another(place))
+    return next(filter(serves, others), next(possible, endpoints))
 
 
 def has_gone(endpoints: Endpoints) -> bool:
@@ -214,7 +210,7 @@ def restore(endpoints: Endpoints, user: User) -> None:
 def _make(directory: str, user: User) -> None:
     os.mkdir(directory, 0o700)
     if user != User.ourselves():
-        with _opened(directory, os.geteuid()) as fd:  # nobody can have put something else in its place
+        with opened(directory, os.geteuid()) as fd:  # nobody can have put something else in its place
             os.fchown(fd, *user)
 
 
@@ -238,7 +234,7 @@ def _check_room(directory: str) -> None:
 
 
 @contextlib.contextmanager
-def _opened(directory: str, uid: int) -> Iterator[int]:
+def opened(directory: str, uid: int) -> Iterator[int]:
     """Yield a descriptor of a directory that is private to ``uid``; raises OSError if it is none."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -258,18 +254,18 @@ def clear(endpoints: Endpoints, *, files: bool = True) -> None:
     """
     if endpoints.path is not None:
         with contextlib.suppress(OSError):
-            os.unlink(endpoints.path + _START_LOCK)
+            os.unlink(endpoints.path + START_LOCK)
     private = _owned(endpoints)
     if private is not None:
         with contextlib.suppress(OSError):
             if files:
-                _empty(private)
+                empty(private)
             os.rmdir(private)
 
 
-def _empty(directory: str) -> None:
+def empty(directory: str) -> None:
     """Remove the files of an aggregator in a private directory of ours."""
-    with _opened(directory, os.geteuid()) as fd:
+    with opened(directory, os.geteuid()) as fd:
         for name in os.listdir(fd):
             if name.startswith(SOCKET):
                 with contextlib.suppress(OSError):
@@ -281,7 +277,8 @@ def start_lock(endpoints: Endpoints, user: User, *, wait: bool = True) -> Iterat
     """Hold the lock of those who start or end the aggregator at ``endpoints``; yield whether it is held.
 
     Waits for 20 s at most, as whoever holds it may have been stopped. Where there is no file, as for TCP,
-    there is no lock either: the kernel lets one aggregator bind.
+    there is no lock either: the kernel lets one aggregator bind. Nor is there one where another user has made
+    its file: then several may start an aggregator at once, and the lock of the aggregators lets one serve.
 
     Raises:
         AddressError: If there is no directory for it.
@@ -290,7 +287,7 @@ def start_lock(endpoints: Endpoints, user: User, *, wait: bool = True) -> Iterat
     if endpoints.path is None:
         yield True
         return
-    path = endpoints.path + _START_LOCK
+    path = endpoints.path + START_LOCK
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
@@ -304,12 +301,18 @@ def start_lock(endpoints: Endpoints, user: User, *, wait: bool = True) -> Iterat
             restore(endpoints, user)
             continue
         except OSError as error:
+            if _is_strangers(path, user):
+                yield True
+                return
             raise AddressError(
                 f"the aggregator can't be started at {endpoints.publish} ({error.strerror or error})",
                 remedy="choose a directory that exists and can be written to",
             ) from None
         _held.add(fd)
         try:
+            if _is_strangers(fd, user):
+                yield True
+                return
             if user != User.ourselves():
                 found = os.fstat(fd)  # which may be a link that the user made
                 if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_uid == os.geteuid():
@@ -335,6 +338,12 @@ def start_lock(endpoints: Endpoints, user: User, *, wait: bool = True) -> Iterat
                 unlock(fd)
 
 
+def _is_strangers(file: str | int, user: User) -> bool:
+    """Return whether a file belongs neither to the user of this process nor to ``user``."""
+    found = os.fstat(file) if isinstance(file, int) else os.lstat(file)
+    return found.st_uid not in (os.geteuid(), user.uid)
+
+
 def _let_go() -> None:
     """In a forked child, close what would hold a lock of its parent should that be killed."""
     while _held:
@@ -343,59 +352,6 @@ def _let_go() -> None:
 
 _held: set[int] = set()
 forks.renew_in_child(_let_go)
-
-
-def sweep() -> None:
-    """Remove what is left of services of this user that have ended with nobody to clean up."""
-    for parent in service.parents():
-        with contextlib.suppress(OSError):
-            for entry in list(os.scandir(parent)):
-                supervisor = service.supervisor_of(entry.name)
-                if supervisor is not None and not lives(supervisor):
-                    with contextlib.suppress(OSError, TapesError):
-                        _sweep(entry.path)
-
-
-def _sweep(directory: str) -> None:
-    if not service.is_private(directory) or _may_be_used(directory):
-        return
-    locks = []
-    try:
-        with _opened(directory, os.geteuid()) as fd:
-            for name in os.listdir(fd):
-                if name.endswith((".lock", _START_LOCK)):
-                    locks.append(os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd))
-                    fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if it is held
-        _empty(directory)
-        os.rmdir(directory)
-    finally:
-        for lock in locks:
-            unlock(lock)
-
-
-def _may_be_used(directory: str) -> bool:
-    """Return whether a service may still use a private directory, whose supervisor does not live here."""
-    living = None
-    with contextlib.suppress(WireError):
-        saved = read_journal(os.path.join(directory, SOCKET))
-        # Workers that outlive their supervisor are about to start another aggregator.
-        living = None if saved is None else saved.lives(forks.host())
-    return _age_of(directory) < _LEFT_SECONDS if living is None else living
-
-
-def _age_of(directory: str) -> float:
-    """Return the seconds since anything in a private directory was written.
-
-    What is from the future, as the clock was set back since, is from now on as old as if it were written now.
-    """
-    with _opened(directory, os.geteuid()) as fd:
-        now, ages = time.time(), []
-        for name in (*os.listdir(fd), "."):
-            with contextlib.suppress(FileNotFoundError):
-                ages.append(now - os.stat(name, dir_fd=fd, follow_symlinks=False).st_mtime)
-                if ages[-1] < -_SKEW_SECONDS:
-                    os.utime(name, dir_fd=fd, follow_symlinks=False)
-        return max(0.0, min(ages))
 
 
 def _open_to_all(directory: str) -> bool:

@@ -14,6 +14,9 @@ There is no ``fsync``: files outlive every process, and the machine outlives non
 Its time of modification says when its aggregator lived: that sets it every 10 s, also when nothing changes. A
 process of another pid namespace, as in another container, can't know by pids whether the service lives; so it
 looks at the age of the files.
+
+The socket may be in a directory where every user can make files. Those of other users are not read. Where one
+has the name of a file of the journal, that gets a name with a number.
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ _INTERVAL_SECONDS = 1.0
 _SHARE = 9
 """So many times as long as the last writing took there is none."""
 _SLICE_SECONDS = 0.005
+_MOST_NAMES = 10_000
+"""Maximum number of names that are tried for one file."""
 _NEWER_SECONDS = 10.0
 """So long after it was written the journal of a newer release is left to workers of that."""
 
@@ -191,7 +196,7 @@ class JournalFile:
         if self._base is not None and now - self._shown >= ALIVE_SECONDS:
             self._shown = now
             with contextlib.suppress(OSError):  # there is none yet, or it was removed
-                os.utime(self._base + _JOURNAL, follow_symlinks=False)
+                os.utime(_journal_of(self._base), follow_symlinks=False)
 
     def finish(self) -> bool:
         """Write everything now; return whether that could be done."""
@@ -213,7 +218,7 @@ class JournalFile:
         """Remove the files: nobody will take this aggregator's place."""
         self.close()
         if self._base is not None:
-            for path in (self._base + _JOURNAL, self._base + _DRAFT, *self._tails):
+            for path in (*_named(self._base + _JOURNAL), *_named(self._base + _DRAFT), *self._tails):
                 with contextlib.suppress(OSError):
                     os.unlink(path)
         self._tails = []
@@ -227,7 +232,7 @@ class JournalFile:
 
     def _write(self, base: str) -> Iterator[None]:
         """Write everything, a message a step."""
-        draft, merged = base + _DRAFT, 0
+        draft, merged = _usable(base + _DRAFT), 0
         with contextlib.suppress(FileNotFoundError):
             os.unlink(draft)  # of one that was killed meanwhile
         fd = _create(draft)
@@ -241,7 +246,11 @@ class JournalFile:
                         self._tail = -1
                 _write(fd, _frame(encode(page)))
                 yield
-            os.replace(draft, base + _JOURNAL)
+            path = _usable(base + _JOURNAL)
+            os.replace(draft, path)
+            for former in _named(base + _JOURNAL):
+                if former != path:
+                    os.unlink(former)
             for path in self._tails[:merged]:
                 os.unlink(path)
             del self._tails[:merged]
@@ -255,12 +264,13 @@ class JournalFile:
 
 def read_journal(base: str) -> Saved | None:
     """Return what is written beside the socket ``base``; see `JournalFile.read`."""
-    _make_way_for_newer(base + _JOURNAL)
+    whole = _journal_of(base)
+    _make_way_for_newer(whole)
     journal = None
     records: list[Record] = []
     goodbyes: list[Goodbye] = []
     hellos: list[Hello] = []
-    for path in (base + _JOURNAL, *_tails_of(base)):
+    for path in (whole, *_tails_of(base)):
         for data in _frames(path):
             message = decode(data)
             if isinstance(message, Journal):
@@ -281,7 +291,7 @@ def read_journal(base: str) -> Saved | None:
 def _age_of(base: str) -> float:
     """Return the seconds since a file beside ``base`` that outlives its aggregator was written."""
     written = []
-    for path in (base + _JOURNAL, *_tails_of(base), *glob.glob(glob.escape(base + MARK) + "*")):
+    for path in (_journal_of(base), *_tails_of(base), *_ours(glob.glob(glob.escape(base + MARK) + "*"))):
         with contextlib.suppress(OSError):
             written.append(os.lstat(path).st_mtime)
     return time.time() - max(written, default=0.0)
@@ -299,7 +309,36 @@ def _make_way_for_newer(path: str) -> None:
 
 
 def _tails_of(base: str) -> list[str]:
-    return sorted(glob.glob(glob.escape(base + _TAIL) + "*"))
+    return sorted(_ours(glob.glob(glob.escape(base + _TAIL) + "*")))
+
+
+def _journal_of(base: str) -> str:
+    """Return the path of the journal that is there, or that of one to be written."""
+    return max(_named(base + _JOURNAL), key=os.path.getmtime, default=_usable(base + _JOURNAL))
+
+
+def _named(path: str) -> list[str]:
+    """Return the files of this user with the name ``path``, without or with a number."""
+    return _ours([path, *glob.glob(glob.escape(path) + ".[0-9]*")])
+
+
+def _usable(path: str) -> str:
+    """Return ``path``, with a number if another user has made a file of that name."""
+    for number in range(1, _MOST_NAMES):
+        name = f"{path}.{number}" if number > 1 else path
+        if not os.path.lexists(name) or _ours([name]):
+            return name
+    return path
+
+
+def _ours(paths: Iterable[str]) -> list[str]:
+    """Return those of ``paths`` that are there and belong to this user."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if os.lstat(path).st_uid == os.geteuid():
+                found.append(path)
+    return found
 
 
 def _create(path: str, flags: int = 0) -> int:

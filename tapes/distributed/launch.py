@@ -22,6 +22,7 @@ from tapes import forks, threads
 from tapes.distributed import detached, directory
 from tapes.distributed.address import Endpoints, is_served, resolve
 from tapes.distributed.lease import Lease
+from tapes.distributed.sweeping import sweep
 from tapes.distributed.title import set_title
 from tapes.errors import AddressError, AddressInUse, AggregatorUnavailable, InvalidArgument, TapesError
 from tapes.forks import Process
@@ -264,7 +265,7 @@ def serve(address: str, pid: str, started: str, reason: str, uid: str, gid: str,
     _become(directory.User(int(uid), int(gid)))
     os.umask(0o077)
     os.chdir("/")
-    directory.sweep()
+    sweep()
     readiness = Readiness((-1, int(ready_fd)))
     endpoints = resolve(address)
     try:

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import os
 import random
+import stat
 import time
 from typing import Callable
 
@@ -56,7 +57,7 @@ class Reviver:
         if time.monotonic() < self._due:
             return
         place = directory.present(self._endpoints)
-        if place != self._endpoints:
+        if place != self._endpoints and directory.serves(place):
             self._begin(lambda: self._follow(place))
         elif misses_aggregator(self._endpoints):
             self._begin(lambda: _start(self._endpoints, misses_aggregator, "a worker that missed it"))
@@ -124,8 +125,12 @@ def _start_elsewhere(endpoints: Endpoints) -> None:
 
 
 def _user_of(endpoints: Endpoints) -> directory.User:
-    """Return whom the aggregator was run by."""
-    with contextlib.suppress(OSError, TypeError):
-        found = os.stat(endpoints.lock or "")
-        return directory.User(found.st_uid, found.st_gid)
+    """Return whom the aggregator was run by.
+
+    Its lock says that, but not where every user can make files.
+    """
+    with contextlib.suppress(OSError):
+        found = os.lstat(endpoints.lock or "")
+        if not os.stat(os.path.dirname(endpoints.lock or "")).st_mode & stat.S_IWOTH:
+            return directory.User(found.st_uid, found.st_gid)
     return directory.User.ourselves()

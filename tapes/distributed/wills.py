@@ -95,7 +95,8 @@ class Wills:
         with contextlib.suppress(OSError):
             for entry in list(os.scandir(self._directory)):
                 if entry.name.startswith(self._start):
-                    os.unlink(entry.path)
+                    with contextlib.suppress(OSError):  # another user's
+                        os.unlink(entry.path)
 
     def _open(self, path: str) -> Iterator[tuple[Goodbye | WireError, bytes]]:
         data = b""

@@ -59,19 +59,24 @@ while True:  # a master, which forks a worker for each line
 
 
 class Service:
-    """A master that forks workers, each of which does what it is told."""
+    """A master that forks workers, each of which does what it is told; run by ``user``, if that is given."""
 
-    def __init__(self, home: Home, **environment: str) -> None:
+    def __init__(
+        self, home: Home, *, python: str = sys.executable, user: int | None = None, **environment: str
+    ) -> None:
         self.home = home
         self._log = (home.directory / "errors.log").open("w")
         (home.directory / "service.py").write_text(SERVICE)
         self._master = subprocess.Popen(
-            [sys.executable, "service.py"], cwd=home.directory, env=clean_environment(**environment),
+            [python, "service.py"], cwd=home.directory, env=clean_environment(**environment),
             stdin=subprocess.PIPE, stderr=self._log, text=True, bufsize=1, start_new_session=True,
+            user=user, group=user, extra_groups=None if user is None else [],
         )  # fmt: skip
+        self.pid = self._master.pid
         self._connections: list[socket.socket] = []
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(home.directory / "workers"))
+        (home.directory / "workers").chmod(0o777)
         self._listener.listen(16)
         self._listener.settimeout(30)
 

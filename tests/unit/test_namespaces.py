@@ -10,11 +10,11 @@ import pytest
 
 from tapes import forks, service
 from tapes.clock import monotonic
-from tapes.distributed import directory
 from tapes.distributed.address import resolve
 from tapes.distributed.bookkeeping import Bookkeeper
 from tapes.distributed.lease import Lease
 from tapes.distributed.messages import Goodbye, Hello
+from tapes.distributed.sweeping import sweep
 from tapes.distributed.wills import leave
 from tapes.distributed.wire import encode
 from tapes.forks import Process
@@ -245,7 +245,7 @@ def test_what_another_namespace_may_use_is_swept_by_its_age(
     elif host != "no journal":
         journal_in(private, monkeypatch, host, worker_of=worker_of)
     age(private, ago)
-    directory.sweep()
+    sweep()
     assert private.exists() is not swept
 
 
@@ -254,7 +254,7 @@ def test_one_young_file_keeps_a_directory(private, monkeypatch):
     journal_in(private, monkeypatch, ELSEWHERE)
     age(private, 2 * HOUR)
     os.utime(private / "metrics.ipc.lock")
-    directory.sweep()
+    sweep()
     assert private.exists()
 
 
@@ -262,11 +262,11 @@ def test_a_directory_from_the_future_is_swept_in_time(private, monkeypatch):
     """The clock was set back: from now on it is as old as if it were made now."""
     journal_in(private, monkeypatch, ELSEWHERE)
     age(private, -1000 * HOUR)
-    directory.sweep()
+    sweep()
     assert private.exists()
     assert all(path.stat().st_mtime < time.time() + 5 for path in (private, *private.iterdir()))
     age(private, 1.1 * HOUR)
-    directory.sweep()
+    sweep()
     assert not private.exists()
 
 
@@ -276,7 +276,7 @@ def test_a_directory_of_a_living_aggregator_is_kept_whatever_its_age(private, mo
     age(private, 5 * HOUR)
     with (private / "metrics.ipc.lock").open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        directory.sweep()
+        sweep()
         assert private.exists()
-    directory.sweep()
+    sweep()
     assert not private.exists()
