@@ -246,10 +246,22 @@ class Aggregator:
             self._send_made(questions)
             if now - looked >= _TURN_MILLISECONDS / 1000:
                 looked = now
-                if self._lock.is_lost:
-                    self._settle_again(updates, questions)
+                self._look_after_files(updates, questions)
                 if is_done(now):
                     return
+
+    def _look_after_files(self, updates: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> None:
+        """Make files again that were removed: all of them if the lock was, else those that are missing."""
+        if self._lock.is_lost:
+            self._settle_again(updates, questions)
+            return
+        self._books.journal.look_after_files()
+        if not all(map(os.path.lexists, self._endpoints.files)):
+            with contextlib.suppress(AddressError):  # the next look tries again
+                bind_again(updates, questions, self._endpoints, self._endpoints)
+                _log.warning(
+                    "tapes made its sockets at %s again, as one was removed", self._endpoints.publish
+                )
 
     def _settle_again(self, updates: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> None:
         """Make the files again that somebody has removed, there or elsewhere; or hand over to another one."""

@@ -128,6 +128,7 @@ class JournalFile:
         self._writing: Iterator[None] | None = None
         self._tail = -1
         self._tails: list[str] = []
+        self._written = ""
 
     def read(self) -> Saved | None:
         """Return what the aggregator before this one left; ``None`` if that is nothing.
@@ -158,6 +159,8 @@ class JournalFile:
             return
         self._changed = True
         try:
+            if self._tail >= 0 and not os.fstat(self._tail).st_nlink:  # it was removed
+                self.look_after_files()
             if self._tail < 0:
                 path = f"{self._base}{_TAIL}{time.monotonic_ns():020}"
                 self._tail = _create(path, os.O_APPEND)
@@ -166,6 +169,17 @@ class JournalFile:
             _write(self._tail, begins + _frame(message))
         except OSError as error:
             self._failed(error)
+
+    def look_after_files(self) -> None:
+        """Write everything again, as soon as may be, if a file of it was removed; call it now and then."""
+        there = list(filter(os.path.lexists, self._tails))
+        if there != self._tails or (self._written and not os.path.lexists(self._written)):
+            self._begin_anew(there)
+
+    def _begin_anew(self, tails: list[str]) -> None:
+        self.close()
+        self._tails, self._written = tails, ""
+        self.changed(urgent=True)
 
     def step(self, now: float) -> bool:
         """Write a slice, if it is time; return whether there is more to be written at once."""
@@ -210,13 +224,12 @@ class JournalFile:
     def settle(self, endpoints: Endpoints) -> None:
         """Write everything beside ``endpoints``, as soon as may be: the files were removed."""
         self._base = endpoints.path
-        self.close()
-        self._tails = []
-        self.changed(urgent=True)
+        self._begin_anew([])
 
     def remove(self) -> None:
         """Remove the files: nobody will take this aggregator's place."""
         self.close()
+        self._written = ""
         if self._base is not None:
             for path in (*_named(self._base + _JOURNAL), *_named(self._base + _DRAFT), *self._tails):
                 with contextlib.suppress(OSError):
@@ -248,11 +261,11 @@ class JournalFile:
                 yield
             path = _usable(base + _JOURNAL)
             os.replace(draft, path)
-            for former in _named(base + _JOURNAL):
+            self._written = path
+            for former in (*_named(base + _JOURNAL), *self._tails[:merged]):
                 if former != path:
-                    os.unlink(former)
-            for path in self._tails[:merged]:
-                os.unlink(path)
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(former)
             del self._tails[:merged]
         except BaseException:
             with contextlib.suppress(OSError):
