@@ -23,7 +23,16 @@ from typing import NamedTuple
 from tapes.distributed.curve import HOW_TO_MAKE_ONE, KeyFile
 from tapes.errors import AddressError, AddressInUse
 
-__all__ = ["DEFAULT_ADDR", "Endpoints", "Lock", "is_served", "misses_aggregator", "resolve", "unlock"]
+__all__ = [
+    "DEFAULT_ADDR",
+    "Endpoints",
+    "Lock",
+    "is_kept",
+    "is_served",
+    "misses_aggregator",
+    "resolve",
+    "unlock",
+]
 
 
 class _DefaultAddress(str):
@@ -41,7 +50,7 @@ _MAX_PATH_BYTES = 103 if sys.platform == "darwin" else 107
 _NAME = re.compile(r"(?!(.*\.)?(\d+|0x[\da-f]*)\.?$)[\w.-]+", re.ASCII | re.IGNORECASE)
 """A host's name; resolvers take what ends in a number for an address, ``0`` and ``127.1`` too."""
 
-_JOINED = b"joined"
+_JOINED, _KEPT = b"joined", b"kept"
 _ATTEMPTS = 20
 
 
@@ -175,6 +184,16 @@ def misses_aggregator(endpoints: Endpoints) -> bool:
     return joined and not lives
 
 
+def is_kept(endpoints: Endpoints) -> bool:
+    """Return whether the aggregator that was there has a parent that starts another one when it is killed."""
+    try:
+        fd = os.open(endpoints.lock or "", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    with open(fd, "rb") as file:
+        return _may_be_ours(os.fstat(fd)) and _KEPT in file.read(40)
+
+
 def _holder_of(endpoints: Endpoints) -> tuple[bool, bool]:
     """Return whether a process holds the lock, and whether the one that held it last was joined."""
     if endpoints.lock is None:
@@ -227,18 +246,19 @@ def unlock(fd: int) -> None:
 class Lock:
     """Held by the one aggregator that serves an address; gone with it, however it ends.
 
-    A file beside the socket, locked with ``flock``; it holds the pid of the owner, and whether workers are to
-    start another one when it dies. An abstract socket or a TCP port needs none: there the kernel refuses the
-    second.
+    A file beside the socket, locked with ``flock``; it holds the pid of the owner, whether workers are to
+    start another one when it dies, and whether its parent does so before them. An abstract socket or a TCP
+    port needs none: there the kernel refuses the second.
 
     Attributes:
         is_missed: Whether who held it last died, and is to be replaced.
     """
 
-    def __init__(self, endpoints: Endpoints, *, joined: bool = False) -> None:
+    def __init__(self, endpoints: Endpoints, *, joined: bool = False, kept: bool = False) -> None:
         self._endpoints = endpoints
         self._path = endpoints.lock
         self._joined = joined
+        self._kept = kept
         self.is_missed = False
         self._fd = -1
 
@@ -279,7 +299,7 @@ class Lock:
 
     def at(self, endpoints: Endpoints) -> Lock:
         """Return such a lock at ``endpoints``, which is yet to be acquired."""
-        return Lock(endpoints, joined=self._joined)
+        return Lock(endpoints, joined=self._joined, kept=self._kept)
 
     def let_go(self) -> None:
         """Close the locked file, which is lost."""
@@ -290,6 +310,7 @@ class Lock:
     def _sign(self) -> None:
         """Write whose it is; over what is there, as on a full disk there is no other room."""
         text = b"%d\n%s" % (os.getpid(), _JOINED if self._joined else b"")
+        text += b"\n" + _KEPT if self._kept else b""
         os.pwrite(self._fd, text, 0)
         os.ftruncate(self._fd, len(text))
 

@@ -64,6 +64,7 @@ class Aggregator:
         endpoints, reporters, lease: See above.
         reason: Why it was started, for the log.
         configured: How the reporters are configured, if by the environment; for who takes its place.
+        kept: Whether the process that made this one starts another one if it is killed.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Aggregator:
         *,
         reason: str = "",
         configured: Mapping[str, str] = MappingProxyType({}),
+        kept: bool = False,
     ) -> None:
         self._endpoints = endpoints
         self._reporters = reporters
@@ -85,7 +87,7 @@ class Aggregator:
         self._reports = Reports(self._wake)
         self._held: list[tuple[Demand, list[bytes]]] = []
         self._is_missed = self._is_displaced = False
-        self._lock = Lock(endpoints, joined=lease.is_joined)
+        self._lock = Lock(endpoints, joined=lease.is_joined, kept=kept)
         self._clearing = contextlib.ExitStack()
         self._wake_sender, self._wake_receiver = socket.socketpair()
         self._wake_sender.setblocking(False)

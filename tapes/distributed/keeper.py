@@ -1,4 +1,7 @@
-"""The small parent of an aggregator that was started by hand: it starts another one when that dies.
+"""The small parent of an aggregator: it starts another one when that dies.
+
+An aggregator that was started by hand has one; one that a service started has one only where its parent would
+be a process that reaps nobody, as a killed aggregator would stay there as a zombie.
 
 It holds no sockets and runs no threads: it waits for its child, and is a fork of the process that the
 reporters were made in, so another aggregator can be forked from it at any time.
@@ -23,6 +26,8 @@ _MOST_BACK_OFF_SECONDS = 5.0
 _AGAIN_SECONDS = 0.2
 _STABLE_SECONDS = 10.0
 """An aggregator that lived so long is started again without delay."""
+_BRIEF_SECONDS, _MOST_BRIEF = 0.5, 10
+"""Seconds of a brief life, and maximum number of aggregators in a row that had one."""
 
 _log = logging.getLogger("tapes.distributed")
 
@@ -33,7 +38,7 @@ class Keeper:
     Args:
         run: Runs an aggregator, told on a `Readiness` how it starts, and whether it is to end at once, after
             clearing up; returns an exit status.
-        owner: Whom it serves: nobody, when that has ended.
+        owner: Whom it serves; used by `keep`, which ends when that has ended.
     """
 
     def __init__(self, run: Callable[[Readiness, bool], int], owner: Process) -> None:
@@ -64,6 +69,25 @@ class Keeper:
             started = time.monotonic()
             status = self._once(Readiness((-1, -1)))
         return status
+
+    def keep_while_killed(self, readiness: Readiness) -> int:
+        """Return when the aggregator has ended, and was not killed, with its exit status.
+
+        There is no pause: workers start another one after a second, and whichever comes second would be a
+        zombie. They do it alone, with pauses, if ten have been killed as soon as they were started.
+        """
+        for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+            signal.signal(ignored, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        brief = 0
+        while True:
+            started = time.monotonic()
+            status = self._once(readiness)
+            brief = brief + 1 if time.monotonic() - started < _BRIEF_SECONDS else 0
+            if status >= 0 or brief == _MOST_BRIEF:
+                return status
+            _log.warning("a tapes aggregator was killed (signal %d); another one is started", -status)
+            readiness = Readiness((-1, -1))
 
     def _once(self, readiness: Readiness) -> int:
         """Run one aggregator to its end; return its exit status, or minus the signal that killed it."""

@@ -16,12 +16,14 @@ import select
 import shutil
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from tapes import forks, threads
 from tapes.distributed import detached, directory
 from tapes.distributed.address import Endpoints, is_served, resolve
 from tapes.distributed.lease import Lease
+from tapes.distributed.processes import reaps
 from tapes.distributed.sweeping import sweep
 from tapes.distributed.title import set_title
 from tapes.errors import AddressError, AddressInUse, AggregatorUnavailable, InvalidArgument, TapesError
@@ -255,9 +257,11 @@ from tapes.distributed.launch import serve; serve(*argv)
 
 def serve(address: str, pid: str, started: str, reason: str, uid: str, gid: str, ready_fd: str) -> None:
     """Be the aggregator that `launch` starts; the calling process returns at once."""
+    starter = os.getpid()
     if os.fork():
         os._exit(0)
     from tapes.distributed.aggregator import Aggregator
+    from tapes.distributed.keeper import Keeper  # which imports this module
 
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="[%(process)d] [%(levelname)s] %(message)s"
@@ -274,8 +278,22 @@ def serve(address: str, pid: str, started: str, reason: str, uid: str, gid: str,
     except TapesError as error:
         readiness.tell(f"{type(error).__name__}\n{error}")
         sys.exit(1)
-    lease = Lease.joined(Process(int(pid), int(started)))
-    sys.exit(readiness.run(Aggregator(endpoints, reporters, lease, reason=reason, configured=configured)))
+    owner, kept = Process(int(pid), int(started)), not reaps(_adopter(starter))
+
+    def run(readiness: Readiness, ends: bool = False) -> int:
+        lease = Lease.joined(owner)
+        aggregator = Aggregator(endpoints, reporters, lease, reason=reason, configured=configured, kept=kept)
+        return readiness.run(aggregator)
+
+    sys.exit(Keeper(run, owner).keep_while_killed(readiness) if kept else run(readiness))
+
+
+def _adopter(parent: int) -> int:
+    """Return the process that becomes the parent of this one when ``parent`` has ended."""
+    deadline = time.monotonic() + 1.0
+    while os.getppid() == parent and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return os.getppid()
 
 
 def _become(user: directory.User) -> None:

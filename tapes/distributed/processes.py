@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import time
 from math import inf
 
 from tapes.forks import Process, process_of, program_of
 
-__all__ = ["ProcessWatch", "is_same_boot", "lives", "namespace_seconds"]
+__all__ = ["ProcessWatch", "is_same_boot", "lives", "namespace_seconds", "reaps"]
 
 
 _PROGRAM_SECONDS = 1.0
@@ -73,6 +74,23 @@ def lives(process: Process) -> bool:
     except (PermissionError, OverflowError):
         pass
     return _is_still(process)
+
+
+def reaps(pid: int) -> bool:
+    """Return whether process ``pid`` may be one that reaps children which it has not started.
+
+    The kernel gives it the children of processes that have ended. It learns of their end by SIGCHLD: it
+    handles that, or blocks it and waits for it, or ignores it, and then the kernel reaps them. One that has
+    several threads may wait in one of them.
+    """
+    minds = 1 << (signal.SIGCHLD - 1)
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        signals = (int(fields[name], 16) for name in ("SigBlk", "SigIgn", "SigCgt"))
+        return int(fields["Threads"]) > 1 or any(found & minds for found in signals)
+    except (OSError, KeyError, ValueError):
+        return True
 
 
 def is_same_boot(host: str, other: str) -> bool:

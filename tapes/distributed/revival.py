@@ -20,7 +20,7 @@ from typing import Callable
 
 from tapes import forks, threads
 from tapes.distributed import directory
-from tapes.distributed.address import Endpoints, is_served, misses_aggregator
+from tapes.distributed.address import Endpoints, is_kept, is_served, misses_aggregator
 from tapes.distributed.launch import launch
 from tapes.distributed.questions import ask_to_hand_over
 from tapes.environment import may_start
@@ -29,6 +29,8 @@ __all__ = ["Reviver", "replace"]
 
 _LEAVING_SECONDS = 5.0
 """So long an aggregator that makes room may take to leave."""
+_KEPT_SECONDS = 1.0
+"""Seconds that a worker gives the parent of a killed aggregator to start another one."""
 _BACK_OFF_SECONDS, _MOST_BACK_OFF_SECONDS = 0.2, 10.0
 
 _log = logging.getLogger("tapes.distributed")
@@ -45,10 +47,12 @@ class Reviver:
         self._due = 0.0
         self._back_off = _BACK_OFF_SECONDS
         self._has_said = False
+        self._has_waited = False
 
     def is_heard(self) -> None:
         """Note that an aggregator listens."""
         self._was_there = True
+        self._has_waited = False
         self._back_off = _BACK_OFF_SECONDS
         self._has_said = False
 
@@ -60,6 +64,10 @@ class Reviver:
         if place != self._endpoints and directory.serves(place):
             self._begin(lambda: self._follow(place))
         elif misses_aggregator(self._endpoints):
+            if not self._has_waited and is_kept(self._endpoints):  # its parent is to start the next one
+                self._has_waited = True
+                self._due = time.monotonic() + _KEPT_SECONDS
+                return
             self._begin(lambda: _start(self._endpoints, misses_aggregator, "a worker that missed it"))
         elif self._was_there and directory.has_gone(self._endpoints):
             self._begin(lambda: _start_elsewhere(self._endpoints))

@@ -19,6 +19,7 @@ import pytest
 
 from tapes import forks
 from tapes.distributed.address import Lock, is_served, misses_aggregator, resolve
+from tapes.distributed.processes import lives
 from tapes.errors import AddressError
 from tests.crew import stopped
 from tests.distributed.test_places import Service, aggregators, agree
@@ -75,7 +76,7 @@ def kill_aggregator(path: pathlib.Path) -> None:
     """Kill the aggregator whose socket is at ``path``; it is dead when this returns."""
     pid = int((path.parent / (path.name + ".lock")).read_text().split()[0])
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not is_served(resolve(f"ipc://{path}")), "the aggregator is dead")
+    wait_for(lambda: not lives(forks.Process(pid, 0)), "the aggregator is dead")
 
 
 def path_of(address: str) -> pathlib.Path:
