@@ -257,8 +257,13 @@ from tapes.distributed.launch import serve; serve(*argv)
 
 def serve(address: str, pid: str, started: str, reason: str, uid: str, gid: str, ready_fd: str) -> None:
     """Be the aggregator that `launch` starts; the calling process returns at once."""
-    starter = os.getpid()
-    if os.fork():
+    starter, readiness = os.getpid(), Readiness((-1, int(ready_fd)))
+    try:
+        child = os.fork()
+    except OSError as error:
+        readiness.tell(f"AggregatorUnavailable\nthe aggregator can't be started ({error.strerror})")
+        os._exit(1)
+    if child:
         os._exit(0)
     from tapes.distributed.aggregator import Aggregator
     from tapes.distributed.keeper import Keeper  # which imports this module
@@ -270,7 +275,6 @@ def serve(address: str, pid: str, started: str, reason: str, uid: str, gid: str,
     os.umask(0o077)
     os.chdir("/")
     sweep()
-    readiness = Readiness((-1, int(ready_fd)))
     endpoints = resolve(address)
     try:
         configured = {name: os.environ[name] for name in (HTTP, STATSD) if os.environ.get(name)}
