@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 
 import tapes
+from tapes import DistributedRegistry
+from tapes.contrib._service import Membership
+from tapes.exposition import endpoint
+from tapes.sharing import Pressure
 from tests.processes import ROOT, clean_environment
 
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
 
 
+def section(heading):
+    (found,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    return found
+
+
 def rows(heading):
-    """Return what is written and what is seen, of each row of the table below ``heading``."""
-    (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
-    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    """Return what is written and what is seen, of each row of four columns below ``heading``."""
+    lines = [line for line in section(heading).splitlines() if line.startswith("| `")]
     found = [re.match(r"\| `([^`]+)` \| `([^`]+)` \| .* \| .* \|$", line) for line in lines]
-    assert found
-    assert all(found), lines
-    return [(match[1], match[2]) for match in found]
+    assert any(found)
+    return [(match[1], match[2]) for match in found if match]
+
+
+def seen_below(heading):
+    """Return what is seen, of each row of three columns below ``heading``."""
+    lines = [line for line in section(heading).splitlines() if line.count(" | ") == 2 and "| `" in line]
+    return [re.match(r"\| `([^`]+)` \|", line)[1] for line in lines]
 
 
 def assert_seen(expected, text):
@@ -81,3 +97,88 @@ def test_a_setting_is_logged_with_the_message_of_the_page(tmp_path, written, see
     assert_seen(seen, line)
     assert more == ""
     assert process.returncode == 0
+
+
+def fails():
+    return 1 / 0
+
+
+def hangs():
+    goes_on.wait(60)
+
+
+goes_on = threading.Event()
+IN_THE_LOG = {
+    "'hits' has reached": lambda registry: [registry.counter("hits", path=str(n)) for n in range(3)],
+    "tapes cut a label's value": lambda registry: registry.counter("hits", agent="x" * 2000),
+    "its producer failed": lambda registry: registry.gauge("size", fails),
+    "its producer has not returned": lambda registry: registry.gauge("size", hangs),
+    "gauge 'size' got another producer": lambda registry: [registry.gauge("size", p) for p in (int, float)],
+}
+
+
+@pytest.mark.parametrize("seen", seen_below("Other lines of the log"))
+def test_another_line_of_the_log_is_as_on_the_page(caplog, seen):
+    (cause,) = [cause for beginning, cause in IN_THE_LOG.items() if seen.startswith(beginning)]
+    registry = tapes.Registry(max_series=2)
+    try:
+        cause(registry)
+        registry.get_stats()
+    finally:
+        goes_on.set()
+    assert_seen(seen, "\n".join(caplog.messages))
+
+
+def refuse(error):
+    def refusing(*_, **__):
+        raise error
+
+    return refusing
+
+
+def many_readers(monkeypatch):
+    pressure = Pressure(endpoint.MOST_READERS)
+    monkeypatch.setattr(endpoint, "_pressure", pressure)
+    for _ in range(endpoint.MOST_READERS):
+        pressure._enter()
+    return endpoint.answer(tapes.Registry())
+
+
+def no_room(name, error):
+    def cause(monkeypatch):
+        monkeypatch.setattr(name, refuse(error))
+        with contextlib.closing(DistributedRegistry("ipc:///tmp/nothing-listens.ipc")) as registry:
+            registry.connect()
+            return endpoint.answer(registry)
+
+    return cause
+
+
+def no_aggregator(monkeypatch):
+    with contextlib.closing(DistributedRegistry("ipc:///tmp/nothing-listens.ipc")) as registry:
+        registry.connect()
+        return endpoint.answer(registry)
+
+
+def turned_off(monkeypatch):
+    monkeypatch.setenv("TAPES_DISABLED", "1")
+    return Membership(tapes.Registry()).answer()
+
+
+ANSWERS = {
+    "the aggregator at": no_aggregator,
+    "this process answers": many_readers,
+    "no thread can be started": no_room("_thread.start_new_thread", RuntimeError("can't start new thread")),
+    "there is no memory": no_room("mmap.mmap", OSError(errno.ENOMEM, "Cannot allocate memory")),
+    "no socket can be opened": no_room("os.open", OSError(errno.EMFILE, "Too many open files")),
+    "tapes is turned off": turned_off,
+}
+
+
+@pytest.mark.parametrize("seen", seen_below("Answers of 503"))
+def test_an_answer_of_503_is_as_on_the_page(monkeypatch, seen):
+    (cause,) = [cause for beginning, cause in ANSWERS.items() if seen.startswith(beginning)]
+    with monkeypatch.context() as patched:
+        status, _, body = cause(patched)
+    assert status == 503
+    assert_seen(seen, body.decode())
