@@ -56,7 +56,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 _readers: RunVar[CapacityLimiter | None] = RunVar("tapes readers")
-_PATIENCE_SECONDS = 1.0
+_PATIENCE_SECONDS = 0.7
 """Maximum seconds for which a reader waits for a thread."""
 _PIECE_BYTES = 1 << 18
 """Maximum bytes that are handed to the server at once; it keeps what the client has not taken."""

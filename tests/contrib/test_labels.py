@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import re
+import sys
 
 from tests.contrib.services import Service
-from tests.processes import get, wait_for
+from tests.processes import free_port, get, running, wait_for
 
 
 def workers_answered(service):
@@ -46,3 +48,44 @@ def test_labels_that_cannot_be_read_are_a_warning_and_no_fault(short_dir):
     assert lines
     assert len(lines) <= 3
     assert all("got 'region', expected KEY=VALUE" in line for line in lines)
+
+
+BY_AGENT = """
+import tapes
+from tapes.contrib.wsgi import TapesMiddleware
+
+def app(environ, start_response):
+    tapes.timer("seen", agent=environ["HTTP_USER_AGENT"]).update(0.25)
+    start_response("200 OK", [])
+    return [b"ok"]
+
+app = TapesMiddleware(app)
+"""
+AGENTS = 2100
+
+
+def test_two_thousand_agents_of_2_kb_as_labels_are_a_right_answer(home):
+    """What clients send is cut at 1,024 characters, and what has no place is counted together."""
+    (home.directory / "app.py").write_text(BY_AGENT)
+    port = free_port()
+    gunicorn = str(pathlib.Path(sys.executable).with_name("gunicorn"))
+    command = [gunicorn, "-w", "2", "-k", "gthread", "-b", f"127.0.0.1:{port}", "app:app"]
+    with running(command, cwd=home.directory, **home.environment):
+        wait_for(lambda: get(port, "/metrics")[0] == 200, "it is up")
+        for number in range(AGENTS):
+            headers = {"User-Agent": f"{'x' * 2000}{number}"}
+            assert get(port, "/", **headers)[0] == 200
+
+        def total(accept):
+            status, _, body = get(port, "/metrics", Accept=accept)
+            if status != 200:
+                return None
+            if accept == "application/json":
+                seen = json.loads(body)["seen"]
+                assert all(len(selector) <= 1024 + len('{agent=""}') for selector in seen)
+                return len(seen), sum(series["count"] for series in seen.values())
+            lines = [line for line in body.decode().splitlines() if line.startswith("seen_seconds_count{")]
+            return len(lines), sum(int(line.split()[-1]) for line in lines)
+
+        for accept in ("application/json", "text/plain;version=0.0.4", "application/openmetrics-text"):
+            wait_for(lambda accept=accept: total(accept) == (2001, AGENTS), accept)
