@@ -6,14 +6,18 @@ A metric and a registry have methods that only the rest of tapes calls. Those st
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from collections.abc import Iterable
 from typing import ClassVar
 
 __all__ = ["Face", "Faced"]
 
 
-class Face(type):
-    """The type of a class that hides ``_internal`` names; ``help()`` and Sphinx ask ``dir(cls)``."""
+class Face(ABCMeta):
+    """The type of a class that hides ``_internal`` names; ``help()`` and Sphinx ask ``dir(cls)``.
+
+    A subclass may be abstract too.
+    """
 
     _internal: frozenset[str]
 

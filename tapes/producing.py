@@ -6,10 +6,13 @@ A round runs producers in helper threads, as a call that hangs can't be interrup
 2. Every 0.1 s in which the queue does not become empty, another helper starts to take from it.
 3. What still runs after 1 s is *late*. The reader goes on without it. It keeps its thread until it returns,
    and is not run again before that.
-4. A reader runs what failed once more, in its own thread: some producers work only there, such as one that
-   counts the tasks of the running event loop.
+4. A reader runs what failed at once again, in its own thread, as long as the second is not over: some
+   producers work only there, such as one that counts the tasks of the running event loop.
 
 Failures and late producers are counted and logged by the reader, for each of them once a round.
+
+Where gevent or eventlet has replaced threads, each producer runs in a greenlet of the reader's thread: a
+producer that waits in another thread would leave an event loop behind there.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from tapes.metrics import Gauge
 
 __all__ = ["run_producers"]
 
+_AT_ONCE_SECONDS = 0.01
+"""Maximum seconds of a failure that may be due to the thread."""
 _STEP_SECONDS = 0.1
 """Seconds after which another helper starts, if gauges still wait."""
 _PATIENCE_SECONDS = 1.0
@@ -45,11 +50,17 @@ def run_producers(gauges: Iterable[Gauge], max_age_seconds: float = 0.0, *, is_r
     due = [gauge for gauge in gauges if gauge.is_due(max_age_seconds)]
     if not due:
         return
+    deadline = time.monotonic() + _PATIENCE_SECONDS
     one_round = _Round(due)
-    one_round.run()
-    for gauge, failure in one_round.failed:
+    if threads.is_patched():
+        threads.in_greenlets([partial(one_round.run_one, gauge) for gauge in due], _PATIENCE_SECONDS)
+        one_round.end()
+    else:
+        one_round.run(deadline)
+    for gauge, failure, seconds in one_round.failed:
         error: BaseException | None = failure
-        if is_read and isinstance(failure, Exception):
+        may_be_the_thread = isinstance(failure, Exception) and seconds < _AT_ONCE_SECONDS
+        if is_read and may_be_the_thread and time.monotonic() < deadline:
             error = gauge.run_producer(Exception)  # any other is a signal handler's, and ends the read
         if error is not None:
             gauge.note_failure(f"its producer failed: {short_repr(error)}")
@@ -59,23 +70,26 @@ class _Round:
     """One run of each of ``gauges``."""
 
     def __init__(self, gauges: list[Gauge]) -> None:
-        self.failed: list[tuple[Gauge, BaseException]] = []
+        self.failed: list[tuple[Gauge, BaseException, float]] = []
         self._context = contextvars.copy_context()
         self._queue = deque(gauges)
         self._unfinished = set(gauges)
         self._ended: Any = threads.real("_thread", "allocate_lock")()
         self._ended.acquire()
 
-    def run(self) -> None:
-        """Run them all, and wait for them."""
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+    def run(self, deadline: float) -> None:
+        """Run them all, and wait for them until ``deadline``."""
         while self._unfinished:
             if self._queue and not self._start_helper():
                 self._run_here()
                 break
             wait = min(_STEP_SECONDS, deadline - time.monotonic())
-            if wait <= 0 or threads.aside(partial(self._ended.acquire, timeout=wait)):
+            if wait <= 0 or self._ended.acquire(timeout=wait):
                 break
+        self.end()
+
+    def end(self) -> None:
+        """Note which are late."""
         self._queue.clear()
         for gauge in list(self._unfinished):
             gauge.note_late(_PATIENCE_SECONDS)
@@ -92,19 +106,21 @@ class _Round:
 
     def _run_here(self) -> None:
         while self._queue:
-            self._run_one(self._queue.popleft())
+            self.run_one(self._queue.popleft())
             if self.failed and isinstance(self.failed[-1][1], (KeyboardInterrupt, SystemExit)):
                 raise self.failed[-1][1]  # most likely a signal handler's
 
     def _work(self) -> None:
         with contextlib.suppress(IndexError):  # the queue is empty
             while True:
-                self._run_one(self._queue.popleft())
+                self.run_one(self._queue.popleft())
 
-    def _run_one(self, gauge: Gauge) -> None:
+    def run_one(self, gauge: Gauge) -> None:
+        """Run the producer of ``gauge``; never raises."""
+        started = time.monotonic()
         error = gauge.run_producer(BaseException)
         if error is not None:
-            self.failed.append((gauge, error))
+            self.failed.append((gauge, error, time.monotonic() - started))
         self._unfinished.discard(gauge)
         if not self._unfinished:
             with contextlib.suppress(RuntimeError):  # it was released already

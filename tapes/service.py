@@ -17,13 +17,13 @@ What another user made is no place of the service, whatever its name is.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import re
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -43,6 +43,9 @@ _NAME = re.compile(r"tapes-(\d+)-(\d+)(?:-[0-9a-f]{12})?")
 _MOST_GENERATIONS = 32
 _GUNICORN = b"gunicorn: master"
 """How the command of gunicorn's master begins where the package setproctitle is installed."""
+_SETTLED_NANOSECONDS = 1_000_000_000
+_LISTING_SHARE = 20
+"""A directory is listed again after so many times the seconds that it takes."""
 _ROUNDS = 2000
 """Number of times that a key is hashed, 2 ms in all: so nobody finds out by trial what it was made of."""
 
@@ -124,15 +127,15 @@ def directory_name(process: Process, parent: str) -> str:
 def _key(process: Process) -> bytes:
     """Return what all processes of the service of ``process`` know and no other user does; empty if nothing.
 
-    A process that was forked from the supervisor has its program in the same place in memory, and can read
-    that if it has changed its user since; any other process reads it of the supervisor, if it may.
+    A process reads it of the supervisor, if it may. One that was forked from the supervisor has its program
+    in the same place in memory, and can read that also if it has changed its user since.
     """
-    above = _command(process.pid)
-    is_fork = forks.origin() == process or "uwsgi" in sys.modules or above.startswith(_GUNICORN)
-    if is_fork or (above and above == _command(os.getpid())):
-        key = _layout(os.getpid())
-    else:
-        key = _layout(process.pid) if forks.process_of(process.pid) == process else b""
+    key = _layout(process.pid) if forks.process_of(process.pid) == process else b""
+    if not key:
+        above = _command(process.pid)
+        is_fork = forks.origin() == process or "uwsgi" in sys.modules or above.startswith(_GUNICORN)
+        if is_fork or (above and above == _command(os.getpid())):
+            key = _layout(os.getpid())
     for _ in range(_ROUNDS if key else 0):
         key = _hash(key)
     return key
@@ -189,11 +192,47 @@ def directories(process: Process, uid: int) -> Iterator[str]:
     One has another name where a process made it that knew another key, or none.
     """
     for parent in parents():
-        with contextlib.suppress(OSError):
-            for name in os.listdir(parent):
-                path = os.path.join(parent, name)
-                if supervisor_of(name) == process and is_private(path, uid):
-                    yield path
+        for name in _names_in(parent):
+            path = os.path.join(parent, name)
+            if supervisor_of(name) == process and is_private(path, uid):
+                yield path
+
+
+class _Listing(NamedTuple):
+    """Which names of private directories a directory had.
+
+    Attributes:
+        names: The names.
+        changed: When the directory was last changed, in nanoseconds.
+        is_settled: Whether that was long before; a change at the same moment could have the same time.
+        stays_until: Until when it is not listed again, as that takes long.
+    """
+
+    names: list[str]
+    changed: int
+    is_settled: bool
+    stays_until: float
+
+
+_listings: dict[str, _Listing] = {}
+
+
+def _names_in(parent: str) -> list[str]:
+    """Return the names in ``parent`` that a private directory may have; reads may ask all the time."""
+    try:
+        changed, started = os.stat(parent).st_mtime_ns, time.monotonic()
+        known = _listings.get(parent)
+        if known is not None:
+            is_unchanged = known.is_settled and known.changed == changed
+            if is_unchanged or started < known.stays_until:
+                return known.names
+        names = list(filter(_NAME.fullmatch, os.listdir(parent)))
+    except OSError:
+        return []
+    now = time.monotonic()
+    is_settled = time.time_ns() - changed > _SETTLED_NANOSECONDS
+    _listings[parent] = _Listing(names, changed, is_settled, now + _LISTING_SHARE * (now - started))
+    return names
 
 
 def address() -> str:

@@ -82,7 +82,7 @@ class Shared(Generic[T]):
             raise call.error
         if not isinstance(call.error, Exception):  # the thread that led was ended, and that alone
             return self.call(key, function)
-        raise copy.copy(call.error)
+        raise _copy(call.error)
 
     def _lead(
         self, key: Hashable, call: _Call[T], running: _Call[T] | None, function: Callable[[], T]
@@ -118,6 +118,14 @@ class Shared(Generic[T]):
                 del place[key]
 
 
+def _copy(error: Exception) -> Exception:
+    """Return an error for one more thread, with a traceback of its own where it can be copied."""
+    try:
+        return copy.copy(error)
+    except Exception:
+        return error
+
+
 def _me() -> int:
     ident: int = real("_thread", "get_ident")()
     return ident
@@ -144,10 +152,14 @@ class Pressure:
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._most = most
         self._clock = clock
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget all readers: in a forked child the threads that answer them are not there."""
         self._lock = RLock()
         self._readers = 0
         self._allowance = self._ALLOWANCE_SECONDS
-        self._counted_to = clock()
+        self._counted_to = self._clock()
 
     @contextlib.contextmanager
     def reader(self) -> Iterator[None]:

@@ -12,11 +12,12 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, Callable, TypeVar
 
 __all__ = [
     "Delayed", "Monitor", "RLock", "Worker", "aside", "beside_the_loop", "can_run", "ends_with_a_hook",
-    "is_ours", "is_patched", "real",
+    "in_greenlets", "is_ours", "is_patched", "real",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -75,13 +76,33 @@ def _beside_eventlet(function: Callable[[], T]) -> T:
             os.close(sender)
 
     try:
-        Worker(run, "tapes-aside").start()
+        try:
+            Worker(run, "tapes-aside").start()
+        except RuntimeError:
+            os.close(sender)
+            raise
         hubs.trampoline(receiver, read=True)
     finally:
         os.close(receiver)
     if errors:
         raise errors[0]
     return results[0]
+
+
+def in_greenlets(calls: Sequence[Callable[[], object]], seconds: float) -> None:
+    """Run ``calls``, each in a greenlet of this thread, and wait for them for ``seconds`` at most.
+
+    Only where `is_patched`. What runs longer goes on.
+    """
+    if _is_patched_by_eventlet("thread"):
+        eventlet: Any = importlib.import_module("eventlet")
+        running = [eventlet.spawn(call) for call in calls]
+        with eventlet.Timeout(seconds, False):
+            for greenlet in running:
+                greenlet.wait()
+    else:
+        gevent: Any = importlib.import_module("gevent")
+        gevent.joinall([gevent.spawn(call) for call in calls], timeout=seconds)
 
 
 async def beside_the_loop(function: Callable[[], T]) -> T:

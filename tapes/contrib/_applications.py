@@ -8,8 +8,11 @@ middleware handed on a copy of the environ or the scope.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import sys
+import types
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -126,14 +129,26 @@ def _layers(outermost: Any) -> Iterator[Any]:
             continue
         seen.add(id(layer))
         yield layer
-        own = getattr(layer, "__dict__", {})
-        waiting += [own[name] for name in _WRAPPED if name in own]
-        waiting += [getattr(layer, "__self__", None), getattr(layer, "func", None)]
-        for cell in getattr(layer, "__closure__", None) or ():
-            try:
-                waiting.append(cell.cell_contents)
-            except ValueError:  # it is empty
-                continue
+        waiting += _wrapped_by(layer)
+
+
+def _wrapped_by(layer: Any) -> list[Any]:
+    """Return what ``layer`` may wrap. No code of ``layer`` runs: a proxy may raise for any attribute."""
+    kind = type(layer)
+    found: list[Any] = []
+    if kind is types.MethodType:
+        found.append(layer.__self__)
+    elif issubclass(kind, functools.partial):
+        found.append(layer.func)
+    elif kind is types.FunctionType:
+        for cell in layer.__closure__ or ():
+            with contextlib.suppress(ValueError):  # it is empty
+                found.append(cell.cell_contents)
+    try:
+        own = object.__getattribute__(layer, "__dict__")
+    except Exception:
+        return found
+    return found + [own[name] for name in _WRAPPED if name in own]
 
 
 _CLASSES = (
@@ -151,6 +166,6 @@ _CLASSES = (
 def _kind_of(layer: Any) -> str:
     for kind, module, name in _CLASSES:
         found = getattr(sys.modules.get(module), name, None)
-        if found is not None and isinstance(layer, found):
+        if found is not None and issubclass(type(layer), found):
             return kind
     return ""

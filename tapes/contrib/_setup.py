@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -112,7 +112,7 @@ class Setup:
         If none does, leave ``exchange`` for adapters that are within this one.
         """
         outer = source.get(self.key)
-        if outer is None or outer.adapter is None:
+        if outer is None or outer.adapter is None or not _is_same_request(outer.source, source):
             source[self.key] = exchange
             return False
         if not self._is_inner:
@@ -123,3 +123,19 @@ class Setup:
                 "one another registry or prefix (logged once)"
             )
         return True
+
+
+def _is_same_request(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two environs or scopes are of one request.
+
+    An application may call another one of its process with a copy, for a part of what it was asked.
+    """
+    return one is other or _what_is_asked(one) == _what_is_asked(other)
+
+
+def _what_is_asked(source: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return the method and the whole path of a request: a mount moves a part of the path elsewhere."""
+    if "REQUEST_METHOD" in source:
+        return source["REQUEST_METHOD"], source.get("SCRIPT_NAME", "") + source.get("PATH_INFO", "")
+    root, path = source.get("root_path", ""), source.get("path", "")
+    return source.get("method"), path if path.startswith(root) else root + path

@@ -91,7 +91,7 @@ class TapesMiddleware:
         self._mark = self._adapter.service.mark
         self._own_paths = self._adapter.own_paths
         self._has_below = bool(self._adapter.excluded_below)
-        mounts = getattr(app, "mounts", None)  # of werkzeug's DispatcherMiddleware
+        mounts = getattr(app, "__dict__", {}).get("mounts")  # of werkzeug's DispatcherMiddleware
         self._mounts = mounts if isinstance(mounts, dict) else {}
         has_labels = self._adapter.labels_of is not None
         self._has_more = has_labels or self._adapter.body_sizes or bool(self._mounts)

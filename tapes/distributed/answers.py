@@ -2,7 +2,7 @@
 
 Making one takes from a millisecond to half a second. One answer serves all questions of one form that wait
 when it is begun: the loop had entered their updates before. Questions whose readers have given up are
-dropped. While a long one is made, the loop sends its readers a `WAIT` now and then, and they wait on.
+dropped. While a long one is made, the loop sends all readers a `WAIT` now and then, and they wait on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tapes.clock import monotonic
 from tapes.distributed.messages import WAIT, Reply
-from tapes.distributed.questions import TIMEOUT_SECONDS
+from tapes.distributed.questions import LONGEST_SECONDS, TIMEOUT_SECONDS
 from tapes.distributed.wire import VERSION, encode
 from tapes.threads import Worker, can_run, real
 
@@ -66,7 +66,8 @@ class Answers:
 
     def put(self, route: list[bytes], wanted: Wanted) -> None:
         """Note a question that has just come."""
-        self._waiting.append(_Question(route, wanted, monotonic() + TIMEOUT_SECONDS))
+        patience = LONGEST_SECONDS if wanted.version == VERSION else TIMEOUT_SECONDS
+        self._waiting.append(_Question(route, wanted, monotonic() + patience))
         if self._thread is None and can_run():
             thread = Worker(self._run, "tapes-answers")
             try:
@@ -82,10 +83,9 @@ class Answers:
 
     def made(self) -> Iterator[tuple[list[bytes], bytes]]:
         """Yield the answers that are to be sent, each with its route."""
-        making = self._making
-        if making and monotonic() > self._sign_due:
+        if self._making and monotonic() > self._sign_due:
             self._sign_due = monotonic() + _SIGN_SECONDS
-            for route, (_, version, correlation), _ in making:
+            for route, (_, version, correlation), _ in [*self._making, *self._waiting.copy()]:
                 if version == VERSION:  # an earlier release knows no such reply
                     yield route, encode(Reply(correlation, WAIT, b""))
         while self._made:
@@ -118,8 +118,16 @@ class Answers:
         self._sign_due = now + _SIGN_SECONDS
         self._making = same
         status, payload = self._make(what, version)
-        self._making = []
         for question in same:
-            reply = Reply(question.wanted.correlation, status, payload)
-            self._made.append((question.route, encode(reply, version)))
+            self._made.append((question.route, _encoded(question.wanted, status, payload)))
+        self._making = []
         self._wake()
+
+
+def _encoded(wanted: Wanted, status: str, payload: bytes) -> bytes:
+    try:
+        return encode(Reply(wanted.correlation, status, payload), wanted.version)
+    except MemoryError:
+        return encode(
+            Reply(wanted.correlation, "error", b"there is no memory for the answer"), wanted.version
+        )

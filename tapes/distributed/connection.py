@@ -33,7 +33,7 @@ from tapes.distributed.ledger import snapshot_of
 from tapes.distributed.messages import NOTHING, Goodbye, Merged, Read, Reply, Update
 from tapes.distributed.outbox import Outbox
 from tapes.distributed.publisher import Publisher
-from tapes.distributed.questions import TIMEOUT_SECONDS, exchange, incarnation
+from tapes.distributed.questions import LONGEST_SECONDS, TIMEOUT_SECONDS, exchange, incarnation
 from tapes.distributed.readers import Readers
 from tapes.distributed.sockets import Socket
 from tapes.distributed.wire import decode
@@ -153,7 +153,7 @@ class AggregatorConnection(Connection):
         self._correlations = itertools.count(1)
         self._readers = Readers(endpoints)
         self._outbox = Outbox(registry)
-        self._shared: Shared[Reply] = Shared(TIMEOUT_SECONDS)
+        self._shared: Shared[Reply] = Shared(LONGEST_SECONDS)
         self._publisher: Publisher | None = None
         self._opening = threads.RLock()
 
@@ -167,7 +167,7 @@ class AggregatorConnection(Connection):
         with self._opening:
             if self._publisher is None:
                 self._outbox.begin(is_another_aggregator=self._meets_another)
-                publisher = Publisher(self._readers.context, self.endpoints, self._outbox, self.move)
+                publisher = Publisher(self._readers, self.endpoints, self._outbox, self.move)
                 publisher.start()
                 self._publisher = publisher
             return self._publisher

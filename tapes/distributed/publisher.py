@@ -20,6 +20,7 @@ import zmq
 from tapes import threads
 from tapes.distributed.messages import Update
 from tapes.distributed.producers import Producers
+from tapes.distributed.readers import Readers
 from tapes.distributed.revival import Reviver
 from tapes.distributed.sockets import Socket, announced_version, new_publisher
 from tapes.distributed.wire import VERSION, encode
@@ -45,18 +46,19 @@ class Publisher:
     """Publishes an outbox: a daemon thread of its own does, or the end of every request.
 
     Args:
-        context, endpoints, outbox: What it publishes, and where to.
+        readers, endpoints, outbox: Who has the context, where to publish, and what.
         follow: Called with where the aggregator is by now, if it has moved.
     """
 
     def __init__(
         self,
-        context: zmq.Context[zmq.Socket[bytes]],
+        readers: Readers,
         endpoints: Endpoints,
         outbox: Outbox,
         follow: Callable[[Endpoints], None],
     ) -> None:
-        self._context = context
+        self._readers = readers
+        self._context: zmq.Context[Socket] | None = None
         self._outbox = outbox
         self._endpoints = endpoints
         self._reviver = Reviver(endpoints, follow)
@@ -172,6 +174,7 @@ class Publisher:
             if self._socket is None and not self._stopped:
                 try:
                     self._receiver, self._sender = os.pipe()
+                    self._context = self._readers.context
                     self._socket = new_publisher(self._context, self._endpoints)
                 except Exception as error:
                     self._close_pipe()
@@ -182,7 +185,7 @@ class Publisher:
 
     def _close(self) -> None:
         self._close_socket()
-        if self._abandoned:  # whoever stopped it did not wait
+        if self._abandoned and self._context is not None:  # whoever stopped it did not wait
             self._context.destroy(linger=0)
 
     def _close_socket(self) -> None:

@@ -18,6 +18,7 @@ from tapes.distributed.wire import VERSION, decode, encode
 from tapes.errors import AggregatorUnavailable, WireError
 
 __all__ = [
+    "LONGEST_SECONDS",
     "TIMEOUT_SECONDS",
     "OlderAggregator",
     "Question",
@@ -31,7 +32,7 @@ Question = Union[Read, Hello, Goodbye, Flush, HandOver]
 
 TIMEOUT_SECONDS = 1.0
 """So long a read or a goodbye waits for the aggregator."""
-_LONGEST_SECONDS = 10.0
+LONGEST_SECONDS = 10.0
 """Maximum seconds that a reader waits for an answer that is being made."""
 _LOOK_MILLISECONDS = 100
 
@@ -52,7 +53,7 @@ def exchange(endpoints: Endpoints, reader: Socket, question: Question, deadline:
         WireError: If the answer can't be read.
     """
     data = encode(question)
-    latest = time.monotonic() + _LONGEST_SECONDS
+    latest = time.monotonic() + LONGEST_SECONDS
     asked = incarnation(endpoints)
     _send(endpoints, reader, data, deadline)
     while True:

@@ -37,7 +37,7 @@ def _write(title: bytes, arg_start: int, arg_end: int, env_start: int, env_end: 
     room = arg_end - arg_start
     if not arg_start or room < 2:
         return
-    if len(title) < room:
+    if len(title) < room - 1:  # one NUL at least comes before the last byte
         ctypes.memmove(arg_start, title.ljust(room - 1, b"\0") + b"\1", room)
         return
     if env_start != arg_end:

@@ -16,6 +16,7 @@ from tapes.clock import monotonic, tick_at
 from tapes.connection import Connection
 from tapes.distributed.ledger import Ledger
 from tapes.distributed.messages import NOBODY, Item, Update
+from tapes.distributed.questions import LONGEST_SECONDS
 from tapes.distributed.wire import encode
 from tapes.exposition import write
 from tapes.metrics import Gauge
@@ -31,8 +32,6 @@ MESSAGES, LAG, JOURNAL_FAILED = "tapes.messages", "tapes.publish.lag", "tapes.jo
 _WORKERS, _MEMORY = "tapes.workers", "tapes.aggregator.memory"
 _OF_ONE_PROCESS = (MESSAGES, LAG)
 """What begins at zero with each aggregator; only it tells them, so a reader sees that they were reset."""
-_PATIENCE_SECONDS = 1.0
-"""Maximum seconds that a reader waits for others who read."""
 
 
 class MergedView(Connection):
@@ -45,7 +44,7 @@ class MergedView(Connection):
         self._registry = registry
         self._seq = 0
         self._lock = threading.Lock()
-        self._shared: Shared[bytes] = Shared(_PATIENCE_SECONDS)
+        self._shared: Shared[bytes] = Shared(LONGEST_SECONDS)
         self._live, self._retired = (registry.own(Gauge, _WORKERS, state=s) for s in ("live", "retired"))
         self._memory = registry.own(Gauge, _MEMORY)
         registry.describe(_WORKERS, "Worker processes that live, and that have left.")

@@ -6,6 +6,7 @@ import hmac
 import os
 from urllib.parse import parse_qs
 
+from tapes import forks
 from tapes.errors import InvalidArgument, TapesError
 from tapes.exposition import FORMS, MOST_CHARACTERS, negotiate, render, shortened
 from tapes.registry import Registry
@@ -19,6 +20,7 @@ Answer = tuple[int, dict[str, str], bytes]
 MOST_READERS = 32
 """Maximum readers that a process answers at once."""
 _pressure = Pressure(MOST_READERS)
+forks.renew_in_child(_pressure.begin_anew)
 
 TOKEN_VARIABLE = "TAPES_METRICS_TOKEN"  # noqa: S105 - it names the token
 """The environment variable with the token that readers have to show, if it is set."""

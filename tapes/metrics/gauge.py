@@ -131,6 +131,13 @@ UP_ONE, DOWN_ONE = (1, _UP, None), (1, DOWN, None)
 """What steps of one append to the buffer of a gauge that was never set; for adapters, which save the call."""
 
 
+def _is_same(one: Any, other: Any) -> bool:
+    """Return whether two producers are one; a bound method is another object each time."""
+    if isinstance(one, MethodType) and isinstance(other, MethodType):
+        return one.__self__ is other.__self__ and one.__func__ is other.__func__
+    return one is other
+
+
 class _Run(NamedTuple):
     """One run of a producer.
 
@@ -190,9 +197,8 @@ class Gauge(Metric):
                 the gauge has no value.
         """
         before = self._producer and self._producer()
-        if before == producer:
-            return
-        if before is not None and not self._is_replaced:
+        is_same = before is not None and _is_same(before, producer)
+        if before is not None and not (is_same or self._is_replaced):
             self._is_replaced = True
             with contextlib.suppress(Exception):  # whatever logging is made to do, it is not the caller's
                 _log.warning(
@@ -206,7 +212,8 @@ class Gauge(Metric):
             self._producer = weakref.WeakMethod(producer)
         else:
             self._producer = weakref.ref(producer)
-        self._run, self._is_late = None, False  # a run of the earlier one counts no more
+        if not is_same:  # a run of the earlier one counts no more
+            self._run, self._is_late = None, False
         self._rouse()
 
     def sleep(self, wake: Callable[[], bool]) -> None:

@@ -5,10 +5,10 @@ future or another awaitable is timed until that has ended. `functools.partial`, 
 and `tornado.gen.coroutine` return such objects from ordinary functions, so the result decides, not the
 function. The result stays usable for all that callers do with it:
 
-* A coroutine or a generator is wrapped in another one of its type.
-* A future is returned as it is, with a callback added to it.
-* An object that can only be awaited is wrapped in another one. One with more methods than that is returned as
-  it is, and only the call is timed.
+* A coroutine, or a generator that has not started, is wrapped in another one of its type.
+* A future of asyncio, Tornado or `concurrent.futures` is returned as it is, with a callback added to it.
+* An object that can only be awaited is wrapped in another one. One that has any other method or attribute is
+  returned as it is, and only the call is timed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
+import types
 from collections.abc import Callable, Generator
 from types import AsyncGeneratorType, CoroutineType, GeneratorType, TracebackType
 from typing import TYPE_CHECKING, Any, Optional, TypeVar, cast
@@ -139,7 +141,11 @@ def _timed_generator(function: Callable[..., Any], time: _Times) -> Callable[...
         with time():
             return (yield from function(*args, **kwargs))
 
-    return wrapper
+    original = function
+    while isinstance(original, functools.partial):
+        original = original.func
+    is_coroutine = getattr(original, "__code__", wrapper.__code__).co_flags & _ITERABLE
+    return types.coroutine(wrapper) if is_coroutine else wrapper
 
 
 def _timed_async_generator(function: Callable[..., Any], time: _Times) -> Callable[..., Any]:
@@ -186,11 +192,38 @@ def _rest_of(result_type: type) -> Optional[_Rest]:
         return _rest_of_generator
     if issubclass(result_type, AsyncGeneratorType):
         return _rest_of_async_generator
-    if hasattr(result_type, "add_done_callback"):
+    if hasattr(result_type, "_asyncio_future_blocking") or issubclass(result_type, _futures_of_threads()):
         return _rest_of_future
-    if hasattr(result_type, "__await__") and all(name.startswith("_") for name in dir(result_type)):
+    if hasattr(result_type, "__await__") and _can_only_be_awaited(result_type):
         return _rest_of_awaitable
     return None
+
+
+def _futures_of_threads() -> tuple[type, ...]:
+    module: Any = sys.modules.get("concurrent.futures")
+    return () if module is None else (module.Future,)
+
+
+def _can_only_be_awaited(result_type: type) -> bool:
+    """Return whether objects of a type have no method but ``__await__`` and private ones."""
+    special = {name for name in dir(result_type) if name.startswith("__") and name.endswith("__")}
+    public = [name for name in dir(result_type) if not name.startswith("_")]
+    return not public and special <= _OF_EVERY_AWAITABLE
+
+
+class _NoMore:
+    __slots__ = ("__dict__", "__weakref__")
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        yield
+
+
+_ITERABLE = inspect.CO_ITERABLE_COROUTINE
+_OF_EVERY_AWAITABLE = {
+    *dir(_NoMore), "__annotations__", "__del__", "__firstlineno__", "__static_attributes__", "__orig_bases__",
+    "__parameters__", "__class_getitem__", "__annotate__", "__annotate_func__", "__annotations_cache__",
+}  # fmt: skip
+"""Special names that an object has which can only be awaited."""
 
 
 class _Owned:
@@ -215,7 +248,13 @@ def _rest_of_coroutine(result: Any, timer: Timer, spent: float) -> Any:
 
 
 def _rest_of_generator(result: Any, timer: Timer, spent: float) -> Any:
-    return _named(_timed_generator(lambda: result, lambda: _resumed(timer, spent))(), result)
+    if inspect.getgeneratorstate(result) != inspect.GEN_CREATED:
+        timer.update(spent)
+        return result
+    wrapper = _timed_generator(lambda: result, lambda: _resumed(timer, spent))
+    if result.gi_code.co_flags & _ITERABLE:
+        wrapper = types.coroutine(wrapper)
+    return _named(wrapper(), result)
 
 
 def _rest_of_async_generator(result: Any, timer: Timer, spent: float) -> Any:
@@ -254,4 +293,8 @@ class _TimedAwaitable:
             return (yield from self._awaitable.__await__())
 
 
-_rest_of_awaitable: _Rest = _TimedAwaitable
+def _rest_of_awaitable(result: Any, timer: Timer, spent: float) -> Any:
+    if any(not name.startswith("_") for name in getattr(result, "__dict__", ())):
+        timer.update(spent)
+        return result
+    return _TimedAwaitable(result, timer, spent)

@@ -75,3 +75,51 @@ def test_a_program_of_greenlets_counts_under_tapes_run(home, library):
     command = [TAPES, "run", "--", sys.executable, "-W", "ignore", "program.py", library, "first", "run"]
     status, output, errors = home.run(command)
     assert (status, output) == (0, "counted 151\n"), errors
+
+
+PRODUCES = """
+import os, sys
+library, joins = sys.argv[1:]
+if library == "gevent":
+    import gevent.monkey
+    gevent.monkey.patch_all()
+else:
+    import eventlet
+    eventlet.monkey_patch()
+import time, tapes
+
+def produce():
+    time.sleep(0.001)
+    return 1
+
+def hang():
+    time.sleep(3600)
+
+tapes.gauge("g", produce)
+tapes.gauge("hangs", hang)
+if joins == "join":
+    tapes.join()
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+def read(times):
+    for _ in range(times):
+        assert tapes.get_stats().g.value == 1
+        time.sleep(0.05)
+
+read(40)
+before = descriptors()
+read(60)
+print("left open", descriptors() - before)
+os._exit(0)  # the producer that hangs
+"""
+
+
+@pytest.mark.parametrize("joins", ["join", "local"])
+@pytest.mark.parametrize("library", ["gevent", "eventlet"])
+def test_producers_that_wait_leave_no_descriptor_behind_and_nothing_hangs(home, library, joins):
+    """An event loop for each run would have some."""
+    pytest.importorskip(library)
+    _, output, errors = home.run([sys.executable, "-W", "ignore", "-c", PRODUCES, library, joins])
+    assert output == "left open 0\n", errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import xmlrpc.client
 
 import anyio
 import flask
@@ -13,6 +14,7 @@ from litestar import get as litestar_get
 from starlette.applications import Starlette
 from starlette.routing import Mount, Route, WebSocketRoute
 from tornado import web
+from werkzeug.local import LocalProxy
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 import tapes
@@ -327,3 +329,60 @@ def test_a_hidden_rule_of_tornado(registry, caplog, rules, number):
     application = instrument(web.Application(rules), registry)
     fetching(application, ("GET", "/nothing"), ("GET", "/metrics"))
     assert len(lines(caplog, "metrics_path")) == number
+
+
+def test_requests_that_an_application_makes_to_another_one_of_the_process_count_too(registry, caplog):
+    """A batch: each part is a request of its own, also with a copy of the environ of the whole."""
+    items = flask.Flask("items")
+    items.add_url_rule("/item/<int:n>", view_func=lambda n: str(n), endpoint="item")
+    items.wsgi_app = WSGIMiddleware(items.wsgi_app, registry)
+    batch = flask.Flask("batch")
+
+    @batch.get("/batch")
+    def whole():
+        for number in range(3):
+            environ = {**flask.request.environ, "PATH_INFO": f"/item/{number}"}
+            list(items.wsgi_app(environ, lambda *_: None))
+        return "done"
+
+    batch.wsgi_app = WSGIMiddleware(batch.wsgi_app, registry)
+    assert batch.test_client().get("/batch").status_code == 200
+    assert counts(registry) == {("GET", "/batch", "200"): 1, ("GET", "/item/<int:n>", "200"): 3}
+    assert lines(caplog, "two adapters") == []
+
+
+class Unready:
+    """Raises for whatever it is asked."""
+
+    def __init__(self, app):
+        self._app = app
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"not configured: {name}")
+
+    def __call__(self, environ, start_response):
+        return self._app(environ, start_response)
+
+
+def holding(app, other):
+    def middleware(environ, start_response):
+        assert other is not None
+        return app(environ, start_response)
+
+    return middleware
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        Unready,
+        lambda app: holding(app, flask.current_app),
+        lambda app: holding(app, LocalProxy(lambda: 1 / 0)),
+        lambda app: holding(app, xmlrpc.client.ServerProxy("http://127.0.0.1:1/")),
+    ],
+    ids=["own __getattr__", "current_app", "LocalProxy", "ServerProxy"],
+)
+def test_objects_that_raise_for_any_attribute_do_not_keep_an_adapter_from_being_made(registry, wrap):
+    app = small_app()
+    app.wsgi_app = WSGIMiddleware(wrap(app.wsgi_app), registry)
+    assert app.test_client().get("/").status_code in (200, 404)

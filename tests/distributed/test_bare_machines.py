@@ -48,7 +48,7 @@ case $1 in
     *) mount -t tmpfs -o ro none /dev/shm;;
 esac
 case $1 in
-    /tmp) mount -t tmpfs -o mode=1777 none /tmp;;
+    /tmp) mount --bind /tmp /tmp && mount -o remount,bind,rw /tmp;;  # the interpreter may be there
     /run) mount -t tmpfs -o mode=755 none /run && install -d -m 700 -o $2 /run/user/$2;;
     /mnt) mount -t tmpfs -o mode=700,uid=$2 none /mnt;;
 esac || exit 77

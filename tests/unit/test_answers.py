@@ -73,7 +73,7 @@ def test_each_form_is_made_once_and_the_one_that_has_waited_longest_comes_first(
 def test_a_question_whose_reader_has_given_up_is_dropped(maker, monkeypatch):
     maker.ask("json")
     assert maker.is_making.wait(10)
-    monkeypatch.setattr(answers, "TIMEOUT_SECONDS", -1.0)
+    monkeypatch.setattr(answers, "LONGEST_SECONDS", -1.0)
     maker.ask("prometheus", "json", start=1)
     monkeypatch.undo()
     maker.ask("json", start=3)
@@ -97,8 +97,13 @@ def test_while_a_long_answer_is_made_its_readers_are_asked_to_wait(maker, monkey
     monkeypatch.setattr(answers, "_SIGN_SECONDS", 0.01)
     maker.answers.put([b"client"], Wanted("json", VERSION, 3))
     maker.answers.put([b"old"], Wanted("prometheus", VERSION - 1, 4))
+    maker.answers.put([b"other"], Wanted("states", VERSION, 5))
+    assert maker.is_making.wait(10)
     signs = wait_for(lambda: list(maker.answers.made()), "it sends a sign")
-    assert [(route, decode(data)) for route, data in signs] == [([b"client"], Reply(3, WAIT, b""))]
+    assert [(route, decode(data)) for route, data in signs] == [
+        ([b"client"], Reply(3, WAIT, b"")), ([b"other"], Reply(5, WAIT, b""))
+    ]  # fmt: skip
     maker.goes_on.set()
     wait_for(lambda: maker.sent.extend(maker.answers.made()) or len(maker.sent) >= 2, "both are made")
-    assert decode(maker.sent[-1][1]).payload == b"prometheus 2"
+    answered = [decode(data).payload for _, data in maker.sent if decode(data).status == "ok"]
+    assert answered[:2] == [b"json 1", b"prometheus 2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import pydoc
 import re
@@ -72,3 +73,14 @@ def test_hidden_names_stay_reachable():
     counter = tapes.Registry().counter("a")
     assert counter.collect().is_empty
     assert copy.copy(counter).state is counter.state
+
+
+def test_a_subclass_of_a_registry_may_be_abstract():
+    class Base(tapes.Registry, abc.ABC):
+        @abc.abstractmethod
+        def name(self):
+            pass
+
+    with pytest.raises(TypeError, match="abstract"):
+        Base()
+    assert type("Whole", (Base,), {"name": lambda self: "x"})().get_stats() == {}

@@ -202,3 +202,52 @@ def test_a_strict_block_raises_the_failure_of_a_producer_from_the_read():
         registry.gauge("g", lambda: 1 / 0)
         with pytest.raises(BadValue, match="division by zero"):
             registry.get_stats()
+
+
+def test_producers_that_fail_late_do_not_add_up(registry):
+    """They run once: what takes long does not fail for the thread that it runs in."""
+
+    def fails():
+        time.sleep(0.4)
+        raise OSError("timed out")
+
+    for number in range(10):
+        registry.gauge(f"g{number}", fails)
+    start = time.monotonic()
+    registry.snapshot()
+    assert time.monotonic() - start < 3  # one after the other they take 4 s
+
+
+class Queue:
+    """Equal to any other, as an empty list is; compared with anything else it raises."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __eq__(self, other):
+        return bool(other.length) or True
+
+    __hash__ = None
+
+    def __call__(self):
+        return self.length
+
+    def size(self):
+        return self.length
+
+
+def test_producers_that_are_equal_are_two(registry, caplog):
+    for length in (0, 3):
+        registry.gauge("called", Queue(length))
+        registry.gauge("method", Queue(length).size)
+    stats = registry.get_stats()
+    assert (stats.called.value, stats.method.value) == (3, 3)
+    assert caplog.text.count("got another producer") == 2
+
+
+def test_a_weak_producer_that_is_given_again_is_kept_if_it_is_no_longer_weak(registry):
+    queue = Queue(4)
+    registry.gauge("g", queue.size, weak=True)
+    registry.gauge("g", queue.size)
+    del queue
+    assert registry.get_stats().g.value == 4

@@ -109,3 +109,24 @@ def test_places_do_not_depend_on_the_state_of_a_directory(monkeypatch, tmp_path)
     assert found[:3] == [str(tmp_path / "gone"), str(tmp_path), "/tmp"]
     assert f"/run/user/{os.geteuid()}" in found
     assert len(found) == len(set(found))
+
+
+def test_a_large_directory_is_not_listed_for_each_read(tmp_path, monkeypatch):
+    listed = []
+    real = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or real(path))
+    monkeypatch.setattr(service, "_listings", {})
+    long_ago = 1_000_000_000
+    os.utime(tmp_path, ns=(long_ago, long_ago))
+    for _ in range(100):
+        assert service._names_in(str(tmp_path)) == []
+    assert len(listed) == 1
+
+
+def test_a_directory_that_appears_is_found_by_the_next_look(tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "_listings", {})
+    monkeypatch.setattr(service, "_LISTING_SHARE", 0)
+    for number in range(20):
+        (tmp_path / f"tapes-{number}-1").mkdir()
+        assert len(service._names_in(str(tmp_path))) == number + 1
+    assert service._names_in(str(tmp_path / "missing")) == []

@@ -1,12 +1,15 @@
 """Readers share work, and a process answers a bounded number of them."""
 
+import os
 import signal
 import threading
 import time
 
 import pytest
 
+import tapes
 from tapes.errors import AggregatorUnavailable
+from tapes.exposition import endpoint
 from tapes.sharing import Pressure, Shared
 from tapes.testing import ManualClock
 from tests.processes import wait_for
@@ -219,3 +222,25 @@ def test_after_a_long_burst_several_readers_are_answered_again_within_four_secon
         read(pressure, clock, 1.0)
     clock.advance(4.1)
     assert not is_one_at_a_time(pressure)
+
+
+def test_a_forked_child_has_no_readers_and_a_lock_of_its_own():
+    pressure = endpoint._pressure
+    with pressure.reader(), pressure._lock:
+        pid = os.fork()
+        if pid == 0:
+            status = endpoint.answer(tapes.Registry())[0]
+            os._exit(0 if status == 200 and pressure._readers == 0 else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_an_error_that_can_not_be_copied_reaches_everybody(shared, work):
+    class Odd(Exception):
+        def __init__(self, one, *, two):
+            super().__init__(one, two)
+
+    work.error = Odd(1, two=2)
+    callers = Callers(shared, work, 5)
+    work.goes_on.set()
+    callers.join()
+    assert [type(error) for error in callers.errors] == [Odd] * 5

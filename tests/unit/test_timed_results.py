@@ -5,6 +5,7 @@ import concurrent.futures
 import functools
 import gc
 import inspect
+import types
 import warnings
 
 import anyio
@@ -200,6 +201,52 @@ class Deferred:
         yield
 
 
+class OpensToo:
+    """Can be awaited, and is a context manager, as `aiofiles.open` is."""
+
+    def __await__(self):
+        yield
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        pass
+
+
+class Iterable:
+    def __await__(self):
+        yield
+
+    def __iter__(self):
+        return iter(())
+
+
+class WithAttribute:
+    def __init__(self):
+        self.request_id = 3
+
+    def __await__(self):
+        yield
+
+
+class StartsWork:
+    """Its callbacks make it poll."""
+
+    def add_done_callback(self, callback):
+        raise AssertionError
+
+
+def started():
+    def receive():
+        while True:
+            yield
+
+    generator = receive()
+    next(generator)
+    return generator
+
+
 class EveryAttribute:
     def __getattr__(self, name):
         return lambda *args: None
@@ -211,7 +258,23 @@ class NoFuture:
 
 
 @pytest.mark.parametrize(
-    "result", [None, 1, "x", object(), Deferred(), EveryAttribute(), NoFuture(), [1], iter([1])]
+    "result",
+    [
+        None,
+        1,
+        "x",
+        object(),
+        Deferred(),
+        EveryAttribute(),
+        NoFuture(),
+        OpensToo(),
+        Iterable(),
+        WithAttribute(),
+        StartsWork(),
+        started(),
+        [1],
+        iter([1]),
+    ],
 )
 def test_any_other_result_is_returned_as_it_is_and_the_call_is_timed(clock, timer, result):
     @timer.time()
@@ -234,3 +297,21 @@ def test_async_with_times_its_block(clock, timer):
     with pytest.raises(ZeroDivisionError):
         asyncio.run(main())
     assert durations(timer) == (2, 4.0)
+
+
+def test_a_coroutine_made_of_a_generator_stays_one(clock, timer):
+    @types.coroutine
+    def generator_based():
+        clock.advance(2.0)
+        yield from asyncio.sleep(0).__await__()
+        return "done"
+
+    async def main():
+        return [
+            await timer.time()(generator_based)(),
+            await timer.time()(functools.partial(generator_based))(),
+            await timer.time()(lambda: generator_based())(),
+        ]
+
+    assert asyncio.run(main()) == ["done"] * 3
+    assert durations(timer) == (3, 6.0)
