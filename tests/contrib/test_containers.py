@@ -75,7 +75,7 @@ def test_statsd_has_what_a_killed_worker_published_when_gunicorn_is_process_1(sh
             assert get(service.port, GONE)[0] == 410
         wait_for(lambda: gone(service.port) == 50, "all is published")
         (first,) = children(process.pid)
-        worker = min(pid for pid in children(first) if b"tapes.distributed" not in command_line(pid))
+        worker = min(pid for pid in children(first) if b"tapes aggregator" not in command_line(pid))
         os.kill(worker, signal.SIGSTOP)
         end(process)
     assert requests(receiver) == 50

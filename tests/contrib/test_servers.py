@@ -250,7 +250,12 @@ def test_a_stopped_aggregator_is_a_503_in_time(home, server):
     with home.running(command(SERVERS[server], port)) as process:
         wait_for(lambda: get(port, "/worker"), "the server is up")
         workers(port)
-        wait_for(lambda: get(port, "/metrics")[0] == 200, "they have joined")
+
+        def joined():
+            live = json.loads(get(port, "/metrics")[2])["tapes"]["workers"]['{state="live"}']["value"]
+            return live == 2
+
+        wait_for(joined, "all have joined")
         (aggregator,) = (p for p in mentions(str(home.private)) if p not in session(process.pid))
         signal_to(aggregator, signal.SIGSTOP)
         try:

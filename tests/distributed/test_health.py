@@ -76,7 +76,7 @@ def test_producers_run_once_a_second_and_in_no_request(reader):
     while time.monotonic() - started < 1.5:
         assert reader.get_stats().g.value == 5
     assert 2 <= len(threads) <= 3
-    assert set(threads) == {"tapes-producers"}
+    assert set(threads) == {"tapes-producer"}
 
 
 def test_neither_reads_nor_publications_wait_for_a_slow_producer(reader):
