@@ -12,11 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tapes.errors import InvalidLabel, InvalidName
-
-try:
-    from _blake2 import blake2b  # hashlib loads OpenSSL, which takes longer than all of tapes
-except ImportError:
-    from hashlib import blake2b
+from tapes.hashing import blake2b
 
 __all__ = [
     "MOST_CHARACTERS",

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 from tapes import forks
 from tapes.forks import Process
+from tapes.hashing import blake2b
 
 __all__ = [
     "SOCKET", "Supervisor", "address", "directories", "directory_name", "is_private", "is_private_to",
@@ -142,9 +143,7 @@ def _key(process: Process) -> bytes:
 
 
 def _hash(data: bytes) -> bytes:
-    blake2b: Any = forks.import_module("hashlib").blake2b
-    digest: bytes = blake2b(data).digest()
-    return digest
+    return blake2b(data).digest()
 
 
 def _layout(pid: int) -> bytes:

@@ -1,0 +1,8 @@
+"""The hash function of the library. hashlib also loads OpenSSL, which takes longer than all of tapes."""
+
+try:
+    from _blake2 import blake2b
+except ImportError:
+    from hashlib import blake2b
+
+__all__ = ["blake2b"]
