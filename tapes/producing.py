@@ -73,6 +73,7 @@ class _Round:
         self.failed: list[tuple[Gauge, BaseException, float]] = []
         self._context = contextvars.copy_context()
         self._queue = deque(gauges)
+        self._helpers: list[threads.Worker] = []
         self._unfinished = set(gauges)
         self._ended: Any = threads.real("_thread", "allocate_lock")()
         self._ended.acquire()
@@ -91,6 +92,9 @@ class _Round:
     def end(self) -> None:
         """Note which are late."""
         self._queue.clear()
+        if not self._unfinished:  # a fork that follows meets no thread
+            for helper in self._helpers:
+                helper.join(_STEP_SECONDS)
         for gauge in list(self._unfinished):
             gauge.note_late(_PATIENCE_SECONDS)
 
@@ -98,10 +102,12 @@ class _Round:
         if not threads.can_run():
             return False
         context = self._context.copy()  # two threads can't be in one
+        helper = threads.Worker(lambda: context.run(self._work), "tapes-producer")
         try:
-            threads.Worker(lambda: context.run(self._work), "tapes-producer").start()
+            helper.start()
         except RuntimeError:
             return False
+        self._helpers.append(helper)
         return True
 
     def _run_here(self) -> None:

@@ -251,3 +251,12 @@ def test_a_weak_producer_that_is_given_again_is_kept_if_it_is_no_longer_weak(reg
     registry.gauge("g", queue.size)
     del queue
     assert registry.get_stats().g.value == 4
+
+
+def test_a_read_leaves_no_thread_behind(registry):
+    """A fork that follows would be one beside threads, of which Python warns."""
+    registry.gauge("g", lambda: 1)
+    before = threading.active_count()
+    for _ in range(200):
+        registry.snapshot()
+        assert threading.active_count() == before
