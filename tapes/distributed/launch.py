@@ -156,6 +156,7 @@ def _settle(aggregator: Aggregator) -> None:
     reason = aggregator._reason and f", started for {aggregator._reason}"
     set_title(f"tapes aggregator {aggregator._endpoints.publish}{reason}")
     gc.set_threshold(50_000, 20, 50)  # states have no cycles, and there are many of them
+    sys.setswitchinterval(0.0005)  # what only takes in messages and clients does not wait for what renders
     with contextlib.suppress(ValueError, OSError):
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a worker takes three descriptors
