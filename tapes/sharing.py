@@ -145,7 +145,7 @@ class Pressure:
 
     _QUICK_SECONDS = 0.05
     """Seconds of each read that are free."""
-    _ALLOWANCE_SECONDS = 1.0
+    _ALLOWANCE_SECONDS = 0.8
     _PACE = 0.5
     """Seconds of the allowance that come back in a second without a reader."""
 
