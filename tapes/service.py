@@ -48,7 +48,7 @@ _SETTLED_NANOSECONDS = 1_000_000_000
 _LISTING_SHARE = 20
 """A directory is listed again after so many times the seconds that it takes."""
 _ROUNDS = 2000
-"""Number of times that a key is hashed, 2 ms in all: so nobody finds out by trial what it was made of."""
+"""Number of times that a key is hashed, 2 ms in all: trying out what it was made of takes too long."""
 
 
 class Supervisor(NamedTuple):

@@ -1,8 +1,8 @@
 """Work that several callers share, and how much of it is done at once.
 
 `Shared`: when many ask for the same thing at the same time, it is made once for all of them. An answer must
-know everything that was recorded before it was asked for. So whoever comes while it is being made can't have
-that one; all of these share the next.
+contain everything that was recorded before it was asked for. So readers that come while it is being made
+can't have that one; they share the next.
 
 `Pressure`: how many readers a process answers at once, and for how much of its time.
 """
@@ -92,7 +92,7 @@ class Shared(Generic[T]):
             if running is not None:
                 self._wait_for(key, running)
             with self._lock:
-                self._forget(key, call)  # who comes from here on needs another one
+                self._forget(key, call)  # later callers need another one
                 self._running[key] = call
             call.result = function()
         except BaseException as error:
@@ -103,7 +103,7 @@ class Shared(Generic[T]):
             call.ended.release()
 
     def _wait_for(self, key: Hashable, call: _Call[T]) -> None:
-        """Wait for the end of a call that another thread makes. One that never ends holds up nobody again."""
+        """Wait for the end of a call that another thread makes. One that hangs holds up no later caller."""
         if not call.wait(self._seconds):
             with self._lock:
                 self._forget(key, call)

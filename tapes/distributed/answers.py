@@ -114,7 +114,8 @@ class Answers:
             return
         what, version, _ = alive[0].wanted
         same = [question for question in alive if question.wanted[:2] == (what, version)]
-        self._waiting.extendleft(question for question in reversed(alive) if question not in same)
+        others = [question for question in alive if question.wanted[:2] != (what, version)]
+        self._waiting.extendleft(reversed(others))
         self._sign_due = now + _SIGN_SECONDS
         self._making = same
         status, payload = self._make(what, version)

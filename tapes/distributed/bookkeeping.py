@@ -177,8 +177,8 @@ class Bookkeeper:
         """Return the answer to a question.
 
         Returns:
-            The answer; or what `make` has to make for it; or ``None`` if it has to be asked again when nobody
-            is awaited.
+            The answer; or what `make` has to make for it; or ``None`` if it has to be asked again when no
+            worker is awaited.
         """
         self._messages.increment()
         version = version_to_answer(data)

@@ -210,7 +210,7 @@ def restore(endpoints: Endpoints, user: User) -> None:
 def _make(directory: str, user: User) -> None:
     os.mkdir(directory, 0o700)
     if user != User.ourselves():
-        with opened(directory, os.geteuid()) as fd:  # nobody can have put something else in its place
+        with opened(directory, os.geteuid()) as fd:  # no other user can have replaced it
             os.fchown(fd, *user)
 
 

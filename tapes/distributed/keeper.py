@@ -1,7 +1,7 @@
 """The small parent of an aggregator: it starts another one when that dies.
 
 An aggregator that was started by hand has one; one that a service started has one only where its parent would
-be a process that reaps nobody, as a killed aggregator would stay there as a zombie.
+be a process that reaps no children, as a killed aggregator would stay there as a zombie.
 
 It holds no sockets and runs no threads: it waits for its child, and is a fork of the process that the
 reporters were made in, so another aggregator can be forked from it at any time.

@@ -83,12 +83,12 @@ def reaps(pid: int) -> bool:
     handles that, or blocks it and waits for it, or ignores it, and then the kernel reaps them. One that has
     several threads may wait in one of them.
     """
-    minds = 1 << (signal.SIGCHLD - 1)
+    handles = 1 << (signal.SIGCHLD - 1)
     try:
         with open(f"/proc/{pid}/status") as file:
             fields = dict(line.split(":", 1) for line in file)
         signals = (int(fields[name], 16) for name in ("SigBlk", "SigIgn", "SigCgt"))
-        return int(fields["Threads"]) > 1 or any(found & minds for found in signals)
+        return int(fields["Threads"]) > 1 or any(found & handles for found in signals)
     except (OSError, KeyError, ValueError):
         return True
 

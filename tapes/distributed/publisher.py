@@ -185,7 +185,7 @@ class Publisher:
 
     def _close(self) -> None:
         self._close_socket()
-        if self._abandoned and self._context is not None:  # whoever stopped it did not wait
+        if self._abandoned and self._context is not None:  # the thread that stopped it did not wait
             self._context.destroy(linger=0)
 
     def _close_socket(self) -> None:

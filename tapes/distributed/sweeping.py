@@ -34,7 +34,7 @@ _SKEW_SECONDS = 2.0
 
 
 def sweep() -> None:
-    """Remove what is left of services of this user that have ended with nobody to clean up."""
+    """Remove what is left of services of this user that have ended without a clean-up."""
     for parent in service.parents():
         with contextlib.suppress(OSError):
             for entry in list(os.scandir(parent)):

@@ -209,15 +209,16 @@ class _Server(ThreadingHTTPServer):
 
 
 def _has_closed(client: socket.socket) -> bool:
-    """Read what a refused client sends; return whether it has closed its end."""
+    """Read a piece of what a refused client sends; return whether it has closed its end.
+
+    One piece only: a client that sends without a pause must not hold up the others.
+    """
     try:
-        while client.recv(65536):
-            pass
+        return not client.recv(65536)
     except BlockingIOError:
         return False
     except OSError:
-        pass
-    return True
+        return True
 
 
 class _Head:

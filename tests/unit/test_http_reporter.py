@@ -252,3 +252,14 @@ def test_a_client_that_no_thread_can_be_started_for_gets_a_503(reporter, monkeyp
             other.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
             assert answer_of(other)[0] == 503
     assert client.fileno() == -1
+
+
+def test_a_refused_client_that_sends_without_a_pause_holds_up_no_other():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.sendall(b"x" * 100_000)
+        assert not http._has_closed(ours)  # one piece is read
+        assert len(ours.recv(1 << 20)) > 0
+        theirs.close()
+        assert http._has_closed(ours)
