@@ -23,8 +23,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from typing import Any, Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from questions import Row
 

@@ -6,7 +6,8 @@ In a statement, ``v`` is a latency in seconds.
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from measure import Statement
 

@@ -13,7 +13,8 @@ import math
 import random
 import statistics
 import time
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 __all__ = ["Figure", "Statement", "latencies", "measure", "medians_of"]
 

@@ -11,8 +11,8 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterable
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from contenders import all_statements, unfolded
 from measure import Figure, latencies, measure, medians_of

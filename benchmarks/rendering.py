@@ -10,8 +10,8 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Iterator
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from measure import latencies
 from questions import BASE, Row, ratio_row

@@ -11,7 +11,8 @@ import platform
 import statistics
 import sys
 import time
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import law
 from costs import Measured, journal_seconds, measure, measure_real, publish_seconds

@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import ItemsView
-from typing import Callable
+from collections.abc import Callable, ItemsView
 
 from tapes.errors import KindConflict
 from tapes.metrics import Metric

@@ -11,7 +11,7 @@ Source: the interval is Dropwizard's (``Meter.TICK_INTERVAL``); the common grid 
 from __future__ import annotations
 
 import time
-from typing import Callable
+from collections.abc import Callable
 
 __all__ = ["TICK_SECONDS", "Clock", "monotonic", "tick_at", "wall"]
 

@@ -15,8 +15,8 @@ import functools
 import logging
 import multiprocessing
 import threading
+from collections.abc import Callable
 from operator import itemgetter
-from typing import Callable
 
 __all__ = ["CONNECT", "GOODBYE", "LAST_REPORT", "NO_MORE_REPORTS", "at_end", "forget"]
 

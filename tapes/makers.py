@@ -10,8 +10,8 @@ the arguments.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any, Callable, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 from tapes.errors import InvalidCall, InvalidName, KindConflict, short_repr
 from tapes.face import Faced

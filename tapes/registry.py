@@ -14,8 +14,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Callable, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 from tapes import forks, threads
 from tapes.catalogue import MAX_SERIES, OVERFLOW, Catalogue

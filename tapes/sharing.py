@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Hashable, Iterator
-from typing import Any, Callable, Generic, TypeVar
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Generic, TypeVar
 
 from tapes.errors import AggregatorUnavailable
 from tapes.threads import RLock, real

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import inf, isfinite
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import addict
 
@@ -151,7 +151,7 @@ class TimerSeries(NamedTuple):
         return {**_distribution_fields(self.lifetime, self.recent), **rates}
 
 
-Series = Union[CounterSeries, GaugeSeries, MeterSeries, HistogramSeries, TimerSeries]
+Series = CounterSeries | GaugeSeries | MeterSeries | HistogramSeries | TimerSeries
 
 _RATES = {"count", "m1", "m5", "m15"}
 _DISTRIBUTION = {"count", "sum", "min", "max", "mean", "stddev", *(name for name, _ in _QUANTILES)}

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable
 from fractions import Fraction
 from math import fsum, isfinite, ulp
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 __all__ = ["LARGE", "Number", "Total", "exact_sum", "sum_of_batch"]
 
@@ -26,7 +26,7 @@ _FLOAT_DIGITS = 2.0**53
 LARGE = 1e308
 """A number between it and its negative is finite; a sum of positive ones below it has only such summands."""
 
-Number = Union[int, float]
+Number = int | float
 
 
 def exact_sum(values: Iterable[Number]) -> tuple[float, ...]:

@@ -12,8 +12,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any, Callable, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 __all__ = [
     "Delayed", "Monitor", "RLock", "Worker", "aside", "beside_the_loop", "can_run", "ends_with_a_hook",

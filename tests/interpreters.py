@@ -2,7 +2,7 @@
 
     python -m tests.interpreters [--newest] [pytest arguments]
 
-Looks for python3.9 to python3.15 and pypy3, on the path and among pyenv's versions; the newest CPythons that
+Looks for python3.11 to python3.15 and pypy3, on the path and among pyenv's versions; the newest CPythons that
 are not there come from Debian, see `tests.debian`. Each gets a virtual environment of its own below
 .interpreters/. With ``--newest`` only the newest run, and each must.
 """
@@ -52,7 +52,7 @@ class Interpreter:
 
 def candidates() -> dict[str, Interpreter]:
     """Return the interpreters that are installed, by their names."""
-    names = [*(f"python3.{minor}" for minor in range(9, 16)), "pypy3", "pypy3.10", "pypy3.11"]
+    names = [*(f"python3.{minor}" for minor in range(11, 16)), "pypy3", "pypy3.11"]
     paths = [shutil.which(name) for name in names]
     paths += glob.glob(os.path.expanduser("~/.pyenv/versions/*/bin/python"))
     found: dict[str, Interpreter] = {}
@@ -60,7 +60,7 @@ def candidates() -> dict[str, Interpreter]:
         code = "import platform as p; print(p.python_implementation(), p.python_version())"
         ran = subprocess.run([path, "-c", code], capture_output=True, text=True)
         known = re.fullmatch(r"(\w+) (3\.\d+)\.\S+", ran.stdout.strip())
-        if ran.returncode == 0 and known and tuple(map(int, known[2].split("."))) >= (3, 9):
+        if ran.returncode == 0 and known and tuple(map(int, known[2].split("."))) >= (3, 11):
             name = f"{known[1]} {known[2]}"
             found.setdefault(name, Interpreter(name, path))
     return found

@@ -8,9 +8,7 @@ from __future__ import annotations
 import abc
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
-from typing import Any, ClassVar, Union
-
-from typing_extensions import assert_type
+from typing import Any, ClassVar, assert_type
 
 import tapes
 from tapes import Counter, Gauge, Histogram, Meter, Stats, Timer
@@ -138,4 +136,4 @@ assert_type(tapes.DistributedRegistry().close(), None)
 with strict() as same:
     assert_type(same, tapes.Registry)
 assert_recorded("a", {"queue": "mail"}, value=1, registry=registry)
-interval: Union[timedelta, None] = timedelta(seconds=10)
+interval: timedelta | None = timedelta(seconds=10)

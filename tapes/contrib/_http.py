@@ -6,8 +6,8 @@ The names are those of the OpenTelemetry HTTP semantic conventions.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from typing import Any, Callable, Union
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from tapes.contrib._applications import Application
 from tapes.contrib._service import Membership
@@ -34,9 +34,9 @@ __all__ = [
     "status_of",
 ]
 
-LabelsOf = Union[Mapping[str, Any], Callable[[Any], Mapping[str, Any]], None]
-Guard = Union[Callable[[Any], Any], None]
-RouteOf = Union[Callable[[Any], Union[str, None]], None]
+LabelsOf = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] | None
+Guard = Callable[[Any], Any] | None
+RouteOf = Callable[[Any], str | None] | None
 
 UNMATCHED = "<unmatched>"
 """The route of what matches none."""

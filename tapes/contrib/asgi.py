@@ -14,9 +14,9 @@ no other hook comes before, as uvicorn does.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from itertools import islice
-from typing import Any, Callable
+from typing import Any
 
 from tapes.contrib._http import (
     ROUTE,

@@ -6,8 +6,8 @@ app.wsgi_app = TapesMiddleware(app.wsgi_app)           # the same, as any WSGI a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Callable, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from tapes.contrib._http import Guard, LabelsOf, RouteOf
 from tapes.contrib.wsgi import TapesMiddleware

@@ -24,8 +24,8 @@ start with an underscore.
 import functools as _functools
 import os as _os
 import sys as _sys
+from collections.abc import Callable as _Callable
 from typing import Any as _Any
-from typing import Callable as _Callable
 
 import tapes as _tapes
 

@@ -15,7 +15,8 @@ import importlib
 import logging
 import os
 import sys
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import tapes
 from tapes import forks, threads

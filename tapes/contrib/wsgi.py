@@ -11,9 +11,9 @@ timed from the call to the last byte of the body, or to ``close()``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
-from typing import Any, Callable, cast
+from typing import Any, cast
 
 from tapes.contrib._http import (
     ROUTE,

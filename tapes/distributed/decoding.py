@@ -10,9 +10,10 @@ that no honest process reaches and that addition keeps, and names are held to th
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from math import fsum, isfinite
 from operator import lt
-from typing import Any, Callable
+from typing import Any
 
 from tapes.bins import MAX_KEY
 from tapes.distributed.messages import (

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import warnings
-from typing import Callable
+from collections.abc import Callable
 
 from tapes import forks
 

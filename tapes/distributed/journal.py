@@ -26,8 +26,8 @@ import glob
 import os
 import stat
 import time
-from collections.abc import Iterable, Iterator
-from typing import Callable, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from tapes.distributed.address import Endpoints
 from tapes.distributed.messages import NOBODY, Goodbye, Hello, Journal, Message, Record

@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 import time
-from typing import Callable
+from collections.abc import Callable
 
 from tapes.distributed.launch import Readiness
 from tapes.distributed.processes import lives

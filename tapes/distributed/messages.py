@@ -20,7 +20,7 @@ are moments of the host's monotonic clock in nanoseconds, so that what a forked 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 from tapes.catalogue import MAX_SERIES
 from tapes.forks import Process
@@ -192,4 +192,4 @@ class Record(NamedTuple):
 NOBODY = bytes(16)
 """The identity of no worker: the aggregator itself, and the total of those that have left."""
 
-Message = Union[Update, Read, Hello, Goodbye, Flush, HandOver, Reply, Merged, Journal, Record]
+Message = Update | Read | Hello | Goodbye | Flush | HandOver | Reply | Merged | Journal | Record

@@ -13,7 +13,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable
-from typing import Union
 
 import zmq
 
@@ -26,7 +25,7 @@ from tapes.errors import TapesError
 
 __all__ = ["Inheritance", "hand_over"]
 
-Inheritance = Iterable[Union[Hello, Read, Goodbye]]
+Inheritance = Iterable[Hello | Read | Goodbye]
 
 _log = logging.getLogger("tapes.distributed")
 

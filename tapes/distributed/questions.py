@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from typing import Union
 
 import zmq
 
@@ -28,7 +27,7 @@ __all__ = [
     "stay_for",
 ]
 
-Question = Union[Read, Hello, Goodbye, Flush, HandOver]
+Question = Read | Hello | Goodbye | Flush | HandOver
 
 TIMEOUT_SECONDS = 1.0
 """So long a read or a goodbye waits for the aggregator."""

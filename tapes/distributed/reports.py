@@ -18,8 +18,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Sequence
-from typing import Callable
+from collections.abc import Callable, Sequence
 
 from tapes.errors import AddressInUse, safe_text
 from tapes.registry import Registry

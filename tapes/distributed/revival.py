@@ -16,7 +16,7 @@ import os
 import random
 import stat
 import time
-from typing import Callable
+from collections.abc import Callable
 
 from tapes import forks, threads
 from tapes.distributed import directory

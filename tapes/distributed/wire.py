@@ -21,7 +21,8 @@ Source: MessagePack (msgpack.org); all fields are ours.
 from __future__ import annotations
 
 import sys
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import msgpack
 

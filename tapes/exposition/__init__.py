@@ -7,7 +7,8 @@ OpenMetrics 1.0.0.
 from __future__ import annotations
 
 import json
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from tapes.errors import InvalidArgument
 from tapes.exposition import prometheus

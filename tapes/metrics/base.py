@@ -408,6 +408,6 @@ def checked_number(value: Any) -> Number:
     if not finite:
         raise ValueError("it is not a finite number")
     try:
-        return int(index(value))  # before Python 3.10, index(True) is True
+        return index(value)
     except TypeError:
         return float(value)

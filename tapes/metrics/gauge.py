@@ -6,12 +6,12 @@ import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import repeat
 from math import isfinite
 from operator import is_
 from types import MethodType
-from typing import Any, Callable, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tapes.clock import Clock
 from tapes.errors import InvalidArgument, safe_text

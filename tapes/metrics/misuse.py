@@ -2,8 +2,8 @@
 
 Names that a metric does not have, but that other libraries use, are descriptors that raise an
 `AttributeError` which names the right method. ``hasattr()`` is false of them, type checkers do not see
-them, ``dir()`` does not list them. A ``__getattr__`` would slow down every method call on CPython 3.10 and
-3.11; for names that are mistyped, Python itself suggests the right one.
+them, ``dir()`` does not list them. A ``__getattr__`` would slow down every method call on CPython 3.11;
+for names that are mistyped, Python itself suggests the right one.
 """
 
 from __future__ import annotations

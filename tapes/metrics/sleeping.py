@@ -13,7 +13,8 @@ and a metric may be put to sleep at any time.
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 __all__ = ["SleepingBuffer"]
 

@@ -20,7 +20,7 @@ import sys
 import types
 from collections.abc import Callable, Generator
 from types import AsyncGeneratorType, CoroutineType, GeneratorType, TracebackType
-from typing import TYPE_CHECKING, Any, Optional, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tapes.errors import InvalidArgument
 from tapes.metrics.base import FULL
@@ -181,7 +181,7 @@ _ENDED = frozenset({type(None), bool, int, float, complex, str, bytes, list, tup
 """Types of results with which the work of a call has ended, so that most calls are looked at no further."""
 
 
-def _rest_of(result_type: type) -> Optional[_Rest]:
+def _rest_of(result_type: type) -> _Rest | None:
     """Return what times the work that goes on after a call, ``None`` if none does.
 
     The type decides: a mock, or an object that makes its attributes when asked, has every attribute.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
-from typing import Callable, TypeVar
+from typing import TypeVar
 
 from tapes.clock import monotonic
 from tapes.errors import InvalidArgument, TapesError, safe_text

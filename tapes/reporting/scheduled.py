@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Callable
 
 from tapes import forks
 from tapes.clock import monotonic

@@ -10,8 +10,8 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any, Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from tests.processes import EXAMPLES, Clients, Home, connected, free_port, get, mentions, running, wait_for
 

@@ -8,6 +8,7 @@ then kills what is left in its pid namespace.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pathlib
 import random
@@ -161,7 +162,7 @@ def stop_and_start_in_turn(directory: pathlib.Path, rounds: int, workers: int = 
         assert decreases(found) == []
         output = "".join(container.output() for container in both)
         assert "Traceback" not in output
-    gaps = [later.answered - read.answered for read, later in zip(found, found[1:])]
+    gaps = [later.answered - read.answered for read, later in itertools.pairwise(found)]
     ended = len(list(directory.glob("counted-*")))
     return (
         f"{rounds} stops, {ended} workers, {total} events, {len(found)} reads, longest without an answer "

@@ -8,6 +8,7 @@ Prometheus asks for, which is OpenMetrics, the other one the text format.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import pathlib
@@ -94,7 +95,7 @@ def parcel(number: int, size: float, seconds: float) -> Parcel:
 def every_bucket() -> list[Parcel]:
     """Sixty parcels with something of each bucket, and each bound itself, which is in the bucket below it."""
     sizes, times = (
-        [*bounds, *((a + b) / 2 for a, b in zip(bounds, bounds[1:])), bounds[-1] * 1.5]
+        [*bounds, *((a + b) / 2 for a, b in itertools.pairwise(bounds)), bounds[-1] * 1.5]
         for bounds in (HISTOGRAM_BUCKETS, TIMER_BUCKETS)
     )
     return [parcel(i, sizes[i % len(sizes)], times[i % len(times)]) for i in range(60)]

@@ -6,7 +6,6 @@ import gc
 import os
 import platform
 import signal
-import sys
 import threading
 import time
 
@@ -81,7 +80,6 @@ def test_a_signal_handler_may_record_and_read(interrupted, kind):
     assert sum(one.value for one in registry.snapshot().series("made.by.a.handler")) == len(handled)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="before 3.11 a signal may come between two statements")
 @pytest.mark.skipif(platform.python_implementation() != "CPython", reason="that is CPython's guarantee")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_handler_that_raises_loses_no_event_and_counts_none_twice(interrupted, kind):

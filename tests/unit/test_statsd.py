@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pathlib
 import socket
@@ -108,7 +109,7 @@ def test_packets_are_filled_to_the_mtu(receiver, registry):
         registry.gauge(f"some.gauge.{number:03}").set(-number)
     reporter_to(receiver, registry).report()
     packets = receiver.take()
-    for packet, following in zip(packets, packets[1:]):
+    for packet, following in itertools.pairwise(packets):
         assert len(packet) <= 1432
         first = following.split(b"\n")
         unit = first[0] if first[0].endswith(b"c") else b"\n".join(first[:2])

@@ -12,8 +12,9 @@ import asyncio
 import inspect
 import os
 import threading
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Callable
+from typing import Any
 
 from tapes.clock import monotonic
 from tapes.endings import LAST_REPORT, at_end, forget
