@@ -22,8 +22,8 @@ from law import Point
 from load import Aggregator, Reader, Shape, Workers, aggregator, distribution, series_of
 
 import tapes
-from tapes.distributed.outbox import Outbox
-from tapes.distributed.wire import encode
+from tapes.distributed.protocol.wire import encode
+from tapes.distributed.worker.outbox import Outbox
 
 __all__ = ["Measured", "journal_seconds", "measure", "measure_real", "publish_seconds"]
 

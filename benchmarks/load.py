@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 import zmq
 
 import tapes
-from tapes import forks
+from tapes import forks, processes
 from tapes.bins import bin_key, bin_value
-from tapes.distributed.address import resolve
-from tapes.distributed.messages import Hello, Item, Read, Reply, Update
-from tapes.distributed.sockets import new_publisher, new_reader
-from tapes.distributed.wire import decode, encode
+from tapes.distributed.protocol.messages import Attach, Item, Read, Reply, Update
+from tapes.distributed.protocol.wire import decode, encode
+from tapes.distributed.transport.address import resolve
+from tapes.distributed.transport.sockets import new_publisher, new_request_socket
 
 __all__ = ["Aggregator", "Reader", "Shape", "Workers", "aggregator", "distribution", "series_of"]
 
@@ -150,7 +150,7 @@ class _Template:
 
     def __init__(self, items: list[Item], *, keyframe: bool) -> None:
         process, base = forks.this_process(), 0 if keyframe else _BASE
-        data = encode(Update(_IDENTITY, process, forks.host(), _SEQ, base, items, {}))
+        data = encode(Update(_IDENTITY, process, processes.host_id(), _SEQ, base, items, {}))
         self._head, rest = data.split(_IDENTITY)
         self._middle, rest = rest.split(struct.pack(">Q", _SEQ))
         self._between, self._tail = (b"", rest) if keyframe else rest.split(struct.pack(">Q", _BASE))
@@ -214,7 +214,7 @@ class Workers:
 
     def _send(self, worker: _Worker, template: _Template) -> None:
         """Send a message; a queue that is full is waited for, as publishers do."""
-        base, worker.seq = worker.seq, max(worker.seq + 1, forks.stamp())
+        base, worker.seq = worker.seq, max(worker.seq + 1, forks.now_ns())
         worker.socket.send(template.message(worker.identity, worker.seq, base))
         self.sent += 1
 
@@ -224,7 +224,7 @@ class Reader:
 
     def __init__(self, address: str) -> None:
         self._context: zmq.Context[Any] = zmq.Context()
-        self._socket = new_reader(self._context, resolve(address))
+        self._socket = new_request_socket(self._context, resolve(address))
         self._identity = os.urandom(16)
         self.asked = 0
 
@@ -233,14 +233,14 @@ class Reader:
 
     def read(self) -> bytes:
         """Return everything, written for Prometheus."""
-        update = Update(self._identity, forks.this_process(), forks.host(), forks.stamp(), 0, [], {})
+        update = Update(self._identity, forks.this_process(), processes.host_id(), forks.now_ns(), 0, [], {})
         return self._ask(Read(1, "prometheus", update))
 
     def await_turn(self) -> None:
         """Wait until the aggregator has taken in what workers published: it answers nobody before."""
-        self._ask(Hello(1, forks.host(), ()))
+        self._ask(Attach(1, processes.host_id(), ()))
 
-    def _ask(self, question: Read | Hello) -> bytes:
+    def _ask(self, question: Read | Attach) -> bytes:
         self.asked += 1
         self._socket.send(encode(question))
         if not self._socket.poll(int(PATIENCE_SECONDS * 1000)):

@@ -21,7 +21,7 @@ from load import Shape
 from run import markdown
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "scale.md"
-MOST_SECONDS = 195.0
+MAX_SECONDS = 195.0
 """After so long, what is left of the points that only check the law is left out."""
 READ_EVERY_SECONDS = 15.0
 REAL_WORKERS, REAL_SHAPE = 3, Shape(60, 0, 20)
@@ -265,7 +265,7 @@ def main() -> None:
     laws = found([told(measure(point)) for point in FITTED])
     real = measure_real(REAL_WORKERS, REAL_SHAPE)
     others = [
-        told(measure(point, is_check=True)) for point in OTHERS if time.monotonic() - began < MOST_SECONDS
+        told(measure(point, is_check=True)) for point in OTHERS if time.monotonic() - began < MAX_SECONDS
     ]
     text = page(laws, others, real)
     PAGE.write_text(text)

@@ -24,7 +24,8 @@ from tapes.snapshot import Stats
 
 if TYPE_CHECKING:
     # Programs that freeze applications find here what is imported when it is used.
-    from tapes.distributed import connection, joining  # noqa: F401
+    from tapes.distributed import connection  # noqa: F401
+    from tapes.distributed.aggregator import main  # noqa: F401
     from tapes.distributed.registry import DistributedRegistry as DistributedRegistry
 
 __all__ = [
@@ -98,7 +99,7 @@ def join(addr: str | None = None) -> None:
         AggregatorUnavailable: If the aggregator can't be started.
     """
     if not is_disabled():
-        _distributed("joining").join(default_registry, addr)
+        _distributed("connection").join(default_registry, addr)
 
 
 def close() -> None:

@@ -10,7 +10,7 @@ import logging
 import os
 from typing import Any
 
-from tapes import forks, threads
+from tapes import forks, processes, threads
 from tapes.environment import is_disabled, may_start, service_address
 
 __all__ = ["watch"]
@@ -35,13 +35,13 @@ class _Watch:
     def before_fork(self) -> None:
         self._delayed.pause()
 
-    def go_on(self) -> None:
+    def after_in_parent(self) -> None:
         self._delayed.resume()
 
-    def forked(self, parent: forks.Process, version: int) -> None:
+    def after_in_child(self, parent: processes.Process, version: int) -> None:
         self._delayed = threads.Delayed(self._look, _SECONDS, "tapes-alone")
 
-    def let_go(self) -> None:
+    def after_in_helper(self) -> None:
         pass
 
     def _look(self) -> None:
@@ -70,4 +70,4 @@ def watch(registry: Any) -> None:
     names = [name for name in _REPORTERS if os.environ.get(name)]
     if names and not is_disabled():
         _watches.append(_Watch(registry, names))
-        forks.add_user(_watches[0])
+        forks.register_user(_watches[0])

@@ -57,9 +57,9 @@ def _run(command: list[str], reporters: dict[str, str | None], addr: str | None)
     os.environ.update({name: told for name, told in reporters.items() if told is not None})
     try:
         if not is_disabled():
-            from tapes.distributed.joining import Supervisor, meet
+            from tapes.distributed.supervision.rendezvous import Service, ensure_aggregator
 
-            meet(Supervisor(this_process(), f"tapes run (pid {os.getpid()})"), addr)
+            ensure_aggregator(Service(this_process(), f"tapes run (pid {os.getpid()})"), addr)
     except TapesError as error:
         sys.exit(f"tapes: {error}")
     for name in reporters:

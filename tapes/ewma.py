@@ -31,10 +31,10 @@ from typing import NamedTuple
 
 from tapes.clock import TICK_SECONDS
 
-__all__ = ["MINUTES", "MOST_EVENTS", "Rates"]
+__all__ = ["MAX_EVENTS", "MINUTES", "Rates"]
 
 MINUTES = (1, 5, 15)
-MOST_EVENTS = 1e300
+MAX_EVENTS = 1e300
 """More events a tick are counted as so many in the rates, which thus stay finite."""
 _KEEP_EXPONENTS = tuple(-TICK_SECONDS / 60.0 / minutes for minutes in MINUTES)
 
@@ -64,7 +64,7 @@ class Rates(NamedTuple):
     def mark(self, events: float, tick: int) -> Rates:
         """Return the state with ``events`` added in the interval that ``tick`` opened."""
         now = self.advance(tick)
-        events = min(now.pending + float(min(events, MOST_EVENTS)), MOST_EVENTS)
+        events = min(now.pending + float(min(events, MAX_EVENTS)), MAX_EVENTS)
         return Rates(now.tick, events, now.linear, now.first, now.first_count)
 
     def advance(self, tick: int) -> Rates:
@@ -109,4 +109,4 @@ class Rates(NamedTuple):
 
 
 def _within(events: float) -> float:
-    return min(float(events), MOST_EVENTS)
+    return min(float(events), MAX_EVENTS)

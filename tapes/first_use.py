@@ -18,8 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tapes import threads
-from tapes.endings import CONNECT, at_end
+from tapes import shutdown, threads
 from tapes.environment import is_spawned, service_address
 
 __all__ = ["SHORTLY_SECONDS", "FirstUse"]
@@ -121,7 +120,7 @@ class FirstUse:
         now = time.monotonic()
         if now < self._look_at:
             return False
-        at_end(self._connect_at_end, CONNECT)
+        shutdown.register(self._connect_at_end, shutdown.Phase.CONNECT)
         if not self._has_somewhere():
             self._look_at = now + _LAST_PAUSE_SECONDS
             self._has_begun = threads.can_run() and (is_spawned() or self.connect_master is not None)
@@ -132,7 +131,7 @@ class FirstUse:
         self.wake = None
         if threads.can_run():  # otherwise the end of a request, or a read, connects
             with contextlib.suppress(RuntimeError):
-                threads.Worker(self._open, "tapes-first-use", is_bare=True).start()
+                threads.NativeThread(self._open, "tapes-first-use", is_bare=True).start()
         return True
 
     def _look_later(self, seconds: float) -> None:

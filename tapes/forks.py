@@ -6,12 +6,12 @@ keeps what it found as a record of its *ancestor*: the ancestor's identity, what
 child tells its ancestors' records beside its own, and so does the ancestor if it speaks for itself; of all
 that is told under one identity the newest counts, once. Nothing has to be known of who lives.
 
-Time orders the records: `stamp` reads the host's monotonic clock in nanoseconds, which all processes share.
+Time orders the records: `now_ns` reads the host's monotonic clock in nanoseconds, which all processes share.
 
 Python's hooks report forks, and this is the one module that registers them. In a child, locks are renewed
 first (`renew_in_child`), as a thread that is not there may have held them; then registries and reporters
-follow. A server that forks in C runs no hooks, so adapters `check` the pid when a request starts; the moment
-of the fork is then that at which the kernel started the child.
+follow. A server that forks in C runs no hooks, so adapters call `detect_fork` when a request starts. The
+time of the fork is then the time at which the kernel started the child.
 
 A hook opens no socket and starts no thread that does: the child may be about to close all descriptors, as
 daemons and terminals do, and 0MQ aborts a process whose descriptors are closed. A child connects when it
@@ -26,19 +26,34 @@ import itertools
 import logging
 import mmap
 import os
-import socket
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any, NamedTuple
 
+from tapes.processes import Process, process_of, program_of
+
 __all__ = [
-    "CONNECTED", "Ancestor", "Process", "add", "add_user", "check", "connected_parent", "fork_unnoticed",
-    "hand_down", "host", "import_module", "is_uwsgi_master", "mark", "no_fork", "origin", "process_of",
-    "program_of", "renew_in_child", "stamp", "this_process", "this_program", "when_uwsgi_forks",
+    "CONNECTED",
+    "Ancestor",
+    "connected_parent",
+    "detect_fork",
+    "fork_flag",
+    "fork_helper",
+    "fork_root",
+    "hand_down",
+    "import_module",
+    "is_uwsgi_master",
+    "no_fork",
+    "now_ns",
+    "register",
+    "register_user",
+    "renew_in_child",
+    "this_process",
+    "this_program",
+    "when_uwsgi_forks",
 ]  # fmt: skip
 
 
@@ -46,22 +61,8 @@ _WAIT_SECONDS = 10.0
 """Maximum seconds that a fork waits for forks and imports of other threads."""
 _WIPE_ON_FORK = 18  # Linux's MADV_WIPEONFORK
 
-_MOST_PROGRAM = (1 << 62) - 1
-
 CONNECTED = "TAPES_CONNECTED"
 """The variable that tells processes that this one spawns where its registries are connected."""
-
-
-class Process(NamedTuple):
-    """A process of this host, told from a later one with the same pid.
-
-    Attributes:
-        pid: The pid.
-        started: When it started, in the kernel's clock ticks since boot; 0 if that is not known.
-    """
-
-    pid: int
-    started: int
 
 
 class Ancestor(NamedTuple):
@@ -70,7 +71,7 @@ class Ancestor(NamedTuple):
     Attributes:
         identity: Under which it recorded.
         process: Which one it is.
-        version: When, as `stamp`.
+        version: When, as `now_ns`.
         base: The version that this continues; 0 if it is everything.
         metrics: Metrics that hold it; nobody records into them.
         speaks: Whether it was connected, so that it publishes this itself if it lives.
@@ -84,35 +85,9 @@ class Ancestor(NamedTuple):
     speaks: bool = False
 
 
-def stamp() -> int:
+def now_ns() -> int:
     """Return the time, comparable with that of every process of this host."""
     return time.monotonic_ns()
-
-
-def process_of(pid: int) -> Process:
-    """Return the process that has ``pid`` now."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return Process(pid, int(file.read().rpartition(b")")[2].split()[19]))
-    except (OSError, IndexError, ValueError):
-        return Process(pid, 0)
-
-
-def program_of(pid: int) -> int:
-    """Return a number of the program that a process runs; 0 if that can't be seen.
-
-    A fork does not change it, and ``exec`` does: a process that becomes another program, or itself again, is
-    another worker, although its pid and its start stay the same.
-
-    Theory. ``exec`` gives a process a new stack, at a random address, and a new text. The kernel shows where
-    they are (``/proc/PID/stat``, fields 26 to 28) to the process itself and to others of its user.
-    """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            code, end, stack = map(int, file.read().rpartition(b")")[2].split()[23:26])
-    except (OSError, IndexError, ValueError):
-        return 0
-    return (stack ^ code << 13 ^ end << 29) & _MOST_PROGRAM if stack else 0
 
 
 def this_program() -> int:
@@ -121,24 +96,14 @@ def this_program() -> int:
 
 
 def this_process() -> Process:
-    """Return this process; notices a fork, as `check`."""
-    check()
+    """Return this process; notices a fork, as `detect_fork`."""
+    detect_fork()
     return _here.process
 
 
-@lru_cache(maxsize=1)
-def host() -> str:
-    """Return what pids mean here: the running system, and the namespace that pids are counted in."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return socket.gethostname()
-
-
-def origin() -> Process:
+def fork_root() -> Process:
     """Return the process that this one descends from by forks, and that imported tapes; maybe this one."""
-    check()
+    detect_fork()
     return _here.origin
 
 
@@ -168,18 +133,18 @@ def hand_down(addresses: list[str]) -> None:
     getattr(multiprocessing and multiprocessing.current_process(), "_config", {})[CONNECTED] = text
 
 
-def add(registry: Any) -> None:
-    """Have ``registry.before_fork()``, ``.forked(process, version)`` and ``.go_on()`` called at forks.
+def register(registry: Any) -> None:
+    """Have the three fork hooks of ``registry`` called.
 
     Before the fork, in the child, and in the parent after it.
     """
     _registries.add(registry)
 
 
-def add_user(user: Any) -> None:
+def register_user(user: Any) -> None:
     """Have the same called of what uses registries: it holds still before they do, and goes on after them.
 
-    And ``user.let_go()`` in a child that is no worker.
+    And ``user.after_in_helper()`` in a child that is no worker.
     """
     _users.add(user)
 
@@ -193,7 +158,7 @@ def renew_in_child(renew: Callable[[], None]) -> None:
     _renewals.append(renew)
 
 
-def check() -> None:
+def detect_fork() -> None:
     """Notice a fork of which no hook told; cheap enough for every request."""
     if os.getpid() != _here.process.pid:
         _here.noticed_late()
@@ -206,12 +171,12 @@ def is_uwsgi_master() -> bool:
 
 
 def when_uwsgi_forks(action: Callable[[], None]) -> None:
-    """Have uWSGI's workers `check`, and call ``action``, when they are forked."""
+    """Have uWSGI's workers `detect_fork`, and call ``action``, when they are forked."""
     uwsgi: Any = sys.modules.get("uwsgi")
     before = getattr(uwsgi, "post_fork_hook", None)
 
     def hook() -> None:
-        check()
+        detect_fork()
         action()
         if before is not None:
             before()
@@ -219,7 +184,7 @@ def when_uwsgi_forks(action: Callable[[], None]) -> None:
     uwsgi.post_fork_hook = hook
 
 
-def mark() -> Any:
+def fork_flag() -> Any:
     """Return a byte (index 0) that is zero until this process sets it, and again in each of its children.
 
     It notices forks in C too, at the cost of reading memory: `os.getpid` is a system call, which costs a
@@ -271,14 +236,14 @@ def import_module(name: str) -> Any:
         return importlib.import_module(name)
 
 
-def fork_unnoticed() -> int:
+def fork_helper() -> int:
     """Fork a child that is no worker: in it, and in those it forks, registries stay as they are."""
     _here.quiet_thread = threading.get_ident()
     try:
         pid = os.fork()
         _here.is_worker = _here.is_worker and pid != 0
         if pid == 0:
-            _each(lambda one: one.let_go(), _users)
+            _each(lambda one: one.after_in_helper(), _users)
     finally:
         _here.quiet_thread = 0
     return pid
@@ -302,11 +267,11 @@ class _Here:
         self._becomes_another = _becomes_another_program()
         if self._matters():
             _each(lambda one: one.before_fork(), _users, _registries)
-            self._version = stamp()
+            self._version = now_ns()
 
     def in_parent(self) -> None:
         if self._matters():
-            _each(lambda one: one.go_on(), _registries, _users)
+            _each(lambda one: one.after_in_parent(), _registries, _users)
         self._becomes_another = False
         with contextlib.suppress(RuntimeError):  # it took too long to get it
             self.forking.release()
@@ -321,7 +286,7 @@ class _Here:
                 # The clock of process starts counts suspended time too, and is coarser.
                 started = process_of(os.getpid()).started / os.sysconf("SC_CLK_TCK")
                 ago = max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started) if started else 0.0
-                self._change(stamp() - int(ago * 1e9))
+                self._change(now_ns() - int(ago * 1e9))
 
     def _change(self, version: int) -> None:
         self._lock = threading.Lock()
@@ -330,7 +295,7 @@ class _Here:
             renew()
         parent, self.process = self.process, process_of(os.getpid())
         if self._matters():
-            _each(lambda one: one.forked(parent, version), _registries, _users)
+            _each(lambda one: one.after_in_child(parent, version), _registries, _users)
 
     def _matters(self) -> bool:
         is_quiet = self._becomes_another or self.quiet_thread == threading.get_ident()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tapes.connection import Connection
-from tapes.forks import Ancestor, Process
+from tapes.forks import Ancestor
+from tapes.processes import Process
+from tapes.session import Connection
 
 __all__ = ["unpublished_by_parent"]
 
@@ -19,7 +20,7 @@ def unpublished_by_parent(
         registry: The registry.
         connection: What the parent had attached to it.
         parent: The process that forked.
-        version: When it did, as `tapes.forks.stamp`.
+        version: When it did, as `tapes.forks.now_ns`.
 
     Returns:
         What the parent had recorded and not published; empty if that is nothing.

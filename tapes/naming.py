@@ -15,9 +15,9 @@ from tapes.errors import InvalidLabel, InvalidName
 from tapes.hashing import blake2b
 
 __all__ = [
-    "MOST_CHARACTERS",
-    "MOST_LABEL_CHARACTERS",
-    "MOST_SEGMENTS",
+    "MAX_CHARACTERS",
+    "MAX_LABEL_CHARACTERS",
+    "MAX_SEGMENTS",
     "RESERVED",
     "Labels",
     "canonical_labels",
@@ -33,15 +33,15 @@ Labels = tuple[tuple[str, str], ...]
 RESERVED = frozenset({"name", "producer", "merge", "weak", "unit", "help", "buckets", "labels"})
 """Words that no maker takes as a keyword label: they are, or may become, arguments of their own."""
 
-MOST_SEGMENTS, MOST_CHARACTERS = 32, 255
+MAX_SEGMENTS, MAX_CHARACTERS = 32, 255
 """Maximum segments and characters of a metric's name, with its registry's prefix."""
-MOST_LABEL_CHARACTERS = 1024
+MAX_LABEL_CHARACTERS = 1024
 """Maximum characters of a label's value; a longer one is cut."""
 
 _HASH_BYTES = 8
 _CUT = "…"
 """Stands between the beginning of a value that was cut and the hash of the whole."""
-_KEPT = MOST_LABEL_CHARACTERS - len(_CUT) - 2 * _HASH_BYTES
+_KEPT = MAX_LABEL_CHARACTERS - len(_CUT) - 2 * _HASH_BYTES
 
 _DESCRIBED = {"help", "unit", "buckets"}
 _LABEL_NAME = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]*")
@@ -53,7 +53,7 @@ def check_name(name: str) -> str:
     Raises:
         InvalidName: If it is not a string, is empty or has an empty segment, starts a segment with ``{``
             (that is how labelled series are spelled in ``get_stats()``), has control characters, more than
-            `MOST_CHARACTERS` or more than `MOST_SEGMENTS`.
+            `MAX_CHARACTERS` or more than `MAX_SEGMENTS`.
     """
     if not isinstance(name, str):
         raise InvalidName("a metric's name must be a string", got=name, expected="a name like 'jobs.done'")
@@ -72,11 +72,11 @@ def check_name(name: str) -> str:
         )
     if not name.isprintable():
         raise InvalidName("a metric's name has unprintable characters", got=name, expected="printable text")
-    if len(name) > MOST_CHARACTERS or name.count(".") >= MOST_SEGMENTS:
+    if len(name) > MAX_CHARACTERS or name.count(".") >= MAX_SEGMENTS:
         raise InvalidName(
             "a metric's name is too long",
             got=name,
-            expected=f"{MOST_CHARACTERS} characters and {MOST_SEGMENTS} segments at most",
+            expected=f"{MAX_CHARACTERS} characters and {MAX_SEGMENTS} segments at most",
             remedy="give what varies as labels: counter('jobs.done', queue='mail')",
         )
     return name
@@ -126,11 +126,11 @@ def canonical_labels(labels: Mapping[str, Any] | None, more_labels: Mapping[str,
 def label_text(value: Any) -> str:
     """Return a label's value as a plain string; a string subclass is the string that it equals.
 
-    Of more than `MOST_LABEL_CHARACTERS` the beginning stays, with a mark and the hash of the whole, so that
+    Of more than `MAX_LABEL_CHARACTERS` the beginning stays, with a mark and the hash of the whole, so that
     two values that differ stay two.
     """
     text = str.__str__(value) if isinstance(value, str) else str(value)
-    if len(text) <= MOST_LABEL_CHARACTERS:
+    if len(text) <= MAX_LABEL_CHARACTERS:
         return text
     whole = blake2b(text.encode(errors="surrogatepass"), digest_size=_HASH_BYTES)
     return text[:_KEPT] + _CUT + whole.hexdigest()
@@ -138,7 +138,7 @@ def label_text(value: Any) -> str:
 
 def is_cut(value: str) -> bool:
     """Return whether `label_text` has cut a label's value."""
-    return len(value) == MOST_LABEL_CHARACTERS and value[_KEPT] == _CUT
+    return len(value) == MAX_LABEL_CHARACTERS and value[_KEPT] == _CUT
 
 
 def escape_label_value(value: str) -> str:

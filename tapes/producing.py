@@ -73,9 +73,9 @@ class _Round:
         self.failed: list[tuple[Gauge, BaseException, float]] = []
         self._context = contextvars.copy_context()
         self._queue = deque(gauges)
-        self._helpers: list[threads.Worker] = []
+        self._helpers: list[threads.NativeThread] = []
         self._unfinished = set(gauges)
-        self._ended: Any = threads.real("_thread", "allocate_lock")()
+        self._ended: Any = threads.unpatched("_thread", "allocate_lock")()
         self._ended.acquire()
 
     def run(self, deadline: float) -> None:
@@ -102,7 +102,7 @@ class _Round:
         if not threads.can_run():
             return False
         context = self._context.copy()  # two threads can't be in one
-        helper = threads.Worker(lambda: context.run(self._work), "tapes-producer")
+        helper = threads.NativeThread(lambda: context.run(self._work), "tapes-producer")
         try:
             helper.start()
         except RuntimeError:

@@ -17,18 +17,18 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-from tapes import forks, threads
+from tapes import forks, processes, threads
 from tapes.catalogue import MAX_SERIES, OVERFLOW, Catalogue
 from tapes.clock import Clock, monotonic, tick_at
-from tapes.connection import Connection
 from tapes.environment import LABELS, labels_given
 from tapes.errors import InvalidArgument, KindConflict, TapesError, short_repr
 from tapes.first_use import FirstUse
 from tapes.lineage import unpublished_by_parent
 from tapes.makers import Makers, check_prefix
 from tapes.metrics import Counter, Gauge, Metric, State
-from tapes.naming import MOST_LABEL_CHARACTERS, Labels, canonical_labels, check_name, is_cut
+from tapes.naming import MAX_LABEL_CHARACTERS, Labels, canonical_labels, check_name, is_cut
 from tapes.producing import run_producers
+from tapes.session import Connection
 from tapes.snapshot import Description, Family, Snapshot, Stats
 
 __all__ = ["REJECTED", "Registry", "default_registry"]
@@ -63,10 +63,10 @@ class Registry(Makers):
     """
 
     _internal = frozenset({
-        "ancestors", "before_fork", "collect", "connect_in_children", "connect_when_read",
-        "connect_when_used", "connection", "connection_to_read", "descriptions", "first_use", "forked",
-        "gauges", "go_on", "identity", "made", "metrics", "own", "recipe", "refresh", "reject", "rejected",
-        "revision", "take", "tells_at_request_end",
+        "after_in_child", "after_in_parent", "ancestors", "before_fork", "collect",
+        "connect_in_children", "connect_when_read", "connect_when_used", "connection",
+        "connection_to_read", "descriptions", "first_use", "gauges", "identity", "made", "metrics",
+        "own", "recipe", "refresh", "reject", "rejected", "revision", "take", "tells_at_request_end",
     })  # fmt: skip
 
     def __init__(
@@ -97,7 +97,7 @@ class Registry(Makers):
         self.tells_at_request_end = False
         self._connection: Connection | None = None
         self.first_use = FirstUse(self)
-        forks.add(self)
+        forks.register(self)
 
     @property
     def connection(self) -> Connection | None:
@@ -160,7 +160,7 @@ class Registry(Makers):
 
     async def get_stats_async(self) -> Stats:
         """Return what `get_stats` does, to an event loop that goes on meanwhile (asyncio; trio by anyio)."""
-        return await threads.beside_the_loop(self.get_stats)
+        return await threads.run_in_thread(self.get_stats)
 
     def snapshot(self) -> Snapshot:
         """Return one consistent, frozen cut of all series; raises as `get_stats`."""
@@ -213,20 +213,20 @@ class Registry(Makers):
         if self._connection is not None:
             self._connection.before_fork()
 
-    def go_on(self) -> None:
+    def after_in_parent(self) -> None:
         """Called in the parent after a fork."""
         if self._connection is not None:
-            self._connection.go_on()
+            self._connection.after_in_parent()
         self.first_use.after_in_parent()
 
-    def forked(self, parent: forks.Process, version: int) -> None:
+    def after_in_child(self, parent: processes.Process, version: int) -> None:
         """Called in a forked child: begin from zero, and keep what the parent had not published."""
         connection = self._connection
         self.ancestors += unpublished_by_parent(self, connection, parent, version)
         self.identity = os.urandom(16)
         self.connect_when_used = self.connect_in_children or self.connect_when_used
         if connection is not None:
-            connection.begin_anew()
+            connection.after_in_child()
         self.first_use.after_in_child(is_to_connect=bool(connection or self.connect_in_children))
 
     def descriptions(self) -> dict[str, Description]:
@@ -284,7 +284,7 @@ class Registry(Makers):
                 _log.warning(
                     "tapes cut a label's value of %r at %d characters (further series are counted in %s). "
                     "Is it what a client sent, such as a header?",
-                    name, MOST_LABEL_CHARACTERS, CUT,
+                    name, MAX_LABEL_CHARACTERS, CUT,
                 )  # fmt: skip
 
     def rejected(self, metric: Metric, value: Any, why: str) -> None:

@@ -28,20 +28,20 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from tapes import forks
-from tapes.forks import Process
+from tapes import forks, processes
 from tapes.hashing import blake2b
+from tapes.processes import Process
 
 __all__ = [
-    "SOCKET", "Supervisor", "address", "directories", "directory_name", "is_private", "is_private_to",
-    "parents", "places", "supervisor", "supervisor_of",
+    "SOCKET", "Service", "address", "directories", "directory_name", "is_private", "is_private_to",
+    "parents", "places", "supervisor_of", "this_service",
 ]  # fmt: skip
 
 SOCKET = "metrics.ipc"
 """The name of the aggregator's socket in a private directory."""
 
 _NAME = re.compile(r"tapes-(\d+)-(\d+)(?:-[0-9a-f]{12})?")
-_MOST_GENERATIONS = 32
+_MAX_GENERATIONS = 32
 _GUNICORN = b"gunicorn: master"
 """How the command of gunicorn's master begins where the package setproctitle is installed."""
 _SETTLED_NANOSECONDS = 1_000_000_000
@@ -51,40 +51,45 @@ _ROUNDS = 2000
 """Number of times that a key is hashed, 2 ms in all: trying out what it was made of takes too long."""
 
 
-class Supervisor(NamedTuple):
-    """The process that a service is known by, and what it is."""
+class Service(NamedTuple):
+    """A service.
 
-    process: Process
-    what: str
+    Attributes:
+        root: Its supervisor: the process that all of its workers descend from.
+        description: What that process is, for the log.
+    """
+
+    root: Process
+    description: str
 
 
-def supervisor() -> Supervisor:
+def this_service() -> Service:
     """Return the process that all workers of this service have in common, as far as can be seen."""
-    forks.check()
-    return _supervisor(os.getpid())
+    forks.detect_fork()
+    return _service_of(os.getpid())
 
 
 @lru_cache(maxsize=1)
-def _supervisor(pid: int) -> Supervisor:
+def _service_of(pid: int) -> Service:
     uwsgi: Any = sys.modules.get("uwsgi")
     if uwsgi is not None and uwsgi.masterpid():
-        return Supervisor(forks.process_of(uwsgi.masterpid()), "uWSGI")
+        return Service(processes.process_of(uwsgi.masterpid()), "uWSGI")
     multiprocessing: Any = sys.modules.get("multiprocessing.process")
     parent = multiprocessing and multiprocessing.parent_process()
     found, what = forks.this_process(), "the process itself"
     if parent is not None:
-        found, what = forks.process_of(parent.pid), "multiprocessing"
-    elif forks.origin() != found:
-        found, what = forks.origin(), "the process that it was forked from"
-    for _ in range(_MOST_GENERATIONS):
+        found, what = processes.process_of(parent.pid), "multiprocessing"
+    elif forks.fork_root() != found:
+        found, what = forks.fork_root(), "the process that it was forked from"
+    for _ in range(_MAX_GENERATIONS):
         above = _made_by(found.pid)
         if not above:
             break
-        found = forks.process_of(above)
+        found = processes.process_of(above)
         what = "multiprocessing" if parent is not None else "the process that it was forked from"
     if "gunicorn.arbiter" in sys.modules and found.pid != pid:
         what = "gunicorn"
-    return Supervisor(found, what)
+    return Service(found, what)
 
 
 def _made_by(pid: int) -> int:
@@ -131,10 +136,10 @@ def _key(process: Process) -> bytes:
     A process reads it of the supervisor, if it may. One that was forked from the supervisor has its program
     in the same place in memory, and can read that also if it has changed its user since.
     """
-    key = _layout(process.pid) if forks.process_of(process.pid) == process else b""
+    key = _layout(process.pid) if processes.process_of(process.pid) == process else b""
     if not key:
         above = _command(process.pid)
-        is_fork = forks.origin() == process or "uwsgi" in sys.modules or above.startswith(_GUNICORN)
+        is_fork = forks.fork_root() == process or "uwsgi" in sys.modules or above.startswith(_GUNICORN)
         if is_fork or (above and above == _command(os.getpid())):
             key = _layout(os.getpid())
     for _ in range(_ROUNDS if key else 0):
@@ -236,7 +241,7 @@ def _names_in(parent: str) -> list[str]:
 
 def address() -> str:
     """Return where an aggregator of this service is, or was a moment ago; empty if nowhere."""
-    process, uid = supervisor().process, os.geteuid()
+    process, uid = this_service().root, os.geteuid()
     named = (os.path.dirname(path) for path in places(process))
     for directory in itertools.chain(filter(is_private, named), directories(process, uid)):
         path = os.path.join(directory, SOCKET)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
 from tapes.errors import AggregatorUnavailable
-from tapes.threads import RLock, real
+from tapes.threads import RLock, unpatched
 
 __all__ = ["Pressure", "Shared"]
 
@@ -28,7 +28,7 @@ class _Call(Generic[T]):
 
     def __init__(self) -> None:
         self.leader = _me()
-        self.ended: Any = real("_thread", "allocate_lock")()
+        self.ended: Any = unpatched("_thread", "allocate_lock")()
         self.ended.acquire()
         self.result: T | None = None
         self.error: BaseException | None = None
@@ -127,7 +127,7 @@ def _copy(error: Exception) -> Exception:
 
 
 def _me() -> int:
-    ident: int = real("_thread", "get_ident")()
+    ident: int = unpatched("_thread", "get_ident")()
     return ident
 
 

@@ -34,15 +34,15 @@ from typing import NamedTuple
 
 from tapes.bins import bin_key, bin_keys, bin_value
 from tapes.clock import TICK_SECONDS
+from tapes.distribution import Bins, Distribution
 from tapes.sums import Number, exact_sum, sum_of_batch
-from tapes.view import Bins, View
 
-__all__ = ["EMPTY", "MOST_VALUES", "PENDING", "Sketch", "counts_array"]
+__all__ = ["EMPTY", "MAX_VALUES", "PENDING", "Sketch", "counts_array"]
 
 PENDING = 4096
 """So many pending keys are counted at once, and two more for each fresh count that is there already."""
 
-MOST_VALUES = (1 << 64) - 1
+MAX_VALUES = (1 << 64) - 1
 """The arrays have no room for more."""
 
 _PLAIN = frozenset({int, float})
@@ -219,7 +219,7 @@ class Sketch(NamedTuple):
         full = [sketch for sketch in sketches if sketch.count]
         if len(full) < 2:
             return full[0].settled() if full else EMPTY
-        if sum(sketch.count for sketch in full) > MOST_VALUES:  # somebody lies; it must not break the rest
+        if sum(sketch.count for sketch in full) > MAX_VALUES:  # somebody lies; it must not break the rest
             return max(full).settled()
         tick = max(sketch.tick for sketch in full)
         counts: dict[int, int] = {}
@@ -249,14 +249,14 @@ class Sketch(NamedTuple):
         )
 
     @property
-    def lifetime(self) -> View:
+    def lifetime(self) -> Distribution:
         """Every value since the start."""
-        return View(self._lifetime)
+        return Distribution(self._lifetime)
 
     @property
-    def recent(self) -> View:
+    def recent(self) -> Distribution:
         """The same with weights that fall by e^(-0.015·t), as of the newest value."""
-        return View(self._recent)
+        return Distribution(self._recent)
 
     def _lifetime(self) -> Bins:
         settled = self.settled()

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import addict
 
+from tapes.distribution import Distribution
 from tapes.errors import InvalidArgument
 from tapes.naming import Labels, canonical_labels, selector
 from tapes.sums import Number
-from tapes.view import View
 
 __all__ = [
     "FIELDS",
@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # addict has no types
 else:
     Stats = addict.Dict
 
-_MOST_BUCKETS = 1000
+_MAX_BUCKETS = 1000
 
 _QUANTILES = (
     ("q50", 0.5), ("q75", 0.75), ("q95", 0.95), ("q98", 0.98), ("q99", 0.99), ("q999", 0.999),
@@ -105,8 +105,8 @@ class HistogramSeries(NamedTuple):
     """A distribution: ``lifetime`` since the start, ``recent`` over about the last five minutes."""
 
     labels: Labels
-    lifetime: View
-    recent: View
+    lifetime: Distribution
+    recent: Distribution
     created: float = inf
 
     @property
@@ -131,8 +131,8 @@ class TimerSeries(NamedTuple):
     m1: float
     m5: float
     m15: float
-    lifetime: View
-    recent: View
+    lifetime: Distribution
+    recent: Distribution
     created: float = inf
 
     @property
@@ -166,7 +166,7 @@ FIELDS: Mapping[str, frozenset[str]] = {
 """Kind to the names of the fields that ``get_stats()`` shows for it."""
 
 
-def _distribution_fields(lifetime: View, recent: View) -> dict[str, Number]:
+def _distribution_fields(lifetime: Distribution, recent: Distribution) -> dict[str, Number]:
     fields: dict[str, Number] = {
         "count": lifetime.count,
         "sum": lifetime.sum,
@@ -215,11 +215,11 @@ class Description(NamedTuple):
             valid = all(map(isfinite, bounds)) and sorted(set(bounds)) == list(bounds)
         except (TypeError, ValueError, OverflowError):
             valid = False
-        if not valid or len(bounds) > _MOST_BUCKETS:
+        if not valid or len(bounds) > _MAX_BUCKETS:
             raise InvalidArgument(
                 "the buckets of describe()",
                 got=buckets,
-                expected=f"finite upper bounds in ascending order, {_MOST_BUCKETS} at most",
+                expected=f"finite upper bounds in ascending order, {_MAX_BUCKETS} at most",
                 remedy="leave +Inf out, it is always there",
             )
         return cls(text, unit, bounds)

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 __all__ = [
-    "Delayed", "Monitor", "RLock", "Worker", "aside", "beside_the_loop", "can_run", "ends_with_a_hook",
-    "in_greenlets", "is_ours", "is_patched", "real",
+    "Delayed", "Monitor", "NativeThread", "RLock", "can_run", "ends_with_a_hook", "in_greenlets",
+    "in_native_thread", "is_patched", "run_in_hub_pool", "run_in_thread", "unpatched",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ def _is_patched_by_eventlet(module: str) -> bool:
     return patcher is not None and bool(patcher.is_monkey_patched(module))
 
 
-def real(module: str, name: str) -> Any:
+def unpatched(module: str, name: str) -> Any:
     """Return ``name`` of the standard ``module`` as it was before gevent or eventlet patched it."""
     monkey: Any = sys.modules.get("gevent.monkey")
     if monkey is not None:
@@ -49,9 +49,9 @@ def real(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def aside(function: Callable[[], T]) -> T:
+def run_in_hub_pool(function: Callable[[], T]) -> T:
     """Return what ``function`` returns; its waiting holds up no greenlet."""
-    if not is_patched() or is_ours():
+    if not is_patched() or in_native_thread():
         return function()
     if _is_patched_by_eventlet("thread"):
         return _beside_eventlet(function)
@@ -77,7 +77,7 @@ def _beside_eventlet(function: Callable[[], T]) -> T:
 
     try:
         try:
-            Worker(run, "tapes-aside").start()
+            NativeThread(run, "tapes-aside").start()
         except RuntimeError:
             os.close(sender)
             raise
@@ -105,7 +105,7 @@ def in_greenlets(calls: Sequence[Callable[[], object]], seconds: float) -> None:
         gevent.joinall([gevent.spawn(call) for call in calls], timeout=seconds)
 
 
-async def beside_the_loop(function: Callable[[], T]) -> T:
+async def run_in_thread(function: Callable[[], T]) -> T:
     """Return what ``function`` returns; it runs in a thread, and the event loop goes on."""
     anyio: Any = sys.modules.get("anyio")
     if anyio is None:
@@ -119,7 +119,7 @@ async def beside_the_loop(function: Callable[[], T]) -> T:
 
 def RLock() -> threading.RLock:  # noqa: N802 - it stands for the class
     """Return a new re-entrant lock between threads."""
-    lock: threading.RLock = real("_thread", "RLock")()
+    lock: threading.RLock = unpatched("_thread", "RLock")()
     return lock
 
 
@@ -157,15 +157,15 @@ class Monitor:
         return True
 
 
-_ours: set[int] = set()
+_native: set[int] = set()
 
 
-def is_ours() -> bool:
-    """Return whether it is a `Worker` that asks, which gevent knows nothing of."""
-    return real("_thread", "get_ident")() in _ours
+def in_native_thread() -> bool:
+    """Return whether it is a `NativeThread` that asks, which gevent knows nothing of."""
+    return unpatched("_thread", "get_ident")() in _native
 
 
-class Worker:
+class NativeThread:
     """A daemon thread of the operating system that runs ``target``.
 
     Args:
@@ -178,7 +178,7 @@ class Worker:
         self._target = target
         self._ident = 0
         self._thread: threading.Thread | None = None
-        self._ended: Any = real("_thread", "allocate_lock")()
+        self._ended: Any = unpatched("_thread", "allocate_lock")()
         if not (is_bare or is_patched()):
             self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -193,7 +193,7 @@ class Worker:
             if self._thread is not None:
                 self._thread.start()
             else:
-                real("_thread", "start_new_thread")(self._run, ())
+                unpatched("_thread", "start_new_thread")(self._run, ())
         except RuntimeError:
             self._ended.release()
             raise
@@ -209,16 +209,16 @@ class Worker:
 
     def is_me(self) -> bool:
         """Return whether it is the one that asks."""
-        ident: int = real("_thread", "get_ident")()
+        ident: int = unpatched("_thread", "get_ident")()
         return self._ident == ident
 
     def _run(self) -> None:
-        self._ident = real("_thread", "get_ident")()
-        _ours.add(self._ident)
+        self._ident = unpatched("_thread", "get_ident")()
+        _native.add(self._ident)
         try:
             self._target()
         finally:
-            _ours.discard(self._ident)
+            _native.discard(self._ident)
             self._ident = 0
             self._ended.release()
 
@@ -233,15 +233,15 @@ class Delayed:
         self._action = action
         self._seconds = seconds
         self._name = name
-        self._worker: Worker | None = None
+        self._worker: NativeThread | None = None
         self._cancelled: Any = None
         self._waits = False
 
     def start(self) -> None:
         """Begin to wait; nothing where no thread can be started."""
-        self._cancelled = real("_thread", "allocate_lock")()
+        self._cancelled = unpatched("_thread", "allocate_lock")()
         self._cancelled.acquire()
-        self._worker = Worker(self._run, self._name, is_bare=True)
+        self._worker = NativeThread(self._run, self._name, is_bare=True)
         self._waits = True
         with contextlib.suppress(RuntimeError):
             self._worker.start()

@@ -22,20 +22,20 @@ from typing import Any, NamedTuple
 import msgpack
 
 import tapes
-from tapes.distributed import messages as said
-from tapes.distributed.ledger import Ledger
-from tapes.distributed.messages import NOBODY, Item, Merged, Message, Read, Record, Update
-from tapes.distributed.wire import VERSION, decode, encode
+from tapes.distributed.aggregator.ledger import Ledger
+from tapes.distributed.protocol import messages as said
+from tapes.distributed.protocol.messages import NOBODY, Item, Merged, Message, Read, Record, Update
+from tapes.distributed.protocol.wire import VERSION, decode, encode
 from tapes.errors import WireError
 from tapes.exposition import FORMS, write
-from tapes.forks import Process
 from tapes.metrics import MERGE_MODES
 from tapes.metrics.origin import Origin
+from tapes.processes import Process
 from tapes.snapshot import Description
 from tapes.testing import ManualClock
 
 TICK = 300
-MOST_SECONDS = 5.0
+MAX_SECONDS = 5.0
 """So long one message may take, with all that is done with it; the longest have 5 MB."""
 _LARGE = 5 << 20
 _LARGE_EVERY = 40_000
@@ -99,7 +99,7 @@ class Generator:
                    (update.identity,), tuple(range(len(update.items)))),
         ))  # fmt: skip
         yield rng.choice((
-            said.Hello(3, "host", processes), said.HandOver(4, 9), said.Reply(5, "ok", b"payload"),
+            said.Attach(3, "host", processes), said.HandOver(4, 9), said.Reply(5, "ok", b"payload"),
             said.Flush(6),
             said.Journal("host", processes, (("TAPES_HTTP", "1"),), 3, (update.identity,), {}, 99),
         ))  # fmt: skip
@@ -368,7 +368,7 @@ def fuzz(messages: int, seed: int = 0) -> Counts:
         try:
             valid += check(data, others)
             took = time.process_time() - started
-            assert took < MOST_SECONDS, f"it took {took:.1f} s"
+            assert took < MAX_SECONDS, f"it took {took:.1f} s"
         except Exception as error:
             shown = data.hex() if len(data) < 5000 else data[:200].hex() + "…"
             raise AssertionError(f"{type(error).__name__}: {error}; after {others}; by {shown}") from error

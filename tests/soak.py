@@ -33,7 +33,7 @@ from tests.distributed import crashing
 from tests.processes import ROOT, Home, children, mentions, wait_for
 
 WORKERS, KINDS, STEADY = (4, 6), 20, 7
-BATCH, PAUSE_SECONDS, MOST_BATCHES = 5, 0.04, 2000
+BATCH, PAUSE_SECONDS, MAX_BATCHES = 5, 0.04, 2000
 LIVES_SECONDS = (0.5, 20.0)
 EVERY = {"kill": (10, 20), "stop": (25, 50), "kill_worker": (3, 8), "reload": (40, 80)}
 """So many seconds are between two of each."""
@@ -44,7 +44,7 @@ LOST_SECONDS, LOST_TOO_SECONDS = 0.5, 2.0
 BACK_SECONDS = 3.0
 """So long after the death of an aggregator the next one may not know all yet; more if that is stopped."""
 OUTAGE_SECONDS = 10.0
-MOST_GROWTH = {"aggregator": 4.0, "parent": 4.0, "descriptors": 1, "files": 1}
+MAX_GROWTH = {"aggregator": 4.0, "parent": 4.0, "descriptors": 1, "files": 1}
 _MARK = struct.Struct("<dqq")
 _MIB = 2**20
 _told: set[tuple[int, int]] = set()
@@ -61,7 +61,7 @@ def work(number: int, killed: str, seconds: float) -> None:
     counter = tapes.counter("c", kind=number % KINDS, killed=killed)
     tapes.gauge("alive").set(1)
     told, until = (os.getpid(), signal.SIGTERM), time.monotonic() + seconds
-    for batch in range(MOST_BATCHES):
+    for batch in range(MAX_BATCHES):
         if told in _told or time.monotonic() > until:
             return
         done = batch * BATCH
@@ -340,7 +340,7 @@ class Soak:
         if shown["longest"] > OUTAGE_SECONDS:
             found.append(f"no read was answered for {shown['longest']:.1f} s")
         first, _, last = self.windows()
-        for name, most in MOST_GROWTH.items():
+        for name, most in MAX_GROWTH.items():
             if getattr(last, name) > getattr(first, name) + most:
                 found.append(f"{name} grew from {getattr(first, name):.1f} to {getattr(last, name):.1f}")
         if left := children(self.parent):

@@ -26,7 +26,7 @@ _log = logging.getLogger("tapes.contrib")
 _WRAPPED = ("app", "_app", "wsgi_app", "asgi_app", "application", "_application", "__wrapped__", "func")
 """Attributes in which middlewares keep what they wrap."""
 
-_MOST_LAYERS = 50  # maximum number of objects that are looked at
+_MAX_LAYERS = 50  # maximum number of objects that are looked at
 
 
 class Application:
@@ -123,7 +123,7 @@ def _reference(layer: Any) -> Any:
 def _layers(outermost: Any) -> Iterator[Any]:
     """Yield an application and what it wraps, from the outside to the inside."""
     waiting, seen = [outermost], set[int]()
-    while waiting and len(seen) < _MOST_LAYERS:
+    while waiting and len(seen) < _MAX_LAYERS:
         layer = waiting.pop(0)
         if id(layer) in seen or not callable(layer):
             continue

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tapes.contrib._applications import Application
-from tapes.contrib._service import Membership
+from tapes.contrib._membership import Membership
 from tapes.contrib._setup import Setup
 from tapes.errors import InvalidArgument
 from tapes.metrics import Timer

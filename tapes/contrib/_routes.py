@@ -59,12 +59,12 @@ class Templates:
         for leaf in _walk(getattr(router, "routes", ())):
             index.setdefault(id(leaf.endpoint), []).append(leaf)
         self._by_endpoint = index
-        if id(endpoint) not in index and len(self._unknown) < _MOST_UNKNOWN:
+        if id(endpoint) not in index and len(self._unknown) < _MAX_UNKNOWN:
             self._unknown[id(endpoint)] = endpoint
         return index.get(id(endpoint), [])
 
 
-_MOST_UNKNOWN = 1000
+_MAX_UNKNOWN = 1000
 
 
 class _Leaf(NamedTuple):
@@ -160,7 +160,7 @@ def _walk(routes: Iterable[Any], above: str = "", patterns: tuple[Any, ...] = ()
 
 def _routes_in(route: Any) -> Iterable[Any]:
     """Return the routes of what is mounted, also within middleware, which keeps what it wraps as ``app``."""
-    for _ in range(_MOST_WRAPPED):
+    for _ in range(_MAX_WRAPPED):
         routes: Iterable[Any] = getattr(route, "routes", ())
         if routes:
             return routes
@@ -168,7 +168,7 @@ def _routes_in(route: Any) -> Iterable[Any]:
     return ()
 
 
-_MOST_WRAPPED = 20
+_MAX_WRAPPED = 20
 
 
 def _path_of_included(fastapi: Any, route: Any) -> str | None:

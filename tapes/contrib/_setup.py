@@ -14,7 +14,7 @@ from tapes.contrib._applications import Application
 
 __all__ = ["Setup"]
 
-_MOST_STRAYS = 100  # answers of status 200 in a row without a route until that is logged
+_MAX_STRAYS = 100  # answers of status 200 in a row without a route until that is logged
 
 _log = logging.getLogger("tapes.contrib")
 _adapters: WeakKeyDictionary[Any, WeakSet[Setup]] = WeakKeyDictionary()  # by their gauge of active requests
@@ -39,7 +39,7 @@ class Setup:
     def watch_setup(self, active: Any, application: Application, *, expects_routes: bool) -> None:
         """Begin to look; ``active`` is the gauge of active requests."""
         self.application = application
-        self.strays = _MOST_STRAYS if expects_routes else 0
+        self.strays = _MAX_STRAYS if expects_routes else 0
         self.has_seen_routes = self.is_shared = self._has_looked = self._is_inner = False
         self.key = f"tapes.exchange.{id(active)}"
         self._complaints: set[tuple[str, type]] = set()
@@ -74,17 +74,17 @@ class Setup:
         """Count an answer without a route; log once that many in a row of status 200 had none."""
         if str(status) != "200":
             return
-        if self.has_seen_routes or self.strays == _MOST_STRAYS:
+        if self.has_seen_routes or self.strays == _MAX_STRAYS:
             # A request with a route is only noticed when its timer is not in ``timers``.
             self.timers.clear()
-            self.has_seen_routes, self.strays = False, _MOST_STRAYS
+            self.has_seen_routes, self.strays = False, _MAX_STRAYS
         self.strays -= 1
         if self.strays == 0:
             _log.warning(
                 "tapes: %d answers of status 200 in a row have route=<unmatched>, as the adapter can't find "
                 "the route that matched. Give it a route= callable that returns the template, or put it "
                 "inside the middleware that passes on a copy of the environ or the scope (logged once)",
-                _MOST_STRAYS,
+                _MAX_STRAYS,
             )
 
     def look_for_own_route(self) -> None:

@@ -33,8 +33,8 @@ from tapes.contrib._http import (
 from tapes.contrib._routes import Templates, path_below
 from tapes.contrib._websocket import OpenConnection, WebSocketMetrics
 from tapes.errors import MissingExtra
-from tapes.exposition import MOST_CHARACTERS
-from tapes.exposition.endpoint import MOST_READERS, Answer, plain, refusal
+from tapes.exposition import MAX_CHARACTERS
+from tapes.exposition.endpoint import MAX_READERS, Answer, plain, refusal
 from tapes.registry import Registry
 
 try:
@@ -197,11 +197,11 @@ class TapesMiddleware:
 
     async def _answer(self, scope: Scope, send: Send) -> None:
         self._adapter.look_for_own_route()
-        headers = list(islice(scope.get("headers", ()), _MOST_LINES))
+        headers = list(islice(scope.get("headers", ()), _MAX_LINES))
         allowed = await self._adapter.is_allowed_later(scope)
         answer = refusal(scope.get("method", ""), _field(headers, b"authorization"), allowed)
         if answer is None:
-            accept = _field(headers, b"accept", MOST_CHARACTERS + 1)  # one more shows that it is cut
+            accept = _field(headers, b"accept", MAX_CHARACTERS + 1)  # one more shows that it is cut
             query = scope.get("query_string", b"").decode("latin-1")
             answer = await self._read(accept, query)
         status, fields, body = answer
@@ -222,11 +222,11 @@ class TapesMiddleware:
         """
         limiter = _readers.get(None)
         if limiter is None:  # there is one for each event loop
-            limiter = CapacityLimiter(MOST_READERS)
+            limiter = CapacityLimiter(MAX_READERS)
             _readers.set(limiter)
         with move_on_after(_PATIENCE_SECONDS):  # what has begun is awaited
             return await run_sync(self._service.answer, accept, query, limiter=limiter)
-        return plain(503, f"This process answers {MOST_READERS} readers already; ask again in a second.")
+        return plain(503, f"This process answers {MAX_READERS} readers already; ask again in a second.")
 
 
 def _field(headers: list[tuple[bytes, bytes]], name: bytes, most: int | None = None) -> str:
@@ -237,7 +237,7 @@ def _field(headers: list[tuple[bytes, bytes]], name: bytes, most: int | None = N
     return b", ".join([value[:most] for key, value in headers if key.lower() == name]).decode("latin-1")
 
 
-_MOST_LINES = 1000  # maximum number of header lines of a request for the metrics that are looked at
+_MAX_LINES = 1000  # maximum number of header lines of a request for the metrics that are looked at
 
 
 _NOT_STARTED: Message = {}

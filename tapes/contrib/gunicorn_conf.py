@@ -47,12 +47,12 @@ def on_starting(server: _Any) -> None:
         _tapes.default_registry.first_use.connect_master = _tapes.connect
         if not may_start():
             return
-        from tapes.distributed.directory import User
-        from tapes.distributed.joining import Supervisor, meet
+        from tapes.distributed.storage.runtime_directory import User
+        from tapes.distributed.supervision.rendezvous import Service, ensure_aggregator
         from tapes.forks import this_process
 
         user = User(server.cfg.uid, server.cfg.gid) if _os.geteuid() == 0 else User.ourselves()
-        endpoints = meet(Supervisor(this_process(), f"gunicorn (pid {_os.getpid()})"), user=user)
+        endpoints = ensure_aggregator(Service(this_process(), f"gunicorn (pid {_os.getpid()})"), user=user)
         # A master that replaces this one (USR2) is given the environment that this one began with.
         getattr(server.cfg, "env_orig", {})["TAPES_ADDR"] = endpoints.publish
     except _tapes.TapesError as error:
@@ -87,8 +87,9 @@ def on_exit(server: _Any) -> None:
 
         if is_disabled() or not _os.environ.get("TAPES_ADDR"):
             return
-        from tapes.distributed.address import is_served, resolve
-        from tapes.distributed.questions import flush
+        from tapes.distributed.storage.locks import is_served
+        from tapes.distributed.transport.address import resolve
+        from tapes.distributed.transport.requests import flush
 
         endpoints = resolve(None)
         if endpoints.path is None or is_served(endpoints):

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import tapes
 from tapes.contrib._http import UNMATCHED, Adapter, Exchange, Guard, LabelsOf, RouteOf, allows
-from tapes.contrib._service import Membership
+from tapes.contrib._membership import Membership
 from tapes.errors import MissingExtra
 from tapes.exposition.endpoint import Answer, refusal
 from tapes.metrics import Meter, Timer

@@ -44,7 +44,8 @@ def _leave() -> None:
 
 def _after(before: Callable[[], Any] | None, ours: Callable[[], None]) -> Callable[[], None]:
     def both() -> None:
-        forks.check()  # uWSGI forks in C, where no hook of Python runs: what ``before`` counts is the child's
+        # uWSGI forks in C and runs no hook of Python: what ``before`` counts belongs to the child.
+        forks.detect_fork()
         if before is not None:
             before()
         ours()

@@ -37,7 +37,7 @@ StartResponse = Callable[..., Any]
 App = Callable[[Environ, StartResponse], Iterable[bytes]]
 
 _LEFT_OUT = object()
-_MOST_DIGITS = 19
+_MAX_DIGITS = 19
 _modules: dict[str, Any] = sys.modules
 _DEVELOPMENT = ("Werkzeug/", "WSGIServer/")
 
@@ -244,7 +244,7 @@ class _Exchange(Exchange):
         self._middleware = middleware
         self._script = self.source.get("SCRIPT_NAME", "")
         length = self.source.get("CONTENT_LENGTH") or ""
-        if length.isdecimal() and len(length) < _MOST_DIGITS:  # a client may claim anything
+        if length.isdecimal() and len(length) < _MAX_DIGITS:  # a client may claim anything
             self.received = int(length)
 
     def start_response_closely(self, status: str, headers: Any, exc_info: Any = None) -> Any:

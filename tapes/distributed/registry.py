@@ -15,16 +15,18 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tapes import forks
+from tapes import forks, processes
 from tapes.catalogue import MAX_SERIES
 from tapes.clock import Clock, monotonic
 from tapes.distributed import connection
-from tapes.distributed.address import DEFAULT_ADDR, is_served, resolve
-from tapes.distributed.aggregator import Aggregator
-from tapes.distributed.keeper import Keeper
-from tapes.distributed.launch import Readiness
-from tapes.distributed.lease import Lease
-from tapes.distributed.title import set_title
+from tapes.distributed.aggregator.lifetime import Lifetime
+from tapes.distributed.aggregator.main import run_to_end
+from tapes.distributed.aggregator.server import Aggregator
+from tapes.distributed.storage.locks import is_served
+from tapes.distributed.supervision.process_title import set_title
+from tapes.distributed.supervision.readiness import Readiness
+from tapes.distributed.supervision.supervisor import Supervisor
+from tapes.distributed.transport.address import DEFAULT_ADDR, resolve
 from tapes.environment import is_disabled
 from tapes.errors import InvalidArgument, TapesError
 from tapes.registry import Registry
@@ -127,7 +129,7 @@ class RegistryAggregator:
         if self._pid or self._aggregator:
             raise InvalidArgument("start() was called before", expected="one start() for each stop()")
         if not fork:
-            self._aggregator = Aggregator(resolve(self.socket_addr), self.reporters, Lease())
+            self._aggregator = Aggregator(resolve(self.socket_addr), self.reporters, Lifetime())
             try:
                 self._aggregator.run()
             finally:
@@ -137,7 +139,7 @@ class RegistryAggregator:
         owner = forks.this_process()
         sys.stdout.flush()
         sys.stderr.flush()
-        self._pid = forks.fork_unnoticed()
+        self._pid = forks.fork_helper()
         if self._pid == 0:
             self._run_in_child(owner, readiness)
         self._owner_pid = owner.pid
@@ -167,15 +169,15 @@ class RegistryAggregator:
             while is_served(resolve(self.socket_addr)) and time.monotonic() < deadline:
                 time.sleep(0.01)  # had its keeper died before
 
-    def _run_in_child(self, owner: forks.Process, readiness: Readiness) -> None:
+    def _run_in_child(self, owner: processes.Process, readiness: Readiness) -> None:
         """Never returns: the child must not run what belongs to its parent."""
 
         def run(readiness: Readiness, ends: bool) -> int:
-            aggregator = Aggregator(resolve(self.socket_addr), self.reporters, Lease(owner))
+            aggregator = Aggregator(resolve(self.socket_addr), self.reporters, Lifetime(owner))
             if ends:
                 aggregator.stop()
             try:
-                return readiness.run(aggregator)
+                return run_to_end(aggregator, readiness)
             finally:
                 with contextlib.suppress(Exception):
                     sys.stdout.flush()
@@ -185,6 +187,6 @@ class RegistryAggregator:
         try:
             os.setsid()
             set_title(f"tapes aggregator supervisor {self.socket_addr}")
-            status = Keeper(run, owner).keep(readiness)
+            status = Supervisor(run, owner).keep(readiness)
         finally:
             os._exit(status)

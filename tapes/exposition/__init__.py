@@ -15,12 +15,12 @@ from tapes.exposition import prometheus
 from tapes.registry import Registry
 from tapes.snapshot import Snapshot
 
-__all__ = ["FORMS", "MOST_CHARACTERS", "Form", "negotiate", "render", "shortened", "write"]
+__all__ = ["FORMS", "MAX_CHARACTERS", "Form", "negotiate", "render", "shortened", "write"]
 
-MOST_CHARACTERS = 2048
+MAX_CHARACTERS = 2048
 """Maximum length of a header or a query string that is read. Scrapers and browsers send less than 500."""
 
-_MOST_RANGES = 32  # maximum number of media ranges of an ``Accept`` header that are read
+_MAX_RANGES = 32  # maximum number of media ranges of an ``Accept`` header that are read
 
 
 class Form(NamedTuple):
@@ -90,7 +90,7 @@ def negotiate(accept: str = "", wanted: str = "") -> str:
         if wanted in FORMS:
             return wanted
         raise InvalidArgument("the format", got=wanted, expected=" or ".join(FORMS))
-    parts = shortened(accept, ",").split(",", _MOST_RANGES)[:_MOST_RANGES]
+    parts = shortened(accept, ",").split(",", _MAX_RANGES)[:_MAX_RANGES]
     ranges = [_parsed(part) for part in parts]
     scraper = any(kind in _SCRAPERS_TYPES or (kind == "text/plain" and "version" in p) for kind, p in ranges)
     names = sorted(FORMS, key="prometheus".__ne__) if scraper else list(FORMS)
@@ -108,8 +108,8 @@ def negotiate(accept: str = "", wanted: str = "") -> str:
 
 
 def shortened(text: str, separator: str) -> str:
-    """Return the pieces of ``text`` that are complete within its first `MOST_CHARACTERS`."""
-    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS].rpartition(separator)[0]
+    """Return the pieces of ``text`` that are complete within its first `MAX_CHARACTERS`."""
+    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS].rpartition(separator)[0]
 
 
 def _parsed(part: str) -> tuple[str, dict[str, str]]:

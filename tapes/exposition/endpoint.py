@@ -8,18 +8,18 @@ from urllib.parse import parse_qs
 
 from tapes import forks
 from tapes.errors import InvalidArgument, TapesError
-from tapes.exposition import FORMS, MOST_CHARACTERS, negotiate, render, shortened
+from tapes.exposition import FORMS, MAX_CHARACTERS, negotiate, render, shortened
 from tapes.registry import Registry
 from tapes.sharing import Pressure
 
-__all__ = ["MOST_READERS", "TOKEN_VARIABLE", "Answer", "answer", "plain", "refusal"]
+__all__ = ["MAX_READERS", "TOKEN_VARIABLE", "Answer", "answer", "plain", "refusal"]
 
 Answer = tuple[int, dict[str, str], bytes]
 """Status, headers without ``Content-Length``, and body."""
 
-MOST_READERS = 32
+MAX_READERS = 32
 """Maximum readers that a process answers at once."""
-_pressure = Pressure(MOST_READERS)
+_pressure = Pressure(MAX_READERS)
 forks.renew_in_child(_pressure.begin_anew)
 
 TOKEN_VARIABLE = "TAPES_METRICS_TOKEN"  # noqa: S105 - it names the token
@@ -66,7 +66,7 @@ def refusal(method: str, authorization: str = "", allowed: bool | None = None) -
     token = os.fsencode(os.environ[TOKEN_VARIABLE]).strip()  # files of secrets often end with a line's end
     if not token:
         return plain(403, f"{TOKEN_VARIABLE} is set, but empty, so nobody may read the metrics.")
-    is_short = len(authorization) <= len(token) + MOST_CHARACTERS
+    is_short = len(authorization) <= len(token) + MAX_CHARACTERS
     scheme, _, shown = authorization.partition(" ") if is_short else ("", "", "")
     if scheme.lower() == "bearer":
         try:

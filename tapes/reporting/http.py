@@ -12,7 +12,7 @@ from http.client import LineTooLong
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, cast
 
-from tapes import forks
+from tapes import forks, processes
 from tapes.clock import monotonic
 from tapes.errors import AddressError, AddressInUse, InvalidArgument
 from tapes.exposition.endpoint import answer, refusal
@@ -26,9 +26,9 @@ _CLIENT_TIMEOUT_SECONDS = 10.0
 """Maximum seconds for a client to send a request, and to take the answer."""
 _HURRY_SECONDS = 1.0
 """The same for the request while there are as many clients as there may be."""
-_MOST_CLIENTS = 64
+_MAX_CLIENTS = 64
 """Maximum clients that are answered at once, each by a thread."""
-_MOST_REFUSED = 256
+_MAX_REFUSED = 256
 """Maximum connections that stay open after a refusal."""
 _FAREWELL_SECONDS = 1.0
 """Maximum seconds that a refused client has to close its connection."""
@@ -39,7 +39,7 @@ _REFUSAL = (
     b"Cache-Control: no-store\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
     % (len(_REFUSAL_BODY), _REFUSAL_BODY)
 )
-_MOST_OF_HEAD = 65536  # maximum bytes of all header lines of a request
+_MAX_OF_HEAD = 65536  # maximum bytes of all header lines of a request
 
 _log = logging.getLogger("tapes.reporting.http")
 
@@ -77,7 +77,7 @@ class HTTPReporter(Reporter):
             AddressInUse: If something else listens on the port.
             AddressError: If the address can't be bound for another reason.
         """
-        forks.check()
+        forks.detect_fork()
         if self._server is not None and self._server.is_open:
             raise InvalidArgument(
                 "HTTPReporter.start() was called before", expected="one start() for each stop()"
@@ -100,7 +100,7 @@ class HTTPReporter(Reporter):
             raise
         self.port = server.server_address[1]
         self._server, self._thread = server, thread
-        forks.add_user(server)
+        forks.register_user(server)
 
     def stop(self) -> None:
         """Stop listening; nothing if it wasn't started."""
@@ -142,7 +142,7 @@ class _Server(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer a client in a thread of its own, or refuse it."""
-        if len(self._clients) >= _MOST_CLIENTS:
+        if len(self._clients) >= _MAX_CLIENTS:
             self._refuse(request)
             return
         self._clients.add(request)
@@ -164,7 +164,7 @@ class _Server(ThreadingHTTPServer):
         if now - self._looked < _LOOK_SECONDS:
             return
         self._looked = now
-        patience = _CLIENT_TIMEOUT_SECONDS if len(self._clients) < _MOST_CLIENTS else _HURRY_SECONDS
+        patience = _CLIENT_TIMEOUT_SECONDS if len(self._clients) < _MAX_CLIENTS else _HURRY_SECONDS
         for client, since in list(self.asking.items()):
             if now - since > patience:
                 with contextlib.suppress(OSError):
@@ -183,7 +183,7 @@ class _Server(ThreadingHTTPServer):
             client.send(_REFUSAL)
             client.shutdown(socket.SHUT_WR)
         self._refused.append((client, monotonic()))
-        if len(self._refused) > _MOST_REFUSED:
+        if len(self._refused) > _MAX_REFUSED:
             self._refused.popleft()[0].close()
 
     def server_close(self) -> None:
@@ -195,14 +195,14 @@ class _Server(ThreadingHTTPServer):
     def before_fork(self) -> None:
         """Called before this process forks."""
 
-    def go_on(self) -> None:
+    def after_in_parent(self) -> None:
         """Called in the parent after a fork."""
 
-    def forked(self, parent: forks.Process, version: int) -> None:
+    def after_in_child(self, parent: processes.Process, version: int) -> None:
         """Called in a forked child."""
-        self.let_go()
+        self.after_in_helper()
 
-    def let_go(self) -> None:
+    def after_in_helper(self) -> None:
         """In a forked child, let go of the port, at which clients would wait in vain."""
         self.is_open = False
         self.socket.close()
@@ -222,11 +222,11 @@ def _has_closed(client: socket.socket) -> bool:
 
 
 class _Head:
-    """The head of a request: at most `_MOST_OF_HEAD` bytes, where the standard library allows 6 MB."""
+    """The head of a request: at most `_MAX_OF_HEAD` bytes, where the standard library allows 6 MB."""
 
     def __init__(self, rfile: Any) -> None:
         self._rfile = rfile
-        self._left = _MOST_OF_HEAD
+        self._left = _MAX_OF_HEAD
 
     def readline(self, limit: int) -> bytes:
         line: bytes = self._rfile.readline(limit)

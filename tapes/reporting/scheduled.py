@@ -20,9 +20,8 @@ from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 
-from tapes import forks
+from tapes import forks, processes, shutdown
 from tapes.clock import monotonic
-from tapes.endings import LAST_REPORT, NO_MORE_REPORTS, at_end, forget
 from tapes.errors import InvalidArgument
 from tapes.registry import Registry
 from tapes.reporting.base import SKIPPED, Reporter
@@ -101,8 +100,8 @@ class Scheduled(Reporter):
                 f"{type(self).__name__}.start() was called before", expected="one start() for each stop()"
             )
         self._run = run = self._begin(Grid(self._interval_seconds, monotonic()))
-        at_end(self._no_more_reports, NO_MORE_REPORTS)
-        at_end(self.stop, LAST_REPORT)
+        shutdown.register(self._no_more_reports, shutdown.Phase.STOP_REPORTERS)
+        shutdown.register(self.stop, shutdown.Phase.LAST_REPORT)
         try:
             run.start()
         except BaseException:
@@ -134,8 +133,8 @@ class Scheduled(Reporter):
 
     def _forget_run(self) -> None:
         self._run = None
-        forget(self._no_more_reports)
-        forget(self.stop)
+        shutdown.unregister(self._no_more_reports)
+        shutdown.unregister(self.stop)
 
     def _begin(self, grid: Grid) -> Run:
         raise NotImplementedError
@@ -180,7 +179,7 @@ class ScheduledReporter(Scheduled):
         Raises:
             InvalidArgument: If it was started already.
         """
-        forks.check()
+        forks.detect_fork()
         if self._run is not None and self._run.goes_on:
             self._run.goes_on = False
         else:
@@ -219,7 +218,7 @@ class _ThreadRun(Run):
         self._demands: deque[Callable[[], None]] = deque()
         self.goes_on = False
         self._renew()
-        forks.add_user(self)
+        forks.register_user(self)
 
     def start(self) -> None:
         if forks.is_uwsgi_master():
@@ -256,7 +255,7 @@ class _ThreadRun(Run):
                 if not self._has_ended_within(_PAUSE_SECONDS):
                     self._is_paused = self._alarm.ends = False
 
-    def go_on(self) -> None:
+    def after_in_parent(self) -> None:
         """In the parent after a fork, go on by another thread, unless the one before goes on itself."""
         with self._lock:
             self._holds -= 1
@@ -264,7 +263,7 @@ class _ThreadRun(Run):
                 self._renew()
                 self._thread.start()
 
-    def forked(self, parent: forks.Process, version: int) -> None:
+    def after_in_child(self, parent: processes.Process, version: int) -> None:
         """Likewise in a forked child."""
         self._lock = threading.Lock()
         self._holds = 0
@@ -276,7 +275,7 @@ class _ThreadRun(Run):
             self._renew()
             self._thread.start()
 
-    def let_go(self) -> None:
+    def after_in_helper(self) -> None:
         """Nothing: where the thread is not, it does not report."""
 
     def _renew(self) -> None:

@@ -42,7 +42,7 @@ _MILLISECONDS = frozenset({"min", "max", "mean", "stddev", "q50", "q75", "q95", 
 _NOT_GAUGES = frozenset({"count", "sum"})
 
 _WAIT_SECONDS = 1.0
-_MOST_LINE_BYTES = 8000
+_MAX_LINE_BYTES = 8000
 _NOT_IN_NAMES, _NOT_IN_LEVELS = re.compile(r"[^a-zA-Z0-9_.-]"), re.compile(r"[^a-zA-Z0-9_-]")
 _NOT_IN_TAGS = re.compile(r"[^!-~]|[,;|#]")
 
@@ -242,7 +242,7 @@ class StatsdClient:
     def _short(self, reporter: Reporter, lines: Iterable[_Line]) -> Iterator[_Line]:
         """Yield ``lines`` but those that no receiver would take, which would keep others from being told."""
         for line in lines:
-            if len(line.text) <= _MOST_LINE_BYTES:
+            if len(line.text) <= _MAX_LINE_BYTES:
                 yield line
             else:
                 reporter._count(SENDS_FAILED)

@@ -19,9 +19,9 @@ from starlette.routing import Host, Mount, Route, Router, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 
 import tapes
-from tapes.connection import Connection
 from tapes.contrib.asgi import TapesMiddleware
 from tapes.errors import InvalidArgument
+from tapes.session import Connection
 from tapes.testing import ManualClock
 from tests.contrib.recorded import active, counts
 

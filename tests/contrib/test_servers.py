@@ -158,8 +158,8 @@ def test_one_line_is_enough(home, server):
 
 SLOWLY = """
 import importlib, os
-import tapes.distributed.publisher
-tapes.distributed.publisher.INTERVAL_SECONDS = 60.0
+import tapes.distributed.worker.publisher
+tapes.distributed.worker.publisher.INTERVAL_SECONDS = 60.0
 app = importlib.import_module(os.environ["APPLICATION"]).app
 """
 # Tornado's processes are ended one by one.

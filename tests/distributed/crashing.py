@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import tapes
 from tapes.clock import tick_at
-from tapes.distributed import revival
-from tapes.distributed.joining import Supervisor, meet
 from tapes.distributed.registry import RegistryAggregator
+from tapes.distributed.supervision import restart
+from tapes.distributed.supervision.rendezvous import Service, ensure_aggregator
 from tapes.errors import AggregatorUnavailable
 from tapes.forks import this_process
 
@@ -189,7 +189,7 @@ def connect(form: str) -> None:
         RegistryAggregator([], "ipc://m.ipc").start()
         tapes.connect("ipc://m.ipc")
     else:  # the parent only supervises
-        meet(Supervisor(this_process(), "a test"))
+        ensure_aggregator(Service(this_process(), "a test"))
 
 
 def spawn(work: Any, *arguments: Any) -> int:
@@ -283,14 +283,14 @@ def supervise() -> None:
 
 def _count_starts() -> None:
     """Have every start of another aggregator by a worker written down."""
-    launch = revival.launch
+    launch = restart.launch
 
     def launch_and_tell(*arguments: Any, **more: Any) -> None:
         with open("starts", "a") as file:
             file.write(f"{os.getpid()}\n")
         launch(*arguments, **more)
 
-    revival.launch = launch_and_tell
+    restart.launch = launch_and_tell
 
 
 if __name__ == "__main__":

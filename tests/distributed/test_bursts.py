@@ -1,4 +1,4 @@
-"""Readers that ask without a pause hold up no worker that leaves."""
+"""SocketPool that ask without a pause hold up no worker that leaves."""
 
 from __future__ import annotations
 

@@ -419,7 +419,7 @@ if __name__ == "__main__":
 
 def test_a_missing_aggregator_is_said_once(short_dir, caplog, monkeypatch):
     """Also if nobody reads."""
-    monkeypatch.setattr("tapes.distributed.publisher._LONELY_SECONDS", 0.05)
+    monkeypatch.setattr("tapes.distributed.worker.publisher._LONELY_SECONDS", 0.05)
     registry = DistributedRegistry(f"ipc://{short_dir}/m.ipc")
     registry.connect()
     wait_for(lambda: "no aggregator" in caplog.text, "the warning")

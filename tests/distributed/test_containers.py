@@ -52,7 +52,7 @@ def test_a_container_that_is_started_again_at_once_goes_on(short_dir):
     assert found[-1].total > 0
 
 
-class Readers(Clients):
+class SocketPool(Clients):
     """Ask containers by their ports, again and again, how many requests were counted."""
 
     def __init__(self, *ports: int) -> None:
@@ -82,7 +82,7 @@ def test_two_gunicorns_on_one_volume_are_stopped_in_turn_under_load(short_dir):
         for container, service in zip(containers, services):
             container.start()
             service.wait_until_up()
-        with Load(ports[0], path, 2) as a, Load(ports[1], path, 2) as b, Readers(*ports) as readers:
+        with Load(ports[0], path, 2) as a, Load(ports[1], path, 2) as b, SocketPool(*ports) as readers:
             for turn in range(4):
                 stops, goes_on = (a, b) if turn % 2 == 0 else (b, a)
                 stops.go_on(100)

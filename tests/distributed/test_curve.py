@@ -16,13 +16,13 @@ import zmq
 import zmq.auth
 from zmq.utils.monitor import recv_monitor_message
 
-from tapes.distributed import curve, sockets
-from tapes.distributed.address import resolve
-from tapes.distributed.curve import HOW_TO_MAKE_ONE, VARIABLE, KeyFile
-from tapes.distributed.messages import Goodbye, Read
-from tapes.distributed.outbox import Outbox
+from tapes.distributed.protocol.messages import Goodbye, Read
+from tapes.distributed.protocol.wire import encode
 from tapes.distributed.registry import DistributedRegistry, RegistryAggregator
-from tapes.distributed.wire import encode
+from tapes.distributed.transport import curve, sockets
+from tapes.distributed.transport.address import resolve
+from tapes.distributed.transport.curve import HOW_TO_MAKE_ONE, VARIABLE, KeyFile
+from tapes.distributed.worker.outbox import Outbox
 from tapes.errors import AddressError, AggregatorUnavailable
 from tapes.registry import Registry
 from tests.crew import stopped
@@ -203,7 +203,7 @@ def test_what_strangers_say_would_have_counted(service, monkeypatch):
     with connected(address) as worker, zmq_context() as right:
         before = worker.get_stats().get("c", {"value": 0})["value"]
         publisher, reader = (
-            make(right, resolve(address)) for make in (sockets.new_publisher, sockets.new_reader)
+            make(right, resolve(address)) for make in (sockets.new_publisher, sockets.new_request_socket)
         )
         publication, read, goodbye = tells(1000)
         assert publisher.poll(5000)  # its subscription
@@ -219,12 +219,12 @@ def test_a_worker_without_the_key_is_not_served(service, its_key, short_dir, mon
     """It is told so as by any aggregator that doesn't answer, and what it counted goes nowhere."""
     address, key, _ = service
     monkeypatch.setenv(VARIABLE, its_key and make_key(short_dir, its_key))
-    monkeypatch.setattr("tapes.distributed.connection.TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr("tapes.distributed.worker.connected.TIMEOUT_SECONDS", 0.3)
     with connected(address) as stranger:
         stranger.counter("stranger").increment()
         with pytest.raises(AggregatorUnavailable, match="did not answer"):
             stranger.get_stats()
-    monkeypatch.setattr("tapes.distributed.connection.TIMEOUT_SECONDS", 5.0)
+    monkeypatch.setattr("tapes.distributed.worker.connected.TIMEOUT_SECONDS", 5.0)
     monkeypatch.setenv(VARIABLE, key)
     with connected(address) as worker:
         worker.counter("own").increment()
@@ -252,7 +252,7 @@ def test_a_worker_tells_nothing_to_who_does_not_hold_the_key(short_dir, key, its
         worker.connect()
         worker.counter("c").increment(5)
         with monkeypatch.context() as hurried:
-            hurried.setattr("tapes.distributed.connection.TIMEOUT_SECONDS", 0.3)
+            hurried.setattr("tapes.distributed.worker.connected.TIMEOUT_SECONDS", 0.3)
             with pytest.raises(AggregatorUnavailable, match="did not answer"):
                 worker.get_stats()
         assert [handshake(monitor) in FAILED for monitor in monitors] == [True, True]
@@ -466,6 +466,6 @@ def test_where_no_thread_can_be_started_there_is_no_aggregator(key, monkeypatch)
     def refuse(self):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr("tapes.threads.Worker.start", refuse)
+    monkeypatch.setattr("tapes.threads.NativeThread.start", refuse)
     with zmq_context() as made, pytest.raises(AggregatorUnavailable, match="thread"):
         sockets.bind(made, resolve(free_address()))

@@ -12,9 +12,9 @@ import threading
 import pytest
 import zmq
 
-from tapes.distributed.messages import Reply
+from tapes.distributed.protocol.messages import Reply
+from tapes.distributed.protocol.wire import encode
 from tapes.distributed.registry import DistributedRegistry
-from tapes.distributed.wire import encode
 from tests.processes import MAY_FORK_BESIDE_THREADS, clean_environment, run_python, wait_for, zmq_context
 
 # gevent's own threads wait for work in its pool while the process forks.

@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from tapes.distributed.address import resolve
-from tapes.distributed.questions import flush
+from tapes.distributed.transport.address import resolve
+from tapes.distributed.transport.requests import flush
 from tests.processes import ROOT, clean_environment, connected, run_python, running, wait_for
 from tests.receivers import Receiver
 

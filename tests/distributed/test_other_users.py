@@ -17,10 +17,11 @@ import time
 
 import pytest
 
-from tapes import forks
-from tapes.distributed.address import Lock, is_served, misses_aggregator, resolve
-from tapes.distributed.processes import lives
+from tapes import processes
+from tapes.distributed.storage.locks import Lock, is_served, needs_restart
+from tapes.distributed.transport.address import resolve
 from tapes.errors import AddressError
+from tapes.processes import lives
 from tests.crew import stopped
 from tests.distributed.test_places import Service, aggregators, agree
 from tests.processes import Home, python_for_everybody, wait_for
@@ -76,7 +77,7 @@ def kill_aggregator(path: pathlib.Path) -> None:
     """Kill the aggregator whose socket is at ``path``; it is dead when this returns."""
     pid = int((path.parent / (path.name + ".lock")).read_text().split()[0])
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not lives(forks.Process(pid, 0)), "the aggregator is dead")
+    wait_for(lambda: not lives(processes.Process(pid, 0)), "the aggregator is dead")
 
 
 def path_of(address: str) -> pathlib.Path:
@@ -103,7 +104,7 @@ def test_names_that_another_user_has_taken_are_ignored(started, shared, short_di
     private.mkdir(mode=0o700)
     os.chown(private, VICTIM, VICTIM)
     service = started()
-    name = "tapes-{}-{}".format(*forks.process_of(service.pid))
+    name = "tapes-{}-{}".format(*processes.process_of(service.pid))
     taken = [
         pathlib.Path(parent, name + end)
         for parent in (shared, *SHARED) for end in ("", "-0123456789ab", "-000000000000")
@@ -224,7 +225,7 @@ def test_a_lock_that_is_a_fifo_holds_nobody_up(short_dir):
     endpoints = resolve(f"ipc://{short_dir}/m.ipc")
     os.mkfifo(endpoints.lock)
     assert not is_served(endpoints)
-    assert not misses_aggregator(endpoints)
+    assert not needs_restart(endpoints)
     with pytest.raises(AddressError):
         Lock(endpoints).acquire()
 
@@ -232,7 +233,7 @@ def test_a_lock_that_is_a_fifo_holds_nobody_up(short_dir):
 def test_a_socket_of_another_user_is_not_connected_to(started, shared):
     """It is where the service was to meet by the environment: a worker starts an aggregator elsewhere."""
     service = started()
-    name = "tapes-{}-{}".format(*forks.process_of(service.pid))
+    name = "tapes-{}-{}".format(*processes.process_of(service.pid))
     given = shared / name / "metrics.ipc"
     hostile('mkdir -m 777 "$1"; echo 1 > "$1/metrics.ipc.lock"', str(given.parent))
     with socket.socket(socket.AF_UNIX) as trap:

@@ -9,7 +9,8 @@ import signal
 
 import pytest
 
-from tapes.distributed.address import is_served, resolve
+from tapes.distributed.storage.locks import is_served
+from tapes.distributed.transport.address import resolve
 from tests.crew import stopped
 from tests.distributed.test_places import Service, agree
 from tests.processes import Home, wait_for

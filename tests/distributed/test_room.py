@@ -23,8 +23,8 @@ app = TapesMiddleware(app)
 """
 UNDER_A_LIMIT = """
 import os, resource, sys, threading
-import tapes.distributed.joining, tapes.distributed.connection
-from tapes.distributed.room import new_context
+import tapes.distributed.connection
+from tapes.distributed.transport.preflight import new_context
 from tapes.errors import AggregatorUnavailable
 
 os.setgid({uid})
@@ -76,7 +76,7 @@ def test_a_worker_that_has_little_memory_answers_every_request(home, megabytes):
 def test_memory_is_looked_for_before_it_is_taken(tmp_path):
     source = """
 import resource
-from tapes.distributed.room import make_sure_of_memory
+from tapes.distributed.transport.preflight import make_sure_of_memory
 from tapes.errors import AggregatorUnavailable
 make_sure_of_memory(1 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (1 << 28, 1 << 28))

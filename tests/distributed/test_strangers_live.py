@@ -17,10 +17,10 @@ import msgpack
 import pytest
 import zmq
 
-from tapes.distributed import messages as said
-from tapes.distributed.messages import Goodbye, HandOver, Item, Update
-from tapes.distributed.wire import VERSION, decode, encode
-from tapes.forks import Process, process_of
+from tapes.distributed.protocol import messages as said
+from tapes.distributed.protocol.messages import Goodbye, HandOver, Item, Update
+from tapes.distributed.protocol.wire import VERSION, decode, encode
+from tapes.processes import Process, process_of
 from tapes.registry import Registry
 from tests.crew import crew, resident, stopped
 from tests.processes import wait_for, zmq_context
@@ -92,7 +92,7 @@ def garbage(trap):
         msgpack.packb([VERSION, "Update", 1]), msgpack.packb([VERSION + 1, "Update", 1]),
         msgpack.packb([VERSION, "Update", *([pickle.dumps(trap)] * 9)]), msgpack.packb([0, "Read", 1]),
         bytes(large), os.urandom(large), msgpack.packb([VERSION, "Update", b"x" * large]),
-        msgpack.packb([VERSION, "Hello", 1, "h", [[1, 2]] * 500_000]),
+        msgpack.packb([VERSION, "Attach", 1, "h", [[1, 2]] * 500_000]),
     ]  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def wrong_types():
         said.Journal("h", (), (), 5, (), {}, 2000), said.Record(update(said.NOBODY), True, (), (1, 1)),
     ]  # fmt: skip
     questions = [
-        said.Read(1, "json", update()), said.Hello(1, "h", (Process(1, 1),)), Goodbye(1, update()),
+        said.Read(1, "json", update()), said.Attach(1, "h", (Process(1, 1),)), Goodbye(1, update()),
         HandOver(1, VERSION + 1),
     ]  # fmt: skip
     return [encode(one) for one in nowhere], [encode(one) for one in questions]

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from tapes.distributed.wire import VERSION
+from tapes.distributed.protocol.wire import VERSION
 from tests.distributed import crashing
 from tests.processes import ROOT, Clients, children, free_port, get, wait_for
 
@@ -25,7 +25,7 @@ import pathlib
 import tapes
 from flask import Flask
 from tapes.contrib.flask import Tapes
-from tapes.distributed.wire import VERSION
+from tapes.distributed.protocol.wire import VERSION
 
 newer = pathlib.Path("newer").read_text() == str(VERSION)
 turn = pathlib.Path("turn").read_text()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tapes.distributed.processes import reaps
+from tapes.processes import reaps
 from tests.distributed.containers import UNSHARE
 from tests.processes import Home
 

@@ -14,7 +14,7 @@ import pytest
 
 import tapes
 from tapes import DistributedRegistry
-from tapes.contrib._service import Membership
+from tapes.contrib._membership import Membership
 from tapes.exposition import endpoint
 from tapes.sharing import Pressure
 from tests.processes import ROOT, clean_environment
@@ -136,9 +136,9 @@ def refuse(error):
 
 
 def many_readers(monkeypatch):
-    pressure = Pressure(endpoint.MOST_READERS)
+    pressure = Pressure(endpoint.MAX_READERS)
     monkeypatch.setattr(endpoint, "_pressure", pressure)
-    for _ in range(endpoint.MOST_READERS):
+    for _ in range(endpoint.MAX_READERS):
         pressure._enter()
     return endpoint.answer(tapes.Registry())
 

@@ -10,13 +10,13 @@ import msgpack
 import pytest
 
 import tapes
-from tapes.distributed import wire
-from tapes.distributed.ledger import Ledger
-from tapes.distributed.messages import NOBODY, Hello, Item, Merged, Reply, Update
-from tapes.distributed.reader import PIECE_BYTES
-from tapes.distributed.wire import VERSION, decode, encode
+from tapes.distributed.aggregator.ledger import Ledger
+from tapes.distributed.protocol import wire
+from tapes.distributed.protocol.messages import NOBODY, Attach, Item, Merged, Reply, Update
+from tapes.distributed.protocol.unpacker import PIECE_BYTES
+from tapes.distributed.protocol.wire import VERSION, decode, encode
 from tapes.errors import WireError
-from tapes.forks import Process
+from tapes.processes import Process
 from tapes.sketch import EMPTY, Sketch
 from tapes.snapshot import Description
 from tapes.sums import Total
@@ -100,8 +100,8 @@ HOSTILE = {
     "announced lists in each other": head("Reply", 5) + b"\xdd\x00\xff\xff\xff" * 1000,
     "announced lists in a series": START + b"\xdd\x00\xff\xff\xff" * 1000,
     "a wide text": head("Reply", 5) + b"\x01" + msgpack.packb("a" * LONG + "😀") + b"\xc4\x00",
-    "processes": head("Hello", 5) + b"\x01\xa1a" + listed(b"\x92\x01\x00", 3 << 16),
-    "too many processes": head("Hello", 5) + b"\x01\xa1a" + listed(b"\x92\x01\x00", LONG),
+    "processes": head("Attach", 5) + b"\x01\xa1a" + listed(b"\x92\x01\x00", 3 << 16),
+    "too many processes": head("Attach", 5) + b"\x01\xa1a" + listed(b"\x92\x01\x00", LONG),
     "gauges": head("Merged", 5) + b"\x01" + listed(
         msgpack.packb(["gauge", "a", [], [None, "sum", None]]), PIECE_BYTES // 8) + b"\x90",
     "meters": head("Merged", 5) + b"\x01" + listed(msgpack.packb(meter(RATES)), PIECE_BYTES // 8) + b"\x90",
@@ -169,7 +169,7 @@ def test_a_message_has_a_longest_length_and_an_answer_has_none(monkeypatch):
     monkeypatch.setattr(wire, "MAX_BYTES", 1000)
     assert decode(encode(Reply(1, "ok", bytes(2000)))).payload == bytes(2000)
     with pytest.raises(WireError, match="too long to be sent"):
-        encode(Hello(1, "h" * 1000, ()))
+        encode(Attach(1, "h" * 1000, ()))
     with pytest.raises(WireError, match="length"):
         decode(bytes(1001))
 
@@ -196,8 +196,12 @@ def test_a_refusal_is_short():
 def test_time_is_in_proportion_to_length():
     """Texts that are hard to read, and a million small values."""
     for data in (
-        head("Hello", 5) + b"\x01\xdb" + (3 << 20).to_bytes(4, "big") + b"\xed\xa0\x80" * (1 << 20) + b"\x90",
-        head("Hello", 5) + b"\x01\xa1a" + listed(b"\x92\x01\x00", 3 << 16),
+        head("Attach", 5)
+        + b"\x01\xdb"
+        + (3 << 20).to_bytes(4, "big")
+        + b"\xed\xa0\x80" * (1 << 20)
+        + b"\x90",
+        head("Attach", 5) + b"\x01\xa1a" + listed(b"\x92\x01\x00", 3 << 16),
     ):
         started = time.process_time()
         decode(data)
@@ -401,4 +405,4 @@ def test_counts_that_no_float_can_hold_are_told():
 def test_a_process_is_not_asked_to_watch_the_world():
     """Each process of a greeting is watched, so there are not very many."""
     with pytest.raises(WireError, match="too long"):
-        decode(encode(Hello(1, "h", tuple(Process(1, 0) for _ in range(70_000)))))
+        decode(encode(Attach(1, "h", tuple(Process(1, 0) for _ in range(70_000)))))

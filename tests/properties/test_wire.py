@@ -10,21 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tapes
-from tapes.distributed.messages import (
+from tapes.distributed.protocol.messages import (
+    Attach,
     Flush,
     Goodbye,
     HandOver,
-    Hello,
     Item,
     Merged,
     Read,
     Reply,
     Update,
 )
-from tapes.distributed.wire import VERSION, decode, encode
+from tapes.distributed.protocol.wire import VERSION, decode, encode
 from tapes.errors import WireError
-from tapes.forks import Process
 from tapes.metrics import MERGE_MODES
+from tapes.processes import Process
 from tapes.snapshot import Description
 from tapes.testing import ManualClock
 
@@ -67,7 +67,7 @@ def updates(draw, ancestors=1):
 messages = st.one_of(
     updates(),
     st.builds(Read, st.integers(0, 99), text, updates()),
-    st.builds(Hello, st.integers(0, 99), text, st.lists(processes, max_size=3).map(tuple)),
+    st.builds(Attach, st.integers(0, 99), text, st.lists(processes, max_size=3).map(tuple)),
     st.builds(Goodbye, st.integers(0, 99), updates()),
     st.builds(Flush, st.integers(0, 99)),
     st.builds(Reply, st.integers(0, 99), text, st.binary()),
@@ -131,7 +131,7 @@ def test_one_changed_field_is_found_or_harmless(update, data):
 def test_another_version_is_refused(version):
     """A message of another wire version is told as such."""
     with pytest.raises(WireError, match="version"):
-        decode(msgpack.packb([version, "Hello", 1, "here", []]))
+        decode(msgpack.packb([version, "Attach", 1, "here", []]))
 
 
 def test_a_reply_is_understood_in_every_version():

@@ -1,4 +1,4 @@
-"""tapes.distributed.address: what may be bound."""
+"""tapes.distributed.transport.address: what may be bound."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import socket
 
 import pytest
 
-from tapes.distributed.address import DEFAULT_ADDR, Lock, resolve
+from tapes.distributed.storage.locks import Lock
+from tapes.distributed.transport.address import DEFAULT_ADDR, resolve
 from tapes.errors import AddressError, AddressInUse
 
 

@@ -1,13 +1,13 @@
-"""tapes.distributed.answers: one answer serves all who wait for the same, beside the aggregator's loop."""
+"""tapes.distributed.aggregator.answers: one answer serves all who wait for the same."""
 
 import threading
 
 import pytest
 
-from tapes.distributed import answers
-from tapes.distributed.answers import Answers, Wanted
-from tapes.distributed.messages import WAIT, Reply
-from tapes.distributed.wire import VERSION, decode
+from tapes.distributed.aggregator import answers
+from tapes.distributed.aggregator.answers import Answers, Wanted
+from tapes.distributed.protocol.messages import WAIT, Reply
+from tapes.distributed.protocol.wire import VERSION, decode
 from tests.processes import wait_for
 
 
@@ -85,7 +85,7 @@ def test_where_no_thread_can_start_answers_are_made_at_once(maker, monkeypatch):
     def refuse(worker):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(answers.Worker, "start", refuse)
+    monkeypatch.setattr(answers.NativeThread, "start", refuse)
     maker.goes_on.set()
     maker.ask("json", "json")
     assert [decode(data) for _, data in maker.answers.made()] == [

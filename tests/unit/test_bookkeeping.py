@@ -1,4 +1,4 @@
-"""tapes.distributed.bookkeeping and .journal: what an aggregator leaves to the one that takes its place."""
+"""tapes.distributed.aggregator.handler: what an aggregator leaves to its successor."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import os
 import pytest
 
 import tapes
-from tapes import forks
+from tapes import forks, processes
 from tapes.clock import monotonic
-from tapes.distributed.address import resolve
-from tapes.distributed.answers import Wanted
-from tapes.distributed.bookkeeping import Bookkeeper
-from tapes.distributed.lease import Lease
-from tapes.distributed.messages import Goodbye, HandOver, Hello, Item, Read, Reply, Update
-from tapes.distributed.wire import VERSION, decode, encode
+from tapes.distributed.aggregator.answers import Wanted
+from tapes.distributed.aggregator.handler import Handler
+from tapes.distributed.aggregator.lifetime import Lifetime
+from tapes.distributed.protocol.messages import Attach, Goodbye, HandOver, Item, Read, Reply, Update
+from tapes.distributed.protocol.wire import VERSION, decode, encode
+from tapes.distributed.transport.address import resolve
 from tapes.errors import AddressError
-from tapes.forks import Process
+from tapes.processes import Process
 
 NOBODY_LIVES = Process(1 << 22, 1)
 
@@ -28,11 +28,11 @@ class Worker:
         self.registry = tapes.Registry(**options)
         self.identity = os.urandom(16)
         self.process = process or forks.this_process()
-        self.host = host or forks.host()
+        self.host = host or processes.host_id()
 
     def update(self):
         items = [Item(*series) for series in self.registry.collect()]
-        return Update(self.identity, self.process, self.host, forks.stamp(), 0, items, {})
+        return Update(self.identity, self.process, self.host, forks.now_ns(), 0, items, {})
 
     def publication(self):
         return encode(self.update())
@@ -49,8 +49,8 @@ def books(short_dir):
     """Make a bookkeeper of an aggregator at the same address as the last one."""
 
     def make(lease=None, **configured):
-        made = Bookkeeper(
-            resolve(f"ipc://{short_dir}/m.ipc"), lease or Lease.joined(forks.this_process()), configured
+        made = Handler(
+            resolve(f"ipc://{short_dir}/m.ipc"), lease or Lifetime.joined(forks.this_process()), configured
         )
         kept.append(made)
         return made
@@ -178,7 +178,7 @@ def test_no_reader_is_answered_before_live_workers_have_told_it_again(books):
     second.restore()
     assert second.awaited == {worker.identity}
     assert second.answer(reader.read()) is None
-    assert decode(second.answer(encode(Hello(1, forks.host(), ())))).status == "ok"
+    assert decode(second.answer(encode(Attach(1, processes.host_id(), ())))).status == "ok"
     second.publication(worker.publication())
     assert second.awaited == set()
     assert decode(answered(second, reader.read())).status == "ok"
@@ -203,9 +203,9 @@ def test_a_worker_that_died_with_the_aggregator_counts_as_the_journal_knows_it(b
     first.publication(worker.publication())
     write(first)
     second = successor(first, books)
-    second.look_around(monotonic())
+    second.reap_workers(monotonic())
     assert (second.awaited, values(second, "c", "g")) == (set(), [5, None])
-    second.look_around(monotonic() + 3)
+    second.reap_workers(monotonic() + 3)
     assert values(second, "c") == [5]
 
 
@@ -277,7 +277,7 @@ def test_a_rate_and_a_quantile_are_what_they_were(books, monkeypatch):
         worker.registry.timer("t").update(0.001 * (number % 90))
         worker.registry.meter("m").mark(2)
     first.answer(worker.goodbye())
-    monkeypatch.setattr("tapes.distributed.view.monotonic", lambda: 1e6)
+    monkeypatch.setattr("tapes.distributed.aggregator.merged_view.monotonic", lambda: 1e6)
     before = first.registry.snapshot().stats()
     write(first)
     second = successor(first, books)
@@ -298,7 +298,7 @@ def test_what_the_aggregator_counted_itself_goes_on(books):
 
 def test_the_journal_of_a_service_that_has_ended_is_nobodys(books, short_dir):
     """Its owner and its workers were killed with it: who starts there now is another service."""
-    worker, first = Worker(process=NOBODY_LIVES), books(Lease.joined(NOBODY_LIVES))
+    worker, first = Worker(process=NOBODY_LIVES), books(Lifetime.joined(NOBODY_LIVES))
     worker.registry.counter("c").increment()
     first.answer(worker.goodbye())
     write(first)
@@ -313,7 +313,7 @@ def test_owners_and_reporters_are_handed_down(books):
     first.journal.changed()
     write(first)
     crash(first)
-    lease = Lease.joined(forks.this_process(), NOBODY_LIVES)
+    lease = Lifetime.joined(forks.this_process(), NOBODY_LIVES)
     second = books(lease)
     assert second.restore() == {"TAPES_HTTP": "1234"}
     assert forks.this_process() in lease.owners
@@ -358,10 +358,10 @@ def test_a_journal_that_cannot_be_read_is_counted_and_no_obstacle(books, short_d
 def test_an_aggregator_makes_room_for_a_newer_version_only(books):
     """And only if workers can start another one."""
     for lease, version, status in (
-        (Lease.joined(forks.this_process()), VERSION + 1, "ok"),
-        (Lease.joined(forks.this_process()), VERSION, "error"),
-        (Lease.joined(forks.this_process()), VERSION - 1, "error"),
-        (Lease(forks.this_process()), VERSION + 1, "error"),
+        (Lifetime.joined(forks.this_process()), VERSION + 1, "ok"),
+        (Lifetime.joined(forks.this_process()), VERSION, "error"),
+        (Lifetime.joined(forks.this_process()), VERSION - 1, "error"),
+        (Lifetime(forks.this_process()), VERSION + 1, "error"),
     ):
         keeper, worker = books(lease), Worker()
         worker.registry.counter("c").increment(2)
@@ -382,7 +382,7 @@ def test_a_worker_of_the_release_before_is_answered_in_its_version(books):
     keeper, worker = books(), Worker()
     worker.registry.counter("c").increment(2)
     keeper.publication(encode(worker.update(), VERSION - 1))
-    for question in (Read(5, "states", worker.update()), Hello(5, forks.host(), ())):
+    for question in (Read(5, "states", worker.update()), Attach(5, processes.host_id(), ())):
         answer = answered(keeper, encode(question, VERSION - 1))
         assert answer[1] == VERSION - 1
         reply = decode(answer)
@@ -397,17 +397,17 @@ def test_a_worker_whose_pid_means_nothing_here_is_dead_when_it_is_silent(books):
     worker.registry.counter("c").increment(2)
     worker.registry.gauge("g").set(7)
     keeper.publication(worker.publication())
-    assert keeper.look_around(1000.0) == 1
-    assert keeper.look_around(1059.0) == 1
-    assert keeper.look_around(1061.0) == 0
+    assert keeper.reap_workers(1000.0) == 1
+    assert keeper.reap_workers(1059.0) == 1
+    assert keeper.reap_workers(1061.0) == 0
     assert values(keeper, "c", "g") == [2, None]
     worker.registry.counter("c").increment()
     keeper.publication(worker.publication())
-    assert keeper.look_around(1062.0) == 1
+    assert keeper.reap_workers(1062.0) == 1
     keeper.publication(worker.publication())
     assert values(keeper, "c", "g") == [3, 7]
     for now in (1200.0, 1261.0, 99999.0):
-        keeper.look_around(now)
+        keeper.reap_workers(now)
     assert values(keeper, "c", "g") == [3, None]
     worker.registry.counter("c").increment()
     keeper.publication(worker.publication())

@@ -9,14 +9,14 @@ import types
 import pytest
 
 import tapes
-from tapes import forks, threads
+from tapes import forks, processes, threads
 from tests.processes import run_python
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 C_FORK = """
 import ctypes, os, tapes
-from tapes import forks
+from tapes import forks, processes
 registry = tapes.Registry()
 registry.counter("c").increment(7)
 registry.gauge("g").set(5)
@@ -25,22 +25,22 @@ pid = ctypes.PyDLL(None).fork()  # runs no hooks, as in uWSGI
 if pid == 0:
     try:
         assert registry.identity == before
-        forks.check()
-        forks.check()
+        forks.detect_fork()
+        forks.detect_fork()
         assert registry.identity != before
         (ancestor,) = registry.ancestors
         assert (ancestor.identity, ancestor.process.pid, ancestor.base) == (before, os.getppid(), 0)
-        assert abs(forks.stamp() - ancestor.version) < 5e9
+        assert abs(forks.now_ns() - ancestor.version) < 5e9
         assert [metric.whole().up.value for metric in ancestor.metrics if metric.kind == "counter"] == [7]
         assert registry.counter("c").collect().up.value == 0
         registry.counter("c").increment(2)
         assert registry.get_stats().c.value == 9 and registry.get_stats().g.value == 5
-        assert forks.origin().pid == os.getppid()
+        assert forks.fork_root().pid == os.getppid()
         os._exit(0)
     finally:
         os._exit(1)
 assert os.waitpid(pid, 0)[1] == 0
-forks.check()
+forks.detect_fork()
 assert (registry.identity, registry.ancestors) == (before, ())
 """
 
@@ -60,10 +60,10 @@ def test_a_mark_is_of_one_process_alone(tmp_path, fork, has_pages):
         pytest.skip("needs a call into C that keeps the GIL, and an madvise() that may be refused")
     program = f"""
 import ctypes, os
-from tapes import forks
+from tapes import forks, processes
 if not {has_pages}:
     forks._WIPE_ON_FORK = 12345  # refused
-one, other = forks.mark(), forks.mark()
+one, other = forks.fork_flag(), forks.fork_flag()
 assert isinstance(one, forks._PidMark) is not {has_pages}
 assert not one[0] and not other[0]
 one[0] = 1
@@ -114,8 +114,8 @@ assert len({ancestor.identity for ancestor in registry.ancestors}) == 2
 def test_processes_are_told_from_those_with_the_same_pid():
     """By when they started."""
     this = forks.this_process()
-    assert this == forks.process_of(os.getpid())
-    assert forks.process_of(2**22 + 1).started == 0
+    assert this == processes.process_of(os.getpid())
+    assert processes.process_of(2**22 + 1).started == 0
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_where_threads_run_and_a_hook_comes_at_the_end(monkeypatch, options, can
 def test_a_worker_thread_runs_ends_and_knows_itself():
     """It is joined, also twice."""
     seen = []
-    worker = threads.Worker(lambda: seen.append(worker.is_me()), "name")
+    worker = threads.NativeThread(lambda: seen.append(worker.is_me()), "name")
     worker.start()
     assert worker.join(5)
     assert worker.join(5)

@@ -213,7 +213,7 @@ def test_a_client_that_sends_a_byte_now_and_then_is_ended_in_time(reporter, monk
 
 
 def test_clients_that_send_nothing_keep_a_reader_waiting_for_a_second_and_no_more(reporter, monkeypatch):
-    monkeypatch.setattr(http, "_MOST_CLIENTS", 8)
+    monkeypatch.setattr(http, "_MAX_CLIENTS", 8)
     silent = [connected(reporter) for _ in range(8)]
     try:
         wait_for(lambda: len(reporter._server._clients) == 8, "they have all the threads")
@@ -238,7 +238,7 @@ def test_a_burst_of_readers_takes_a_bounded_number_of_threads_and_each_has_an_an
             statuses.append(answer_of(client)[0])
     assert set(statuses) <= {200, 503}
     assert 200 in statuses
-    assert most <= http._MOST_CLIENTS
+    assert most <= http._MAX_CLIENTS
     wait_for(lambda: not reporter._server._clients and not reporter._server._refused, "nothing stays open")
 
 

@@ -11,9 +11,9 @@ import pytest
 
 import tapes
 from tapes import forks
-from tapes.distributed.messages import Flush, Reply
-from tapes.distributed.reports import Reports
-from tapes.distributed.wire import decode, encode
+from tapes.distributed.aggregator.reporters import Reports
+from tapes.distributed.protocol.messages import Flush, Reply
+from tapes.distributed.protocol.wire import decode, encode
 from tapes.errors import AddressInUse
 from tapes.reporting import Reporter, ScheduledReporter
 from tapes.reporting.http import HTTPReporter
@@ -139,13 +139,13 @@ def test_reports_are_due_when_the_last_worker_says_goodbye(books):  # noqa: F811
     made.publication(two.publication())
     ancestor = Worker().update()._replace(process=forks.this_process())
     made.publication(encode(two.update()._replace(ancestors=(ancestor,))))
-    made.look_around(0.0)
+    made.reap_workers(0.0)
     assert not is_due(made)
     made.answer(one.goodbye())
     assert not is_due(made)
     made.answer(two.goodbye())
     assert is_due(made)
-    made.look_around(1.0)
+    made.reap_workers(1.0)
     assert not is_due(made)
 
 
@@ -154,12 +154,12 @@ def test_reports_are_due_when_the_last_worker_is_found_dead(books):  # noqa: F81
     dead = Worker(process=NOBODY_LIVES)
     made = books()
     made.publication(dead.publication())
-    made.look_around(0.0)
+    made.reap_workers(0.0)
     assert is_due(made)
-    made.look_around(0.1)
+    made.reap_workers(0.1)
     assert not is_due(made)
     made.publication(dead.publication())
-    made.look_around(0.2)
+    made.reap_workers(0.2)
     assert is_due(made)
 
 

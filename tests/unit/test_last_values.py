@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tapes.clock import monotonic
-from tapes.distributed.ledger import Ledger
+from tapes.distributed.aggregator.ledger import Ledger
 from tapes.testing import ManualClock
 from tests.unit.test_bookkeeping import NOBODY_LIVES, books, crash, successor, values, write  # noqa: F401
 from tests.unit.test_bookkeeping import Worker as Client
@@ -252,9 +252,9 @@ def test_a_successor_knows_the_last_value(books, how):  # noqa: F811
         write(first)
     for _ in range(3):
         second = successor(first, books)
-        second.look_around(monotonic())
+        second.reap_workers(monotonic())
         assert values(second, "g", "s") == [42, None]
-        second.look_around(monotonic() + 3)
+        second.reap_workers(monotonic() + 3)
         assert values(second, "g", "s") == [42, None]
         write(second)
         first = second
@@ -287,13 +287,13 @@ def test_a_value_of_a_silent_worker_stays(books):  # noqa: F811
     worker.registry.gauge("g", merge="last").set(7)
     worker.registry.gauge("m", merge="max").set(7)
     keeper.publication(worker.publication())
-    keeper.look_around(1000.0)
-    keeper.look_around(1061.0)
+    keeper.reap_workers(1000.0)
+    keeper.reap_workers(1061.0)
     assert values(keeper, "g", "m") == [7, None]
     write(keeper)
     second = successor(keeper, books)
-    second.look_around(1000.0)
-    second.look_around(1061.0)
+    second.reap_workers(1000.0)
+    second.reap_workers(1061.0)
     assert values(second, "g", "m") == [7, None]
 
 

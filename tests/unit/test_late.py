@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tapes
 from tapes import threads
-from tapes.distributed.late import Late
+from tapes.distributed.worker.late_flush import Late
 
 
 def test_the_goodbye_may_wait_for_a_thread_of_tapes_that_records():
@@ -15,7 +15,7 @@ def test_the_goodbye_may_wait_for_a_thread_of_tapes_that_records():
     late = Late(registry, lambda: handed_over.append(counter.collect().counted))
 
     def goodbye():
-        publisher = threads.Worker(counter.increment, "publisher")
+        publisher = threads.NativeThread(counter.increment, "publisher")
         publisher.start()
         ended.append(publisher.join(5))
 

@@ -1,4 +1,4 @@
-"""tapes.distributed.lease and .processes: how long an aggregator lives."""
+"""tapes.distributed.aggregator.lifetime and .processes: how long an aggregator lives."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from tapes import forks
-from tapes.distributed.lease import Lease
-from tapes.distributed.processes import ProcessWatch, lives
+from tapes import processes
+from tapes.distributed.aggregator.lifetime import Lifetime
+from tapes.processes import ProcessWatch, lives
 
 
 @pytest.fixture
@@ -29,13 +29,13 @@ def ended(process):
 
 def test_a_lease_without_owners_ends_when_it_is_told():
     """After the grace period, if no worker is left; after a second in any case."""
-    lease = Lease()
+    lease = Lifetime()
     assert not lease.expired(0.0, 0)
-    lease.tell()
+    lease.request_stop()
     assert not lease.expired(10.0, 0)
     assert lease.expired(10.5, 0)
-    lease = Lease()
-    lease.tell()
+    lease = Lifetime()
+    lease.request_stop()
     assert not lease.expired(10.0, 3)
     assert not lease.expired(10.9, 3)
     assert lease.expired(11.0, 3)
@@ -43,12 +43,12 @@ def test_a_lease_without_owners_ends_when_it_is_told():
 
 def test_a_joined_lease_lasts_as_long_as_anybody(process):
     """Owner, then those who asked it to stay, then workers, then the grace period; it can't be told."""
-    lease = Lease.joined(forks.process_of(process.pid))
-    lease.tell()
+    lease = Lifetime.joined(processes.process_of(process.pid))
+    lease.request_stop()
     assert not lease.expired(0.0, 0)
     ended(process)
     second = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    lease.stay_for(forks.process_of(second.pid))
+    lease.keep_alive_for(processes.process_of(second.pid))
     assert not lease.expired(100.0, 0)
     ended(second)
     second.communicate()
@@ -66,7 +66,7 @@ def test_a_joined_lease_lasts_as_long_as_anybody(process):
 
 def test_a_pid_that_belongs_to_another_process_by_now(process):
     """It is told by its start."""
-    this = forks.process_of(process.pid)
+    this = processes.process_of(process.pid)
     other = this._replace(started=this.started - 1)
     assert lives(this)
     assert not lives(other)
@@ -80,7 +80,7 @@ def test_a_pid_that_belongs_to_another_process_by_now(process):
 def test_without_pidfds_the_pid_is_asked_for(process, monkeypatch):
     """As on macOS."""
     monkeypatch.delattr(os, "pidfd_open", raising=False)
-    watch = ProcessWatch(forks.process_of(process.pid))
+    watch = ProcessWatch(processes.process_of(process.pid))
     assert not watch.ended()
     ended(process)
     assert watch.ended()

@@ -1,4 +1,4 @@
-"""tapes.distributed.ledger: replacing, merging, leaving."""
+"""tapes.distributed.aggregator.ledger: replacing, merging, leaving."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 import pytest
 
 import tapes
-from tapes.distributed.ledger import Ledger
-from tapes.distributed.messages import Item, Update
-from tapes.forks import Process
+from tapes.distributed.aggregator.ledger import Ledger
+from tapes.distributed.protocol.messages import Item, Update
+from tapes.processes import Process
 from tapes.testing import ManualClock
 
 

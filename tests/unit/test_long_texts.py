@@ -5,11 +5,11 @@ import logging
 import pytest
 
 import tapes
-from tapes.distributed.messages import Item, Update
-from tapes.distributed.wire import decode, encode
+from tapes.distributed.protocol.messages import Item, Update
+from tapes.distributed.protocol.wire import decode, encode
 from tapes.errors import InvalidName, WireError
-from tapes.forks import Process
 from tapes.naming import is_cut, label_text
+from tapes.processes import Process
 
 MAKERS = ("counter", "meter", "histogram", "timer", "gauge")
 

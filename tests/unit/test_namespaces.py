@@ -8,19 +8,19 @@ import time
 
 import pytest
 
-from tapes import forks, service
+from tapes import forks, processes, service
 from tapes.clock import monotonic
-from tapes.distributed.address import resolve
-from tapes.distributed.bookkeeping import Bookkeeper
-from tapes.distributed.lease import Lease
-from tapes.distributed.messages import Goodbye, Hello
-from tapes.distributed.sweeping import sweep
-from tapes.distributed.wills import leave
-from tapes.distributed.wire import encode
-from tapes.forks import Process
+from tapes.distributed.aggregator.handler import Handler
+from tapes.distributed.aggregator.lifetime import Lifetime
+from tapes.distributed.protocol.messages import Attach, Goodbye
+from tapes.distributed.protocol.wire import encode
+from tapes.distributed.storage.spool import leave
+from tapes.distributed.storage.sweeping import sweep
+from tapes.distributed.transport.address import resolve
+from tapes.processes import Process
 from tests.unit.test_bookkeeping import NOBODY_LIVES, Worker, crash, values, write
 
-BOOT = forks.host().partition("/")[0]
+BOOT = processes.host_id().partition("/")[0]
 ELSEWHERE = f"{BOOT}/1"
 THIRD = f"{BOOT}/2"
 BEFORE = "before-the-machine-was-started/1"
@@ -33,8 +33,8 @@ def books(short_dir, monkeypatch):
 
     def make(host=ELSEWHERE, lease=None):
         with monkeypatch.context() as patched:
-            patched.setattr(forks, "host", lambda: host)
-            made = Bookkeeper(resolve(f"ipc://{short_dir}/m.ipc"), lease or Lease.joined(NOBODY_LIVES), {})
+            patched.setattr(processes, "host_id", lambda: host)
+            made = Handler(resolve(f"ipc://{short_dir}/m.ipc"), lease or Lifetime.joined(NOBODY_LIVES), {})
         kept.append(made)
         return made
 
@@ -72,7 +72,7 @@ def age(place, ago):
         (ELSEWHERE, -5 * HOUR, True),
         (BEFORE, 0.0, False),
         (BEFORE, -5 * HOUR, False),
-        (forks.host(), 0.0, False),
+        (processes.host_id(), 0.0, False),
     ],
 )
 def test_a_young_journal_of_another_namespace_is_taken_over(books, short_dir, host, ago, taken):
@@ -83,9 +83,9 @@ def test_a_young_journal_of_another_namespace_is_taken_over(books, short_dir, ho
     first.publication(gone.publication())
     assert leave(resolve(f"ipc://{short_dir}/m.ipc"), Goodbye(0, left.update()))
     killed(first, short_dir, ago)
-    second = books(forks.host())
+    second = books(processes.host_id())
     second.restore()
-    second.look_around(monotonic())
+    second.reap_workers(monotonic())
     assert values(second, "c") == [207 if taken else None]
     assert second.is_successor is taken
 
@@ -93,11 +93,11 @@ def test_a_young_journal_of_another_namespace_is_taken_over(books, short_dir, ho
 def test_a_journal_that_is_older_than_this_namespace_is_of_another_one(books, short_dir, monkeypatch):
     """A container that is started again may get the number of its former namespace."""
     for began, taken in ((100.0, False), (2.0, True)):
-        first = books(forks.host())
+        first = books(processes.host_id())
         first.answer(counting(200, process=NOBODY_LIVES).goodbye())
         killed(first, short_dir, 20.0)
-        monkeypatch.setattr("tapes.distributed.journal.namespace_seconds", lambda began=began: began)
-        second = books(forks.host())
+        monkeypatch.setattr("tapes.distributed.storage.journal.namespace_seconds", lambda began=began: began)
+        second = books(processes.host_id())
         second.restore()
         assert values(second, "c") == [200 if taken else None]
         second.journal.remove()
@@ -109,19 +109,19 @@ def test_last_words_that_are_young_keep_an_older_journal(books, short_dir):
     first.answer(counting(200, host=ELSEWHERE).goodbye())
     killed(first, short_dir, HOUR)
     assert leave(resolve(f"ipc://{short_dir}/m.ipc"), Goodbye(0, counting(4, host=THIRD).update()))
-    second = books(forks.host())
+    second = books(processes.host_id())
     second.restore()
-    second.look_around(monotonic())
+    second.reap_workers(monotonic())
     assert values(second, "c") == [204]
 
 
 def test_last_words_from_before_the_machine_was_started_do_not_count(books, short_dir):
     """Without a journal too; those of every namespace of this boot do."""
-    for host in (BEFORE, ELSEWHERE, forks.host()):
+    for host in (BEFORE, ELSEWHERE, processes.host_id()):
         leave(resolve(f"ipc://{short_dir}/m.ipc"), Goodbye(0, counting(4, host=host).update()))
-    second = books(forks.host())
+    second = books(processes.host_id())
     second.restore()
-    second.look_around(monotonic())
+    second.reap_workers(monotonic())
     assert values(second, "c") == [8]
     assert list(short_dir.glob("*.will-*")) == []
 
@@ -134,11 +134,11 @@ def test_an_old_journal_is_taken_over_if_a_process_of_this_namespace_lives(books
     if known_by == "worker":
         first.publication(worker.publication())
     else:
-        first.answer(encode(Hello(1, forks.host(), (forks.this_process(),))))
-        first.answer(encode(Hello(1, THIRD, (Process(7, 7),))))
+        first.answer(encode(Attach(1, processes.host_id(), (forks.this_process(),))))
+        first.answer(encode(Attach(1, THIRD, (Process(7, 7),))))
     killed(first, short_dir, HOUR)
-    lease = Lease.joined(NOBODY_LIVES)
-    second = books(forks.host(), lease)
+    lease = Lifetime.joined(NOBODY_LIVES)
+    second = books(processes.host_id(), lease)
     second.restore()
     assert values(second, "c") == [205 if known_by == "worker" else 200]
     if known_by == "owner":
@@ -149,15 +149,15 @@ def test_an_old_journal_is_taken_over_if_a_process_of_this_namespace_lives(books
 
 def test_owners_of_other_namespaces_are_forgotten_when_they_have_left(books, short_dir):
     """And of very many the first ones: containers come and go."""
-    first = books(forks.host(), Lease.joined(forks.this_process()))
+    first = books(processes.host_id(), Lifetime.joined(forks.this_process()))
     for number in range(1, 3001):
         worker = counting(1, host=ELSEWHERE, process=Process(number, number))
-        first.answer(encode(Hello(1, ELSEWHERE, (worker.process,))))
+        first.answer(encode(Attach(1, ELSEWHERE, (worker.process,))))
         if number <= 2000:
             first.answer(worker.goodbye())
     assert [len(hello.processes) for hello in first._elsewhere.hellos()] == [1000]
     for number in range(3001, 5001):
-        first.answer(encode(Hello(1, ELSEWHERE, (Process(number, number),))))
+        first.answer(encode(Attach(1, ELSEWHERE, (Process(number, number),))))
     assert [len(hello.processes) for hello in first._elsewhere.hellos()] == [1000]
 
 
@@ -166,15 +166,15 @@ def test_workers_that_died_with_their_container_keep_their_counts(books, short_d
     first, other = books(), counting(5, host=ELSEWHERE, process=forks.this_process())
     first.publication(other.publication())
     killed(first, short_dir)
-    second = books(forks.host())
+    second = books(processes.host_id())
     second.restore()
     assert second.awaited == {other.identity}
-    assert second.look_around(1000.0) == 1
+    assert second.reap_workers(1000.0) == 1
     assert values(second, "c", "g") == [5, 5]
-    assert second.look_around(1061.0) == 0
+    assert second.reap_workers(1061.0) == 0
     assert second.awaited == set()
     for now in (1061.0, 99999.0):
-        second.look_around(now)
+        second.reap_workers(now)
         assert values(second, "c", "g") == [5, None]
 
 
@@ -209,8 +209,8 @@ def private(short_dir, monkeypatch):
 def journal_in(place, monkeypatch, host, *, worker_of=None):
     """Write the journal of a service on ``host`` whose processes, if it is this host, have ended."""
     with monkeypatch.context() as patched:
-        patched.setattr(forks, "host", lambda: host)
-        first = Bookkeeper(resolve(f"ipc://{place}/metrics.ipc"), Lease.joined(NOBODY_LIVES), {})
+        patched.setattr(processes, "host_id", lambda: host)
+        first = Handler(resolve(f"ipc://{place}/metrics.ipc"), Lifetime.joined(NOBODY_LIVES), {})
     worker = counting(1, process=NOBODY_LIVES, host=worker_of or host)
     first.publication(worker.publication())
     assert first.journal.finish()
@@ -231,9 +231,9 @@ def journal_in(place, monkeypatch, host, *, worker_of=None):
         (ELSEWHERE, None, 1.1 * HOUR, True),
         (BEFORE, None, 0.0, False),
         (BEFORE, None, 1.1 * HOUR, True),
-        (forks.host(), ELSEWHERE, 0.0, False),
-        (forks.host(), ELSEWHERE, 1.1 * HOUR, True),
-        (forks.host(), None, 0.0, True),
+        (processes.host_id(), ELSEWHERE, 0.0, False),
+        (processes.host_id(), ELSEWHERE, 1.1 * HOUR, True),
+        (processes.host_id(), None, 0.0, True),
     ],
 )
 def test_what_another_namespace_may_use_is_swept_by_its_age(

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 import tapes
-from tapes.distributed.outbox import DURATION, Outbox
+from tapes.distributed.worker.outbox import DURATION, Outbox
 from tapes.metrics.base import FULL
 from tapes.registry import REJECTED
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 import tapes
-from tapes.distributed.producers import Producers
+from tapes.distributed.worker.gauge_producers import Producers
 from tapes.errors import BadValue
 from tapes.testing import strict
 from tests.processes import wait_for
@@ -172,7 +172,7 @@ def test_where_no_thread_can_start_the_reader_runs_producers(registry, monkeypat
     def refuse(worker):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr("tapes.threads.Worker.start", refuse)
+    monkeypatch.setattr("tapes.threads.NativeThread.start", refuse)
     registry.gauge("a", fails)
     registry.gauge("b", lambda: 2)
     assert registry.get_stats().b.value == 2

@@ -10,10 +10,10 @@ import sys
 import pytest
 
 from tapes import forks, service
-from tapes.forks import Process
+from tapes.processes import Process
 from tests.processes import run_python
 
-REPORT = "import json, os, tapes.service as s; print(json.dumps(s.supervisor()[0]), flush=True)"
+REPORT = "import json, os, tapes.service as s; print(json.dumps(s.this_service()[0]), flush=True)"
 
 
 def supervisors(short_dir, program: str, *, name: str = "program.py", **environment: str) -> list[list[int]]:

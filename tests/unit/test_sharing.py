@@ -1,4 +1,4 @@
-"""Readers share work, and a process answers a bounded number of them."""
+"""SocketPool share work, and a process answers a bounded number of them."""
 
 import os
 import signal

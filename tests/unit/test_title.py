@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tapes.distributed import title
+from tapes.distributed.supervision import process_title
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nothing is shown elsewhere")
 
@@ -48,7 +48,7 @@ def test_ps_shows_the_title_and_the_environment_stays(texts, tmp_path):
     padding = {f"PADDING_{n}": "p" * 1000 for n in range(8)}  # what a long title overwrites
     environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LC_CTYPE": "C.UTF-8", **padding}
     done = subprocess.run(
-        [sys.executable, str(program), title.__file__, *texts],
+        [sys.executable, str(program), process_title.__file__, *texts],
         env=environment, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.stdout == "done\n", done.stderr
@@ -61,6 +61,6 @@ def test_a_system_without_proc_is_no_error(monkeypatch):
         raise FileNotFoundError(path)
 
     before = pathlib.Path("/proc/self/cmdline").read_bytes()
-    monkeypatch.setattr(title, "open", fail, raising=False)
-    title.set_title("tapes")
+    monkeypatch.setattr(process_title, "open", fail, raising=False)
+    process_title.set_title("tapes")
     assert pathlib.Path("/proc/self/cmdline").read_bytes() == before

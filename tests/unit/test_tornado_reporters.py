@@ -170,9 +170,9 @@ def test_a_thread_that_can_not_be_started_is_a_report_that_failed(monkeypatch):
 
 def test_nothing_is_left_of_a_reporter_that_was_stopped():
     """Nothing waits for the end of the process, and sockets are closed."""
-    from tapes import endings
+    from tapes import shutdown
 
-    before = set(endings._actions)
+    before = set(shutdown._actions)
 
     async def main():
         for _ in range(5):
@@ -180,7 +180,7 @@ def test_nothing_is_left_of_a_reporter_that_was_stopped():
                 reporter.registry.gauge("g").set(1)
                 await until(lambda r=reporter: r.client._transport._opened)
             await until(lambda r=reporter: r.client._transport._socket is None)
-        await until(lambda: set(endings._actions) == before)
+        await until(lambda: set(shutdown._actions) == before)
 
     asyncio.run(main())
 

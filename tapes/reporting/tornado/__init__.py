@@ -16,8 +16,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from tapes import shutdown
 from tapes.clock import monotonic
-from tapes.endings import LAST_REPORT, at_end, forget
 from tapes.errors import MissingExtra
 from tapes.registry import Registry
 from tapes.reporting.base import SKIPPED, Reporter
@@ -130,9 +130,9 @@ class _LoopRun(Run):
         if not self._loop.asyncio_loop.is_running():
             self._join()
             return
-        at_end(self._join, LAST_REPORT)
+        shutdown.register(self._join, shutdown.Phase.LAST_REPORT)
         if not thread.is_alive():
-            forget(self._join)
+            shutdown.unregister(self._join)
 
     def _tick(self) -> None:
         if self._is_stopped:
@@ -190,7 +190,7 @@ class _LoopRun(Run):
             self._reporter._release()
         else:
             self._say_late()
-        forget(self._join)
+        shutdown.unregister(self._join)
 
     def _join(self) -> None:
         if self._thread is not None:

@@ -1,0 +1,330 @@
+"""Joining by itself: an adapter finds out whether its process is one of a service's several, and joins them.
+
+What tells: an address from the environment, uWSGI, gunicorn, Tornado's ``fork_processes``, a parent of
+multiprocessing (uvicorn, hypercorn and granian have one), and ``wsgi.multiprocess``. A development server, a
+test client and a notebook are none of these: there nothing is started, and the process answers for itself.
+
+A process joins when its adapter is made, so that it counts before its first request. That is done by a
+thread, and delays nothing. An adapter that is made in a server's master, which is no worker, only decides
+where the service meets; the master's children join shortly after they are forked, and the master itself if it
+records something after that. If only ``wsgi.multiprocess`` shows that there are several processes, a process
+joins with its first request.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+from tapes import forks, processes, shutdown, threads
+from tapes.environment import address_told, is_disabled, is_spawned, may_start
+from tapes.errors import AggregatorUnavailable, TapesError
+from tapes.exposition.endpoint import Answer, answer, plain
+from tapes.first_use import SHORTLY_SECONDS
+from tapes.registry import Registry, default_registry
+from tapes.service import this_service
+
+__all__ = ["Membership", "is_one_of_several"]
+
+_RETRY_SECONDS = 5.0
+_JOINING_SECONDS = 1.0
+
+_log = logging.getLogger("tapes.contrib")
+
+
+class Membership:
+    """Whether this process has found its place in the service. Safe from any thread, and across forks.
+
+    Attributes:
+        mark: Its byte 0 says whether this process has. Look at it at the start of every request, as servers
+            that fork in C run no hook, and call `begin` if it is 0; see `tapes.forks.fork_flag`.
+        is_off: Whether tapes is turned off (``TAPES_DISABLED=1``).
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self.mark = forks.fork_flag()
+        self.is_off = is_disabled()
+        self._registry = registry
+        self._of_process: dict[int, _Here] = {}
+        self._delayed = self._new_delayed()
+        if self.is_off:
+            return
+        forks.register_user(self)
+        if "uwsgi" in sys.modules:
+            importlib.import_module("tapes.contrib.uwsgi")  # whose hooks have to be there before the fork
+        else:
+            self._join_from_the_start()
+
+    @property
+    def is_member(self) -> bool:
+        """Whether this process is one of several, as far as is known yet."""
+        return self._here().is_member
+
+    @property
+    def may_end_after_a_request(self) -> bool:
+        """Whether the server may end this process after a request, by no hook: it forks for each of them."""
+        return self._here().may_end
+
+    def begin(self, says_several: bool = False, is_development: bool = False) -> bool:
+        """Notice that this is another process than before; return whether it has to `join`.
+
+        Args:
+            says_several: Whether the server says that there are several.
+            is_development: Whether it is known for a development server.
+        """
+        forks.detect_fork()
+        here = self._here()
+        if not (self.is_off or here.is_member):
+            known = bool(address_told()) if is_development else is_one_of_several()
+            here.is_member, here.is_claim = known or says_several, not known
+        here.may_end = says_several and not _is_of_a_known_server()
+        if here.may_end:
+            self._registry.tells_at_request_end = True
+        self.mark[0] = 1
+        return here.is_member and here.joining is None and not _has_joined(self._registry)
+
+    def join(self) -> None:
+        """Join the other processes, once; if that can't be done, say so in the log and in every answer.
+
+        Whoever comes while another thread joins does not wait: what it records is told when that is done.
+        """
+        here = self._here()
+        if not here.turn.acquire(False):
+            return
+        here.joining = here.joining or threading.Event()
+        try:
+            _join(self._registry, here.is_claim)
+            here.problem = ""
+        except TapesError as error:
+            if str(error) != here.problem:
+                here.problem = str(error)
+                _log.warning("tapes: this process can't join the others of its service: %s", error)
+        except Exception as error:
+            here.problem = f"an unexpected error ({error!r})"
+            _log.exception("tapes: this process can't join the others of its service")
+        finally:
+            here.tried = time.monotonic()
+            here.joining.set()
+            here.turn.release()
+
+    def leave(self) -> None:
+        """Hand over the last values; the next request, if there is one, joins again."""
+        self._await_joining()
+        self.join_again()
+        if self._registry.connection is not None:
+            try:
+                _leave(self._registry)
+            except Exception:
+                _log.exception("tapes could not say goodbye")
+
+    def join_again(self) -> None:
+        """Have the next request, if there is one, join."""
+        self.mark[0] = 0
+        self._of_process.clear()
+
+    def before_fork(self) -> None:
+        """Called before this process forks."""
+        self._delayed.pause()
+
+    def after_in_parent(self) -> None:
+        """Called in the parent after a fork."""
+        self._delayed.resume()
+        if not self._here().is_member and _makes_workers():
+            self._registry.first_use.connect_master = lambda: _connect(self._registry)
+            self._registry.first_use.wait_in_master()
+
+    def after_in_child(self, parent: processes.Process, version: int) -> None:
+        """Called in a forked child: a server's worker joins shortly."""
+        self._of_process.clear()
+        self._delayed = self._new_delayed()
+        if _makes_workers():
+            self._delayed.start()
+
+    def after_in_helper(self) -> None:
+        """Nothing: a child that is no worker does not join."""
+
+    def answer(self, accept: str = "", query: str = "") -> Answer:
+        """Return the metrics of the whole service, or a 503 that says what is wrong; may wait a second."""
+        if self.is_off:
+            return plain(503, "tapes is turned off (TAPES_DISABLED).")
+        here = self._here()
+        if here.is_member:
+            self._await_joining()
+            if self._registry.connection is None and time.monotonic() - here.tried > _RETRY_SECONDS:
+                self.join()
+            if self._registry.connection is None:
+                return plain(
+                    503,
+                    "This process is one of several and has not joined the others, so it can't answer for "
+                    f"the service: {here.problem or 'it is about to'}.",
+                )
+        return answer(self._registry, accept, query)
+
+    def _here(self) -> _Here:
+        return self._of_process.setdefault(os.getpid(), _Here())
+
+    def _await_joining(self) -> None:
+        joining = self._here().joining
+        if joining is not None:
+            joining.wait(_JOINING_SECONDS)
+
+    def _new_delayed(self) -> threads.Delayed:
+        return threads.Delayed(self._join_from_the_start, SHORTLY_SECONDS, "tapes-join")
+
+    def _join_from_the_start(self) -> None:
+        """Join, in a thread, if this process is known for one of several; a master only decides where."""
+        try:
+            if is_spawned() and multiprocessing.parent_process() is None:
+                self._delayed.start()  # its main module is still being imported
+                return
+            if not is_one_of_several() or _is_of_a_pool():
+                return
+            _decide(self._registry)
+            if _is_master():
+                return
+            here = self._here()
+            here.joining = threading.Event()
+            here.is_member = True
+            worker = threads.NativeThread(self._keep_joining, "tapes-join", is_bare=True)
+            try:
+                worker.start()
+                shutdown.register(self._await_joining, shutdown.Phase.CONNECT)
+            except RuntimeError:  # no thread can be started: the first request joins
+                here.joining = None
+        except Exception as error:
+            _log.warning("tapes: this process can't join the others of its service yet: %s", error)
+
+    def _keep_joining(self) -> None:
+        """Join; if that fails, try again, as this process counts with or without requests."""
+        here = self._here()
+        if _has_joined(self._registry) and here.joining is not None:
+            connection = self._registry.connection
+            if connection is not None:
+                connection.open()  # inherited from its master, it sleeps until something is recorded
+            here.joining.set()
+            return
+        while here is self._of_process.get(os.getpid()) and is_one_of_several():
+            self.join()
+            if not here.problem:
+                return
+            threads.unpatched("time", "sleep")(_RETRY_SECONDS)
+
+
+class _Here:
+    """What is known of one process."""
+
+    def __init__(self) -> None:
+        self.is_member = False
+        self.is_claim = False  # as nobody but the server says so
+        self.may_end = False
+        self.turn = threading.Lock()
+        self.joining: threading.Event | None = None
+        self.tried = 0.0
+        self.problem = ""
+
+
+def is_one_of_several() -> bool:
+    """Return whether this process belongs to a service of many processes, as far as can be seen from here."""
+    return bool(address_told()) or _is_of_a_known_server()
+
+
+def _is_of_a_known_server() -> bool:
+    if "uwsgi" in sys.modules or _is_of_gunicorn():
+        return True
+    tornado: Any = sys.modules.get("tornado.process")
+    if tornado is not None and tornado.task_id() is not None:
+        return True
+    return multiprocessing.parent_process() is not None and not _is_only_child()
+
+
+def _is_of_gunicorn() -> bool:
+    is_there = os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn/")
+    return is_there and "gunicorn.arbiter" in sys.modules
+
+
+def _is_master() -> bool:
+    """Return whether this is gunicorn's master, which loads the application with ``--preload``.
+
+    A worker runs within the master's method that made it, so that is on the stack of its main thread.
+    """
+    if not _is_of_gunicorn():
+        return False
+    main_thread = sys._current_frames().get(threading.main_thread().ident or 0)
+    names = _functions_of(main_thread, "gunicorn.arbiter")
+    return bool(names) and "spawn_worker" not in names
+
+
+def _makes_workers() -> bool:
+    """Return whether a server is forking one of its workers; call it in a fork hook."""
+    return bool(_functions_of(sys._getframe(), "gunicorn.arbiter", "tornado.process"))
+
+
+def _functions_of(frame: Any, *modules: str) -> set[str]:
+    """Return the names of the functions of ``modules`` in the call stack of ``frame``."""
+    names = set()
+    while frame is not None:
+        if frame.f_globals.get("__name__") in modules:
+            names.add(frame.f_code.co_name)
+        frame = frame.f_back
+    return names
+
+
+def _is_of_a_pool() -> bool:
+    """Return whether this is a child of a pool, which is no server: only a request joins."""
+    target = getattr(multiprocessing.current_process(), "_target", None)
+    return getattr(target, "__module__", "") in ("multiprocessing.pool", "concurrent.futures.process")
+
+
+def _is_only_child() -> bool:
+    """Return whether the parent of multiprocessing is a reloader, or a server with one worker alone."""
+    # Where uvicorn and hypercorn keep what they were told.
+    config: Any = getattr(multiprocessing.current_process(), "_kwargs", {}).get("config")
+    reloads = getattr(config, "should_reload", False) or getattr(config, "use_reloader", False)
+    return bool(reloads) or getattr(config, "workers", 2) == 1 or "--reload" in sys.argv
+
+
+def _has_joined(registry: Registry) -> bool:
+    if registry.connection is None:
+        return False
+    lacks: bool = forks.import_module("tapes.distributed.connection").lacks_aggregator(registry)
+    return not lacks
+
+
+def _decide(registry: Registry) -> None:
+    """Decide where the service meets, for this process and for all that it starts."""
+    if may_start() and not address_told() and not hasattr(registry, "socket_addr"):
+        forks.import_module("tapes.distributed.supervision.rendezvous").choose_address(this_service())
+
+
+def _join(registry: Registry, is_claim: bool) -> None:
+    if not may_start() and not address_told() and not hasattr(registry, "socket_addr"):
+        raise AggregatorUnavailable(
+            "TAPES_AUTOSTART=0 forbids to start an aggregator",
+            remedy="set TAPES_ADDR to the address of one, or start the server by tapes run -- COMMAND",
+        )
+    if is_claim and this_service().root == forks.this_process():
+        raise AggregatorUnavailable(
+            "the server says that there are several processes, but what they have in common can't be seen",
+            remedy="start it by tapes run -- COMMAND, or set TAPES_ADDR to where they are to meet",
+        )
+    joining = forks.import_module("tapes.distributed.connection")
+    joining.join(registry, getattr(registry, "socket_addr", None))
+
+
+def _connect(registry: Registry) -> None:
+    """Connect the registry of a master to the aggregator of its workers."""
+    address = registry.first_use.address()
+    if address:
+        forks.import_module("tapes.distributed.connection").connect(registry, address)
+
+
+def _leave(registry: Registry) -> None:
+    if registry is default_registry:
+        registry.connect_when_used = None
+    forks.import_module("tapes.distributed.connection").leave(registry)

@@ -1,0 +1,154 @@
+"""The reporters of an aggregator, from their start to their end.
+
+Each reporter is in one of three states:
+
+    waiting   Something else has what `start` needs, such as the aggregator of the service's last run, which
+              keeps its port for a moment. `start` is tried at every look, for longer than such an aggregator
+              can live; after that its error is the aggregator's own.
+    started   It reports.
+    paused    The aggregator is idle (see `.lifetime`): nothing needs the reports, and the next run
+              of the service may need the port. `resume` is tried at every look once the aggregator is not.
+
+Everything is called by the aggregator's loop, and returns at once; the reports themselves are made by the
+reporters' own threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections.abc import Callable, Sequence
+
+from tapes.errors import AddressInUse, safe_text
+from tapes.registry import Registry
+from tapes.reporting import Reporter
+
+__all__ = ["START_SECONDS", "Demand", "Reports"]
+
+START_SECONDS = 4.0
+"""Maximum time to wait for a port or an address that is in use; an idle aggregator lives for 2 s."""
+_REPORT_SECONDS = 0.5
+"""Maximum time that a demand waits for reports; a worker waits 1 s for the reply to its goodbye."""
+
+_log = logging.getLogger("tapes.distributed")
+
+
+class Demand:
+    """A demand for a report of every reporter, and how long to wait for them."""
+
+    def __init__(self, now: float, wake: Callable[[], None]) -> None:
+        self._ends = now + _REPORT_SECONDS
+        self._wake = wake
+        self._reported: list[threading.Event] | None = None
+
+    @property
+    def was_made(self) -> bool:
+        """Whether the reporters know of it."""
+        return self._reported is not None
+
+    def make(self, reporters: Sequence[Reporter]) -> None:
+        """Have ``reporters`` report now."""
+        self._reported = [threading.Event() for _ in reporters]
+        for reporter, reported in zip(reporters, self._reported):
+            reporter._report_now(lambda reported=reported: self._note(reported))  # type: ignore[misc]
+
+    def is_over(self, now: float) -> bool:
+        """Return whether all have reported, or the time for it is over."""
+        return now >= self._ends or (
+            self._reported is not None and all(reported.is_set() for reported in self._reported)
+        )
+
+    def _note(self, reported: threading.Event) -> None:
+        reported.set()
+        self._wake()
+
+
+class Reports:
+    """Starts and stops the reporters of an aggregator, and has them report when it is demanded.
+
+    Args:
+        wake: Wakes the aggregator's loop, from any thread.
+    """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._waiting: list[Reporter] = []
+        self._started: list[Reporter] = []
+        self._paused: list[Reporter] = []
+        self._begun = False
+        self._gives_up = 0.0
+
+    def begin(self, reporters: Sequence[Reporter], registry: Registry, now: float) -> bool:
+        """Start ``reporters`` with ``registry``; return whether all have started.
+
+        Raises:
+            Exception: As `have_started`.
+        """
+        for reporter in reporters:
+            reporter.registry = registry
+        self._waiting = list(reporters)
+        self._begun, self._gives_up = True, now + START_SECONDS
+        return self.have_started(now)
+
+    def have_started(self, now: float) -> bool:
+        """Try to start those that have not started; return whether all have.
+
+        Raises:
+            Exception: What `start` raised, if something else has what a reporter needs for too long, or for
+                any other reason.
+        """
+        for reporter in list(self._waiting):
+            try:
+                reporter.start()
+            except Exception as error:
+                if not _is_in_use(error) or now >= self._gives_up:
+                    raise
+            else:
+                self._waiting.remove(reporter)
+                self._started.append(reporter)
+        return not self._waiting
+
+    def demand(self, now: float) -> Demand:
+        """Have all reporters report; return what tells when they have."""
+        demand = Demand(now, self._wake)
+        self.is_met(demand, now)
+        return demand
+
+    def is_met(self, demand: Demand, now: float) -> bool:
+        """Return whether a demand is over; one that came before reporters could start is made now."""
+        if self._begun and not demand.was_made:
+            demand.make(self._started)
+        return demand.is_over(now)
+
+    def pause(self) -> None:
+        """Pause those that are started."""
+        for reporter in self._started:
+            if reporter not in self._paused:
+                self._paused.append(reporter)
+                try:
+                    reporter.pause()
+                except Exception as error:
+                    reporter._warn(f"it failed to pause ({safe_text(error)})")
+
+    def resume(self) -> None:
+        """Resume those that are paused, if they can be; else the next call tries it again."""
+        for reporter in self._paused.copy():
+            try:
+                reporter.resume()
+            except Exception as error:
+                reporter._warn(f"it can't resume yet ({safe_text(error)})")
+            else:
+                self._paused.remove(reporter)
+
+    def stop(self) -> None:
+        """Have all reporters report a last time, beside each other, and wait for them."""
+        for end in (*(r._no_more_reports for r in self._started), *(r.stop for r in self._started)):
+            try:
+                end()
+            except Exception:
+                _log.exception("tapes: a reporter failed to stop")
+
+
+def _is_in_use(error: Exception) -> bool:
+    return isinstance(error, AddressInUse) or (isinstance(error, OSError) and error.errno == errno.EADDRINUSE)

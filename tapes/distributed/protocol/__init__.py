@@ -1,0 +1,1 @@
+"""Messages, and how they become bytes and back; no I/O."""

@@ -1,0 +1,1 @@
+"""What lies beside the socket: the private directory, locks, the journal, and spooled goodbyes."""

@@ -1,0 +1,86 @@
+"""Removing the private directories of services that have ended with no process left to clean up.
+
+The next service to start does it: at once if all processes of the one that ended were of this pid namespace.
+A directory for temporary files may be on a volume that several containers share, where pids mean different
+processes; so what another namespace may use is removed by its age.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+
+from tapes import processes, service
+from tapes.distributed.storage.journal import read_journal
+from tapes.distributed.storage.locks import unlock
+from tapes.distributed.storage.runtime_directory import START_LOCK, empty, opened
+from tapes.errors import TapesError, WireError
+from tapes.processes import lives
+from tapes.service import SOCKET
+
+__all__ = ["sweep"]
+
+_LEFT_SECONDS = 3600.0
+"""Seconds after which an untouched directory is swept if its service may be one of another pid namespace.
+
+Its aggregator sets the time of a file every 10 s while it lives. When that has died, a worker starts another
+one; that may take a while, as where the end of a request does it.
+"""
+
+_SKEW_SECONDS = 2.0
+"""Seconds that the time of a file may be ahead, as file systems have clocks and rounding of their own."""
+
+
+def sweep() -> None:
+    """Remove what is left of services of this user that have ended without a clean-up."""
+    for parent in service.parents():
+        with contextlib.suppress(OSError):
+            for entry in list(os.scandir(parent)):
+                supervisor = service.supervisor_of(entry.name)
+                if supervisor is not None and not lives(supervisor):
+                    with contextlib.suppress(OSError, TapesError):
+                        _sweep(entry.path)
+
+
+def _sweep(directory: str) -> None:
+    if not service.is_private(directory) or _may_be_used(directory):
+        return
+    locks = []
+    try:
+        with opened(directory, os.geteuid()) as fd:
+            for name in os.listdir(fd):
+                if name.endswith((".lock", START_LOCK)):
+                    locks.append(os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd))
+                    fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if it is held
+        empty(directory)
+        os.rmdir(directory)
+    finally:
+        for lock in locks:
+            unlock(lock)
+
+
+def _may_be_used(directory: str) -> bool:
+    """Return whether a service may still use a private directory, whose supervisor does not live here."""
+    living = None
+    with contextlib.suppress(WireError):
+        saved = read_journal(os.path.join(directory, SOCKET))
+        # Workers that outlive their supervisor are about to start another aggregator.
+        living = None if saved is None else saved.lives(processes.host_id())
+    return _age_of(directory) < _LEFT_SECONDS if living is None else living
+
+
+def _age_of(directory: str) -> float:
+    """Return the seconds since anything in a private directory was written.
+
+    What is from the future, as the clock was set back since, is from now on as old as if it were written now.
+    """
+    with opened(directory, os.geteuid()) as fd:
+        now, ages = time.time(), []
+        for name in (*os.listdir(fd), "."):
+            with contextlib.suppress(FileNotFoundError):
+                ages.append(now - os.stat(name, dir_fd=fd, follow_symlinks=False).st_mtime)
+                if ages[-1] < -_SKEW_SECONDS:
+                    os.utime(name, dir_fd=fd, follow_symlinks=False)
+        return max(0.0, min(ages))

@@ -1,0 +1,1 @@
+"""Starting an aggregator, finding it, and starting it again."""

@@ -1,0 +1,118 @@
+"""The pipe on which an aggregator that is being started reports that it is ready, or why it can't be."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+
+from tapes import threads
+from tapes.errors import AddressError, AggregatorUnavailable, InvalidArgument, TapesError
+
+__all__ = ["Readiness"]
+
+_READY_SECONDS = 10.0
+_END = b"\0"
+
+
+class Readiness:
+    """A pipe on which an aggregator that is being started reports that it is ready, or why it can't be.
+
+    Args:
+        fds: Its two ends, -1 for one that this process does not have; a new pipe if not given.
+
+    Attributes:
+        has_reported: Whether this process has reported on it.
+    """
+
+    NOT_READY, CRASHED = 1, 2
+    """Exit statuses of an aggregator: it could not be started; it failed later."""
+
+    def __init__(self, fds: tuple[int, int] | None = None) -> None:
+        self._receiver, self._sender = _pipe() if fds is None else fds
+        self.has_reported = False
+        self._failure = f"the aggregator was not ready within {_READY_SECONDS:g} s"
+
+    @property
+    def sender(self) -> int:
+        """The descriptor that the starting process needs."""
+        return self._sender
+
+    def wait(self) -> None:
+        """Return when the aggregator is ready.
+
+        Raises:
+            AddressError, AggregatorUnavailable, InvalidArgument: With the reason why it can't be started.
+        """
+        self.close_writer()
+        text = b""
+        # select() knows no descriptors above 1023. In a thread of ours gevent's poll() would leave a loop
+        # behind; eventlet has none.
+        is_real = threads.in_native_thread() or not hasattr(select, "poll")
+        poll = threads.unpatched("select", "poll")() if is_real else select.poll()
+        poll.register(self._receiver, select.POLLIN)
+        try:
+            # A child that was forked meanwhile may hold the other end open, so the end is marked.
+            while not text.endswith(_END) and poll.poll(_READY_SECONDS * 1000):
+                piece = os.read(self._receiver, 65536)
+                text += piece
+                if not piece:
+                    self._failure = "the aggregator died before it was ready"
+                    break
+        finally:
+            self.close_reader()
+        kind, _, sentence = text.rstrip(_END).decode(errors="replace").partition("\n")
+        if kind != "ready":
+            failure = _FAILURES.get(kind, AggregatorUnavailable)
+            raise failure(sentence or self._failure)
+
+    def close_reader(self) -> None:
+        """Close the end that the starting process reads."""
+        if self._receiver >= 0:
+            os.close(self._receiver)
+            self._receiver = -1
+
+    def close_writer(self) -> None:
+        """Close the end that the aggregator has too, so that its death ends the pipe."""
+        if self._sender >= 0:
+            os.close(self._sender)
+            self._sender = -1
+
+    def close(self) -> None:
+        """Close both ends."""
+        self.close_writer()
+        self.close_reader()
+
+    def report(self, text: str) -> None:
+        """Send ``text`` to the starting process; only the first report is sent."""
+        self.has_reported = True
+        if self._sender >= 0:
+            with contextlib.suppress(OSError):
+                os.write(self._sender, text.encode() + _END)
+                os.close(self._sender)
+            self._sender = -1
+
+
+def _pipe() -> tuple[int, int]:
+    """Return the ends of a new pipe; neither has the number of a standard stream, which may be closed."""
+    receiver, sender = os.pipe()
+    return _above_standard_streams(receiver), _above_standard_streams(sender)
+
+
+def _above_standard_streams(fd: int) -> int:
+    if fd > 2:
+        return fd
+    higher = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(fd)
+    return higher
+
+
+def _failures(root: type[TapesError]) -> dict[str, type[TapesError]]:
+    found = {root.__name__: root}
+    for child in root.__subclasses__():
+        found.update(_failures(child))
+    return found
+
+
+_FAILURES = {**_failures(AddressError), **_failures(AggregatorUnavailable), **_failures(InvalidArgument)}

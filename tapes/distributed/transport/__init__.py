@@ -1,0 +1,1 @@
+"""0MQ: addresses, keys, sockets, and one request with its reply."""

@@ -1,0 +1,157 @@
+"""Addresses: what is allowed, what they stand for, and what may be bound.
+
+An address names two endpoints: the one that states are published to, and, derived from it, the one for
+reads (``….read`` beside an IPC socket, the next port for TCP). ZeroMQ checks little of this itself: it
+truncates long paths, steals the socket of a living server, replaces plain files, and resolves relative paths
+anew after each ``chdir``. Hence the checks here.
+
+The kernel guards the file of an IPC socket. TCP has no such guard: see `tapes.distributed.transport.curve`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import NamedTuple
+
+from tapes.distributed.transport.curve import HOW_TO_MAKE_ONE, KeyFile
+from tapes.errors import AddressError
+
+__all__ = ["DEFAULT_ADDR", "Endpoints", "resolve"]
+
+
+class _DefaultAddress(str):
+    """The default, told from an equal address that was given explicitly."""
+
+    __slots__ = ()
+
+
+DEFAULT_ADDR: str = _DefaultAddress("ipc://tapes_metrics.ipc")
+"""Stands for ``TAPES_ADDR`` from the environment; for itself if that isn't set."""
+
+_MAX_PATH_BYTES = 103 if sys.platform == "darwin" else 107
+"""What fits into ``sockaddr_un``; Linux has 108 bytes, one of them for the final zero."""
+
+_NAME = re.compile(r"(?!(.*\.)?(\d+|0x[\da-f]*)\.?$)[\w.-]+", re.ASCII | re.IGNORECASE)
+"""A host's name; resolvers take what ends in a number for an address, ``0`` and ``127.1`` too."""
+
+
+class Endpoints(NamedTuple):
+    """Where an aggregator listens.
+
+    Attributes:
+        publish: Where states are published to; also the address as a whole.
+        read: Where reads and goodbyes are sent to.
+        path: The socket's file, or ``None`` where there is none.
+        key: The file of the key that both ends have to hold, or ``None`` for none.
+    """
+
+    publish: str
+    read: str
+    path: str | None
+    key: KeyFile | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that ZeroMQ makes for these endpoints."""
+        return (self.path, self.path + ".read") if self.path else ()
+
+    @property
+    def lock(self) -> str | None:
+        """The file that the aggregator has locked while it lives, or ``None`` where there is none."""
+        return self.path + ".lock" if self.path else None
+
+    def ready(self) -> Endpoints:
+        """Return these, of which the key file was read and is in order.
+
+        Raises:
+            AddressError: If it isn't.
+        """
+        if self.key is not None:
+            self.key.pair()
+        return self
+
+
+def resolve(addr: str | None) -> Endpoints:
+    """Return the endpoints of ``addr``, made absolute against the working directory of now.
+
+    Args:
+        addr: ``ipc://PATH``, or ``tcp://HOST:PORT``, beyond loopback with ``TAPES_CURVE_KEY`` only;
+            `DEFAULT_ADDR` or ``None`` for ``TAPES_ADDR``.
+
+    Raises:
+        AddressError: If the address can't be used.
+    """
+    if addr is None or addr is DEFAULT_ADDR:
+        addr = os.environ.get("TAPES_ADDR") or str(DEFAULT_ADDR)
+    scheme, separator, rest = addr.partition("://") if isinstance(addr, str) else ("", "", "")
+    if separator and rest and scheme == "ipc":
+        return _ipc(addr, rest)
+    if separator and rest and scheme == "tcp":
+        return _tcp(addr, rest)
+    raise AddressError(
+        "the aggregator's address can't be used",
+        got=addr,
+        expected="ipc://PATH or tcp://127.0.0.1:PORT",
+        remedy="give another socket_addr, or set TAPES_ADDR",
+    )
+
+
+def _ipc(addr: str, path: str) -> Endpoints:
+    if path.startswith("@"):
+        return Endpoints(addr, addr + ".read", None)
+    path = os.path.abspath(path)
+    length = len(os.fsencode(path + ".read"))
+    if length > _MAX_PATH_BYTES:
+        raise AddressError(
+            f"the path of an IPC socket has {length} bytes, with '.read'",
+            got=path,
+            expected=f"at most {_MAX_PATH_BYTES}",
+            remedy="use a shorter directory",
+        )
+    return Endpoints(f"ipc://{path}", f"ipc://{path}.read", path)
+
+
+def _tcp(addr: str, rest: str) -> Endpoints:
+    host, _, port = rest.rpartition(":")
+    if not (port.isascii() and port.isdigit() and len(port) <= 5) or not 0 < int(port) < 65535:
+        raise AddressError(
+            "the aggregator's port can't be used", got=addr, expected="a number from 1 to 65534"
+        )
+    ip = _ip(host)
+    if host == "*" or (ip is not None and ip.is_unspecified):
+        raise AddressError(
+            "workers can't connect to a wildcard",
+            got=addr,
+            expected="an address that they reach, such as tcp://127.0.0.1:PORT",
+            remedy="give the address of one of this machine's interfaces",
+        )
+    if ip is None and not _NAME.fullmatch(host):
+        raise AddressError(
+            "the aggregator's host can't be used",
+            got=addr,
+            expected="an IPv4 address, an IPv6 address in brackets, or a host's name",
+        )
+    key = KeyFile.told()
+    if key is None and not (host == "localhost" if ip is None else ip.is_loopback):
+        raise AddressError(
+            "without a key the aggregator listens on this machine only",
+            got=addr,
+            expected="a loopback address such as tcp://127.0.0.1:PORT, or a key file in TAPES_CURVE_KEY",
+            remedy=HOW_TO_MAKE_ONE,
+        )
+    return Endpoints(addr, f"tcp://{host}:{int(port) + 1}", None, key)
+
+
+def _ip(host: str) -> IPv4Address | IPv6Address | None:
+    """Return the IP address that ``host`` is, if it is one: the IPv4 address, where it is an IPv6 one's."""
+    bracketed = host.startswith("[") and host.endswith("]")
+    try:
+        ip = ip_address(host[1:-1] if bracketed else host)
+    except ValueError:
+        return None
+    if ip.version == 6:
+        return (ip.ipv4_mapped or ip) if bracketed else None
+    return ip

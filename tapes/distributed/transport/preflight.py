@@ -1,0 +1,105 @@
+"""Room for 0MQ: libzmq ends the process where it gets no thread, no file descriptor or no memory.
+
+So everything that it is about to take is taken and given back before. What is missing is an error then, and
+the process goes on without a connection.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from typing import Any
+
+import zmq
+
+from tapes.errors import AggregatorUnavailable
+from tapes.threads import unpatched
+
+__all__ = ["make_sure_of_descriptors", "make_sure_of_memory", "new_context"]
+
+_DESCRIPTORS = 16
+"""Descriptors that a first socket takes, with some to spare."""
+_THREADS = 3
+"""Threads that a context takes, and one to spare."""
+_BYTES = 48 << 20
+"""Address space that a context and its sockets take: two stacks of 8 MB, and queues."""
+_THREAD_ENDS_SECONDS = 0.1
+_PAUSE_SECONDS = 0.0005
+
+
+def new_context() -> zmq.Context[Any]:
+    """Return a context whose threads run.
+
+    Raises:
+        AggregatorUnavailable: If there is no room for it.
+    """
+    make_sure_of_descriptors()
+    make_sure_of_memory(_BYTES)
+    _make_sure_of_threads()
+    context: zmq.Context[Any] = zmq.Context()
+    context.socket(zmq.PAIR).close(linger=0)  # the threads start with the first socket
+    return context
+
+
+def make_sure_of_descriptors() -> None:
+    """Raise `AggregatorUnavailable` unless there are as many file descriptors as a first socket needs."""
+    found = []
+    try:
+        for _ in range(_DESCRIPTORS):
+            found.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        raise AggregatorUnavailable(
+            f"no socket can be opened ({error.strerror})",
+            remedy="close files, or raise the limit (ulimit -n)",
+        ) from None
+    finally:
+        for fd in found:
+            os.close(fd)
+
+
+def make_sure_of_memory(length: int) -> None:
+    """Raise `AggregatorUnavailable` unless ``length`` bytes of address space are left."""
+    try:
+        mmap.mmap(-1, length).close()
+    except OSError as error:
+        raise AggregatorUnavailable(
+            f"there is no memory for 0MQ ({error.strerror})",
+            remedy=f"leave {length >> 20} MB of address space (ulimit -v), or raise the limit",
+        ) from None
+
+
+def _make_sure_of_threads() -> None:
+    """Raise `AggregatorUnavailable` unless as many threads can be started as a context needs."""
+    go_on: Any = unpatched("_thread", "allocate_lock")()
+    go_on.acquire()
+    idents: list[int] = []
+
+    def wait() -> None:
+        idents.append(unpatched("_thread", "get_native_id")())
+        with go_on:
+            pass
+
+    started = 0
+    try:
+        for _ in range(_THREADS):
+            unpatched("_thread", "start_new_thread")(wait, ())
+            started += 1
+    except RuntimeError:
+        raise AggregatorUnavailable(
+            "no thread can be started",
+            remedy=f"leave room for {_THREADS} threads in each process "
+            "(pids.max of the container, TasksMax of systemd, ulimit -u)",
+        ) from None
+    finally:
+        go_on.release()
+        _await_end(idents, started)
+
+
+def _await_end(idents: list[int], started: int) -> None:
+    """Wait until the threads have ended: until then they count."""
+    sleep, deadline = unpatched("time", "sleep"), time.monotonic() + _THREAD_ENDS_SECONDS
+    while time.monotonic() < deadline:
+        if len(idents) == started and not any(os.path.exists(f"/proc/self/task/{one}") for one in idents):
+            return
+        sleep(_PAUSE_SECONDS)

@@ -1,0 +1,1 @@
+"""What runs inside the application: it publishes a registry, and asks the aggregator for the merged view."""

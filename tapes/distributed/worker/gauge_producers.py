@@ -1,0 +1,81 @@
+"""The thread that runs the producers of gauges, so that neither a request nor a publication waits for one."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from typing import Any
+
+from tapes import threads
+from tapes.metrics import Gauge
+from tapes.registry import Registry
+
+__all__ = ["Producers"]
+
+_INTERVAL_SECONDS = 1.0
+"""Seconds after which a producer runs again."""
+_FIRST_WAIT_SECONDS = 0.5
+"""Maximum seconds that a read waits for producers that have not run yet."""
+
+
+class Producers:
+    """Runs the producers of a registry once a second, in a thread that begins with the first of them."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._thread: threads.NativeThread | None = None
+        self._starting: Any = threads.unpatched("_thread", "allocate_lock")()
+        self._stopped = False
+        self._ran = threading.Event()
+        self._wake: Any = threads.unpatched("_thread", "allocate_lock")()
+        self._wake.acquire()
+
+    def tend(self) -> None:
+        """Begin, if there is a producer and it has not begun; run them here where no thread can."""
+        if self._thread is None and not self._stopped and any(self._gauges()):
+            if not threads.can_run():
+                self._registry.refresh(_INTERVAL_SECONDS)
+            elif self._starting.acquire(False):  # for good: one thread is enough
+                thread = threads.NativeThread(self._run, "tapes-producers")
+                try:
+                    thread.start()
+                except RuntimeError:
+                    self._starting.release()
+                    self._registry.refresh(_INTERVAL_SECONDS)
+                else:
+                    self._thread = thread
+
+    def await_first(self) -> None:
+        """Wait for producers that have not run yet, 0.5 s at most."""
+        deadline = time.monotonic() + _FIRST_WAIT_SECONDS
+        for _ in range(2):  # the first round to end may have begun without the newest producer
+            if not any(gauge.awaits_producer for gauge in self._gauges()):
+                return
+            self._ran.clear()
+            self.tend()
+            self._signal()
+            if self._thread is not None:
+                self._ran.wait(max(deadline - time.monotonic(), 0.0))
+
+    def stop(self, timeout_seconds: float) -> bool:
+        """End the thread; return whether it has ended. One that is held up ends as soon as it can."""
+        self._stopped = True
+        thread = self._thread
+        if thread is None or thread.is_me():
+            return True
+        self._signal()
+        return thread.join(timeout_seconds)
+
+    def _gauges(self) -> list[Gauge]:
+        return [gauge for gauge in self._registry.gauges() if gauge.has_producer]
+
+    def _signal(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it was signalled already
+            self._wake.release()
+
+    def _run(self) -> None:
+        while not self._stopped:
+            self._registry.refresh(_INTERVAL_SECONDS, is_read=False)
+            self._ran.set()
+            self._wake.acquire(timeout=_INTERVAL_SECONDS)
