@@ -143,7 +143,7 @@ def works() -> tuple[list[list[str]], list[Row]]:
             sketch = EMPTY
             for start in range(0, len(values), 256):
                 sketch = sketch.fold(values[start : start + 256], 1)  # type: ignore[arg-type]
-            return sketch.settled()
+            return sketch.compacted()
 
         return run
 

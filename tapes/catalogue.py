@@ -15,7 +15,7 @@ from tapes.metrics import Metric
 from tapes.naming import Labels
 from tapes.snapshot import FIELDS
 
-__all__ = ["MAX_SERIES", "OVERFLOW", "Catalogue", "Metrics", "warn_of_overflow"]
+__all__ = ["MAX_SERIES", "OVERFLOW", "Catalogue", "NameEntry", "warn_of_overflow"]
 
 MAX_SERIES = 2000
 """So many label sets a name has, unless told otherwise."""
@@ -25,7 +25,7 @@ OVERFLOW = ("overflow", "true")
 _log = logging.getLogger("tapes.registry")
 
 
-class Metrics:
+class NameEntry:
     """All metrics of one name, and how many more there may be."""
 
     __slots__ = ("_places", "by_labels", "free_places", "kind", "overflowing")
@@ -49,18 +49,18 @@ class Catalogue:
     """Names to their metrics."""
 
     def __init__(self) -> None:
-        self._metrics: dict[str, Metrics] = {}
+        self._metrics: dict[str, NameEntry] = {}
         self._below: dict[str, dict[str, str]] = {}
 
-    def get(self, name: str) -> Metrics | None:
+    def get(self, name: str) -> NameEntry | None:
         """Return the metrics of ``name``, or ``None`` if there never were any."""
         return self._metrics.get(name)
 
-    def items(self) -> ItemsView[str, Metrics]:
+    def items(self) -> ItemsView[str, NameEntry]:
         """Return all names and their metrics, as of now."""
         return self._metrics.copy().items()  # in one step, as others may register meanwhile
 
-    def metrics_of(self, kind: type[Metric], name: str) -> Metrics:
+    def metrics_of(self, kind: type[Metric], name: str) -> NameEntry:
         """Return the metrics of ``name``; entered into the catalogue if it isn't there.
 
         Raises:
@@ -70,10 +70,10 @@ class Catalogue:
         metrics = self._metrics.get(name)
         if metrics is None:
             self._check_hiding(kind.kind, name)
-            metrics = self._metrics.setdefault(name, Metrics(kind))
+            metrics = self._metrics.setdefault(name, NameEntry(kind))
         if metrics.kind is not kind and not metrics.by_labels:  # all its series were removed
             self._check_hiding(kind.kind, name)
-            metrics = self._metrics[name] = Metrics(kind)
+            metrics = self._metrics[name] = NameEntry(kind)
         if metrics.kind is not kind:
             raise KindConflict(
                 f"{name!r} is a {metrics.kind.kind} already",

@@ -28,9 +28,9 @@ def unpublished_by_parent(
     unpublished = []
     for metric in registry.metrics():
         metric.after_fork()
-        aside = metric.set_aside()
+        aside = metric.detach_inherited()
         published = None if connection is None else connection.published((metric.name, metric.labels))
-        if aside is not None and not aside.is_at(published):
+        if aside is not None and not aside.is_unchanged_since(published):
             aside.note_told(published)
             unpublished.append(aside)
     if not unpublished:

@@ -66,7 +66,7 @@ class Registry(Makers):
         "after_in_child", "after_in_parent", "ancestors", "before_fork", "collect",
         "connect_in_children", "connect_when_read", "connect_when_used", "connection",
         "connection_to_read", "descriptions", "first_use", "gauges", "identity", "made", "metrics",
-        "own", "recipe", "refresh", "reject", "rejected", "revision", "take", "tells_at_request_end",
+        "own", "recipe", "refresh", "reject", "rejected", "revision", "drain", "tells_at_request_end",
     })  # fmt: skip
 
     def __init__(
@@ -171,7 +171,7 @@ class Registry(Makers):
         tick = tick_at(self.clock())
         families = []
         for name, every in self._by_name():
-            labels, states = [metric.labels for metric in every], [metric.whole() for metric in every]
+            labels, states = [metric.labels for metric in every], [metric.total_state() for metric in every]
             families.append(Family(name, every[0].kind, self._described.get(name), labels, states, tick))
         return Snapshot(families, self._memory)
 
@@ -200,10 +200,10 @@ class Registry(Makers):
         found = [metrics.by_labels for _, metrics in self._catalogue.items() if metrics.kind is Gauge]
         return cast("list[Gauge]", [gauge for gauges in found for gauge in list(gauges.values())])
 
-    def take(self) -> Iterator[tuple[str, str, Labels, State]]:
-        """Yield what `collect` does and start again from zero, under another identity; see `Metric.take`."""
+    def drain(self) -> Iterator[tuple[str, str, Labels, State]]:
+        """Yield what `collect` does and start again from zero, under another identity; see `Metric.drain`."""
         for metric in self.metrics():
-            yield metric.kind, metric.name, metric.labels, metric.take()
+            yield metric.kind, metric.name, metric.labels, metric.drain()
         self.ancestors = ()  # last: a child that is forked meanwhile speaks of who says goodbye
         self.identity = os.urandom(16)
 

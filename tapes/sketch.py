@@ -14,8 +14,8 @@ A `Sketch` is immutable: folding and merging return new ones, so any thread, sig
 holds one holds a consistent cut. What makes that cheap is that values come in three steps. A fold only adds
 their keys to a list of `pending` ones, two bytes each, and keeps count, sum and extremes. Thousands of these
 are counted at once, without a line of Python for each, into `fresh` counts of the current tick. These go
-into the bins when the tick changes and when somebody wants to know (`settled`). Bins are three flat arrays in
-the order of their keys: twelve bytes a bin, more only where a count is beyond 65,535.
+into the bins when the tick changes and when a reader asks (`compacted`). Bins are three flat arrays in the
+order of their keys: twelve bytes a bin, more only where a count is beyond 65,535.
 
 Source: the decay is Cormode et al., "Forward Decay", 2009, with Dropwizard's alpha of 0.015 per second.
 """
@@ -65,7 +65,7 @@ class Sketch(NamedTuple):
 
     Attributes:
         count: How many values, those with pending keys included.
-        sum_parts: Numbers whose exact sum is that of all values; `tapes.sums.exact_sum` of them once settled.
+        sum_parts: Numbers whose exact sum is that of all values; canonical once compacted.
         low, high: The exact smallest and largest value; meaningless while ``count`` is 0.
         keys: The keys of the bins, ascending.
         counts: How many values each bin has, over the lifetime.
@@ -99,7 +99,7 @@ class Sketch(NamedTuple):
             least: The least value that may be among them; the same for all batches of a sketch.
 
         Cost: 0.17 µs a value for 250 bins, 0.28 µs for 1,500, in batches of 256 on CPython 3.11, with all
-        that follows until they are settled (`make bench`).
+        that follows until it is compacted (`make bench`).
 
         Raises:
             ValueError, TypeError, OverflowError: If any value is not a finite number, or below ``least``, or
@@ -135,7 +135,7 @@ class Sketch(NamedTuple):
         return folded if few else folded._counted()
 
     @property
-    def is_settled(self) -> bool:
+    def is_compacted(self) -> bool:
         """Whether all values are in their bins."""
         return not self.pending and not self.fresh_keys
 
@@ -153,9 +153,9 @@ class Sketch(NamedTuple):
             sum_parts=exact_sum(self.sum_parts), fresh_keys=keys, fresh_counts=counts, pending=EMPTY.pending
         )
 
-    def settled(self) -> Sketch:
+    def compacted(self) -> Sketch:
         """Return the same with all values in their bins."""
-        if self.is_settled:
+        if self.is_compacted:
             return self
         fresh = self._fresh()
         if _FEW * len(fresh) <= len(self.keys):
@@ -204,10 +204,10 @@ class Sketch(NamedTuple):
         )
 
     def _as_of(self, tick: int) -> Sketch:
-        """Return this sketch, settled and with its recent weights as of ``tick`` if that is later."""
+        """Return this sketch, compacted and with its recent weights as of ``tick`` if that is later."""
         if tick <= self.tick:
             return self
-        sketch = self.settled()
+        sketch = self.compacted()
         decay = exp(-_DECAY_PER_TICK * (tick - self.tick))
         least = _FORGOTTEN / decay if decay else float("inf")
         weights = array("d", [w * decay if w >= least else 0.0 for w in sketch.weights])
@@ -218,15 +218,15 @@ class Sketch(NamedTuple):
         """Return the sketch of all streams; counts, bins and sum do not depend on the order."""
         full = [sketch for sketch in sketches if sketch.count]
         if len(full) < 2:
-            return full[0].settled() if full else EMPTY
+            return full[0].compacted() if full else EMPTY
         if sum(sketch.count for sketch in full) > MAX_VALUES:  # somebody lies; it must not break the rest
-            return max(full).settled()
+            return max(full).compacted()
         tick = max(sketch.tick for sketch in full)
         counts: dict[int, int] = {}
         weights: dict[int, float] = {}
         recent_sum = 0.0
         for sketch in full:
-            aged = sketch.settled()._as_of(tick)
+            aged = sketch.compacted()._as_of(tick)
             recent_sum = _within_floats(recent_sum + aged.recent_sum)
             for key, count, weight in zip(aged.keys, aged.counts, aged.weights):
                 if key in counts:
@@ -259,21 +259,21 @@ class Sketch(NamedTuple):
         return Distribution(self._recent)
 
     def _lifetime(self) -> Bins:
-        settled = self.settled()
-        total = settled.sum_parts[0] if settled.sum_parts else 0.0
-        return Bins(settled.keys, settled.counts, total, settled.low, settled.high)
+        compacted = self.compacted()
+        total = compacted.sum_parts[0] if compacted.sum_parts else 0.0
+        return Bins(compacted.keys, compacted.counts, total, compacted.low, compacted.high)
 
     def _recent(self) -> Bins:
-        settled = self.settled()
-        keys = array("h", compress(settled.keys, settled.weights))
-        weights = array("d", filter(None, settled.weights))
+        compacted = self.compacted()
+        keys = array("h", compress(compacted.keys, compacted.weights))
+        weights = array("d", filter(None, compacted.weights))
         noticed = [key for key, weight in zip(keys, weights) if weight >= _RECENT]
-        low, high = settled.low, settled.high
+        low, high = compacted.low, compacted.high
         if noticed:  # a centre may be beyond the exact extreme in the same bin
             least, most = (min(max(bin_value(key), low), high) for key in (noticed[0], noticed[-1]))
             low = low if bin_key(low) == noticed[0] else least
             high = high if bin_key(high) == noticed[-1] else most
-        return Bins(keys, weights, settled.recent_sum, low, high)
+        return Bins(keys, weights, compacted.recent_sum, low, high)
 
 
 def counts_array(counts: list[int]) -> array[int]:

@@ -116,7 +116,7 @@ def _forget(registry: Registry, make_buffer: Callable[[Metric], list[Any]]) -> N
     """Let every metric start again from zero, with a new buffer."""
     for metric in registry.metrics():
         metric._pending.clear()
-        metric.take()
+        metric.drain()
         metric._buffer = metric._pending = make_buffer(metric)
 
 

@@ -98,9 +98,9 @@ class Metric(Guided):
     kind: ClassVar[str]
     _least: ClassVar[float] = -inf
     _internal = frozenset({
-        "after_fork", "awaits_producer", "collect", "has_producer", "is_at", "is_due", "note_failure",
-        "note_late", "note_told", "produce", "run_producer", "set_aside", "sleep", "state", "take",
-        "whole",
+        "after_fork", "awaits_producer", "collect", "detach_inherited", "drain", "has_producer", "is_due",
+        "is_unchanged_since", "note_failure", "note_late", "note_told", "produce", "run_producer", "sleep",
+        "state", "total_state",
     })  # fmt: skip
 
     __slots__ = (
@@ -138,7 +138,7 @@ class Metric(Guided):
     def collect(self) -> State:
         """Fold what is pending and return what this process recorded; the same object if nothing changed."""
         # Values leave the buffer only after they came to the state.
-        if self._pending or self._bad or not self._is_settled():
+        if self._pending or self._bad or not self._is_compacted():
             self._fold(self._clock(), wait=True)
         state: State = self._state
         return state
@@ -149,15 +149,15 @@ class Metric(Guided):
         state: State = self._state
         return state
 
-    def whole(self) -> State:
+    def total_state(self) -> State:
         """Return the state with what was inherited from processes that this one was forked from."""
         state, inherited = self.collect(), self._inherited
         if inherited is None:
             return state
-        whole: State = type(state).merge((inherited.whole(), state))
+        whole: State = type(state).merge((inherited.total_state(), state))
         return whole
 
-    def set_aside(self) -> Metric | None:
+    def detach_inherited(self) -> Metric | None:
         """Begin from zero in a forked child; return a metric of what is there now, ``None`` if nothing is.
 
         Folds nothing, so no number of a stranger can hold up a fork. What the other one holds counts as
@@ -188,7 +188,7 @@ class Metric(Guided):
         """Have ``wake`` called when the next value is recorded; see `SleepingBuffer`."""
         self._buffer = SleepingBuffer(self, wake, FULL)
 
-    def is_at(self, state: State | None) -> bool:
+    def is_unchanged_since(self, state: State | None) -> bool:
         """Return whether ``state`` is all there is, with nothing to be folded."""
         return self._state is state and not self._pending
 
@@ -212,7 +212,7 @@ class Metric(Guided):
             except RuntimeError:
                 pass
 
-    def take(self) -> State:
+    def drain(self) -> State:
         """Return the state and start again from zero, in one step: every event is in one of the two.
 
         What was inherited is forgotten.
@@ -262,7 +262,7 @@ class Metric(Guided):
                 self._pid = os.getpid()
                 self._fold_alone(now)
                 if wait:
-                    self._settle()
+                    self._compact()
             finally:
                 self._folding = False
         finally:
@@ -304,7 +304,7 @@ class Metric(Guided):
             if interruption is not None:
                 raise interruption
             pending -= taken
-        self._moved_on(now)
+        self._advance_tick(now)
 
     def _absorb_sifted(
         self, values: list[Any], error: BaseException
@@ -314,16 +314,16 @@ class Metric(Guided):
         try:
             state = self._absorb(good) if good else self._state
         except Exception:  # nobody's fault but ours: rather lose the batch than the user's request
-            return self._state, [(self._given(value), "it could not be folded") for value in values], None
+            return self._state, [(self._raw(value), "it could not be folded") for value in values], None
         unchanged = not bad and all(map(is_, good, values))
         theirs = not unchanged and (isinstance(error, _OURS) or type(error) in raised)
         return state, bad, None if theirs else error
 
-    def _settle(self) -> None:
+    def _compact(self) -> None:
         """Bring the state into the form that readers want."""
         while True:
             before = self._state
-            state = self._settled()
+            state = self._compacted()
             if self._state is before:
                 self._state = state
                 return
@@ -336,15 +336,15 @@ class Metric(Guided):
         """Return the state with ``values`` added; raises anything if one of them can't be, as it is."""
         raise NotImplementedError
 
-    def _is_settled(self) -> bool:
+    def _is_compacted(self) -> bool:
         """Return whether the state is as readers want it."""
         return True
 
-    def _settled(self) -> Any:
+    def _compacted(self) -> Any:
         """Return the state as readers want it."""
         return self._state
 
-    def _moved_on(self, now: float) -> None:
+    def _advance_tick(self, now: float) -> None:
         """Note that what is recorded from here on happens at ``now`` or later."""
 
     def _sift(self, values: list[Any]) -> tuple[list[Any], list[tuple[Any, str]], set[type]]:
@@ -356,17 +356,17 @@ class Metric(Guided):
         bad: list[tuple[Any, str]] = []
         raised: set[type] = set()
         for value in values:
-            ours = type(self._given(value)) in (int, float)
+            ours = type(self._raw(value)) in (int, float)
             theirs: type[BaseException] = ValueError if ours else BaseException
             try:
                 good.append(self._checked(value))
             except theirs as error:
-                bad.append((self._given(value), safe_text(error)))
+                bad.append((self._raw(value), safe_text(error)))
                 if not ours:
                     raised.add(type(error))
         return good, bad, raised
 
-    def _given(self, value: Any) -> Any:
+    def _raw(self, value: Any) -> Any:
         """Return what the user gave, of what is in the buffer."""
         return value
 

@@ -113,7 +113,7 @@ class Counter(Metric):
             return number
         return value if number is given else (number, DOWN)
 
-    def _given(self, value: Any) -> Any:
+    def _raw(self, value: Any) -> Any:
         return value[0] if _is_down(value) else value
 
 

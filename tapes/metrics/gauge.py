@@ -321,37 +321,37 @@ class Gauge(Metric):
         state: GaugeState = self._produced if self._producer is not None else self._state.state
         return state
 
-    def whole(self) -> GaugeState:
+    def total_state(self) -> GaugeState:
         """Return the value with what was inherited: steps go on from there, setting replaces it."""
         own, inherited = self.collect(), self._inherited
         if inherited is None or self._producer is not None or self._set is not None:
             return own
-        before: Any = inherited.whole()
+        before: Any = inherited.total_state()
         since = before.since if own.since is None else own.since
         return GaugeState(before.value + own.value, self.mode, since)
 
-    def set_aside(self) -> Metric | None:
+    def detach_inherited(self) -> Metric | None:
         """Stand at nothing of its own in a forked child; return a gauge of the value, if it was ever set."""
         if self._producer is not None:
             self._produced = GaugeState(None, self.mode, None)
             self._is_late = False
             return None
-        aside = super().set_aside()
+        aside = super().detach_inherited()
         self._set = None
         return aside
 
     def note_told(self, state: Any) -> None:
         """Nothing: it is not a count."""
 
-    def take(self) -> GaugeState:
+    def drain(self) -> GaugeState:
         """Return the value, which stays: it is not a count that could be handed over."""
         return self.collect()
 
-    def is_at(self, state: State | None) -> bool:
+    def is_unchanged_since(self, state: State | None) -> bool:
         """Return whether ``state`` is all there is, with nothing to be folded."""
         if self._producer is not None:
             return self._produced is state
-        return self._state.state is state and not self._pending and self._is_settled()
+        return self._state.state is state and not self._pending and self._is_compacted()
 
     def _holds_something(self) -> bool:
         return bool(self._pending) or self._set is not None or not self._state.state.is_empty
@@ -367,16 +367,16 @@ class Gauge(Metric):
         number = super()._checked(given)
         return value if number is given else (number, how, base)
 
-    def _given(self, value: Any) -> Any:
+    def _raw(self, value: Any) -> Any:
         return value[0]
 
     def _initial(self, now: float) -> _Standing:
         return _Standing(GaugeState(0, self.mode, None), None)
 
-    def _is_settled(self) -> bool:
+    def _is_compacted(self) -> bool:
         return self._state.base is self._set
 
-    def _settled(self) -> _Standing:
+    def _compacted(self) -> _Standing:
         return self._absorb([])
 
     def _absorb(self, values: list[Any]) -> _Standing:

@@ -76,13 +76,13 @@ class Histogram(Metric):
     def _initial(self, now: float) -> HistogramState:
         return HistogramState(EMPTY, Origin.now())
 
-    def _is_settled(self) -> bool:
-        settled: bool = self._state.sketch.is_settled
-        return settled
+    def _is_compacted(self) -> bool:
+        compacted: bool = self._state.sketch.is_compacted
+        return compacted
 
-    def _settled(self) -> HistogramState:
+    def _compacted(self) -> HistogramState:
         state = self._state
-        return state if state.sketch.is_settled else HistogramState(state.sketch.settled(), state.origin)
+        return state if state.sketch.is_compacted else HistogramState(state.sketch.compacted(), state.origin)
 
     def _absorb(self, values: list[Any]) -> HistogramState:
         state = self._state

@@ -62,7 +62,7 @@ class Ticking(Metric):
     _tick: int
     _tick_end: float
 
-    def _moved_on(self, now: float) -> None:
+    def _advance_tick(self, now: float) -> None:
         if now >= self._tick_end:
             self._set_tick(now)
 

@@ -109,15 +109,15 @@ class Timer(Ticking):
         self._set_tick(now)
         return TimerState(EMPTY, Rates.started(self._tick), Origin.now())
 
-    def _is_settled(self) -> bool:
-        settled: bool = self._state.sketch.is_settled
-        return settled
+    def _is_compacted(self) -> bool:
+        compacted: bool = self._state.sketch.is_compacted
+        return compacted
 
-    def _settled(self) -> TimerState:
+    def _compacted(self) -> TimerState:
         state: TimerState = self._state
-        if state.sketch.is_settled:
+        if state.sketch.is_compacted:
             return state
-        return TimerState(state.sketch.settled(), state.rates, state.origin)
+        return TimerState(state.sketch.compacted(), state.rates, state.origin)
 
     def _checked(self, value: Any) -> Any:
         return super()._checked(value.total_seconds() if isinstance(value, timedelta) else value)

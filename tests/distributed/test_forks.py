@@ -138,7 +138,7 @@ counter.increment(20)
 if os.fork():
     os._exit(0)
 counter.increment(300)
-assert counter.whole().up.value == 327, counter.whole()
+assert counter.total_state().up.value == 327, counter.total_state()
 assert tapes.get_stats().g.value == 5
 gauge.increment(2)
 assert tapes.get_stats().g.value == 7

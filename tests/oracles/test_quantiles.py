@@ -47,7 +47,7 @@ def test_views_are_those_of_every_value_with_its_weight(stream, parts):
     for turn, tick in enumerate(sorted(rng.choices(range(40), k=150))):
         values = [STREAMS[stream](rng) for _ in range(rng.randint(1, 30))]
         sketch = sketches[turn % parts].fold(values, tick)
-        sketches[turn % parts] = sketch if turn % 4 else sketch.settled()
+        sketches[turn % parts] = sketch if turn % 4 else sketch.compacted()
         events += [(value, tick) for value in values]
     events.sort()
     merged = Sketch.merge(sketches)

@@ -101,7 +101,7 @@ def test_folding_one_after_the_other_is_merging(parts):
     one = EMPTY
     for values, tick in sorted(parts, key=lambda part: part[1]):
         one = one.fold(values, tick)
-    one = one.settled()
+    one = one.compacted()
     merged = Sketch.merge(map(folded, parts))
     assert one[:6] == merged[:6]
     assert sum(one.counts) == one.count == sum(len(values) for values, _ in parts)

@@ -31,7 +31,7 @@ if pid == 0:
         (ancestor,) = registry.ancestors
         assert (ancestor.identity, ancestor.process.pid, ancestor.base) == (before, os.getppid(), 0)
         assert abs(forks.now_ns() - ancestor.version) < 5e9
-        assert [metric.whole().up.value for metric in ancestor.metrics if metric.kind == "counter"] == [7]
+        assert [m.total_state().up.value for m in ancestor.metrics if m.kind == "counter"] == [7]
         assert registry.counter("c").collect().up.value == 0
         registry.counter("c").increment(2)
         assert registry.get_stats().c.value == 9 and registry.get_stats().g.value == 5

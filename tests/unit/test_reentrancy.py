@@ -207,7 +207,7 @@ def test_taking_from_within_a_fold_takes_each_event_once(kind):
     registry = tapes.Registry()
     metric = getattr(registry, kind)("m")
     taken = []
-    interrupt(metric, lambda metric: taken.append(metric.take()))
+    interrupt(metric, lambda metric: taken.append(metric.drain()))
     for _ in range(300):
         getattr(metric, KINDS[kind])(1)
     metric.collect()
@@ -283,7 +283,7 @@ def test_a_fork_from_within_a_fold_counts_each_event_once_in_both():
         counter.increment()
     total = counter.collect().up.value
     if pids == [0]:
-        os._exit(0 if total >= 500 and counter.whole().up.value == 600 else 1)
+        os._exit(0 if total >= 500 and counter.total_state().up.value == 600 else 1)
     assert (total, os.waitpid(pids[0], 0)[1]) == (100, 0)
 
 
@@ -298,10 +298,10 @@ def test_a_fork_before_a_fold_has_begun_is_as_one_from_within():
         def __len__(self):  # which collect() asks first, and then the fold
             self.looks += 1
             if self.looks == 2:
-                aside.append(counter.set_aside())
+                aside.append(counter.detach_inherited())
             return super().__len__()
 
     counter._buffer = counter._pending = Buffer([1, 1, 1])
     assert counter.collect().counted == 0
     assert aside[0].collect().counted == 3
-    assert counter.whole().counted == 3
+    assert counter.total_state().counted == 3

@@ -174,8 +174,8 @@ def test_a_tick_of_many_values_takes_bounded_memory():
         sketch = sketch.fold([float(1 + (turn * 256 + n) % 3000) for n in range(256)], 0)
         assert len(sketch.pending) <= PENDING + 2 * len(sketch.fresh_keys) + 256
         assert len(sketch.sum_parts) < 100
-    assert sketch.settled().settled() == sketch.settled()
-    assert sum(sketch.settled().counts) == 200 * 256
+    assert sketch.compacted().compacted() == sketch.compacted()
+    assert sum(sketch.compacted().counts) == 200 * 256
 
 
 def test_the_recent_view_forgets_and_the_lifetime_does_not():

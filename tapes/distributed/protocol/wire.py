@@ -171,10 +171,10 @@ def _plain_rates(rates: Rates) -> list[Any]:
 
 
 def _plain_sketch(sketch: Sketch) -> list[Any]:
-    settled = sketch.settled()
+    compacted = sketch.compacted()
     return [
-        settled.count, settled.sum_parts, settled.low, settled.high, settled.keys.tolist(),
-        settled.counts.tolist(), settled.tick, settled.weights.tolist(), settled.recent_sum,
+        compacted.count, compacted.sum_parts, compacted.low, compacted.high, compacted.keys.tolist(),
+        compacted.counts.tolist(), compacted.tick, compacted.weights.tolist(), compacted.recent_sum,
     ]  # fmt: skip
 
 

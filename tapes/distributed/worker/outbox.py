@@ -118,7 +118,7 @@ class Outbox:
         """Return everything as the last update; the registry starts again from zero."""
         with self._lock:
             ancestors = self._ancestors()
-            items = [Item(*series) for series in self.registry.take()]
+            items = [Item(*series) for series in self.registry.drain()]
             return self._message(0, items, ancestors)
 
     def for_another(self, farewell: Update) -> Update:
@@ -142,13 +142,13 @@ class Outbox:
             if (made, revision) != self._made:
                 self._look_again()
                 self._made = (made, revision)
-            changed = [s for s in self._series.values() if not s.metric.is_at(s.told)]
+            changed = [s for s in self._series.values() if not s.metric.is_unchanged_since(s.told)]
             if not whole and time.monotonic() - self._duration_told < _DURATION_SECONDS:
                 changed = [series for series in changed if series.key[0] != DURATION]
             for series in changed:
                 series.metric.collect()
             bad = self._series.get((REJECTED, ()))
-            counted = bad is None or bad in changed or bad.metric.is_at(bad.told)
+            counted = bad is None or bad in changed or bad.metric.is_unchanged_since(bad.told)
             if counted and made is self.registry.made:  # else folding has found a bad value
                 return changed
 
