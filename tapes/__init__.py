@@ -14,8 +14,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from tapes import alone, forks
-from tapes.environment import address_told, is_disabled, is_spawned, service_address
+from tapes import forks
+from tapes.environment import configured_address, is_disabled, is_spawned, service_address, warn_if_unused
 from tapes.errors import TapesError, UnknownAttribute
 from tapes.meta import metered_meta
 from tapes.metrics import Counter, Gauge, Histogram, Meter, Timer
@@ -155,8 +155,8 @@ def _connect_as_told() -> None:
 _log = logging.getLogger("tapes")
 
 default_registry.connect_in_children = default_registry.connect_when_read = _connect_as_told
-if address_told():
+if configured_address():
     default_registry.connect_when_used = _connect_as_told
 elif is_spawned():
     default_registry.first_use.wait()
-alone.watch(default_registry)
+warn_if_unused(default_registry)

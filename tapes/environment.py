@@ -1,19 +1,30 @@
-"""What the environment says about tapes; asked for before anything that has to be installed is imported."""
+"""What the environment variables of tapes configure, and a warning where two of them have no effect.
+
+Nothing here needs a package that has to be installed.
+"""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+from typing import Any
 
-from tapes import service
+from tapes import forks, processes, service, threads
 from tapes.errors import InvalidArgument
-from tapes.forks import connected_parent
 
 __all__ = [
-    "LABELS", "address_told", "is_disabled", "is_spawned", "labels_given", "may_start", "service_address",
+    "LABELS", "configured_address", "configured_labels", "is_disabled", "is_spawned", "may_start",
+    "service_address", "warn_if_unused",
 ]  # fmt: skip
 
 LABELS = "TAPES_LABELS"
+
+_REPORTERS = ("TAPES_HTTP", "TAPES_STATSD")
+_JOIN_SECONDS = 5.0
+"""Seconds from the import of tapes after which a process counts as one that joins no service."""
+
+_log = logging.getLogger("tapes")
 
 
 def is_disabled() -> bool:
@@ -22,15 +33,15 @@ def is_disabled() -> bool:
 
 
 def may_start() -> bool:
-    """Return whether aggregators may be started by themselves (unless ``TAPES_AUTOSTART=0``)."""
+    """Return whether processes may start an aggregator when they join (unless ``TAPES_AUTOSTART=0``)."""
     return os.environ.get("TAPES_AUTOSTART", "1") != "0"
 
 
-def labels_given() -> dict[str, str]:
+def configured_labels() -> dict[str, str]:
     """Return the labels that the default registry gives to every series: ``TAPES_LABELS=key=value,…``.
 
     Raises:
-        InvalidArgument: If it can't be read so.
+        InvalidArgument: If the variable has another form.
     """
     text = os.environ.get(LABELS, "")
     labels: dict[str, str] = {}
@@ -46,22 +57,77 @@ def labels_given() -> dict[str, str]:
     return labels
 
 
-def address_told() -> str:
-    """Return where the default registry is to connect by itself; empty if nowhere.
+def configured_address() -> str:
+    """Return the address to which the default registry connects without a call; empty if there is none.
 
-    ``TAPES_ADDR``, or where the process that started this one has its own connected.
+    It is ``TAPES_ADDR``, or the address to which the process that started this one is connected.
     """
     if is_disabled():
         return ""
-    return os.environ.get("TAPES_ADDR") or next(iter(connected_parent()), "")
+    return os.environ.get("TAPES_ADDR") or next(iter(forks.connected_parent()), "")
 
 
 def service_address() -> str:
-    """Return the same, or where the service is that this process belongs to, if it has an aggregator."""
-    return "" if is_disabled() else address_told() or service.address()
+    """Return `configured_address`, or the address of this service's aggregator; empty if there is none."""
+    return "" if is_disabled() else configured_address() or service.address()
 
 
 def is_spawned() -> bool:
-    """Return whether multiprocessing made this process, or is about to make it one of its own."""
+    """Return whether multiprocessing made this process, or is about to import its main module."""
     process = multiprocessing.current_process()
     return multiprocessing.parent_process() is not None or getattr(process, "_inheriting", False)
+
+
+def warn_if_unused(registry: Any) -> None:
+    """Log once if the environment configures reporters and ``registry`` has joined no service after 5 s.
+
+    ``TAPES_HTTP`` and ``TAPES_STATSD`` configure the aggregator of a service. Where no process joins one,
+    nothing listens or reports.
+    """
+    names = [name for name in _REPORTERS if os.environ.get(name)]
+    if names and not is_disabled():
+        _warnings.append(_UnusedWarning(registry, names))
+        forks.register_user(_warnings[0])
+
+
+class _UnusedWarning:
+    """Checks once whether ``registry`` has joined a service; a forked child does not check again."""
+
+    def __init__(self, registry: Any, names: list[str]) -> None:
+        self._registry = registry
+        self._names = names
+        self._delayed = threads.Delayed(self._check, _JOIN_SECONDS, "tapes-unused")
+        if threads.can_run():
+            self._delayed.start()
+
+    def before_fork(self) -> None:
+        self._delayed.pause()
+
+    def after_in_parent(self) -> None:
+        self._delayed.resume()
+
+    def after_in_child(self, parent: processes.Process, version: int) -> None:
+        self._delayed = threads.Delayed(self._check, _JOIN_SECONDS, "tapes-unused")
+
+    def after_in_helper(self) -> None:
+        pass
+
+    def _check(self) -> None:
+        try:
+            if self._registry._connection is None and not service_address():
+                _log.warning("%s", self._text())
+        except Exception as error:  # looking at the file system can fail
+            _log.debug("tapes can't find out whether this process joined a service: %s", error)
+
+    def _text(self) -> str:
+        have = "has" if len(self._names) == 1 else "have"
+        why = (
+            "this process has joined no service" if may_start() else "TAPES_AUTOSTART=0 starts no aggregator"
+        )
+        return (
+            f"{' and '.join(self._names)} {have} no effect: {why}, so there is no aggregator; "
+            "call tapes.join(), or start this program by: tapes run -- COMMAND"
+        )
+
+
+_warnings: list[_UnusedWarning] = []

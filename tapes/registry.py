@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 from tapes import forks, processes, threads
 from tapes.catalogue import MAX_SERIES, OVERFLOW, Catalogue
 from tapes.clock import Clock, monotonic, tick_at
-from tapes.environment import LABELS, labels_given
+from tapes.environment import LABELS, configured_labels
 from tapes.errors import InvalidArgument, KindConflict, TapesError, short_repr
 from tapes.first_use import FirstUse
 from tapes.lineage import unpublished_by_parent
@@ -321,7 +321,7 @@ def _of_default_registry(
 
 def _default_registry() -> Registry:
     try:
-        return Registry(labels=labels_given())
+        return Registry(labels=configured_labels())
     except TapesError as error:  # it is the import of the user's application that comes here
         _log.warning("tapes records without the labels of %s: %s", LABELS, error)
         return Registry()

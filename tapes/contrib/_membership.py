@@ -23,7 +23,7 @@ import time
 from typing import Any
 
 from tapes import forks, processes, shutdown, threads
-from tapes.environment import address_told, is_disabled, is_spawned, may_start
+from tapes.environment import configured_address, is_disabled, is_spawned, may_start
 from tapes.errors import AggregatorUnavailable, TapesError
 from tapes.exposition.endpoint import Answer, answer, plain
 from tapes.first_use import SHORTLY_SECONDS
@@ -81,7 +81,7 @@ class Membership:
         forks.detect_fork()
         here = self._here()
         if not (self.is_off or here.is_member):
-            known = bool(address_told()) if is_development else is_one_of_several()
+            known = bool(configured_address()) if is_development else is_one_of_several()
             here.is_member, here.is_claim = known or says_several, not known
         here.may_end = says_several and not _is_of_a_known_server()
         if here.may_end:
@@ -231,7 +231,7 @@ class _Here:
 
 def is_one_of_several() -> bool:
     """Return whether this process belongs to a service of many processes, as far as can be seen from here."""
-    return bool(address_told()) or _is_of_a_known_server()
+    return bool(configured_address()) or _is_of_a_known_server()
 
 
 def _is_of_a_known_server() -> bool:
@@ -298,12 +298,12 @@ def _has_joined(registry: Registry) -> bool:
 
 def _decide(registry: Registry) -> None:
     """Decide where the service meets, for this process and for all that it starts."""
-    if may_start() and not address_told() and not hasattr(registry, "socket_addr"):
+    if may_start() and not configured_address() and not hasattr(registry, "socket_addr"):
         forks.import_module("tapes.distributed.supervision.rendezvous").choose_address(this_service())
 
 
 def _join(registry: Registry, is_claim: bool) -> None:
-    if not may_start() and not address_told() and not hasattr(registry, "socket_addr"):
+    if not may_start() and not configured_address() and not hasattr(registry, "socket_addr"):
         raise AggregatorUnavailable(
             "TAPES_AUTOSTART=0 forbids to start an aggregator",
             remedy="set TAPES_ADDR to the address of one, or start the server by tapes run -- COMMAND",

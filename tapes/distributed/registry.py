@@ -187,6 +187,6 @@ class RegistryAggregator:
         try:
             os.setsid()
             set_title(f"tapes aggregator supervisor {self.socket_addr}")
-            status = Supervisor(run, owner).keep(readiness)
+            status = Supervisor(run, owner).run(readiness)
         finally:
             os._exit(status)

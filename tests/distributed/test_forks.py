@@ -42,7 +42,7 @@ def assert_counted(reader, number):
     """So many, and no more when all last words have been read."""
     wait_for(lambda: value(reader) == number, f"{number} are counted")
     directory = pathlib.Path(reader.socket_addr.partition("//")[2]).parent
-    wait_for(lambda: not list(directory.glob("*.will-*")), "no last words are unread")
+    wait_for(lambda: not list(directory.glob("*.spool-*")), "no last words are unread")
     assert value(reader) == number
 
 
@@ -349,9 +349,9 @@ def test_a_will_is_left_for_the_next_aggregator(short_dir, start_aggregator):
     early.connect()
     early.counter("c").increment(7)
     early.close()
-    (will,) = short_dir.glob("m.ipc.will-*")
+    (will,) = short_dir.glob("m.ipc.spool-*")
     assert will.stat().st_mode & 0o077 == 0
-    (short_dir / "m.ipc.will-strange").write_bytes(b"garbage")
+    (short_dir / "m.ipc.spool-strange").write_bytes(b"garbage")
     with start_aggregator() as process:
         wait_for((short_dir / "m.ipc.read").exists, "the aggregator listens")
         late = DistributedRegistry(address)
@@ -447,7 +447,7 @@ def test_a_refused_goodbye_is_not_forgotten(short_dir):
         registry.counter("c").increment()
         registry.close()
         refuse.join()
-    assert len(list(short_dir.glob("*.will-*"))) == 1
+    assert len(list(short_dir.glob("*.spool-*"))) == 1
 
 
 @pytest.mark.parametrize(

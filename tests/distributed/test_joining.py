@@ -177,7 +177,7 @@ tapes.close()
 """
     done = run(home, program, status=1, TAPES_AUTOSTART="0", TAPES_ADDR=f"ipc://{home.directory}/m.ipc")
     assert "did not answer" in done[1]
-    (will,) = home.directory.glob("m.ipc.will-*")
+    (will,) = home.directory.glob("m.ipc.spool-*")
     will.unlink()
     done = run(home, program, TAPES_DISABLED="1", TAPES_ADDR=f"ipc://{home.directory}/m.ipc")
     assert done == ("5\n", "")

@@ -147,6 +147,6 @@ def test_the_last_value_of_a_worker_that_left_it_in_a_file_stays(service):
         pid = crashing.aggregator(service.directory / "m.ipc.lock")
         with stopped(pid):
             service.stop(second, "return")
-            assert list(service.directory.glob("m.ipc.will-*"))
+            assert list(service.directory.glob("m.ipc.spool-*"))
             os.kill(pid, signal.SIGKILL)
         service.shows(reader, 42, 1)

@@ -76,12 +76,12 @@ def test_a_worker_that_has_little_memory_answers_every_request(home, megabytes):
 def test_memory_is_looked_for_before_it_is_taken(tmp_path):
     source = """
 import resource
-from tapes.distributed.transport.preflight import make_sure_of_memory
+from tapes.distributed.transport.preflight import check_memory
 from tapes.errors import AggregatorUnavailable
-make_sure_of_memory(1 << 20)
+check_memory(1 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (1 << 28, 1 << 28))
 try:
-    make_sure_of_memory(1 << 28)
+    check_memory(1 << 28)
 except AggregatorUnavailable as error:
     print(error)
 """

@@ -212,7 +212,7 @@ def test_nobody_else_may_touch_the_files(short_dir):
             found = {path.name: path.lstat().st_mode for path in place.iterdir()}
         assert {name.partition("-")[0] for name in found} >= {
             "metrics.ipc", "metrics.ipc.read", "metrics.ipc.lock", "metrics.ipc.start", "metrics.ipc.journal",
-            "metrics.ipc.will",
+            "metrics.ipc.spool",
         }  # fmt: skip
         for name, mode in found.items():
             assert stat.S_IMODE(mode) & ~(0o700 if stat.S_ISSOCK(mode) else 0o600) == 0, (name, oct(mode))

@@ -73,7 +73,7 @@ def test_each_form_is_made_once_and_the_one_that_has_waited_longest_comes_first(
 def test_a_question_whose_reader_has_given_up_is_dropped(maker, monkeypatch):
     maker.ask("json")
     assert maker.is_making.wait(10)
-    monkeypatch.setattr(answers, "LONGEST_SECONDS", -1.0)
+    monkeypatch.setattr(answers, "MAX_WAIT_SECONDS", -1.0)
     maker.ask("prometheus", "json", start=1)
     monkeypatch.undo()
     maker.ask("json", start=3)

@@ -302,7 +302,7 @@ def test_the_journal_of_a_service_that_has_ended_is_nobodys(books, short_dir):
     worker.registry.counter("c").increment()
     first.answer(worker.goodbye())
     write(first)
-    (short_dir / "m.ipc.will-00").write_bytes(b"")
+    (short_dir / "m.ipc.spool-00").write_bytes(b"")
     second = successor(first, books)
     assert (values(second, "c"), list(short_dir.iterdir())) == ([None], [])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tapes.environment import labels_given
+from tapes.environment import configured_labels
 from tapes.errors import InvalidArgument
 from tests.processes import run_python
 
@@ -28,7 +28,7 @@ print(sorted(tapes.get_stats().a), sorted(tapes.get_stats().b))
 def test_labels_are_pairs_with_commas_between(monkeypatch, text, labels):
     """Blanks around them do not count; a value may have a '=' in it."""
     monkeypatch.setenv("TAPES_LABELS", text)
-    assert labels_given() == labels
+    assert configured_labels() == labels
 
 
 @pytest.mark.parametrize("text", ["region", "region=", "=eu", "region=eu,", "a=1,a=2", ",", "region:eu"])
@@ -36,7 +36,7 @@ def test_what_is_no_pair_is_refused(monkeypatch, text):
     """A key and a value are needed, each key once."""
     monkeypatch.setenv("TAPES_LABELS", text)
     with pytest.raises(InvalidArgument, match=r"TAPES_LABELS: got .*expected KEY=VALUE,KEY=VALUE"):
-        labels_given()
+        configured_labels()
 
 
 def test_the_default_registry_has_them(tmp_path):

@@ -14,7 +14,7 @@ from tapes.distributed.aggregator.handler import Handler
 from tapes.distributed.aggregator.lifetime import Lifetime
 from tapes.distributed.protocol.messages import Attach, Goodbye
 from tapes.distributed.protocol.wire import encode
-from tapes.distributed.storage.spool import leave
+from tapes.distributed.storage import spool
 from tapes.distributed.storage.sweeping import sweep
 from tapes.distributed.transport.address import resolve
 from tapes.processes import Process
@@ -81,7 +81,7 @@ def test_a_young_journal_of_another_namespace_is_taken_over(books, short_dir, ho
     left = counting(4, process=NOBODY_LIVES, host=host)
     first.answer(counting(200, process=NOBODY_LIVES, host=host).goodbye())
     first.publication(gone.publication())
-    assert leave(resolve(f"ipc://{short_dir}/m.ipc"), Goodbye(0, left.update()))
+    assert spool.write(resolve(f"ipc://{short_dir}/m.ipc"), Goodbye(0, left.update()))
     killed(first, short_dir, ago)
     second = books(processes.host_id())
     second.restore()
@@ -108,7 +108,7 @@ def test_last_words_that_are_young_keep_an_older_journal(books, short_dir):
     first = books()
     first.answer(counting(200, host=ELSEWHERE).goodbye())
     killed(first, short_dir, HOUR)
-    assert leave(resolve(f"ipc://{short_dir}/m.ipc"), Goodbye(0, counting(4, host=THIRD).update()))
+    assert spool.write(resolve(f"ipc://{short_dir}/m.ipc"), Goodbye(0, counting(4, host=THIRD).update()))
     second = books(processes.host_id())
     second.restore()
     second.reap_workers(monotonic())
@@ -118,12 +118,12 @@ def test_last_words_that_are_young_keep_an_older_journal(books, short_dir):
 def test_last_words_from_before_the_machine_was_started_do_not_count(books, short_dir):
     """Without a journal too; those of every namespace of this boot do."""
     for host in (BEFORE, ELSEWHERE, processes.host_id()):
-        leave(resolve(f"ipc://{short_dir}/m.ipc"), Goodbye(0, counting(4, host=host).update()))
+        spool.write(resolve(f"ipc://{short_dir}/m.ipc"), Goodbye(0, counting(4, host=host).update()))
     second = books(processes.host_id())
     second.restore()
     second.reap_workers(monotonic())
     assert values(second, "c") == [8]
-    assert list(short_dir.glob("*.will-*")) == []
+    assert list(short_dir.glob("*.spool-*")) == []
 
 
 @pytest.mark.parametrize("known_by", ["worker", "owner"])

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from tapes.clock import monotonic
 from tapes.distributed.protocol.messages import WAIT, Reply
 from tapes.distributed.protocol.wire import VERSION, encode
-from tapes.distributed.transport.requests import LONGEST_SECONDS, TIMEOUT_SECONDS
+from tapes.distributed.transport.requests import MAX_WAIT_SECONDS, TIMEOUT_SECONDS
 from tapes.threads import NativeThread, can_run, unpatched
 
 __all__ = ["Answers", "Wanted"]
@@ -66,7 +66,7 @@ class Answers:
 
     def put(self, route: list[bytes], wanted: Wanted) -> None:
         """Note a question that has just come."""
-        patience = LONGEST_SECONDS if wanted.version == VERSION else TIMEOUT_SECONDS
+        patience = MAX_WAIT_SECONDS if wanted.version == VERSION else TIMEOUT_SECONDS
         self._waiting.append(_Question(route, wanted, monotonic() + patience))
         if self._thread is None and can_run():
             thread = NativeThread(self._run, "tapes-answers")

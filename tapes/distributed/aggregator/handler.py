@@ -37,7 +37,7 @@ from tapes.distributed.protocol.messages import (
 )
 from tapes.distributed.protocol.wire import VERSION, decode, encode, version_to_answer
 from tapes.distributed.storage.journal import JournalFile
-from tapes.distributed.storage.spool import Wills
+from tapes.distributed.storage.spool import Spool
 from tapes.distributed.transport.address import Endpoints
 from tapes.errors import WireError
 from tapes.exposition import FORMS
@@ -84,7 +84,7 @@ class Handler:
         self._ledger = Ledger()
         self._view = MergedView(self._ledger, self.registry)
         self.registry.connection = self._view
-        self._wills = Wills(endpoints)
+        self._spool = Spool(endpoints)
         self._watches: dict[bytes, ProcessWatch] = {}
         self._spoke: set[bytes] = set()
         self._heard: dict[bytes, float] = {}
@@ -116,7 +116,7 @@ class Handler:
             return {}
         if not saved.is_of_living_service(self._host):
             self.journal.remove()
-            self._wills.remove()
+            self._spool.remove()
             return {}
         self.is_successor = True
         self._ledger.restore(saved.journal, saved.records)
@@ -140,7 +140,7 @@ class Handler:
     def settle(self, endpoints: Endpoints) -> None:
         """Go on beside ``endpoints``, as the files were removed."""
         self._endpoints = endpoints
-        self._wills = Wills(endpoints)
+        self._spool = Spool(endpoints)
         self.journal.settle(endpoints)
 
     def inheritance(self) -> Iterator[Attach | Read | Goodbye]:
@@ -213,7 +213,7 @@ class Handler:
         ended = {identity for identity, worker in workers.items() if self._has_ended(worker, now)}
         self._spoke.clear()
         # After that: whoever has ended has left its will before.
-        for will, data in self._wills.take_in():
+        for will, data in self._spool.drain():
             if isinstance(will, Goodbye):
                 if is_same_boot(will.update.host, self._host):
                     self._leave(will, data)

@@ -94,7 +94,7 @@ def serve(address: str, pid: str, started: str, reason: str, uid: str, gid: str,
         aggregator = Aggregator(endpoints, reporters, lease, reason=reason, configured=configured, kept=kept)
         return run_to_end(aggregator, readiness)
 
-    sys.exit(Supervisor(run, owner).keep_while_killed(readiness) if kept else run(readiness))
+    sys.exit(Supervisor(run, owner).run_while_killed(readiness) if kept else run(readiness))
 
 
 def _adopter(parent: int) -> int:

@@ -16,7 +16,7 @@ from tapes.clock import monotonic, tick_at
 from tapes.distributed.aggregator.ledger import Ledger
 from tapes.distributed.protocol.messages import NOBODY, Item, Update
 from tapes.distributed.protocol.wire import encode
-from tapes.distributed.transport.requests import LONGEST_SECONDS
+from tapes.distributed.transport.requests import MAX_WAIT_SECONDS
 from tapes.exposition import write
 from tapes.metrics import Gauge
 from tapes.registry import Registry
@@ -44,7 +44,7 @@ class MergedView(Connection):
         self._registry = registry
         self._seq = 0
         self._lock = threading.Lock()
-        self._shared: Shared[bytes] = Shared(LONGEST_SECONDS)
+        self._shared: Shared[bytes] = Shared(MAX_WAIT_SECONDS)
         self._live, self._retired = (registry.own(Gauge, _WORKERS, state=s) for s in ("live", "retired"))
         self._memory = registry.own(Gauge, _MEMORY)
         registry.describe(_WORKERS, "Worker processes that live, and that have left.")

@@ -88,7 +88,7 @@ class Aggregator:
         self._reports = Reports(self._wake)
         self._held: list[tuple[Demand, list[bytes]]] = []
         self._is_missed = self._is_displaced = False
-        self._lock = Lock(endpoints, joined=lease.is_joined, kept=kept)
+        self._lock = Lock(endpoints, restartable=lease.is_joined, supervised=kept)
         self._clearing = contextlib.ExitStack()
         self._wake_sender, self._wake_receiver = socket.socketpair()
         self._wake_sender.setblocking(False)
@@ -107,7 +107,7 @@ class Aggregator:
             stack.callback(self._wake_sender.close)
             runtime_directory.restore(self._endpoints, runtime_directory.User.ourselves())
             self._when_free(self._lock.acquire)
-            self._is_missed = self._lock.left_by_crash
+            self._is_missed = self._lock.predecessor_crashed
             stack.callback(self._clear_away)
             before = self._books.restore()
             self._is_missed |= self._books.is_successor
@@ -189,14 +189,14 @@ class Aggregator:
         """Remove everything that it has made; but for what another one needs that takes its place."""
         if self._is_displaced:  # what is there is another one's
             self._books.journal.close()
-            self._lock.let_go()
+            self._lock.close()
             return
         for path in self._endpoints.files:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         if self._is_missed:  # it makes room, or failed
             self._books.journal.close()
-            self._lock.release(expect_successor=True)
+            self._lock.release(keep_file=True)
             return
         self._books.journal.remove()
         self._lock.release()
@@ -270,8 +270,10 @@ class Aggregator:
 
     def _settle_again(self, updates: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> None:
         """Make the files again that somebody has removed, there or elsewhere; or hand over to another one."""
-        places = [self._endpoints, *runtime_directory.elsewhere(self._endpoints)]
-        heir = next(filter(runtime_directory.serves, places), None)  # ours is lost, so that is another one
+        places = [self._endpoints, *runtime_directory.other_places(self._endpoints)]
+        heir = next(
+            filter(runtime_directory.has_aggregator, places), None
+        )  # ours is lost, so that is another one
         if heir is None:
             any(self._settle_at(place, updates, questions) for place in places)
         elif hand_over(self._books.inheritance(), heir):
@@ -289,14 +291,14 @@ class Aggregator:
             with runtime_directory.start_lock(place, ourselves, wait=False) as held:
                 if not held or is_served(place):
                     return True
-                lock = self._lock.at(place)
+                lock = self._lock.moved_to(place)
                 lock.acquire()
                 try:
                     bind_again(updates, questions, self._endpoints, place)
                 except AddressError:
                     lock.release()
                     raise
-                self._lock.let_go()
+                self._lock.close()
                 self._lock = lock
         except (OSError, TapesError):
             return False

@@ -40,7 +40,7 @@ from tapes.distributed.protocol.messages import (
     Record,
 )
 from tapes.distributed.protocol.wire import VERSION, decode, encode
-from tapes.distributed.storage.spool import MARK
+from tapes.distributed.storage.spool import SUFFIX
 from tapes.distributed.transport.address import Endpoints
 from tapes.errors import AddressError, WireError
 from tapes.processes import Process, is_same_boot, lives, namespace_seconds
@@ -311,7 +311,7 @@ def read_journal(base: str) -> Saved | None:
 def _age_of(base: str) -> float:
     """Return the seconds since a file beside ``base`` that outlives its aggregator was written."""
     written = []
-    for path in (_journal_of(base), *_tails_of(base), *_ours(glob.glob(glob.escape(base + MARK) + "*"))):
+    for path in (_journal_of(base), *_tails_of(base), *_ours(glob.glob(glob.escape(base + SUFFIX) + "*"))):
         with contextlib.suppress(OSError):
             written.append(os.lstat(path).st_mtime)
     return time.time() - max(written, default=0.0)

@@ -1,7 +1,7 @@
-"""The lock of an aggregator: a file beside its socket, locked while it lives.
+"""The aggregator's lock: a file beside its socket, locked with ``flock`` while the aggregator lives.
 
-It shows whether an aggregator lives, and whether one that died is to be started again. A lock of ``flock``
-ends with its process, however that ends.
+The kernel releases the lock when the process ends, for whatever reason. The text of the file remains: it
+shows whether another aggregator has to be started.
 """
 
 from __future__ import annotations
@@ -11,66 +11,91 @@ import fcntl
 import os
 import stat
 import time
+from dataclasses import dataclass
 
 from tapes.distributed.transport.address import Endpoints
 from tapes.errors import AddressError, AddressInUse
 
-__all__ = ["Lock", "is_kept", "is_served", "needs_restart", "unlock"]
+__all__ = ["Lock", "is_served", "is_supervised", "needs_restart", "unlock"]
 
-_JOINED, _KEPT = b"joined", b"kept"
-_ATTEMPTS = 20
+_ATTEMPTS, _PAUSE_SECONDS = 20, 0.005
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """The aggregator that holds a lock, or held it last, as its file describes it.
+
+    Attributes:
+        pid: Its process; empty in a new file.
+        restartable: Whether workers start another aggregator after it dies.
+        supervised: Whether its parent process does so before them.
+    """
+
+    pid: bytes
+    restartable: bool
+    supervised: bool
+
+    @classmethod
+    def read(cls, fd: int) -> _Holder:
+        """Return the holder that a lock file describes."""
+        text = os.pread(fd, 64, 0)
+        return cls(text.partition(b"\n")[0], b"restartable" in text, b"supervised" in text)
+
+    def write(self, fd: int) -> None:
+        """Write the text of a lock file, in place: a full disk has no room for another file."""
+        words = [self.pid, b"restartable" * self.restartable, b"supervised" * self.supervised]
+        text = b"\n".join(filter(None, words))
+        os.pwrite(fd, text, 0)
+        os.ftruncate(fd, len(text))
 
 
 def is_served(endpoints: Endpoints) -> bool:
-    """Return whether an aggregator lives there, as its lock tells; ``False`` where there is no file."""
-    return _holder_of(endpoints)[0]
+    """Return whether a process holds the lock of ``endpoints``; ``False`` where there is no lock file."""
+    return _inspect(endpoints)[0]
 
 
 def needs_restart(endpoints: Endpoints) -> bool:
-    """Return whether an aggregator that workers start by themselves has died there, as its lock tells."""
-    lives, joined = _holder_of(endpoints)
-    return joined and not lives
+    """Return whether an aggregator at ``endpoints`` has died and workers have to start another one."""
+    is_locked, holder = _inspect(endpoints)
+    return holder.restartable and not is_locked
 
 
-def is_kept(endpoints: Endpoints) -> bool:
-    """Return whether the aggregator that was there has a parent that starts another one when it is killed."""
-    try:
-        fd = os.open(endpoints.lock or "", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return False
-    with open(fd, "rb") as file:
-        return _may_be_ours(os.fstat(fd)) and _KEPT in file.read(40)
+def is_supervised(endpoints: Endpoints) -> bool:
+    """Return whether the last aggregator at ``endpoints`` has a parent that starts another one."""
+    return _inspect(endpoints)[1].supervised
 
 
-def _holder_of(endpoints: Endpoints) -> tuple[bool, bool]:
-    """Return whether a process holds the lock, and whether the one that held it last was joined."""
+def _inspect(endpoints: Endpoints) -> tuple[bool, _Holder]:
+    """Return whether a process holds the lock, and which one holds it or held it last."""
+    unknown = _Holder(b"", restartable=False, supervised=False)
     if endpoints.lock is None:
-        return False, False
+        return False, unknown
     try:
         fd = os.open(endpoints.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
-        return False, False
+        return False, unknown
     try:
-        if not _may_be_ours(os.fstat(fd)):
-            return False, False
-        joined = _JOINED in os.pread(fd, 40, 0)
+        if not _is_trusted(fd):
+            return False, unknown
+        holder = _Holder.read(fd)
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True, joined
+        return True, holder
     except OSError:
-        return False, False
+        return False, unknown
     finally:
         unlock(fd)
-    return False, joined
+    return False, holder
 
 
-def _may_be_ours(found: os.stat_result) -> bool:
-    """Return whether a lock's file is one that this user made; root meets with services of other users."""
+def _is_trusted(fd: int) -> bool:
+    """Return whether this user made a lock file; root accepts the files of all users."""
+    found = os.fstat(fd)
     return stat.S_ISREG(found.st_mode) and os.geteuid() in (0, found.st_uid)
 
 
 def _lock_soon(fd: int) -> None:
-    """Lock ``fd``, or raise BlockingIOError; those who ask whether it is locked hold it for a moment."""
+    """Lock ``fd``, or raise BlockingIOError; `_inspect` in another process may hold it for a moment."""
     for attempt in range(_ATTEMPTS):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,11 +103,11 @@ def _lock_soon(fd: int) -> None:
         except BlockingIOError:
             if attempt == _ATTEMPTS - 1:
                 raise
-        time.sleep(0.005)
+        time.sleep(_PAUSE_SECONDS)
 
 
 def unlock(fd: int) -> None:
-    """Give back a lock of ``flock`` and close its file.
+    """Release a ``flock`` and close its file.
 
     Closing alone is not enough: a child that was forked meanwhile has the file open too.
     """
@@ -92,47 +117,50 @@ def unlock(fd: int) -> None:
 
 
 class Lock:
-    """Held by the one aggregator that serves an address; gone with it, however it ends.
+    """The lock of the one aggregator that serves ``endpoints``.
 
-    A file beside the socket, locked with ``flock``; it holds the pid of the owner, whether workers are to
-    start another one when it dies, and whether its parent does so before them. An abstract socket or a TCP
-    port needs none: there the kernel refuses the second.
+    An abstract socket or a TCP port has no lock file: there the kernel refuses a second aggregator.
+
+    Args:
+        endpoints: Where the aggregator listens.
+        restartable: Whether workers start another aggregator after this one dies.
+        supervised: Whether its parent process does so before them.
 
     Attributes:
-        left_by_crash: Whether who held it last died, and is to be replaced.
+        predecessor_crashed: Whether the last holder died and has to be replaced.
     """
 
-    def __init__(self, endpoints: Endpoints, *, joined: bool = False, kept: bool = False) -> None:
+    def __init__(self, endpoints: Endpoints, *, restartable: bool = False, supervised: bool = False) -> None:
         self._endpoints = endpoints
         self._path = endpoints.lock
-        self._joined = joined
-        self._kept = kept
-        self.left_by_crash = False
+        self._restartable = restartable
+        self._supervised = supervised
+        self.predecessor_crashed = False
         self._fd = -1
 
     def acquire(self) -> None:
-        """Take the lock, and clear away what a killed predecessor left.
+        """Take the lock, and remove the sockets of a predecessor that was killed.
 
         Raises:
             AddressInUse: If a living aggregator holds it.
-            AddressError: If there is no such directory, or something there that is not a socket.
+            AddressError: If the directory does not exist, or another file has the name of a socket.
         """
         if self._path is None:
             return
         try:
             while self._fd < 0:
                 self._fd = self._open(self._path)
-            self.left_by_crash = _JOINED in os.pread(self._fd, 40, 0)
-            self._clear()
-            self._sign()
+            self.predecessor_crashed = _Holder.read(self._fd).restartable
+            self._remove_sockets()
+            _Holder(b"%d" % os.getpid(), self._restartable, self._supervised).write(self._fd)
         except OSError as error:
-            self.release(expect_successor=self.left_by_crash)
+            self.release(keep_file=self.predecessor_crashed)
             raise AddressError(
                 f"the aggregator can't bind {self._endpoints.publish} ({error.strerror or error})",
-                remedy="choose a directory that exists and that this user alone can write to",
+                remedy="choose an existing directory that only this user can write to",
             ) from None
         except AddressError:
-            self.release(expect_successor=self.left_by_crash)
+            self.release(keep_file=self.predecessor_crashed)
             raise
 
     @property
@@ -145,61 +173,55 @@ class Lock:
         except OSError:
             return True
 
-    def at(self, endpoints: Endpoints) -> Lock:
-        """Return such a lock at ``endpoints``, which is yet to be acquired."""
-        return Lock(endpoints, joined=self._joined, kept=self._kept)
+    def moved_to(self, endpoints: Endpoints) -> Lock:
+        """Return a lock with the same properties at ``endpoints``; it is not acquired yet."""
+        return Lock(endpoints, restartable=self._restartable, supervised=self._supervised)
 
-    def let_go(self) -> None:
-        """Close the locked file, which is lost."""
+    def close(self) -> None:
+        """Release the lock if it is held, and leave its file as it is."""
         if self._fd >= 0:
             unlock(self._fd)
             self._fd = -1
 
-    def _sign(self) -> None:
-        """Write whose it is; over what is there, as on a full disk there is no other room."""
-        text = b"%d\n%s" % (os.getpid(), _JOINED if self._joined else b"")
-        text += b"\n" + _KEPT if self._kept else b""
-        os.pwrite(self._fd, text, 0)
-        os.ftruncate(self._fd, len(text))
+    def release(self, *, keep_file: bool = False) -> None:
+        """Release the lock if it is held, and remove its file.
 
-    def release(self, *, expect_successor: bool = False) -> None:
-        """Give the lock back, if it is held; its file stays if workers are to miss who held it."""
-        if self._fd >= 0 and self._path is not None:
-            if not expect_successor:
-                with contextlib.suppress(OSError):
-                    os.unlink(self._path)
-            unlock(self._fd)
-            self._fd = -1
+        Args:
+            keep_file: Leave the file, so that workers find that another aggregator is needed.
+        """
+        if self._fd >= 0 and self._path is not None and not keep_file:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+        self.close()
 
     def _open(self, path: str) -> int:
-        """Return the descriptor of the locked file, or -1 if it was removed meanwhile."""
+        """Return the descriptor of the locked file, or -1 if the file was removed meanwhile."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        is_current = False
         try:
-            if not _may_be_ours(os.fstat(fd)):
-                os.close(fd)
+            if not _is_trusted(fd):
                 raise PermissionError(f"{path} belongs to another user")
             _lock_soon(fd)
-            owner = os.pread(fd, 20, 0).partition(b"\n")[0]
-            if owner and not owner.isdigit():
-                os.close(fd)
+            pid = _Holder.read(fd).pid
+            if pid and not pid.isdigit():
                 raise AddressError(
-                    f"the aggregator can't bind {self._endpoints.publish}: {path} is somebody's file",
+                    f"the aggregator can't bind {self._endpoints.publish}: {path} is another program's file",
                     remedy="choose another address, or remove that file",
                 )
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(fd), os.stat(path)):
-                    return fd
+            with contextlib.suppress(FileNotFoundError):
+                is_current = os.path.samestat(os.fstat(fd), os.stat(path))
         except BlockingIOError:
-            holder = os.read(fd, 20).decode("ascii", "replace").partition("\n")[0]
-            os.close(fd)
+            holder = _Holder.read(fd).pid.decode("ascii", "replace")
             raise AddressInUse(
                 f"another aggregator{holder and f' (pid {holder})'} serves {self._endpoints.publish}",
-                remedy="choose another address, or stop that one",
+                remedy="choose another address, or stop the other aggregator",
             ) from None
-        os.close(fd)
-        return -1
+        finally:
+            if not is_current:
+                os.close(fd)
+        return fd if is_current else -1
 
-    def _clear(self) -> None:
+    def _remove_sockets(self) -> None:
         for path in self._endpoints.files:
             try:
                 mode = os.lstat(path).st_mode

@@ -24,8 +24,8 @@ from tapes.processes import Process
 from tapes.service import SOCKET
 
 __all__ = [
-    "START_LOCK", "User", "clear", "elsewhere", "empty", "has_gone", "is_same_service", "opened", "place_of",
-    "present", "restore", "serves", "settle", "start_lock",
+    "START_LOCK", "User", "choose_place", "clear", "current_place", "has_aggregator", "is_removed",
+    "is_same_service", "open_private", "other_places", "place_of", "remove_files", "restore", "start_lock",
 ]  # fmt: skip
 
 START_LOCK = ".start"
@@ -46,7 +46,7 @@ class User(NamedTuple):
         return cls(os.geteuid(), os.getegid())
 
 
-def settle(endpoints: Endpoints, user: User) -> Endpoints:
+def choose_place(endpoints: Endpoints, user: User) -> Endpoints:
     """Return where a service meets that is to meet at ``endpoints``; a private directory is made if need be.
 
     That is there, but for a private directory: such a service meets wherever it is served by now, and if it
@@ -58,9 +58,9 @@ def settle(endpoints: Endpoints, user: User) -> Endpoints:
     directory = _owned(endpoints)
     if directory is None:
         return endpoints
-    places = [endpoints, *elsewhere(endpoints, user.uid)]
+    places = [endpoints, *other_places(endpoints, user.uid)]
     for place in places:
-        if serves(place, user.uid):
+        if has_aggregator(place, user.uid):
             return place
     for place in places:
         if service.is_private(os.path.dirname(place.path or ""), user.uid):
@@ -78,13 +78,13 @@ def settle(endpoints: Endpoints, user: User) -> Endpoints:
     )
 
 
-def serves(place: Endpoints, uid: int | None = None) -> bool:
+def has_aggregator(place: Endpoints, uid: int | None = None) -> bool:
     """Return whether an aggregator serves ``place``; in a private directory, one of user ``uid``."""
     directory = _owned(place)
     return (directory is None or service.is_private(directory, uid)) and is_served(place)
 
 
-def present(endpoints: Endpoints) -> Endpoints:
+def current_place(endpoints: Endpoints) -> Endpoints:
     """Return where the aggregator is by now that was to be at ``endpoints``.
 
     If it can't be found, these; or, where another user has made a directory of that name, where it may come.
@@ -94,12 +94,12 @@ def present(endpoints: Endpoints) -> Endpoints:
     is_of_another = _is_of_another(endpoints)
     if os.path.lexists(endpoints.path) and not is_of_another:
         return endpoints
-    others = elsewhere(endpoints)
+    others = other_places(endpoints)
     possible = (place for place in others if is_of_another and not _is_of_another(place))
-    return next(filter(serves, others), next(possible, endpoints))
+    return next(filter(has_aggregator, others), next(possible, endpoints))
 
 
-def has_gone(endpoints: Endpoints) -> bool:
+def is_removed(endpoints: Endpoints) -> bool:
     """Return whether the private directory of ``endpoints``, or what an aggregator keeps in it, is gone."""
     is_there = os.path.lexists(endpoints.lock or "") and not _is_of_another(endpoints)
     return _owned(endpoints) is not None and not is_there
@@ -119,10 +119,10 @@ def place_of(supervisor: Process) -> Endpoints:
         )
     there = _there(supervisor, os.geteuid())
     usable = (place for place in found if _is_usable(os.path.dirname(os.path.dirname(place.path or ""))))
-    return next(filter(serves, [*found, *there]), next(iter(there), next(usable, found[0])))
+    return next(filter(has_aggregator, [*found, *there]), next(iter(there), next(usable, found[0])))
 
 
-def elsewhere(endpoints: Endpoints, uid: int | None = None) -> list[Endpoints]:
+def other_places(endpoints: Endpoints, uid: int | None = None) -> list[Endpoints]:
     """Return the other places in which a service may meet that has a private directory of ``uid``."""
     supervisor = service.supervisor_of(os.path.basename(_owned(endpoints) or ""))
     if supervisor is None:
@@ -211,7 +211,7 @@ def restore(endpoints: Endpoints, user: User) -> None:
 def _make(directory: str, user: User) -> None:
     os.mkdir(directory, 0o700)
     if user != User.ourselves():
-        with opened(directory, os.geteuid()) as fd:  # no other user can have replaced it
+        with open_private(directory, os.geteuid()) as fd:  # no other user can have replaced it
             os.fchown(fd, *user)
 
 
@@ -235,7 +235,7 @@ def _check_room(directory: str) -> None:
 
 
 @contextlib.contextmanager
-def opened(directory: str, uid: int) -> Iterator[int]:
+def open_private(directory: str, uid: int) -> Iterator[int]:
     """Yield a descriptor of a directory that is private to ``uid``; raises OSError if it is none."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -260,13 +260,13 @@ def clear(endpoints: Endpoints, *, files: bool = True) -> None:
     if private is not None:
         with contextlib.suppress(OSError):
             if files:
-                empty(private)
+                remove_files(private)
             os.rmdir(private)
 
 
-def empty(directory: str) -> None:
+def remove_files(directory: str) -> None:
     """Remove the files of an aggregator in a private directory of ours."""
-    with opened(directory, os.geteuid()) as fd:
+    with open_private(directory, os.geteuid()) as fd:
         for name in os.listdir(fd):
             if name.startswith(SOCKET):
                 with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""Wills: the last words of workers that left while no aggregator answered.
+"""The spool: goodbyes of workers that exited while no aggregator answered.
 
-A will is a goodbye in a file beside the socket, written whole or not at all, and removed by the aggregator
-that takes it in. The identity in its name makes it harmless to read one twice.
+Each goodbye is a file beside the socket. It is written completely or not at all, and the aggregator removes
+it after reading it. The name contains the worker's identity, so reading a goodbye twice does no harm.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from tapes.distributed.protocol.wire import MAX_BYTES, decode, encode
 from tapes.distributed.transport.address import Endpoints
 from tapes.errors import WireError
 
-__all__ = ["MARK", "Wills", "leave", "leave_all", "withdraw"]
+__all__ = ["SUFFIX", "Spool", "discard", "write", "write_all"]
 
 _log = logging.getLogger("tapes.distributed")
 
-MARK = ".will-"
-_COARSE_SECONDS = 0.5
+SUFFIX = ".spool-"
+"""Follows the path of the socket in the name of each file."""
+_TICK_SECONDS = 0.5
+"""Maximum resolution of a file system's modification times."""
 
 
-def leave(endpoints: Endpoints, goodbye: Goodbye) -> bool:
-    """Write a will; return whether that could be done."""
+def write(endpoints: Endpoints, goodbye: Goodbye) -> bool:
+    """Write a goodbye to the spool; return whether that succeeded."""
     if endpoints.path is None:
         return False
     path = _path(endpoints.path, goodbye)
@@ -37,81 +39,79 @@ def leave(endpoints: Endpoints, goodbye: Goodbye) -> bool:
         with open(fd, "wb") as file:
             file.write(encode(goodbye))
         os.replace(draft, path)
-    except (OSError, WireError):  # the disk is full, or it is too long
+    except (OSError, WireError):  # the disk is full, or the message is too long
         with contextlib.suppress(OSError):
             os.unlink(draft)
         return False
     return True
 
 
-def leave_all(endpoints: Endpoints, goodbyes: list[Goodbye]) -> None:
-    """Write a will for each; log a warning if one could not be written."""
-    left = [leave(endpoints, goodbye) for goodbye in goodbyes]
-    if not all(left):
+def write_all(endpoints: Endpoints, goodbyes: list[Goodbye]) -> None:
+    """Write goodbyes to the spool; log a warning if one can't be written."""
+    written = [write(endpoints, goodbye) for goodbye in goodbyes]
+    if not all(written):
         _log.warning(
-            "tapes: no aggregator answered at %s, and no file could be written beside its socket: what this "
-            "process had counted since its last publication is lost",
+            "tapes lost what this process recorded since it last published: no aggregator answered at %s, "
+            "and no file could be written beside its socket",
             endpoints.publish,
         )
 
 
-def withdraw(endpoints: Endpoints, goodbye: Goodbye) -> None:
-    """Remove a will, if there is one: what it says was said."""
+def discard(endpoints: Endpoints, goodbye: Goodbye) -> None:
+    """Remove a goodbye from the spool, if it is there: the aggregator has acknowledged it."""
     if endpoints.path is not None:
         with contextlib.suppress(OSError):
             os.unlink(_path(endpoints.path, goodbye))
 
 
 def _path(socket_path: str, goodbye: Goodbye) -> str:
-    return socket_path + MARK + goodbye.update.identity.hex()
+    return socket_path + SUFFIX + goodbye.update.identity.hex()
 
 
-class Wills:
-    """The wills beside a socket, as its aggregator sees them; looks again only if the directory changed."""
+class Spool:
+    """The spool beside a socket, for its aggregator; lists the directory only after a change."""
 
     def __init__(self, endpoints: Endpoints) -> None:
         self._directory, _, name = (endpoints.path or "").rpartition("/")
-        self._start = name + MARK
+        self._prefix = name + SUFFIX
         self._changed: int | None = None
-        self._looks_until = 0.0
+        self._settles_at = 0.0
 
-    def take_in(self) -> Iterator[tuple[Goodbye | WireError, bytes]]:
-        """Yield each new will, or what is wrong with it, and its bytes; it is removed after that."""
+    def drain(self) -> Iterator[tuple[Goodbye | WireError, bytes]]:
+        """Yield each goodbye, or the error in it, and its bytes; remove its file after that."""
         if not self._directory:
             return
         with contextlib.suppress(OSError):
             changed = os.stat(self._directory).st_mtime_ns
             if changed != self._changed:
-                # What changes again within the clock tick of the file system has the same time.
-                self._changed, self._looks_until = changed, time.monotonic() + _COARSE_SECONDS
-            elif time.monotonic() > self._looks_until:
+                # A later change within one clock tick of the file system leaves the same time.
+                self._changed, self._settles_at = changed, time.monotonic() + _TICK_SECONDS
+            elif time.monotonic() > self._settles_at:
                 return
             for entry in list(os.scandir(self._directory)):
-                if entry.name.startswith(self._start) and "." not in entry.name[len(self._start) :]:
-                    yield from self._open(entry.path)
+                if entry.name.startswith(self._prefix) and "." not in entry.name[len(self._prefix) :]:
+                    yield from self._read(entry.path)
 
     def remove(self) -> None:
-        """Remove them, as they are those of another service, which has ended."""
+        """Remove all files: they belong to another service, which has ended."""
         with contextlib.suppress(OSError):
             for entry in list(os.scandir(self._directory)):
-                if entry.name.startswith(self._start):
-                    with contextlib.suppress(OSError):  # another user's
+                if entry.name.startswith(self._prefix):
+                    with contextlib.suppress(OSError):  # another user's file
                         os.unlink(entry.path)
 
-    def _open(self, path: str) -> Iterator[tuple[Goodbye | WireError, bytes]]:
-        data = b""
+    def _read(self, path: str) -> Iterator[tuple[Goodbye | WireError, bytes]]:
         with contextlib.suppress(OSError):
-            with open(
-                os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb"
-            ) as file:
-                found = os.fstat(file.fileno())
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            with open(fd, "rb") as file:
+                found = os.fstat(fd)
                 if not stat.S_ISREG(found.st_mode) or found.st_uid not in (0, os.geteuid()):
-                    return  # anybody can put a file into a directory that all share
-                data = file.read(min(MAX_BYTES, found.st_size))  # read() takes the memory first
+                    return  # any user can put a file into a shared directory
+                data = file.read(min(MAX_BYTES, found.st_size))  # read() allocates its argument first
             try:
                 message = decode(data)
                 if not isinstance(message, Goodbye):
-                    raise WireError("a will", got=type(message).__name__, expected="Goodbye")
+                    raise WireError("a spooled message", got=type(message).__name__, expected="Goodbye")
             except WireError as error:
                 yield error, data
             else:

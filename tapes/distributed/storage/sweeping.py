@@ -15,7 +15,7 @@ import time
 from tapes import processes, service
 from tapes.distributed.storage.journal import read_journal
 from tapes.distributed.storage.locks import unlock
-from tapes.distributed.storage.runtime_directory import START_LOCK, empty, opened
+from tapes.distributed.storage.runtime_directory import START_LOCK, open_private, remove_files
 from tapes.errors import TapesError, WireError
 from tapes.processes import lives
 from tapes.service import SOCKET
@@ -49,12 +49,12 @@ def _sweep(directory: str) -> None:
         return
     locks = []
     try:
-        with opened(directory, os.geteuid()) as fd:
+        with open_private(directory, os.geteuid()) as fd:
             for name in os.listdir(fd):
                 if name.endswith((".lock", START_LOCK)):
                     locks.append(os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd))
                     fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if it is held
-        empty(directory)
+        remove_files(directory)
         os.rmdir(directory)
     finally:
         for lock in locks:
@@ -76,7 +76,7 @@ def _age_of(directory: str) -> float:
 
     What is from the future, as the clock was set back since, is from now on as old as if it were written now.
     """
-    with opened(directory, os.geteuid()) as fd:
+    with open_private(directory, os.geteuid()) as fd:
         now, ages = time.time(), []
         for name in (*os.listdir(fd), "."):
             with contextlib.suppress(FileNotFoundError):

@@ -42,14 +42,14 @@ def ensure_aggregator(
     """
     user = runtime_directory.User.ourselves() if user is None else user
     while True:
-        endpoints = runtime_directory.settle(choose_address(service, addr), user)
+        endpoints = runtime_directory.choose_place(choose_address(service, addr), user)
         met = (forks.this_process(), endpoints)
         if met in _met and is_served(endpoints):
             break
         stays = attach(endpoints, service.root) if is_served(endpoints) or endpoints.path is None else None
         if stays is not True:
             with runtime_directory.start_lock(endpoints, user):  # waits for who starts it, or for it to leave
-                if not is_served(endpoints) and runtime_directory.settle(endpoints, user) != endpoints:
+                if not is_served(endpoints) and runtime_directory.choose_place(endpoints, user) != endpoints:
                     continue  # it was started elsewhere meanwhile
                 if stays is _IS_OLDER:
                     replace(endpoints)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from tapes import forks, threads
 from tapes.distributed.storage import runtime_directory
-from tapes.distributed.storage.locks import is_kept, is_served, needs_restart
+from tapes.distributed.storage.locks import is_served, is_supervised, needs_restart
 from tapes.distributed.supervision.launch import launch
 from tapes.distributed.transport.address import Endpoints
 from tapes.distributed.transport.requests import request_hand_over
@@ -50,27 +50,27 @@ class Restarter:
         self._has_said = False
         self._has_waited = False
 
-    def is_heard(self) -> None:
+    def note_subscription(self) -> None:
         """Note that an aggregator listens."""
         self._was_there = True
         self._has_waited = False
         self._back_off = _BACK_OFF_SECONDS
         self._has_said = False
 
-    def tend(self) -> None:
+    def ensure_running(self) -> None:
         """Start another one if the one that was there has died; call it while nobody listens."""
         if time.monotonic() < self._due:
             return
-        place = runtime_directory.present(self._endpoints)
-        if place != self._endpoints and runtime_directory.serves(place):
+        place = runtime_directory.current_place(self._endpoints)
+        if place != self._endpoints and runtime_directory.has_aggregator(place):
             self._begin(lambda: self._follow(place))
         elif needs_restart(self._endpoints):
-            if not self._has_waited and is_kept(self._endpoints):  # its parent is to start the next one
+            if not self._has_waited and is_supervised(self._endpoints):  # its parent is to start the next one
                 self._has_waited = True
                 self._due = time.monotonic() + _KEPT_SECONDS
                 return
             self._begin(lambda: _start(self._endpoints, needs_restart, "a worker that missed it"))
-        elif self._was_there and runtime_directory.has_gone(self._endpoints):
+        elif self._was_there and runtime_directory.is_removed(self._endpoints):
             self._begin(lambda: _start_elsewhere(self._endpoints))
 
     def replace_older(self) -> None:
@@ -129,7 +129,7 @@ def _start(endpoints: Endpoints, is_wanted: Callable[[Endpoints], bool], reason:
 
 def _start_elsewhere(endpoints: Endpoints) -> None:
     """Start an aggregator where there is room for it, as the private directory of ``endpoints`` is gone."""
-    place = runtime_directory.settle(endpoints, runtime_directory.User.ourselves())
+    place = runtime_directory.choose_place(endpoints, runtime_directory.User.ourselves())
     _start(place, lambda place: not is_served(place), "a worker whose directory is gone")
 
 

@@ -37,7 +37,7 @@ class Supervisor:
     Args:
         run: Runs an aggregator, told on a `Readiness` how it starts, and whether it is to end at once, after
             clearing up; returns an exit status.
-        owner: Whom it serves; used by `keep`, which ends when that has ended.
+        owner: Whom it serves; used by `run`, which ends when that has ended.
     """
 
     def __init__(self, run: Callable[[Readiness, bool], int], owner: Process) -> None:
@@ -46,7 +46,7 @@ class Supervisor:
         self._child = 0
         self._ends = False
 
-    def keep(self, readiness: Readiness) -> int:
+    def run(self, readiness: Readiness) -> int:
         """Return when the aggregator has left by itself, or could not be started, with its exit status."""
         for terminal in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(terminal, signal.SIG_IGN)
@@ -69,7 +69,7 @@ class Supervisor:
             status = self._once(Readiness((-1, -1)))
         return status
 
-    def keep_while_killed(self, readiness: Readiness) -> int:
+    def run_while_killed(self, readiness: Readiness) -> int:
         """Return when the aggregator has ended, and was not killed, with its exit status.
 
         There is no pause: workers start another one after a second, and whichever comes second would be a

@@ -63,15 +63,14 @@ class Endpoints(NamedTuple):
         """The file that the aggregator has locked while it lives, or ``None`` where there is none."""
         return self.path + ".lock" if self.path else None
 
-    def ready(self) -> Endpoints:
-        """Return these, of which the key file was read and is in order.
+    def check_key(self) -> None:
+        """Read the key file, if there is one.
 
         Raises:
-            AddressError: If it isn't.
+            AddressError: If it can't be used.
         """
         if self.key is not None:
             self.key.pair()
-        return self
 
 
 def resolve(addr: str | None) -> Endpoints:
@@ -134,7 +133,7 @@ def _tcp(addr: str, rest: str) -> Endpoints:
             got=addr,
             expected="an IPv4 address, an IPv6 address in brackets, or a host's name",
         )
-    key = KeyFile.told()
+    key = KeyFile.from_environment()
     if key is None and not (host == "localhost" if ip is None else ip.is_loopback):
         raise AddressError(
             "without a key the aggregator listens on this machine only",

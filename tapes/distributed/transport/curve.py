@@ -26,7 +26,7 @@ from zmq.utils import z85
 from tapes import threads
 from tapes.errors import AddressError, AggregatorUnavailable
 
-__all__ = ["HOW_TO_MAKE_ONE", "VARIABLE", "KeyFile", "Pair", "admit", "as_client", "as_server"]
+__all__ = ["HOW_TO_MAKE_ONE", "VARIABLE", "KeyFile", "Pair", "as_client", "as_server", "start_zap_handler"]
 
 VARIABLE = "TAPES_CURVE_KEY"
 HOW_TO_MAKE_ONE = (
@@ -63,7 +63,7 @@ class KeyFile:
         self._pair: Pair | None = None
 
     @classmethod
-    def told(cls) -> KeyFile | None:
+    def from_environment(cls) -> KeyFile | None:
         """Return the one that ``TAPES_CURVE_KEY`` names, if it is set."""
         path = os.environ.get(VARIABLE)
         return cls(path) if path else None
@@ -146,7 +146,7 @@ def as_client(socket: zmq.Socket[bytes], pair: Pair) -> None:
 
 
 def as_server(socket: zmq.Socket[bytes], pair: Pair) -> None:
-    """Have ``socket`` admit only those whom `admit` lets pass."""
+    """Have ``socket`` admit only those whom `start_zap_handler` lets pass."""
     socket.setsockopt(zmq.CURVE_SERVER, 1)
     socket.setsockopt(zmq.CURVE_PUBLICKEY, pair.public)
     socket.setsockopt(zmq.CURVE_SECRETKEY, pair.secret)
@@ -154,7 +154,7 @@ def as_server(socket: zmq.Socket[bytes], pair: Pair) -> None:
     socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
 
-def admit(context: zmq.Context[Any], pair: Pair) -> None:
+def start_zap_handler(context: zmq.Context[Any], pair: Pair) -> None:
     """Have the servers of ``context`` admit the holders of ``pair``, and nobody else, until it ends.
 
     Raises:
@@ -165,7 +165,7 @@ def admit(context: zmq.Context[Any], pair: Pair) -> None:
     try:
         handler.setsockopt(zmq.LINGER, 0)
         handler.bind(_ZAP)
-        threads.NativeThread(lambda: _judge(handler, pair), "tapes-curve").start()
+        threads.NativeThread(lambda: _handle_zap(handler, pair), "tapes-curve").start()
     except BaseException as error:
         handler.close()  # or the context would wait for it for ever
         if not isinstance(error, RuntimeError):
@@ -173,7 +173,7 @@ def admit(context: zmq.Context[Any], pair: Pair) -> None:
         raise AggregatorUnavailable("the aggregator can't start the thread that checks its clients") from None
 
 
-def _judge(handler: zmq.Socket[bytes], pair: Pair) -> None:
+def _handle_zap(handler: zmq.Socket[bytes], pair: Pair) -> None:
     holder = [b"CURVE", z85.decode(pair.public)]
     warned = False
     try:

@@ -16,7 +16,7 @@ import zmq
 from tapes.errors import AggregatorUnavailable
 from tapes.threads import unpatched
 
-__all__ = ["make_sure_of_descriptors", "make_sure_of_memory", "new_context"]
+__all__ = ["check_descriptors", "check_memory", "new_context"]
 
 _DESCRIPTORS = 16
 """Descriptors that a first socket takes, with some to spare."""
@@ -34,15 +34,15 @@ def new_context() -> zmq.Context[Any]:
     Raises:
         AggregatorUnavailable: If there is no room for it.
     """
-    make_sure_of_descriptors()
-    make_sure_of_memory(_BYTES)
-    _make_sure_of_threads()
+    check_descriptors()
+    check_memory(_BYTES)
+    _check_threads()
     context: zmq.Context[Any] = zmq.Context()
     context.socket(zmq.PAIR).close(linger=0)  # the threads start with the first socket
     return context
 
 
-def make_sure_of_descriptors() -> None:
+def check_descriptors() -> None:
     """Raise `AggregatorUnavailable` unless there are as many file descriptors as a first socket needs."""
     found = []
     try:
@@ -58,7 +58,7 @@ def make_sure_of_descriptors() -> None:
             os.close(fd)
 
 
-def make_sure_of_memory(length: int) -> None:
+def check_memory(length: int) -> None:
     """Raise `AggregatorUnavailable` unless ``length`` bytes of address space are left."""
     try:
         mmap.mmap(-1, length).close()
@@ -69,7 +69,7 @@ def make_sure_of_memory(length: int) -> None:
         ) from None
 
 
-def _make_sure_of_threads() -> None:
+def _check_threads() -> None:
     """Raise `AggregatorUnavailable` unless as many threads can be started as a context needs."""
     go_on: Any = unpatched("_thread", "allocate_lock")()
     go_on.acquire()

@@ -17,7 +17,7 @@ from tapes.errors import AggregatorUnavailable, WireError
 from tapes.processes import Process, host_id
 
 __all__ = [
-    "LONGEST_SECONDS",
+    "MAX_WAIT_SECONDS",
     "TIMEOUT_SECONDS",
     "OlderAggregator",
     "Question",
@@ -31,7 +31,7 @@ Question = Read | Attach | Goodbye | Flush | HandOver
 
 TIMEOUT_SECONDS = 1.0
 """So long a read or a goodbye waits for the aggregator."""
-LONGEST_SECONDS = 10.0
+MAX_WAIT_SECONDS = 10.0
 """Maximum seconds that a reader waits for an answer that is being made."""
 _LOOK_MILLISECONDS = 100
 
@@ -52,7 +52,7 @@ def request(endpoints: Endpoints, reader: Socket, question: Question, deadline: 
         WireError: If the answer can't be read.
     """
     data = encode(question)
-    latest = time.monotonic() + LONGEST_SECONDS
+    latest = time.monotonic() + MAX_WAIT_SECONDS
     asked = incarnation(endpoints)
     _send(endpoints, reader, data, deadline)
     while True:

@@ -39,7 +39,7 @@ class SocketPool:
             return self._context
 
     @contextlib.contextmanager
-    def borrowed(self) -> Iterator[Socket]:
+    def borrow(self) -> Iterator[Socket]:
         """Yield a socket that no other thread uses; it is closed if the block fails.
 
         Raises:

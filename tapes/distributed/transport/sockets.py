@@ -26,7 +26,7 @@ import zmq
 from tapes.distributed.protocol.wire import MAX_BYTES, VERSION
 from tapes.distributed.transport import curve
 from tapes.distributed.transport.address import Endpoints
-from tapes.distributed.transport.preflight import make_sure_of_descriptors
+from tapes.distributed.transport.preflight import check_descriptors
 from tapes.errors import AddressError, AddressInUse
 
 __all__ = ["Socket", "announced_version", "bind", "bind_again", "new_publisher", "new_request_socket"]
@@ -47,7 +47,7 @@ def bind(context: zmq.Context[Any], endpoints: Endpoints) -> tuple[Socket, Socke
     """
     pair = endpoints.key.pair() if endpoints.key else None
     if pair:
-        curve.admit(context, pair)
+        curve.start_zap_handler(context, pair)
     updates, questions = context.socket(zmq.SUB), context.socket(zmq.ROUTER)
     updates.setsockopt(zmq.SUBSCRIBE, b"")
     updates.setsockopt(zmq.SUBSCRIBE, b"\xfftapes wire %d" % VERSION)
@@ -98,7 +98,7 @@ def bind_again(updates: Socket, questions: Socket, before: Endpoints, endpoints:
 
 def new_publisher(context: zmq.Context[Any], endpoints: Endpoints) -> Socket:
     """Return a worker's socket for what it publishes; raises as `new_request_socket`."""
-    make_sure_of_descriptors()
+    check_descriptors()
     publisher: Socket = context.socket(zmq.XPUB)
     for option, value in (
         (zmq.IMMEDIATE, 1), (zmq.XPUB_NODROP, 1), (zmq.XPUB_VERBOSE, 1),
@@ -117,7 +117,7 @@ def new_request_socket(context: zmq.Context[Any], endpoints: Endpoints) -> Socke
         AddressError: If the address can't be used.
         AggregatorUnavailable: If there are no file descriptors left.
     """
-    make_sure_of_descriptors()
+    check_descriptors()
     reader: Socket = context.socket(zmq.DEALER)
     for option, value in ((zmq.IMMEDIATE, 1), (zmq.LINGER, 0), (zmq.MAXMSGSIZE, MAX_BYTES)):
         reader.setsockopt(option, value)

@@ -30,7 +30,7 @@ from tapes.distributed.protocol.wire import decode
 from tapes.distributed.storage import runtime_directory, spool
 from tapes.distributed.storage.locks import is_served
 from tapes.distributed.transport.address import Endpoints, resolve
-from tapes.distributed.transport.requests import LONGEST_SECONDS, TIMEOUT_SECONDS, incarnation, request
+from tapes.distributed.transport.requests import MAX_WAIT_SECONDS, TIMEOUT_SECONDS, incarnation, request
 from tapes.distributed.transport.socket_pool import SocketPool
 from tapes.distributed.transport.sockets import Socket
 from tapes.distributed.worker.late_flush import Late
@@ -56,7 +56,7 @@ def connect(registry: Registry, addr: str | None) -> None:
     """Attach a connection to ``registry``; nothing if this process has attached the same already."""
     if is_disabled():
         return
-    endpoints = runtime_directory.present(resolve(addr))
+    endpoints = runtime_directory.current_place(resolve(addr))
     forks.detect_fork()
     registry.connect_when_used = None
     with _connecting:
@@ -68,7 +68,8 @@ def connect(registry: Registry, addr: str | None) -> None:
                     remedy="call close() first",
                 )  # fmt: skip
         else:
-            connection = _attach(registry, endpoints.ready())
+            endpoints.check_key()
+            connection = _attach(registry, endpoints)
             registry.first_use.sleep(connection.hurry)
         connection.open()
     if connection.endpoints != endpoints and is_served(endpoints):
@@ -152,7 +153,7 @@ class ConnectedSession(Connection):
         self._correlations = itertools.count(1)
         self._readers = SocketPool(endpoints)
         self._outbox = Outbox(registry)
-        self._shared: Shared[Reply] = Shared(LONGEST_SECONDS)
+        self._shared: Shared[Reply] = Shared(MAX_WAIT_SECONDS)
         self._publisher: Publisher | None = None
         self._opening = threads.RLock()
 
@@ -260,13 +261,13 @@ class ConnectedSession(Connection):
         if not unsaid:
             return
         try:
-            with self._readers.borrowed() as reader:
+            with self._readers.borrow() as reader:
                 self._say_goodbyes(reader, deadline)
         except AggregatorUnavailable:
             unsaid[:] = [self._outbox.for_another(u) if u is farewell else u for u in unsaid]
         # The sockets close first, as a file needs a descriptor.
         self._readers.close(is_unused=ended and (idle or not self._in_flight))
-        spool.leave_all(self.endpoints, [Goodbye(0, update) for update in unsaid])
+        spool.write_all(self.endpoints, [Goodbye(0, update) for update in unsaid])
 
     def before_fork(self) -> None:
         """Hold still: end the thread and close the sockets, unless somebody is using them."""
@@ -302,7 +303,7 @@ class ConnectedSession(Connection):
         _tell_spawned()
 
     def _follow(self) -> None:
-        place = runtime_directory.present(self.endpoints)
+        place = runtime_directory.current_place(self.endpoints)
         if place != self.endpoints:
             self.move(place)
 
@@ -344,7 +345,7 @@ class ConnectedSession(Connection):
         if form != NOTHING:
             self._open().await_producers()
         deadline = time.monotonic() + TIMEOUT_SECONDS
-        with self._readers.borrowed() as reader:
+        with self._readers.borrow() as reader:
             self._say_goodbyes(reader, deadline)
             number = next(self._correlations)
             for keyframe in (False, True):
@@ -379,6 +380,6 @@ class ConnectedSession(Connection):
             goodbye = Goodbye(next(self._correlations), update)
             if request(self.endpoints, reader, goodbye, deadline).status != "ok":
                 raise AggregatorUnavailable("the aggregator refused a goodbye")
-            spool.withdraw(self.endpoints, goodbye)
+            spool.discard(self.endpoints, goodbye)
             with contextlib.suppress(ValueError):  # another reader may have said it too, which is harmless
                 unsaid.remove(update)

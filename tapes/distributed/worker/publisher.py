@@ -264,7 +264,7 @@ class Publisher:
             if self._is_older:
                 self._reviver.replace_older()
             elif not self._subscribed:
-                self._reviver.tend()
+                self._reviver.ensure_running()
         except Exception as error:  # a look at the file system can fail in many ways
             self._warn(
                 "tapes can't look for its aggregator (%r); it keeps trying, and logs this only once", error
@@ -294,7 +294,7 @@ class Publisher:
                 self._subscribed = self._keyframe_due = subscribes
                 if subscribes:
                     self._was_lonely = False
-                    self._reviver.is_heard()
+                    self._reviver.note_subscription()
                     self._outbox.begin_anew()
             elif version is not None:
                 self._is_older = subscribes and version < VERSION
