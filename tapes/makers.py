@@ -85,9 +85,10 @@ class Makers(Faced):
     def counter(
         self, /, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any
     ) -> Counter:
-        """Return the counter of this name and these labels; made if it isn't there.
+        """Return the counter with this name and these labels; make it if it does not exist.
 
-        A counter counts things: ``.increment()``, ``.decrement()``.
+        A counter counts things that happen: requests, errors, bytes sent. Record with ``.increment()``. Use a
+        gauge for a level that rises and falls, such as open connections.
 
         Raises:
             InvalidName, InvalidLabel: If the name or a label can't be used.
@@ -97,9 +98,11 @@ class Makers(Faced):
 
     @_maker(Meter)
     def meter(self, /, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Meter:
-        """Return the meter of this name and these labels; made if it isn't there. Raises as `counter`.
+        """Return the meter with this name and these labels; make it if it does not exist.
 
-        A meter counts events and knows how often they come: ``.mark()``.
+        A meter counts events and keeps their rates over the last 1, 5 and 15 minutes: logins, cache misses,
+        messages. Record with ``.mark()``. Use a counter if your monitoring system computes rates itself.
+        Raises as `counter`.
         """
         return self._get(Meter, name, labels, more_labels)
 
@@ -107,17 +110,19 @@ class Makers(Faced):
     def histogram(
         self, /, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any
     ) -> Histogram:
-        """Return the histogram of this name and these labels; made if it isn't there. Raises as `counter`.
+        """Return the histogram with this name and these labels; make it if it does not exist.
 
-        A histogram keeps how values are distributed: ``.update(value)``.
+        A histogram shows how values are distributed: response sizes, rows per query, batch lengths. Record
+        with ``.update(value)``. Use a timer for durations. Raises as `counter`.
         """
         return self._get(Histogram, name, labels, more_labels)
 
     @_maker(Timer)
     def timer(self, /, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> Timer:
-        """Return the timer of this name and these labels; made if it isn't there. Raises as `counter`.
+        """Return the timer with this name and these labels; make it if it does not exist.
 
-        A timer keeps durations in seconds: ``with timer.time(): …``, ``@timer.time()``, ``.update(seconds)``.
+        A timer shows how long things take, in seconds, and how often they happen: requests, queries, jobs.
+        Record with ``with timer.time(): …``, ``@timer.time()`` or ``.update(seconds)``. Raises as `counter`.
         """
         return self._get(Timer, name, labels, more_labels)
 
@@ -133,9 +138,11 @@ class Makers(Faced):
         labels: Mapping[str, Any] | None = None,
         **more_labels: Any,
     ) -> Gauge:
-        """Return the gauge of this name and these labels; made if it isn't there.
+        """Return the gauge with this name and these labels; make it if it does not exist.
 
-        A gauge stands at a value: ``.set(value)``, ``.increment()``, ``.decrement()``, or a producer.
+        A gauge shows a level that rises and falls: queue length, open connections, memory in use. Record with
+        ``.set(value)``, ``.increment()`` or ``.decrement()``, or give it a producer. Use a counter for things
+        that happen.
 
         Args:
             name: The name.

@@ -51,7 +51,10 @@ class CounterState(NamedTuple):
 
 
 class Counter(Metric):
-    """Counts things, up and down.
+    """Counts things that happen: requests, errors, bytes sent.
+
+    Use a gauge for a level that rises and falls, such as open connections, and a meter if you also want the
+    rate. The value is what was added less what was taken away; what was added is kept too, and never falls.
 
     Example:
         >>> import tapes

@@ -162,7 +162,10 @@ class _Standing(NamedTuple):
 
 
 class Gauge(Metric):
-    """A value that stands at something: set, moved up and down, or produced by a callable when read.
+    """Shows a level that rises and falls: queue length, open connections, memory in use.
+
+    The level is set, moved up and down, or returned by a *producer*, a function that is called at each read.
+    Use a counter for things that happen.
 
     Example:
         >>> import tapes

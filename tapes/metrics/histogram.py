@@ -46,8 +46,9 @@ class HistogramState(NamedTuple):
 
 
 class Histogram(Metric):
-    """Keeps the distribution of values: sizes, lengths, anything but durations, which are a timer's.
+    """Shows how values are distributed: response sizes, rows per query, batch lengths.
 
+    Use a timer for durations, and a gauge if only the current value matters.
     Quantiles are within 0.4 % for magnitudes from 1e-30 to 1e30; whole numbers up to 256 are exact.
 
     Example:

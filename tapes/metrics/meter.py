@@ -73,7 +73,10 @@ class Ticking(Metric):
 
 
 class Meter(Ticking):
-    """Counts events and keeps their rates over the last 1, 5 and 15 minutes, in events per second.
+    """Counts events and keeps their rates over the last 1, 5 and 15 minutes: logins, cache misses, messages.
+
+    Rates are in events per second. Use a counter if your monitoring system computes rates itself, as
+    Prometheus does, and a timer if the events have a duration.
 
     Source: the rates are Dropwizard's ``Meter`` to the digit, on a tick grid that all processes share.
 

@@ -54,7 +54,9 @@ class TimerState(NamedTuple):
 
 
 class Timer(Ticking):
-    """Keeps the distribution of durations in seconds, and how often they occur.
+    """Shows how long things take, in seconds, and how often they happen: requests, queries, jobs.
+
+    Use a histogram for values that are not durations, and a meter if only the rate matters.
 
     Example:
         >>> import tapes
