@@ -38,7 +38,7 @@ def test_the_readmes_first_program_prints_what_it_says(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, printed, "")
 
 
-@pytest.mark.parametrize("page", ["quickstart.md", "exposing.md", "reporters.md", "testing.md"])
+@pytest.mark.parametrize("page", ["quickstart.md", "metrics.md", "exposing.md", "reporters.md", "testing.md"])
 def test_a_page_prints_what_it_says(tmp_path, page):
     """Its programs, one after the other, in one process."""
     blocks = list(programs((ROOT / "docs" / page).read_text()))
@@ -91,16 +91,24 @@ def test_the_first_half_of_the_readme_says_who_may_read():
 
 def test_the_tornado_program_of_the_documentation_is_the_example():
     """Which is run elsewhere; here, that they have not drifted apart."""
-    (source,) = (s for s, _ in programs((ROOT / "docs" / "distributed.md").read_text()) if "tornado" in s)
+    (source,) = (s for s, _ in programs((ROOT / "docs" / "setup.md").read_text()) if "tornado" in s)
     example = (EXAMPLES / "tornado_original.py").read_text()
     for line in source.splitlines():
         if line.strip() and not line.startswith(("ioloop", "server.bind")):
             assert line in example
 
 
+def test_the_program_of_the_front_page_prints_what_it_says(tmp_path):
+    """Its processes count into one service, whose aggregator logs to standard error that it listens."""
+    source, printed = next(programs((ROOT / "docs" / "index.md").read_text()))
+    assert len(source.splitlines()) <= 15
+    done = run_python(source, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, printed), done.stderr
+
+
 def test_every_file_that_the_guarantees_name_is_there():
     """A guarantee without its test is a claim."""
-    named = re.findall(r"`(tests/\S+?\.py)`", (ROOT / "docs" / "distributed.md").read_text())
+    named = re.findall(r"`(tests/\S+?\.py)`", (ROOT / "docs" / "guarantees.md").read_text())
     assert named
     for path in named:
         assert (ROOT / path).exists()
