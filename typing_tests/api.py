@@ -12,6 +12,8 @@ from typing import Any, ClassVar, assert_type
 
 import tapes
 from tapes import Counter, Gauge, Histogram, Meter, Stats, Timer
+from tapes.contrib.asgi import TapesMiddleware
+from tapes.contrib.options import Options
 from tapes.distributed.registry import DistributedRegistry, RegistryAggregator
 from tapes.exposition.prometheus import render
 from tapes.metrics.timer import Timing
@@ -137,3 +139,18 @@ with strict() as same:
     assert_type(same, tapes.Registry)
 assert_recorded("a", {"queue": "mail"}, value=1, registry=registry)
 interval: timedelta | None = timedelta(seconds=10)
+
+# Adapters. All take the same options, which are checked by name and by type.
+
+options: Options = {"metrics_path": None, "exclude": ["/health", "/static/*"], "labels": {"region": "eu"}}
+
+
+async def application(scope: Any, receive: Any, send: Any) -> None: ...
+
+
+TapesMiddleware(application, registry, **options)
+TapesMiddleware(
+    application, body_sizes=True, guard=lambda scope: True, prefix="shop", route=lambda scope: None
+)
+TapesMiddleware(application, metric_path="/metrics")  # type: ignore[call-arg]
+TapesMiddleware(application, exclude=5)  # type: ignore[arg-type]

@@ -1,9 +1,9 @@
-"""What an application is made of, seen from an adapter that knows only its outermost callable.
+"""Finds the frameworks' objects within an application, from its outermost callable.
 
-Middlewares keep what they wrap in an attribute or in a closure. So the frameworks' own objects can be found,
-and asked what they would do with a request: which route matches it, and whether they have a route for the
-path of the metrics. That is for the few requests whose route was not left where the adapter looks, because a
-middleware handed on a copy of the environ or the scope.
+Middlewares keep what they wrap in an attribute or in a closure. So an adapter can find the frameworks' own
+objects, and ask them which route matches a request, and whether one of their routes has the path of the
+metrics. It does so for the few requests that have no route in their environ or scope, because a middleware
+passed on a copy of it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _MAX_LAYERS = 50  # maximum number of objects that are looked at
 
 
 class Application:
-    """The frameworks' objects within ``outermost``; they are looked up when one is first needed.
+    """The frameworks' objects within ``outermost``, which are looked up at first use.
 
     Attributes:
-        may_have_routes: Whether one of them knows routes, as far as is known yet.
+        may_have_routes: Whether one of them may know routes; ``True`` before the first use.
     """
 
     def __init__(self, outermost: Any) -> None:
@@ -67,7 +67,7 @@ class Application:
             return None
 
     def route_of(self, scope: Mapping[str, Any], path: str) -> str | None:
-        """Return the template of what would answer an ASGI scope; ``None`` if that can't be found."""
+        """Return the template of the route that would answer an ASGI scope; ``None`` if it can't be found."""
         litestar, router = self._get("litestar"), self._get("router")
         try:
             if litestar is not None:
@@ -76,14 +76,14 @@ class Application:
             if router is not None:
                 return template_of(router.routes, scope, path)
             return self.django_route_of(path)
-        except Exception:  # Litestar's 404 and 405, or a route with a way of its own to match
-            _log.debug("tapes finds no route of %s", path, exc_info=True)
+        except Exception:  # Litestar's 404 and 405, or a route that overrides how it matches
+            _log.debug("tapes can't find the route of %s", path, exc_info=True)
             return None
 
     def has_route(self, paths: Iterable[str]) -> bool:
         """Return whether the application has a route, or something mounted, at one of these paths.
 
-        Routes that match any path don't count.
+        Routes that match every path don't count.
         """
         wanted = {path.rstrip("/") for path in paths} - {""}
         return any(template.rstrip("/") in wanted for template in self._templates())
@@ -113,7 +113,7 @@ class Application:
 
 
 def _reference(layer: Any) -> Any:
-    """Return a weak reference, as an application that is dropped has to be freed at once."""
+    """Return a weak reference: an application that is dropped has to be freed at once."""
     try:
         return weakref.ref(layer)
     except TypeError:

@@ -1,4 +1,4 @@
-"""What the adapters of all frameworks share: their options, how a request is named, what is recorded of it.
+"""What the adapters of all frameworks share: how a request is named, and what is recorded of it.
 
 The names are those of the OpenTelemetry HTTP semantic conventions.
 """
@@ -12,6 +12,7 @@ from typing import Any
 from tapes.contrib._applications import Application
 from tapes.contrib._membership import Membership
 from tapes.contrib._setup import Setup
+from tapes.contrib.options import Guard, Options, complete
 from tapes.errors import InvalidArgument
 from tapes.metrics import Timer
 from tapes.metrics.base import FULL
@@ -26,26 +27,19 @@ __all__ = [
     "UP_ONE",
     "Adapter",
     "Exchange",
-    "Guard",
-    "LabelsOf",
-    "RouteOf",
-    "allows",
+    "check_guard",
     "is_complete",
     "status_of",
 ]
 
-LabelsOf = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] | None
-Guard = Callable[[Any], Any] | None
-RouteOf = Callable[[Any], str | None] | None
-
 UNMATCHED = "<unmatched>"
-"""The route of what matches none."""
+"""The route of requests that match no route."""
 
 ROUTE = "tapes.route"
-"""Where in the environ or the scope an application of any framework may leave the route's template."""
+"""Key of the environ or the scope under which any application can leave the template of its route."""
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"})
-"""Methods by their own name; all others are ``_OTHER``, as a client can invent any number of them."""
+"""Methods that are recorded by name. All others are ``_OTHER``, as a client can invent any number of them."""
 
 _DURATION = "http.server.request.duration"
 _ACTIVE = "http.server.active_requests"
@@ -54,78 +48,62 @@ _RESPONSE_SIZE = "http.server.response.body.size"
 
 
 class Adapter(Setup):
-    """An application's request metrics, whatever its protocol: options, recording, and the answer to readers.
+    """The request metrics of one application, for any protocol.
 
-    A *source* is what the protocol knows of a request: the environ, the scope, the request.
+    A *source* is what the protocol knows of a request: the environ, the scope, the request object.
 
     Args:
         registry: Where to record; the default registry if ``None``.
-        metrics_path: Where the metrics are answered, with and without a trailing slash; ``None`` for
-            nowhere.
-        exclude: Paths that are not measured, with and without a trailing slash; ``"/static/*"`` is everything
-            below.
-        labels: Further labels: a dict, or a callable that takes the source and returns one.
-        body_sizes: Record the sizes of bodies too, in bytes.
-        guard: A callable that takes the source and says who may read the metrics; the others get 403.
-        prefix: Put before the metrics' names, with a dot.
-        route: A callable that takes the source and returns the route's template, ``None`` if it knows none.
         application: What is measured, if it is a WSGI or ASGI application.
+        options: See `tapes.contrib.options.Options`.
 
     Raises:
-        InvalidArgument: If one of them can't be used.
+        InvalidArgument: If an option is out of its range.
+        InvalidCall: If an option does not exist.
     """
 
-    def __init__(
-        self,
-        registry: Registry | None = None,
-        *,
-        metrics_path: str | None = "/metrics",
-        exclude: Iterable[str] = (),
-        labels: LabelsOf = None,
-        body_sizes: bool = False,
-        guard: Guard = None,
-        prefix: str = "",
-        route: RouteOf = None,
-        application: Any = None,
-    ) -> None:
+    def __init__(self, registry: Registry | None, application: Any, options: Options) -> None:
+        options = complete(options)
         registry = default_registry if registry is None else registry
         if not isinstance(registry, Registry):
             raise InvalidArgument("registry", got=registry, expected="a tapes.Registry, or None")
-        before = f"{prefix}." if prefix else ""
-        # First what every request touches, so that it lies together in memory.
+        for name, given in (("guard", options["guard"]), ("route", options["route"])):
+            if not (given is None or callable(given)):
+                raise InvalidArgument(name, got=given, expected="a callable of one argument, or None")
+        before = f"{options['prefix']}." if options["prefix"] else ""
+        # 1. First what every request touches, so that it lies together in memory.
         self.clock = registry.clock
         self.active = registry.gauge(before + _ACTIVE)
         self.timers: dict[Any, Timer] = {}
-        self.body_sizes = body_sizes
+        self.body_sizes = options["body_sizes"]
         self.registry = registry
-        for name, given in (("guard", guard), ("route", route)):
-            if not (given is None or callable(given)):
-                raise InvalidArgument(name, got=given, expected="a callable of one argument, or None")
-        self.service = Membership(self.registry)
-        self.metrics_paths = _paths("metrics_path", [] if metrics_path is None else [metrics_path])
-        excluded = [exclude] if isinstance(exclude, str) else list(exclude)
-        left_out = _paths("exclude", [path for path in excluded if not _is_below(path)])
-        self.own_paths = self.metrics_paths | left_out
-        self.excluded_below = tuple(path[:-1] for path in excluded if _is_below(path))
-        self.guard = guard
-        self._route_of = route
-        self.watch_setup(self.active, Application(application), expects_routes=route is None)
-        self.is_left_out: Callable[[str], bool] | None = None  # of an endpoint of Flask
+        # 2. Join the other processes of the service; then what the options ask for.
+        self.service = Membership(registry)
+        self._set_paths(options["metrics_path"], options["exclude"])
+        self.guard, self._route_of, labels = options["guard"], options["route"], options["labels"]
+        self.watch_setup(self.active, Application(application), expects_routes=self._route_of is None)
+        self.is_left_out: Callable[[str], bool] | None = None  # set for Flask; takes an endpoint
         self.labels_of = labels if callable(labels) else None
         self._labels = {} if callable(labels) else dict(canonical_labels(labels, {}))
         self._labelled: dict[Any, Timer] = {}
+        # 3. Name and describe the metrics.
         self._duration = before + _DURATION
-        self._request_size = before + _REQUEST_SIZE
-        self._response_size = before + _RESPONSE_SIZE
-        describe = self.registry.describe
-        describe(self._duration, "Duration of HTTP requests, to the last byte of the answer.")
-        describe(before + _ACTIVE, "HTTP requests that are being answered.")
-        if body_sizes:
-            describe(self._request_size, "Size of HTTP request bodies.", unit="bytes")
-            describe(self._response_size, "Size of HTTP response bodies.", unit="bytes")
+        self._request_size, self._response_size = before + _REQUEST_SIZE, before + _RESPONSE_SIZE
+        registry.describe(self._duration, "Duration of HTTP requests, to the last byte of the answer.")
+        registry.describe(before + _ACTIVE, "HTTP requests that are being answered.")
+        if self.body_sizes:
+            registry.describe(self._request_size, "Size of HTTP request bodies.", unit="bytes")
+            registry.describe(self._response_size, "Size of HTTP response bodies.", unit="bytes")
+
+    def _set_paths(self, metrics_path: str | None, exclude: Iterable[str]) -> None:
+        excluded = [exclude] if isinstance(exclude, str) else list(exclude)
+        self.metrics_paths = _paths("metrics_path", [] if metrics_path is None else [metrics_path])
+        left_out = _paths("exclude", [path for path in excluded if not _is_below(path)])
+        self.own_paths = self.metrics_paths | left_out
+        self.excluded_below = tuple(path[:-1] for path in excluded if _is_below(path))
 
     def leaves_out(self, path: str) -> bool:
-        """Return whether a request for ``path`` is not measured: it is excluded, or for the metrics."""
+        """Return whether requests for ``path`` are not measured: it is excluded, or that of the metrics."""
         return path in self.own_paths or (bool(self.excluded_below) and path.startswith(self.excluded_below))
 
     def timer_of(self, exchange: Exchange, status: str | int) -> Timer | None:
@@ -134,6 +112,7 @@ class Adapter(Setup):
             return None
         if exchange.route is not UNMATCHED:
             self.has_seen_routes = True
+        # 1. Find the labels: the user's callables first.
         if self._route_of is not None:
             named = self._called(self._route_of, exchange.source, "the callable for routes")
             exchange.route = label_text(named or exchange.route)
@@ -143,8 +122,9 @@ class Adapter(Setup):
         series = {
             "method": _known(exchange.method),
             "route": label_text(exchange.route),
-            "status": status if isinstance(status, str) else str(int(status)),  # of an HTTPStatus too
+            "status": status if isinstance(status, str) else str(int(status)),  # it may be an HTTPStatus
         }
+        # 2. Find the timer; without the user's labels if those can't be used.
         try:
             more = {name: label_text(value) for name, value in labels.items()}
             key = (exchange.method, exchange.route, status, *more.items())
@@ -154,6 +134,7 @@ class Adapter(Setup):
         except Exception as error:
             self.complain("tapes records requests without further labels", error)
             return self.registry.timer(self._duration, labels=series)
+        # 3. Keep it for the next request, unless clients can invent any number of such keys.
         if exchange.method in METHODS and dict(timer.labels).get("overflow") is None:
             self._labelled[key] = timer
             if self._route_of is None and self.labels_of is None:
@@ -161,7 +142,7 @@ class Adapter(Setup):
         return timer
 
     def further_labels(self, source: Any) -> Mapping[str, Any]:
-        """Return what the user's callable for labels says of a request; nothing if it fails."""
+        """Return the labels that the user adds to a request; none if the callable for them fails."""
         if self.labels_of is None:
             return self._labels
         return self._called(self.labels_of, source, "the callable for further labels") or {}
@@ -180,8 +161,8 @@ class Adapter(Setup):
             self.complain(f"tapes: {what} failed", error)
             return None
 
-    def tell(self) -> None:
-        """Publish what was recorded, as no thread does."""
+    def publish(self) -> None:
+        """Publish what was recorded, where no thread does."""
         try:
             connection = self.registry.connection
             if connection is not None:
@@ -191,45 +172,42 @@ class Adapter(Setup):
         except Exception as error:
             self.complain("tapes could not publish at the end of a request", error)
 
-    def is_allowed(self, source: Any) -> bool | None:
-        """Return what the guard says; ``None`` if there is none. A guard that fails lets nobody in."""
-        if self.guard is None:
-            return None
-        allowed = self._called(self.guard, source, _GUARD)
-        if not inspect.isawaitable(allowed):
-            return bool(allowed)
-        self.complain(
-            f"tapes: {_GUARD} has to be awaited, which can't be done here", TypeError(repr(allowed))
-        )
-        if inspect.iscoroutine(allowed):
-            allowed.close()
-        return False
 
-    async def is_allowed_later(self, source: Any) -> bool | None:
-        """Return what a guard says that may be asynchronous; as `is_allowed`."""
-        return await allows(self.guard, source, self.complain)
+async def check_guard(
+    guard: Guard, source: Any, complain: Callable[[str, Exception], None], *, may_await: bool = True
+) -> bool | None:
+    """Return whether a guard, asynchronous or not, lets a client read the metrics; ``None`` without a guard.
 
+    A guard that fails lets nobody read them.
 
-async def allows(guard: Guard, source: Any, complain: Callable[[str, Exception], None]) -> bool | None:
-    """Return what a guard says, asynchronous or not; as `Adapter.is_allowed`."""
+    Args:
+        guard: The option.
+        source: The request that the guard gets.
+        complain: Logs what failed, and the exception.
+        may_await: Whether there is an event loop. Without one, this never waits, and an asynchronous guard
+            fails.
+    """
     if guard is None:
         return None
     try:
         allowed = guard(source)
-        return bool(await allowed if inspect.isawaitable(allowed) else allowed)
+        if inspect.isawaitable(allowed):
+            if not may_await:
+                if inspect.iscoroutine(allowed):
+                    allowed.close()
+                raise TypeError(f"{allowed!r} has to be awaited, which WSGI can't do")
+            allowed = await allowed
+        return bool(allowed)
     except Exception as error:
-        complain(f"tapes: {_GUARD} failed", error)
+        complain("tapes: the guard of the metrics failed, so the client may not read them", error)
         return False
 
 
-_GUARD = "the guard of the metrics, so nobody may read them,"
-
-
 class Exchange:
-    """One request from its call to its end, whatever its protocol; ending it twice is harmless.
+    """One request from its call to its end, for any protocol. Ending it twice is harmless.
 
-    Who makes one sets its attributes, and moves `Adapter.active` up by appending ``UP_ONE`` to its buffer:
-    what calls would take is added to every request.
+    Its maker sets the attributes, and moves `Adapter.active` up by appending ``UP_ONE`` to its buffer: every
+    request would pay for a call of ``__init__()`` and of ``increment()``.
 
     Attributes:
         adapter: Where it is recorded; ``None`` once it has ended.
@@ -253,12 +231,15 @@ class Exchange:
     start: float
 
     def end(self, status: str | int) -> None:
-        """Record that it ended now, with ``status``. What fails in here is logged and never raised."""
+        """Record that it ended now, with ``status``. Failures in here are logged and never raised."""
         adapter = self.adapter
         if adapter is None:
             return
         self.adapter = None
         now = adapter.clock()
+        # The buffers are filled here and not by the metrics' methods (this is Gauge.decrement(), and below
+        # Timer._record()): after the application's code, most of what runs here has to be fetched from memory
+        # again, so the number of functions is what counts.
         active = adapter.active
         steps = active._buffer
         steps.append(DOWN_ONE)
@@ -267,12 +248,10 @@ class Exchange:
         try:
             if self.route is UNMATCHED:
                 self.route = self.late_route(adapter)
-                if self.route is UNMATCHED and adapter.strays:
-                    adapter.stray(status)
+                if self.route is UNMATCHED and adapter.unrouted_left:
+                    adapter.note_unrouted(status)
             timer = adapter.timers.get((self.method, self.route, status)) or adapter.timer_of(self, status)
             if timer is not None:
-                # What follows is Timer._record(). After the application's code most of what is run here has
-                # to be fetched from memory again, so what counts is how many functions there are.
                 if now >= timer._tick_end:
                     timer._fold(now)
                 durations = timer._buffer
@@ -283,35 +262,36 @@ class Exchange:
                 adapter.record_sizes(self)
         except Exception as error:
             adapter.complain("tapes could not record a request", error)
-        self.source = None  # which has this exchange
+        self.source = None  # it may refer to this exchange: no cycle is left
         if adapter.registry.tells_at_request_end:
-            adapter.tell()
+            adapter.publish()
 
-    def late_route(self, adapter: Adapter) -> str | None:
-        """Return the route's template, now that the application has been asked; see ``route``."""
+    def late_route(self, adapter: Any) -> str | None:
+        """Return the route's template, now that the application has answered; see ``route``."""
         return UNMATCHED
 
     def __deepcopy__(self, memo: Any) -> Exchange:
-        """Return itself: who copies the environ or the scope copies no exchange."""
+        """Return itself: a deep copy of the environ or the scope keeps this exchange."""
         return self
 
 
 def status_of(error: BaseException) -> str:
     """Return the status of a request that ended by ``error``.
 
-    What is no error is a request that nobody waits for: its task was cancelled, its coroutine closed.
+    Other exceptions than errors end requests that no client waits for: a task was cancelled, a coroutine
+    closed.
     """
     return "500" if isinstance(error, (Exception, KeyboardInterrupt, SystemExit)) else "499"
 
 
 def is_complete(method: str, status: str | int, lengths: Iterable[str], sent: int) -> bool:
-    """Return whether an answer has no byte missing, though its end was not sent.
+    """Return whether no byte of an answer is missing, though its end was not sent.
 
     Args:
         method: The request's method.
         status: The answer's status.
         lengths: The values of its ``Content-Length``.
-        sent: How many bytes of its body were sent.
+        sent: Number of bytes of its body that were sent.
     """
     return method == "HEAD" or str(status) in ("204", "304") or str(sent) in lengths
 

@@ -1,13 +1,13 @@
 """The full template of the route that Starlette or FastAPI matched, from what they leave in the scope.
 
-A route knows its own path, not where it is mounted, and ``root_path`` has the mount's path as the client
-spelled it, which for ``/tenants/{tenant}`` is a raw path. So where something is mounted the template is
-looked up by the endpoint in an index of the whole tree of routes. What is not found there is a part of the
-template, or unmatched, and never raw. Where the scope was copied on its way to the router, `template_of`
-chooses a route as the router did.
+A route knows its own path, but not where it is mounted, and ``root_path`` has the mount's path as the client
+spelled it, which for ``/tenants/{tenant}`` is a raw path. So below a mount, the template is looked up by the
+endpoint, in an index of the whole tree of routes. If it is not there, the route is a part of the template, or
+unmatched, but never a raw path. If the scope was copied on its way to the router, `template_of` chooses the
+route as the router did.
 
-Older versions of Starlette leave only the endpoint, which is enough. FastAPI keeps the routers that it
-includes apart and leaves the full path in a context of its own.
+Older versions of Starlette leave only the endpoint, which is enough. FastAPI does not merge the routers that
+it includes, and leaves the full path in a context of its own.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Templates:
         """Return the template of a scope that has been routed; ``None`` if no route matched.
 
         Args:
-            scope: As the application left it.
-            root_path: The scope's, as the server had set it.
-            path_at_first: The path below it, before old versions of Starlette cut it at every mount.
+            scope: The scope, as the application left it.
+            root_path: The ``root_path`` of the scope, as the server had set it.
+            path_at_first: The path below that, before old versions of Starlette cut it at every mount.
         """
         route = scope.get("route")
         path = None
@@ -71,9 +71,9 @@ class _Leaf(NamedTuple):
     """A route that has an endpoint.
 
     Attributes:
-        endpoint: What answers.
+        endpoint: The callable that answers.
         template: The full template.
-        patterns: The regular expressions of what it is mounted in, and its own.
+        patterns: The regular expressions of the mounts around it, and its own.
     """
 
     endpoint: Any
@@ -93,12 +93,12 @@ class _Leaf(NamedTuple):
 def template_of(routes: Iterable[Any], scope: Mapping[str, Any], path: str) -> str | None:
     """Return the template of the route that Starlette or FastAPI would choose; ``None`` if none matches.
 
-    It does what a router does: the first route that matches fully, or else the first that matches but for the
-    method. What is mounted answers for all that is below it.
+    As a router does, it takes the first route that matches fully, or else the first that matches except for
+    the method. A mounted application answers for every path below it.
 
     Args:
         routes: The routes of the application.
-        scope: What was given to it, or a copy.
+        scope: The scope that the application got, or a copy.
         path: The path below ``root_path``.
     """
     own = {**scope, "path": path, "root_path": "", "path_params": {}}
@@ -122,7 +122,7 @@ def template_of(routes: Iterable[Any], scope: Mapping[str, Any], path: str) -> s
 
 
 def templates_in(routes: Iterable[Any]) -> Iterator[str]:
-    """Yield the templates of an application's routes, and the paths at which something is mounted."""
+    """Yield the templates of an application's routes, and the paths of its mounts."""
     for leaf in _walk(routes):
         yield leaf.template.removesuffix(_ANYTHING)
     for route in routes:
@@ -134,7 +134,7 @@ _ANYTHING = "/{path:path}"
 
 
 def _flat(routes: Iterable[Any]) -> Iterator[Any]:
-    """Yield the routes of FastAPI's included routers in their place."""
+    """Yield ``routes``, with those of FastAPI's included routers in the place of the routers."""
     for route in routes:
         included = getattr(route, "effective_route_contexts", None)
         if included is None:
@@ -154,12 +154,12 @@ def _walk(routes: Iterable[Any], above: str = "", patterns: tuple[Any, ...] = ()
                 yield _Leaf(endpoint, above + path, here)
         elif inner:
             yield from _walk(inner, above + path, here)
-        elif pattern is not None:  # something mounted that has no routes of its own
+        elif pattern is not None:  # a mounted application without routes
             yield _Leaf(getattr(route, "app", None), above + path + _ANYTHING, here)
 
 
 def _routes_in(route: Any) -> Iterable[Any]:
-    """Return the routes of what is mounted, also within middleware, which keeps what it wraps as ``app``."""
+    """Return the routes of a mounted application, also within middleware, which keeps it as ``app``."""
     for _ in range(_MAX_WRAPPED):
         routes: Iterable[Any] = getattr(route, "routes", ())
         if routes:

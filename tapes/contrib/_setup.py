@@ -1,5 +1,5 @@
-"""What an adapter notices of how it is set up, and logs once: requests whose route it never sees, a route of
-the application that it hides, and another adapter that measures the same requests.
+"""How an adapter checks its setup. It logs each problem once: requests whose route it never sees, a route of
+the application that it hides, another adapter that measures the same requests.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tapes.contrib._applications import Application
 
 __all__ = ["Setup"]
 
-_MAX_STRAYS = 100  # answers of status 200 in a row without a route until that is logged
+_MAX_UNROUTED = 100  # maximum number of answers of status 200 in a row without a route before it is logged
 
 _log = logging.getLogger("tapes.contrib")
 _adapters: WeakKeyDictionary[Any, WeakSet[Setup]] = WeakKeyDictionary()  # by their gauge of active requests
@@ -26,20 +26,20 @@ class Setup:
     Attributes:
         application: What is measured.
         is_shared: Whether another adapter of this process has the same metrics, so that one may be within the
-            other. Only then is an exchange left in the environ or the scope.
-        key: Where it is left.
-        strays: How many answers of status 200 are to come without a route until that is logged; 0 once it
-            was.
-        has_seen_routes: Whether a request with a route was looked up since the last stray.
+            other. Only then does the adapter leave an exchange in the environ or the scope.
+        key: The key under which it leaves the exchange.
+        unrouted_left: Number of further answers of status 200 without a route before the adapter logs it;
+            0 after that.
+        has_seen_routes: Whether a request with a route was looked up since the last one without.
     """
 
     timers: dict[Any, Any]
     metrics_paths: frozenset[str]
 
     def watch_setup(self, active: Any, application: Application, *, expects_routes: bool) -> None:
-        """Begin to look; ``active`` is the gauge of active requests."""
+        """Begin to check; ``active`` is the gauge of active requests."""
         self.application = application
-        self.strays = _MAX_STRAYS if expects_routes else 0
+        self.unrouted_left = _MAX_UNROUTED if expects_routes else 0
         self.has_seen_routes = self.is_shared = self._has_looked = self._is_inner = False
         self.key = f"tapes.exchange.{id(active)}"
         self._complaints: set[tuple[str, type]] = set()
@@ -50,17 +50,17 @@ class Setup:
                 adapter.is_shared = True
 
     def mark_requests_above(self, call: Any) -> None:
-        """Leave the exchanges of requests in whose course this adapter is made, as an inner one.
+        """Leave the exchanges of outer adapters, if a request that they measure makes this inner one.
 
-        Starlette makes its middleware when the first request comes, if there was no lifespan before.
+        Starlette makes its middleware at the first request if there was no lifespan before.
 
         Args:
-            call: The method of outer adapters that answers requests.
+            call: The method of outer adapters that answers requests. Its local variable ``exchange`` is read.
         """
         frame: Any = sys._getframe() if self.is_shared else None
         while frame is not None:
             exchange: Any = frame.f_locals.get("exchange") if frame.f_code is call.__code__ else None
-            if getattr(exchange, "adapter", None) is not None:  # else it passes its request on
+            if getattr(exchange, "adapter", None) is not None:  # else it does not measure its request
                 exchange.source[exchange.adapter.key] = exchange
             frame = frame.f_back
 
@@ -70,25 +70,25 @@ class Setup:
             self._complaints.add((what, type(error)))
             _log.warning("%s (logged once): %r", what, error, exc_info=error)
 
-    def stray(self, status: str | int) -> None:
-        """Count an answer without a route; log once that many in a row of status 200 had none."""
+    def note_unrouted(self, status: str | int) -> None:
+        """Count an answer without a route. Log once if `_MAX_UNROUTED` in a row of status 200 had none."""
         if str(status) != "200":
             return
-        if self.has_seen_routes or self.strays == _MAX_STRAYS:
-            # A request with a route is only noticed when its timer is not in ``timers``.
+        if self.has_seen_routes or self.unrouted_left == _MAX_UNROUTED:
+            # A request with a route is seen only if its timer is not in ``timers``, so empty that.
             self.timers.clear()
-            self.has_seen_routes, self.strays = False, _MAX_STRAYS
-        self.strays -= 1
-        if self.strays == 0:
+            self.has_seen_routes, self.unrouted_left = False, _MAX_UNROUTED
+        self.unrouted_left -= 1
+        if self.unrouted_left == 0:
             _log.warning(
                 "tapes: %d answers of status 200 in a row have route=<unmatched>, as the adapter can't find "
                 "the route that matched. Give it a route= callable that returns the template, or put it "
                 "inside the middleware that passes on a copy of the environ or the scope (logged once)",
-                _MAX_STRAYS,
+                _MAX_UNROUTED,
             )
 
     def look_for_own_route(self) -> None:
-        """Log, once, if the application has a route of its own where the adapter answers the metrics."""
+        """Log once if the application has a route of its own at the path of the metrics."""
         if self._has_looked or not self.metrics_paths:
             return
         self._has_looked = True
@@ -96,7 +96,7 @@ class Setup:
             if self.has_own_route():
                 _log.warning(
                     "tapes: the application has a route for %s, but the adapter answers there, so that route "
-                    "is not reached. Give the adapter another metrics_path, or metrics_path=None",
+                    "gets no requests. Give the adapter another metrics_path, or metrics_path=None",
                     min(self.metrics_paths, key=len),
                 )
         except Exception:
@@ -107,9 +107,9 @@ class Setup:
         return self.application.has_route(self.metrics_paths)
 
     def is_within(self, source: MutableMapping[str, Any], exchange: Any) -> bool:
-        """Return whether an outer adapter with the same metrics measures this request; log that once.
+        """Return whether an outer adapter with the same metrics measures this request; log it once.
 
-        If none does, leave ``exchange`` for adapters that are within this one.
+        If there is none, leave ``exchange`` for adapters within this one.
         """
         outer = source.get(self.key)
         if outer is None or outer.adapter is None or not _is_same_request(outer.source, source):
@@ -126,14 +126,14 @@ class Setup:
 
 
 def _is_same_request(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Return whether two environs or scopes are of one request.
+    """Return whether two environs or scopes belong to one request.
 
-    An application may call another one of its process with a copy, for a part of what it was asked.
+    An application may call another one in its process with a copy, as a request for one part of a batch.
     """
-    return one is other or _what_is_asked(one) == _what_is_asked(other)
+    return one is other or _method_and_path(one) == _method_and_path(other)
 
 
-def _what_is_asked(source: Mapping[str, Any]) -> tuple[Any, str]:
+def _method_and_path(source: Mapping[str, Any]) -> tuple[Any, str]:
     """Return the method and the whole path of a request: a mount moves a part of the path elsewhere."""
     if "REQUEST_METHOD" in source:
         return source["REQUEST_METHOD"], source.get("SCRIPT_NAME", "") + source.get("PATH_INFO", "")

@@ -1,4 +1,4 @@
-"""How an answer of Tornado's server is watched, and which rule led to it."""
+"""How tapes watches an answer of Tornado's server, and finds the rule that led to it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _EXECUTE = getattr(RequestHandler._execute, "__code__", None)
 
 
 class Watch:
-    """Sees what becomes of one request on its connection, and says so once, to `end`.
+    """Watches one request on its connection, and calls `end` once, with its status.
 
-    Its methods take the place of those of the same name, on the instances. At the end all is as it was: no
-    cycle is left, and what comes later, as on a websocket, is none of its business. Watches can be nested.
+    Its methods replace those of the same name on the instances. At the end it restores them, so no cycle is
+    left, and it does not see what comes later, as on a websocket. Watches can be nested.
     """
 
     _hooks: Any = ()
@@ -57,7 +57,9 @@ class Watch:
     def _unhook(self) -> None:
         hooks, self._hooks = self._hooks, []
         for attributes, name, before in hooks:
-            if attributes.get(name) == getattr(self, name):  # else another one hooked it later, and calls us
+            if attributes.get(name) == getattr(
+                self, name
+            ):  # else another watch hooked it later, and calls this
                 if before is None:
                     del attributes[name]
                 else:
@@ -70,7 +72,7 @@ class Watch:
         """Return the status of an answer without a last byte."""
         error = sys.exc_info()[1]
         if isinstance(error, HTTPInputError):
-            return 400  # a body that is not what it should be; the connection has said so
+            return 400  # an invalid body, which the connection has refused
         if error is not None and not self._is_closed():
             return int(status_of(error))
         is_complete = getattr(self._connection, "_expected_content_remaining", None) == 0
@@ -109,7 +111,7 @@ class Watch:
             status = int(status_of(error))
         elif self._is_closed():
             status = self.broken_off()
-        self._unhook()  # first, as the connection forgets its callbacks when it is finished
+        self._unhook()  # first, as a finished connection drops its callbacks
         try:
             self._own["finish"]()
         except BaseException as failure:
@@ -136,12 +138,12 @@ class Watch:
     def _end_by(self, callback: Callable[[], None]) -> None:
         status = self.broken_off()
         try:
-            callback()  # first, as a nested watch has to end before
+            callback()  # first, as a nested watch has to end before this one
         finally:
             self.settle(status)
 
     def __del__(self) -> None:
-        if self._hooks:  # whoever drops a request ends it, too: nothing stays active for ever
+        if self._hooks:  # a request that is dropped ends too: none stays active for ever
             self.end(499)
 
 
@@ -153,7 +155,13 @@ def _uncaught() -> BaseException | None:
 
 
 class _Rule(NamedTuple):
-    """All that has to match, the last pattern of a path among it, and the route's name."""
+    """One rule: what has to match, the pattern of the path, and the name of the route.
+
+    Attributes:
+        matchers: All that have to match, from the outermost router to the rule.
+        regex: The last pattern of a path among them.
+        name: Name of the route.
+    """
 
     matchers: tuple[Any, ...]
     regex: Any
@@ -188,7 +196,7 @@ class Routes:
         return UNMATCHED if is_error or handler is None else str(handler.__name__)
 
     def has_rule(self, paths: Iterable[str], ours: type[RequestHandler]) -> bool:
-        """Return whether a rule for exactly one of ``paths`` leads to something else than ``ours``."""
+        """Return whether a rule for exactly one of ``paths`` leads to another handler than ``ours``."""
         for handler, rule in _walk(self._application, (), None, []):
             patterns = [matcher.regex for matcher in rule.matchers if isinstance(matcher, PathMatches)]
             is_exact = bool(patterns) and rule.name.removesuffix("/?").rstrip("/") in paths

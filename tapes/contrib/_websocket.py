@@ -1,4 +1,4 @@
-"""What is recorded of websockets, from the end of their handshake on; the handshake itself is a request."""
+"""What is recorded of websockets, from the end of their handshake. The handshake itself is a request."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class WebSocketMetrics:
         describe(self._before + _MESSAGES, "Messages of websockets, received and sent.")
 
     def opened(self, route: str) -> OpenConnection | None:
-        """Return a connection that is open from now on; ``None`` if that can't be recorded."""
+        """Return a connection that is open from now on; ``None`` if it can't be recorded."""
         try:
             return OpenConnection(self.registry, self._before, label_text(route))
         except TapesError as error:  # the application's own metrics have these names
@@ -41,7 +41,7 @@ class WebSocketMetrics:
 
 
 class OpenConnection:
-    """A websocket that is open; closing it twice is harmless."""
+    """A websocket that is open. Closing it twice is harmless."""
 
     __slots__ = ("_active", "_before", "_is_open", "_registry", "_route", "_start", "received", "sent")
 
@@ -58,7 +58,7 @@ class OpenConnection:
         self._start = registry.clock()
 
     def close(self, code: Any, by_client: bool = False) -> None:
-        """Record its end; a client can invent codes, so of its codes only the standard ones have a name."""
+        """Record its end. A client can invent codes, so only the standard ones of a client are recorded."""
         if self._is_open:
             self._is_open = False
             self._active.decrement()

@@ -6,10 +6,10 @@ app.wsgi_app = TapesMiddleware(app.wsgi_app)           # the same, as any WSGI a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar, Unpack
 
-from tapes.contrib._http import Guard, LabelsOf, RouteOf
+from tapes.contrib.options import Options, complete, with_options
 from tapes.contrib.wsgi import TapesMiddleware
 from tapes.errors import InvalidArgument, MissingExtra
 from tapes.registry import Registry
@@ -29,18 +29,19 @@ _MARK = "_tapes_leaves_out"
 class Tapes:
     """An extension of Flask that puts `TapesMiddleware` around an application, and leaves views out.
 
-    One serves any number of applications. It is there for requests that other middleware answers too, if it
-    is initialised after that was put around ``app.wsgi_app``. A second call for the same application does
-    nothing.
+    One extension serves any number of applications. Initialise it after other middleware is put around
+    ``app.wsgi_app``: then it also measures the requests that the middleware answers. A second call for the
+    same application does nothing.
 
     Args:
         app: The application; or call `init_app` later.
         registry: Where to record; the default registry if ``None``.
-        metrics_path, exclude, labels, body_sizes, guard, prefix, route: As `TapesMiddleware`; ``labels`` is
-            called in the context of the request.
+        options: ``metrics_path``, ``exclude``, ``labels``, ``body_sizes``, ``guard``, ``prefix``, ``route``;
+            `tapes.contrib.options.Options` describes them.
 
     Raises:
-        InvalidArgument: If an option can't be used.
+        InvalidArgument: If an option is out of its range.
+        InvalidCall: If an option does not exist.
 
     Example:
         >>> import flask, tapes
@@ -54,23 +55,11 @@ class Tapes:
         0
     """
 
+    @with_options
     def __init__(
-        self,
-        app: Flask | None = None,
-        registry: Registry | None = None,
-        *,
-        metrics_path: str | None = "/metrics",
-        exclude: Iterable[str] = (),
-        labels: LabelsOf = None,
-        body_sizes: bool = False,
-        guard: Guard = None,
-        prefix: str = "",
-        route: RouteOf = None,
+        self, app: Flask | None = None, registry: Registry | None = None, **options: Unpack[Options]
     ) -> None:
-        self._options: dict[str, Any] = {
-            "registry": registry, "metrics_path": metrics_path, "exclude": exclude, "labels": labels,
-            "body_sizes": body_sizes, "guard": guard, "prefix": prefix, "route": route,
-        }  # fmt: skip
+        self._registry, self._options = registry, complete(options)
         if app is not None:
             self.init_app(app)
 
@@ -78,7 +67,7 @@ class Tapes:
         """Measure ``app`` from now on.
 
         Raises:
-            InvalidArgument: If ``app`` is no Flask application, or an option can't be used.
+            InvalidArgument: If ``app`` is not a Flask application, or an option is out of its range.
         """
         if not isinstance(app, Flask):
             raise InvalidArgument(
@@ -89,20 +78,20 @@ class Tapes:
             )
         if "tapes" in app.extensions:
             return
-        middleware = TapesMiddleware(app.wsgi_app, **self._options)
+        middleware = TapesMiddleware(app.wsgi_app, self._registry, **self._options)
         app.wsgi_app = middleware  # type: ignore[method-assign]
         middleware.leave_out(_Marks(app))
         app.extensions["tapes"] = self
 
     @staticmethod
     def exclude(view: F) -> F:
-        """Leave a view, or a class of views, out; as a decorator, above or below that of the route."""
+        """Do not measure a view or a class of views: a decorator, above or below that of the route."""
         setattr(view, _MARK, True)
         return view
 
 
 class _Marks:
-    """Says of an endpoint whether its view is marked."""
+    """Whether the view of an endpoint has the mark of `Tapes.exclude`."""
 
     def __init__(self, app: Flask) -> None:
         self._views = app.view_functions

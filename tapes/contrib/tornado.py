@@ -2,20 +2,20 @@
 
     application = instrument(tornado.web.Application([...]))
 
-No handler has to know. Tornado's server makes one connection object for each request, so a request is watched
-there, from its headers to the last byte of the answer, whoever writes it; the application sees what it would
-see without. `MetricsHandler` and `MeteredHandler` are of use alone, too.
+No handler has to change. Tornado's server makes one connection object for each request, and tapes watches
+that: from the request's headers to the last byte of the answer, for any kind of handler. The application sees
+what it would see without it. `MetricsHandler` and `MeteredHandler` work without `instrument` too.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import tapes
-from tapes.contrib._http import UNMATCHED, Adapter, Exchange, Guard, LabelsOf, RouteOf, allows
+from tapes.contrib._http import UNMATCHED, Adapter, Exchange, check_guard
 from tapes.contrib._membership import Membership
+from tapes.contrib.options import Guard, Options, complete, with_options
 from tapes.errors import MissingExtra
 from tapes.exposition.endpoint import Answer, refusal
 from tapes.metrics import Meter, Timer
@@ -36,17 +36,9 @@ _log = logging.getLogger("tapes.contrib")
 _services: dict[Registry, Membership] = {}
 
 
+@with_options
 def instrument(
-    application: Application,
-    registry: Registry | None = None,
-    *,
-    metrics_path: str | None = "/metrics",
-    exclude: Iterable[str] = (),
-    labels: LabelsOf = None,
-    body_sizes: bool = False,
-    guard: Guard = None,
-    prefix: str = "",
-    route: RouteOf = None,
+    application: Application, registry: Registry | None = None, **options: Unpack[Options]
 ) -> Application:
     r"""Measure every request of an application, answer ``/metrics`` for the whole service, and return it.
 
@@ -56,45 +48,34 @@ def instrument(
     websocket, which is neither slow nor active while it is open; 500 also an answer that an exception broke
     off.
 
-    Call it before the server forks or after; a process of several joins the others in the background. A
-    second call changes nothing. Safe with loops in many threads. ``TAPES_DISABLED=1`` turns it off.
+    Call it before the server forks or after; a worker process joins its service in the background. A second
+    call changes nothing. Safe with event loops in many threads. ``TAPES_DISABLED=1`` turns it off.
 
     Args:
         application: The application; rules may be added later.
         registry: Where to record; the default registry if ``None``.
-        metrics_path: Where the metrics are answered, with and without a trailing slash; ``None`` for
-            nowhere.
-        exclude: Paths that are not measured, with and without a trailing slash; ``"/static/*"`` is
-            everything below.
-        labels: Further labels: a dict, or a callable that takes the ``HTTPServerRequest`` and returns one; it
-            is called when the answer is complete.
-        body_sizes: Record the sizes of bodies too, in bytes.
-        guard: A callable, asynchronous or not, that takes the request and says who may read the metrics; the
-            others get 403. Without one, ``TAPES_METRICS_TOKEN`` is asked for, if it is set.
-        prefix: Put before the metrics' names, with a dot.
-        route: A callable that takes the request and returns the route's template, ``None`` if it knows none.
+        options: ``metrics_path``, ``exclude``, ``labels``, ``body_sizes``, ``guard``, ``prefix``, ``route``;
+            `tapes.contrib.options.Options` describes them.
 
     Raises:
-        InvalidArgument: If an option can't be used.
+        InvalidArgument: If an option is out of its range.
+        InvalidCall: If an option does not exist.
     """
+    options = complete(options)
     if not isinstance(getattr(application.find_handler, "__self__", None), _Instrument):
-        adapter = _Adapter(
-            registry, metrics_path=metrics_path, exclude=exclude, labels=labels, body_sizes=body_sizes,
-            guard=guard, prefix=prefix, route=route, application=application,
-        )  # fmt: skip
-        application.find_handler = _Instrument(application, adapter).find_handler  # type: ignore[method-assign]
+        measured = _Instrument(application, _Adapter(registry, application, options))
+        application.find_handler = measured.find_handler  # type: ignore[method-assign]
     return application
 
 
 class MetricsHandler(RequestHandler):
     """Answers the metrics of the whole service; without `instrument` as ``(r"/metrics", MetricsHandler)``.
 
-    It reads them in a thread, as other processes may have to be waited for, up to a second.
+    It reads them in a thread, as it may have to wait for the aggregator, up to a second.
 
     Args:
-        registry: Which metrics; those of the default registry if ``None``.
-        guard: A callable, asynchronous or not, that takes the request and says who may read them; the others
-            get 403. Without one, ``TAPES_METRICS_TOKEN`` is asked for, if it is set.
+        registry: The registry to read; the default registry if ``None``.
+        guard: As in `tapes.contrib.options.Options`.
     """
 
     def initialize(self, registry: Registry | None = None, guard: Guard = None) -> None:
@@ -103,9 +84,9 @@ class MetricsHandler(RequestHandler):
         self._registry = default_registry if registry is None else registry
 
     async def get(self) -> None:
-        """Answer, or say why not."""
+        """Answer with the metrics, or refuse."""
         service, headers = _joined(self._registry), self.request.headers
-        allowed = await allows(self._guard, self.request, _complain)
+        allowed = await check_guard(self._guard, self.request, _complain)
         answer = refusal("GET", headers.get("Authorization", ""), allowed)
         if answer is None:
             arguments = headers.get("Accept", ""), self.request.query
@@ -117,7 +98,7 @@ class MetricsHandler(RequestHandler):
         await self.get()
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """Answer other methods; they get here by the exception 405."""
+        """Answer other methods, which Tornado refuses with an exception of status 405."""
         answer = refusal(self.request.method or "") if status_code == 405 else None
         if answer is None:
             super().write_error(status_code, **kwargs)
@@ -125,11 +106,11 @@ class MetricsHandler(RequestHandler):
             self._send(answer)
 
     def compute_etag(self) -> str | None:
-        """Return ``None``: they change all the time."""
+        """Return ``None``: the metrics change all the time."""
         return None
 
     def check_xsrf_cookie(self) -> None:
-        """Let a POST get as far as its 405."""
+        """Let a POST through, so that it gets status 405."""
 
     def _send(self, answer: Answer) -> None:
         status, headers, body = answer
@@ -152,10 +133,10 @@ _Metered = tapes.metered_meta(
 
 
 class MeteredHandler(RequestHandler, metaclass=_Metered):  # type: ignore[metaclass]
-    """A handler whose every subclass has metrics of its own in the default registry.
+    """A handler; each of its subclasses has metrics of its own in the default registry.
 
-    ``prepare``, ``on_finish`` and all others can be overridden without calling these. Goes with `instrument`
-    and with ``WebSocketHandler``, of which the handshake is measured.
+    Subclasses can override every method, such as ``prepare``, without calling ``super()``. Works with
+    `instrument` and with ``WebSocketHandler``, whose handshake is measured.
 
     Attributes:
         latency: Timer ``http.endpoints.CLASS.latency``: from the request's headers to the last byte of the
@@ -176,7 +157,7 @@ class MeteredHandler(RequestHandler, metaclass=_Metered):  # type: ignore[metacl
         super().__init__(application, request, **kwargs)
 
 
-for _name in ("latency", "error_rate"):  # nothing is recorded for the base itself, so it is not shown
+for _name in ("latency", "error_rate"):  # the base itself records nothing, so it is not shown
     default_registry.remove(f"http.endpoints.MeteredHandler.{_name}")
 
 
@@ -186,7 +167,7 @@ class _Adapter(Adapter):
 
 
 class _Instrument:
-    """Takes the place of an application's ``find_handler``, which is asked when headers have arrived."""
+    """Replaces an application's ``find_handler``, which Tornado calls when the headers have arrived."""
 
     def __init__(self, application: Application, adapter: Adapter) -> None:
         self._application, self._adapter, self._routes = application, adapter, Routes(application)
@@ -203,7 +184,7 @@ class _Instrument:
                 return self._application.get_handler_delegate(request, MetricsHandler, options)
             return self._find_handler(request, **kwargs)
         try:
-            # An application within one that is measured, too, only knows the route better.
+            # If the application is within another one that is measured, this only adds the route.
             outer = getattr(getattr(request.connection, "finish", None), "__self__", None)
             is_inner = isinstance(outer, _Request) and outer.active is adapter.active
             watch: Any = outer if is_inner else _Request(request, adapter)
@@ -233,13 +214,13 @@ class _Request(Watch, Exchange):
 
 
 class _MeteredRequest(Watch):
-    """One that a `MeteredHandler` answers."""
+    """A request that a `MeteredHandler` answers."""
 
     def __init__(self, request: HTTPServerRequest, handler: MeteredHandler) -> None:
         self._class: type[MeteredHandler] | None = type(handler)
         self._start = default_registry.clock() - max(0.0, request.request_time())  # by the wall clock
         self.watch(request.connection)
-        self.hook(handler, "on_connection_close")  # as a client may go while its body is streamed
+        self.hook(handler, "on_connection_close")  # a client may go away while it still sends the body
 
     def end(self, status: int) -> None:
         metered, self._class = self._class, None
@@ -250,7 +231,7 @@ class _MeteredRequest(Watch):
 
 
 def _joined(registry: Registry) -> Membership:
-    """Return this process's membership in the service; blocks once, to join it."""
+    """Return this process's membership in the service. Blocks once, to join it."""
     service = _services.get(registry) or _services.setdefault(registry, Membership(registry))
     if not service.mark[0] and service.begin():
         service.join()

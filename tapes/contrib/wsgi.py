@@ -3,17 +3,17 @@
     app.wsgi_app = TapesMiddleware(app.wsgi_app)
 
 The application and its server see what they would see without it (PEP 3333): ``start_response``, ``write``
-and ``exc_info`` pass through, a body has a length if it had one, ``close()`` is called once, what
-``wsgi.file_wrapper`` made reaches the server as it is, exceptions are recorded and raised on. A request is
+and ``exc_info`` pass through, a body has a length if it had one, ``close()`` is called once, a file from
+``wsgi.file_wrapper`` reaches the server unchanged, exceptions are recorded and raised again. A request is
 timed from the call to the last byte of the body, or to ``close()``.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from http import HTTPStatus
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 from tapes.contrib._http import (
     ROUTE,
@@ -21,12 +21,11 @@ from tapes.contrib._http import (
     UP_ONE,
     Adapter,
     Exchange,
-    Guard,
-    LabelsOf,
-    RouteOf,
+    check_guard,
     is_complete,
     status_of,
 )
+from tapes.contrib.options import Options, with_options
 from tapes.exposition.endpoint import refusal
 from tapes.registry import Registry
 
@@ -39,6 +38,8 @@ App = Callable[[Environ, StartResponse], Iterable[bytes]]
 _LEFT_OUT = object()
 _MAX_DIGITS = 19
 _modules: dict[str, Any] = sys.modules
+_RAW = (bytes, str)  # an application must not return these: whether to send them is the server's decision
+_SERVER = "SERVER_SOFTWARE"
 _DEVELOPMENT = ("Werkzeug/", "WSGIServer/")
 
 
@@ -47,47 +48,24 @@ class TapesMiddleware:
 
     Records the timer ``http.server.request.duration`` {method, route, status} and the gauge
     ``http.server.active_requests``. The route is the template (Flask's ``/users/<id>``), never the raw path;
-    the status 499 is a client that went away. Safe from any thread and across forks; a process of several
-    joins the others in the background when this is made. ``TAPES_DISABLED=1`` turns it off.
+    the status 499 is a client that went away. Safe from any thread and across forks; a worker process joins
+    its service in the background when this is made. ``TAPES_DISABLED=1`` turns it off.
 
     Args:
         app: The WSGI application.
         registry: Where to record; the default registry if ``None``.
-        metrics_path: Where the metrics are answered, with and without a trailing slash; ``None`` for
-            nowhere.
-        exclude: Paths that are not measured, with and without a trailing slash; ``"/static/*"`` is
-            everything below.
-        labels: Further labels: a dict, or a callable that takes the environ and returns one; it is called
-            when the answer starts, in Flask's request context.
-        body_sizes: Record the sizes of bodies too, in bytes.
-        guard: A callable that takes the environ and says who may read the metrics; the others get 403.
-            Without one, ``TAPES_METRICS_TOKEN`` is asked for, if it is set.
-        prefix: Put before the metrics' names, with a dot.
-        route: A callable that takes the environ and returns the route's template, for applications whose
-            framework is not known to this adapter.
+        options: ``metrics_path``, ``exclude``, ``labels``, ``body_sizes``, ``guard``, ``prefix``, ``route``;
+            `tapes.contrib.options.Options` describes them.
 
     Raises:
-        InvalidArgument: If an option can't be used.
+        InvalidArgument: If an option is out of its range.
+        InvalidCall: If an option does not exist.
     """
 
-    def __init__(
-        self,
-        app: App,
-        registry: Registry | None = None,
-        *,
-        metrics_path: str | None = "/metrics",
-        exclude: Iterable[str] = (),
-        labels: LabelsOf = None,
-        body_sizes: bool = False,
-        guard: Guard = None,
-        prefix: str = "",
-        route: RouteOf = None,
-    ) -> None:
+    @with_options
+    def __init__(self, app: App, registry: Registry | None = None, **options: Unpack[Options]) -> None:
         self._app = app
-        self._adapter = Adapter(
-            registry, metrics_path=metrics_path, exclude=exclude, labels=labels, body_sizes=body_sizes,
-            guard=guard, prefix=prefix, route=route, application=app,
-        )  # fmt: skip
+        self._adapter = Adapter(registry, app, options)
         self._mark = self._adapter.service.mark
         self._own_paths = self._adapter.own_paths
         self._has_below = bool(self._adapter.excluded_below)
@@ -98,11 +76,11 @@ class TapesMiddleware:
         self._connect_to_flask()
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        """Answer a request, as PEP 3333 says."""
+        """Answer a request, as PEP 3333 defines it."""
+        # 1. Requests that are not measured.
         if not self._mark[0] and not self._begin(environ):
             return self._app(environ, start_response)
-        adapter = self._adapter
-        path = environ.get("PATH_INFO", "")
+        adapter, path = self._adapter, environ.get("PATH_INFO", "")
         if path in self._own_paths or (self._has_below and adapter.leaves_out(path)):
             if path in adapter.metrics_paths:
                 return self._answer(environ, start_response)
@@ -110,33 +88,31 @@ class TapesMiddleware:
         exchange = _Exchange()
         if adapter.is_shared and adapter.is_within(environ, exchange):
             return self._app(environ, start_response)
-        exchange.adapter = adapter
-        exchange.source = environ
+        # 2. Begin to measure. An __init__() would be one more call in each request.
+        exchange.adapter, exchange.source = adapter, environ
         exchange.method = environ.get("REQUEST_METHOD", "")
-        exchange.route = UNMATCHED
-        exchange.sent = -1  # nobody asked for a piece of it yet
+        exchange.route, exchange._status = UNMATCHED, "500"
+        exchange.sent = -1  # the server has not asked for a piece of the body yet
         exchange._start_response = start_response
-        exchange._status = "500"
         adapter.active._buffer.append(UP_ONE)
         exchange.start = adapter.clock()
         respond = exchange.start_response
         if self._has_more:
             exchange.prepare(self)
-            respond = exchange.start_response_closely
+            respond = exchange.start_response_with_options
+        # 3. Call the application.
         try:
             exchange.body = body = self._app(environ, respond)
         except BaseException as error:
             exchange.end(status_of(error))
             raise
+        # 4. Return a body of the same kind. Granian gets its list, which it sends at once.
         wrapper = environ.get("wsgi.file_wrapper")
         if wrapper is not None and _is_file(body, wrapper):
-            exchange.watch(body)
+            exchange.end_with(body)
             return body
         if hasattr(body, "__len__"):
-            # granian sends a list at once; what is no body at all is the server's to refuse, or to send.
-            if isinstance(body, (bytes, str)) or (
-                isinstance(body, list) and environ.get("SERVER_SOFTWARE") == "Granian"
-            ):
+            if isinstance(body, _RAW) or (isinstance(body, list) and environ.get(_SERVER) == "Granian"):
                 exchange.end(exchange._status)
                 return body
             exchange.__class__ = _SizedExchange
@@ -146,18 +122,18 @@ class TapesMiddleware:
         return exchange
 
     def _begin(self, environ: Environ) -> bool:
-        """Join, if this process has to; return whether requests are measured."""
+        """Join the service, if this process has to; return whether requests are measured."""
         service = self._adapter.service
         self._adapter.look_for_own_route()
         if service.is_off:
             return environ.get("PATH_INFO", "") in self._adapter.metrics_paths
-        is_development = str(environ.get("SERVER_SOFTWARE", "")).startswith(_DEVELOPMENT)
+        is_development = str(environ.get(_SERVER, "")).startswith(_DEVELOPMENT)
         if service.begin(bool(environ.get("wsgi.multiprocess")), is_development):
             service.join()
         return True
 
     def leave_out(self, is_left_out: Callable[[str], bool]) -> None:
-        """Do not measure requests for the endpoints of Flask of which ``is_left_out`` is true."""
+        """Do not measure requests for the endpoints of Flask for which ``is_left_out`` is true."""
         self._adapter.is_left_out = is_left_out
         self._has_more = True
 
@@ -174,14 +150,14 @@ class TapesMiddleware:
             flask.got_request_exception.connect(self._note_route, app)
 
     def _note_route(self, sender: Any, **_: Any) -> None:
-        """Note the route of an exception that leaves Flask, as Flask drops its request before."""
+        """Keep the route of an exception that leaves Flask, which drops its request before that."""
         request: Any = sys.modules["flask"].request
         if request.url_rule is not None:
             request.environ[ROUTE] = self.route_of(request.url_rule, "") or _LEFT_OUT
 
     def _answer(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         method = environ.get("REQUEST_METHOD", "")
-        allowed = self._adapter.is_allowed(environ)
+        allowed = _run(check_guard(self._adapter.guard, environ, self._adapter.complain, may_await=False))
         status, headers, body = refusal(
             method, environ.get("HTTP_AUTHORIZATION", ""), allowed
         ) or self._adapter.service.answer(environ.get("HTTP_ACCEPT", ""), environ.get("QUERY_STRING", ""))
@@ -216,16 +192,16 @@ class _Exchange(Exchange):
                 self.route = request.url_rule.rule
             elif "flask" in _modules:
                 self._ask_flask()
-        except (AttributeError, TypeError):  # no rule matched; or what is no status, which the server refuses
+        except (AttributeError, TypeError):  # no rule matched; or an invalid status, which the server refuses
             self._ask_flask()
         if exc_info is None:
             return self._start_response(status, headers)
         return self._start_response(status, headers, exc_info)
 
     def _ask_flask(self) -> Any:
-        """Find the route by the request that Flask answers now, if that is this one; return that request.
+        """Take the route from Flask's current request, and return that; ``None`` if it is another request.
 
-        Where there is a copy of the environ, or another request was built from it, the environ has none.
+        The environ has no such request if Flask got a copy of it, or if another request was built from it.
         """
         flask = _modules.get("flask")
         if flask is None or not flask.has_request_context():
@@ -239,16 +215,16 @@ class _Exchange(Exchange):
         return request
 
     def prepare(self, middleware: TapesMiddleware) -> None:
-        """Get ready for `start_response_closely`."""
+        """Get ready for `start_response_with_options`."""
         self.received = 0
         self._middleware = middleware
         self._script = self.source.get("SCRIPT_NAME", "")
         length = self.source.get("CONTENT_LENGTH") or ""
-        if length.isdecimal() and len(length) < _MAX_DIGITS:  # a client may claim anything
+        if length.isdecimal() and len(length) < _MAX_DIGITS:  # clients can send anything
             self.received = int(length)
 
-    def start_response_closely(self, status: str, headers: Any, exc_info: Any = None) -> Any:
-        """Pass it on, and see what options ask for."""
+    def start_response_with_options(self, status: str, headers: Any, exc_info: Any = None) -> Any:
+        """Pass on the beginning of the answer, and look up what the options need."""
         write = self.start_response(status, headers, exc_info)
         middleware = self._middleware
         try:
@@ -277,7 +253,7 @@ class _Exchange(Exchange):
             for data in self.body:
                 try:  # noqa: SIM105 - suppress() is a call
                     self.sent += len(data)
-                except TypeError:  # what is no bytes is for the server to find
+                except TypeError:  # not bytes: the server refuses it
                     pass
                 yield data
         except GeneratorExit:  # the server has stopped asking
@@ -289,13 +265,13 @@ class _Exchange(Exchange):
         self.end(self._status)
 
     def __next__(self) -> bytes:
-        """For callers that take a body for an iterator; PEP 3333 says that it is an iterable."""
+        """Return the next piece, for callers that expect an iterator; PEP 3333 asks for an iterable only."""
         if not hasattr(self, "_iterator"):
             self._iterator = iter(self)
         return next(self._iterator)
 
     def close(self) -> None:
-        """Close the body, once for each time that the server does."""
+        """Close the body, as often as the server calls this."""
         try:
             close = getattr(self.body, "close", None)
             if close is not None:
@@ -304,12 +280,12 @@ class _Exchange(Exchange):
             if self.adapter is not None:
                 self.end(self._status_at_close())
 
-    def watch(self, body: Any) -> None:
-        """End when a file that the server gets as it is is closed."""
+    def end_with(self, body: Any) -> None:
+        """End when the server closes ``body``, a file that it gets unchanged."""
         close = getattr(body, "close", None)
 
         def closing() -> None:
-            body.close = close  # as it was: no cycle is left
+            body.close = close  # the original, so that no cycle is left
             try:
                 if close is not None:
                     close()
@@ -318,18 +294,18 @@ class _Exchange(Exchange):
 
         try:
             body.close = closing
-        except AttributeError:  # uWSGI hands on the file itself: what it sends can't be timed
+        except AttributeError:  # uWSGI returns the file itself, so the sending can't be timed
             self.end(self._status)
 
     def _status_at_close(self) -> str:
-        """Return 499 if the server stopped asking in the middle: the client went away."""
+        """Return 499 if the server stopped in the middle of the body: the client went away."""
         if not hasattr(self, "_headers"):
-            return "500"  # which the server makes of an answer that never started
+            return "500"  # what the server sends if the answer never started
         if self.sent < 0:
             return self._status
         try:
             lengths = [value for name, value in self._headers if name.lower() == "content-length"]
-        except Exception:  # no headers, which the server has refused
+        except Exception:  # invalid headers, which the server has refused
             lengths = []
         return self._status if is_complete(self.method, self._status, lengths, self.sent) else "499"
 
@@ -341,7 +317,7 @@ class _Exchange(Exchange):
         application = adapter.application
         if not application.may_have_routes or hasattr(self, "_is_routed"):  # Flask has found no route
             return UNMATCHED
-        # This costs what the framework takes to find a route.
+        # Ask the framework, which finds the route a second time.
         rule = application.rule_of(environ)
         if rule is None:
             return application.django_route_of(_path_info(environ)) or UNMATCHED
@@ -350,7 +326,7 @@ class _Exchange(Exchange):
 
 
 class _SizedExchange(_Exchange):
-    """One whose body has a length; of the same layout, so an exchange can become one when that is known."""
+    """An exchange whose body has a length. Its layout is the same, so that ``__class__`` can be set to it."""
 
     __slots__ = ()
 
@@ -360,6 +336,15 @@ class _SizedExchange(_Exchange):
 
 def _path_info(environ: Environ) -> str:
     return str(environ.get("PATH_INFO") or "/").encode("latin-1").decode("utf-8", "replace")
+
+
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Return the result of a coroutine that never waits."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    raise RuntimeError(f"{coroutine!r} waits")
 
 
 def _is_file(body: Any, wrapper: Any) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import tapes
+from tapes.contrib.wsgi import TapesMiddleware
 from tapes.reporting.statsd import StatsdReporter
 
 counter = tapes.counter("jobs.done", queue="mail")
 timer = tapes.timer("job.duration")
 registry = tapes.Registry(prefix="shop")
+application: Any = None
 
 tapes.conter("jobs.done")  # mistake
 registry.conter("jobs.done")  # mistake
@@ -29,6 +33,8 @@ tapes.get_stats().jobs.done.value.no
 tapes.get_stats("jobs")  # mistake
 tapes.get_stats() + 1  # mistake
 StatsdReporter(10)  # mistake
+TapesMiddleware(application, metric_path="/metrics")  # mistake
+TapesMiddleware(application, exclude=5)  # mistake
 
 
 @timer.time  # mistake
