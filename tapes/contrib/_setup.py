@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from tapes.contrib._applications import Application
+from tapes.once import OnceLogger
 
 __all__ = ["Setup"]
 
@@ -40,9 +41,9 @@ class Setup:
         """Begin to check; ``active`` is the gauge of active requests."""
         self.application = application
         self.unrouted_left = _MAX_UNROUTED if expects_routes else 0
-        self.has_seen_routes = self.is_shared = self._has_looked = self._is_inner = False
+        self.has_seen_routes = self.is_shared = self._has_looked = False
         self.key = f"tapes.exchange.{id(active)}"
-        self._complaints: set[tuple[str, type]] = set()
+        self._once = OnceLogger(_log)
         others = _adapters.setdefault(active, WeakSet())
         others.add(self)
         if len(others) > 1:
@@ -66,9 +67,7 @@ class Setup:
 
     def complain(self, what: str, error: Exception) -> None:
         """Log ``what``, once for each kind of ``error``."""
-        if (what, type(error)) not in self._complaints:
-            self._complaints.add((what, type(error)))
-            _log.warning("%s (logged once): %r", what, error, exc_info=error)
+        self._once.warning((what, type(error)), "%s (logged once): %r", what, error, exc_info=error)
 
     def note_unrouted(self, status: str | int) -> None:
         """Count an answer without a route. Log once if `_MAX_UNROUTED` in a row of status 200 had none."""
@@ -115,13 +114,12 @@ class Setup:
         if outer is None or outer.adapter is None or not _is_same_request(outer.source, source):
             source[self.key] = exchange
             return False
-        if not self._is_inner:
-            self._is_inner = True
-            _log.warning(
-                "tapes: two adapters with the same metrics are around one application. The outer one records "
-                "its requests, with its own options, and the inner one does not. Remove one of them, or give "
-                "one another registry or prefix (logged once)"
-            )
+        self._once.warning(
+            "inner",
+            "tapes: two adapters with the same metrics are around one application. The outer one records "
+            "its requests, with its own options, and the inner one does not. Remove one of them, or give "
+            "one another registry or prefix (logged once)",
+        )
         return True
 
 
