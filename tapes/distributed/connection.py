@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tapes import forks
 from tapes.distributed.storage.locks import is_served
-from tapes.distributed.supervision.rendezvous import attach, ensure_aggregator
+from tapes.distributed.supervision.rendezvous import Attachment, attach, ensure_aggregator
 from tapes.distributed.worker.connected import ConnectedSession, close, connect, leave
 from tapes.environment import may_start
 from tapes.registry import Registry
@@ -36,5 +36,5 @@ def lacks_aggregator(registry: Registry) -> bool:
     if not isinstance(connection, ConnectedSession) or not may_start():
         return False
     endpoints = connection.endpoints
-    answers = endpoints.path is None and attach(endpoints, forks.this_process()) is True
+    answers = endpoints.path is None and attach(endpoints, forks.this_process()) is Attachment.ATTACHED
     return not (answers or is_served(endpoints))

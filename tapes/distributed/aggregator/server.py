@@ -34,6 +34,7 @@ from tapes.distributed.aggregator.reporters import START_SECONDS, Demand, Report
 from tapes.distributed.protocol.wire import frames
 from tapes.distributed.storage import runtime_directory
 from tapes.distributed.storage.locks import Lock, is_served
+from tapes.distributed.storage.start_lock import start_lock
 from tapes.distributed.transport.address import Endpoints
 from tapes.distributed.transport.preflight import new_context
 from tapes.distributed.transport.sockets import bind, bind_again
@@ -167,9 +168,7 @@ class Aggregator:
         ourselves = runtime_directory.User.ourselves()
         with contextlib.ExitStack() as stack:
             try:
-                if not stack.enter_context(
-                    runtime_directory.start_lock(self._endpoints, ourselves, wait=False)
-                ):
+                if not stack.enter_context(start_lock(self._endpoints, ourselves, wait=False)):
                     return False
             except AddressError:  # the directory is gone: nobody can join
                 self._is_missed = False
@@ -288,7 +287,7 @@ class Aggregator:
         ourselves = runtime_directory.User.ourselves()
         try:
             runtime_directory.restore(place, ourselves)
-            with runtime_directory.start_lock(place, ourselves, wait=False) as held:
+            with start_lock(place, ourselves, wait=False) as held:
                 if not held or is_served(place):
                     return True
                 lock = self._lock.moved_to(place)

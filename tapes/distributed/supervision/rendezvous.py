@@ -1,16 +1,19 @@
-"""Joining a service: whose it is, where it meets, and who starts its aggregator.
+"""How a process finds the aggregator of its service, and starts it if there is none.
 
-The first comer starts it, under a lock, and everybody tells it whom to stay for. The aggregator takes the
-same lock when it leaves, and then answers nobody: so nobody joins one that is about to go.
+The first process that joins starts the aggregator, under the start lock. Each process then attaches: it asks
+the aggregator to live as long as the process does. An aggregator that exits takes the same lock and answers
+no request after that, so a process can't attach to an aggregator that is about to exit.
 """
 
 from __future__ import annotations
 
+import enum
 import os
 
 from tapes import forks
 from tapes.distributed.storage import runtime_directory
 from tapes.distributed.storage.locks import is_served
+from tapes.distributed.storage.start_lock import start_lock
 from tapes.distributed.supervision.launch import launch
 from tapes.distributed.supervision.restart import replace
 from tapes.distributed.transport.address import DEFAULT_ADDR, Endpoints, resolve
@@ -19,7 +22,20 @@ from tapes.errors import TapesError
 from tapes.processes import Process
 from tapes.service import Service
 
-__all__ = ["Service", "attach", "choose_address", "ensure_aggregator"]
+__all__ = ["Attachment", "Service", "attach", "choose_address", "ensure_aggregator"]
+
+
+class Attachment(enum.Enum):
+    """The result of `attach`."""
+
+    ATTACHED = enum.auto()
+    """The aggregator lives as long as this process."""
+    UNANSWERED = enum.auto()
+    """The aggregator refused, or there was no reply in time."""
+    OLDER = enum.auto()
+    """The aggregator is of an older release and can't read the request."""
+    ABSENT = enum.auto()
+    """No aggregator holds the lock."""
 
 
 def ensure_aggregator(
@@ -28,51 +44,48 @@ def ensure_aggregator(
     *,
     user: runtime_directory.User | None = None,
 ) -> Endpoints:
-    """Have an aggregator that stays for ``service`` and for this process, and return where it is.
+    """Have an aggregator that lives as long as ``service`` and this process; return its endpoints.
 
-    Sets ``TAPES_ADDR`` for the processes that this one will start.
+    Sets ``TAPES_ADDR`` for the processes that this one starts.
 
     Args:
         service: The service.
-        addr: Where to meet; by default ``TAPES_ADDR``, or a private directory of the service.
-        user: Whom a new aggregator is to be run by; the user of this process if not given.
+        addr: Its address; by default ``TAPES_ADDR``, or a private directory of the service.
+        user: The user to run a new aggregator as; by default the user of this process.
 
     Raises:
-        AddressError, AggregatorUnavailable, InvalidArgument: If that can't be done.
+        AddressError, AggregatorUnavailable, InvalidArgument: If there is none and none can be started.
     """
     user = runtime_directory.User.ourselves() if user is None else user
     while True:
+        # 1. Choose the place. Nothing is left to do if this process is attached there.
         endpoints = runtime_directory.choose_place(choose_address(service, addr), user)
-        met = (forks.this_process(), endpoints)
-        if met in _met and is_served(endpoints):
+        key = (forks.this_process(), endpoints)
+        if key in _attached and is_served(endpoints):
             break
-        stays = attach(endpoints, service.root) if is_served(endpoints) or endpoints.path is None else None
-        if stays is not True:
-            with runtime_directory.start_lock(endpoints, user):  # waits for who starts it, or for it to leave
+        # 2. Attach to the aggregator there.
+        result = attach(endpoints, service.root)
+        if result is not Attachment.ATTACHED:
+            # 3. Wait until no other process starts an aggregator there, and none is exiting.
+            with start_lock(endpoints, user):
                 if not is_served(endpoints) and runtime_directory.choose_place(endpoints, user) != endpoints:
-                    continue  # it was started elsewhere meanwhile
-                if stays is _IS_OLDER:
-                    replace(endpoints)
-                # Where there is no file to tell, asking does. One that is there and said nothing is held up.
-                if not is_served(endpoints) and (endpoints.path is not None or stays is not _IS_OLDER):
-                    _launch(endpoints, service, user)
-                    stays = None
-                if stays is not False:
-                    stays = attach(endpoints, service.root)
-        if stays is True:
-            _met.add(met)
+                    continue  # another process has started it in another place meanwhile
+                # 4. Start an aggregator, and attach to it.
+                result = _start_and_attach(endpoints, service, user, result)
+        if result is Attachment.ATTACHED:
+            _attached.add(key)
         break
     os.environ["TAPES_ADDR"] = endpoints.publish
     return endpoints
 
 
 def choose_address(service: Service, addr: str | None = None) -> Endpoints:
-    """Return where a service is to meet, and hand that down to the processes that this one starts.
+    """Return the endpoints of a service, and hand them down to the processes that this one starts.
 
-    Takes no time to speak of: nothing is made and nothing is started.
+    It is fast: it creates no file and starts no process.
 
     Raises:
-        AddressError, AggregatorUnavailable: If there can't be such a place.
+        AddressError, AggregatorUnavailable: If there is no usable place.
     """
     if addr is None and not os.environ.get("TAPES_ADDR"):
         endpoints = runtime_directory.place_of(service.root)
@@ -82,21 +95,37 @@ def choose_address(service: Service, addr: str | None = None) -> Endpoints:
     return endpoints
 
 
-def attach(endpoints: Endpoints, supervisor: Process) -> bool | str:
-    """Ask the aggregator to stay for this process too; return whether it will, or `_IS_OLDER`."""
+def attach(endpoints: Endpoints, supervisor: Process) -> Attachment:
+    """Ask the aggregator to live as long as this process and ``supervisor``."""
+    if endpoints.path is not None and not is_served(endpoints):
+        return Attachment.ABSENT
     try:
-        return keep_alive_for(endpoints, *{forks.this_process(), supervisor})
+        is_attached = keep_alive_for(endpoints, *{forks.this_process(), supervisor})
     except OlderAggregator:
-        return _IS_OLDER
+        return Attachment.OLDER
+    return Attachment.ATTACHED if is_attached else Attachment.UNANSWERED
 
 
-def _launch(endpoints: Endpoints, service: Service, user: runtime_directory.User) -> None:
-    try:
-        launch(endpoints, service.root, service.description, user)
-    except TapesError:
-        runtime_directory.clear(endpoints, files=False)
-        raise
+def _start_and_attach(
+    endpoints: Endpoints, service: Service, user: runtime_directory.User, before: Attachment
+) -> Attachment:
+    """Start or replace the aggregator if necessary, and attach; the caller holds the start lock.
+
+    ``before`` is the result of the last `attach`.
+    """
+    # 1. Have an aggregator of an older release exit.
+    if before is Attachment.OLDER:
+        replace(endpoints)
+    # 2. Start one if there is none. TCP has no lock file; there an older release can't be replaced.
+    is_absent = before is not Attachment.OLDER if endpoints.path is None else not is_served(endpoints)
+    if is_absent:
+        try:
+            launch(endpoints, service.root, service.description, user)
+        except TapesError:
+            runtime_directory.clear(endpoints, files=False)
+            raise
+    # 3. Attach, but not again to an aggregator that lives and does not answer.
+    return attach(endpoints, service.root) if is_absent or before is not Attachment.UNANSWERED else before
 
 
-_IS_OLDER = "it is of an older release"
-_met: set[tuple[Process, Endpoints]] = set()
+_attached: set[tuple[Process, Endpoints]] = set()
