@@ -240,7 +240,7 @@ def under_gunicorn() -> tuple[list[list[str]], list[Row]]:
         added = statistics.median(measured[1] - bare[1] for bare, measured in pairs)
         table.append([what, f"{throughput:.3f} ×", f"{added * 1e6:+.1f} µs on {bare_cpu * 1e6:.0f}"])
         if app == "counting()":
-            where = f"gunicorn, 4 workers, {what} a request"
+            where = f"gunicorn with 4 workers, {what} per request"
             rows = [
                 Row(f"{where}: throughput", f"{throughput:.3f} × none", "≥ 0.97 ×", throughput >= 0.97),
                 Row(f"{where}: processor time", f"{added * 1e6:+.1f} µs", "≤ 6 µs", added <= 6e-6),

@@ -1,4 +1,4 @@
-"""`make bench`: where tapes stands, beside its peers, as ratios of one interleaved run.
+"""`make bench`: what tapes costs beside other libraries, as ratios of one interleaved run.
 
 Writes docs/benchmarks.md and docs/benchmarks.svg. Takes about three minutes, on two cores.
 """
@@ -89,28 +89,35 @@ def versions() -> str:
 TEXT = """\
 # Benchmarks
 
-Written by `make bench` on {python}, {cores} cores, beside {versions}.
-All figures of a table come from one run in which the contenders take turns, and are medians of ratios to an
-empty method call measured beside each; nanoseconds are for reading. `benchmarks/measure.py` says more.
+What recording costs beside other libraries, and which budgets are held. `make bench` writes this page.
+This run: {python}, {cores} cores, {versions}.
+
+{summary}
 
 ## Budgets
 
 {budgets}
+**How to read it.** *Folding* is deferred work: it turns recorded values into counts and bins, in batches.
+All figures of a table come from one run in which the libraries take turns. They are medians of ratios to
+an empty method call that is measured beside each, so compare ratios; the nanoseconds are for orientation.
+`benchmarks/measure.py` describes the method.
+
 ## The hot path
 
 ![nanoseconds per call](benchmarks.svg)
 
-One thread, folding included; in brackets the ratio to prometheus_client. ddsketch is the sketch alone, and
-not safe from several threads; promrs is Rust, for one process, and runs on CPython 3.12 and later.
+Nanoseconds per call of one thread, folding included. The ratio to prometheus_client is in brackets.
+ddsketch is the sketch alone and isn't safe from several threads. promrs is written in Rust, works for one
+process, and needs CPython 3.12 or later.
 
 {hot}
 ## Adapters
 
-What a middleware adds to a request, in process; the one beside it is written by hand over prometheus_client,
-with a counter and a histogram.
+What a middleware adds to a request, measured in one process. The other column is a middleware written by
+hand over prometheus_client, with a counter and a histogram.
 
 {adapters}
-Under gunicorn with 4 workers of 4 threads, over the same application without metrics:
+Under gunicorn with 4 workers of 4 threads, compared with the same application without metrics:
 
 {under_gunicorn}
 ## Threads
@@ -123,20 +130,21 @@ Nanoseconds per call over all threads.
 {works}
 ## Writing for Prometheus
 
-All values as text and as OpenMetrics, as they stand, and after every series was recorded into, folding
-included; in brackets the ratio to prometheus_client with the same names, labels, values and buckets.
+Time to write all values as text and as OpenMetrics: with nothing new, and after every series was recorded
+into (folding included). The ratio to prometheus_client with the same names, labels, values and buckets is
+in brackets.
 
 {rendering}
 ## Many processes
 
-From an event in one worker to an answer of another's `/metrics` that has it, at defaults:
+Time from an event in one worker until another worker's `/metrics` shows it, with default settings:
 
 {visibility}
-What a scrape costs the worker that is asked, all its threads; the aggregator writes the answer. All series
-are counters, of one line each.
+Processor time of the worker that is asked, over all its threads. The aggregator writes the answer. All
+series are counters, which have one line each.
 
 {scraping}
-How far one aggregator goes is told by [a page of its own](scale.md).
+[How far one aggregator goes](scale.md) has the costs of the aggregator.
 
 ## Memory
 
@@ -151,13 +159,25 @@ The worst relative error of p50, p75, p90, p95, p98, p99 and p99.9 of 100,000 va
 {quantiles}"""
 
 
+def summary(budgets: list[list[str]]) -> str:
+    """Return which budgets are not held, for the head of the page."""
+    missed = [
+        f"\n- {what}: {measured}, budget {budget}"
+        for what, measured, budget, held in budgets
+        if held != "yes"
+    ]
+    if not missed:
+        return f"All {len(budgets)} budgets are held."
+    return f"{len(missed)} of {len(budgets)} budgets are not held (figures are rounded):\n{''.join(missed)}"
+
+
 def main() -> None:
     figures, rows = hot_path()
     rows = [*calls_alone(), *rows, *connected()]
     sections: dict[str, str] = {"hot": hot_table(figures)}
     heads = {
         "adapters": ["added to a request", "tapes", "hand-written prometheus_client"],
-        "under_gunicorn": ["a request has", "requests a second", "processor time a request"],
+        "under_gunicorn": ["recorded", "requests per second", "processor time per request"],
         "threads": ["", "1", "2", "4", "8 threads"],
         "works": ["what", "time"],
         "rendering": ["", "text", "text, all recorded into", "OpenMetrics", "OpenMetrics, all recorded into"],
@@ -174,6 +194,7 @@ def main() -> None:
         sections[section.__name__] = markdown(heads[section.__name__], table)
         rows += more
     budgets = [[row.what, row.measured, row.budget, "yes" if row.held else "**no**"] for row in rows]
+    sections["summary"] = summary(budgets)
     sections["budgets"] = markdown(["what", "measured", "budget", "held"], budgets)
     text = TEXT.format(
         python=f"{platform.python_implementation()} {platform.python_version()}",

@@ -1,4 +1,4 @@
-"""`make scale`: what one aggregator sustains, the law by which its cost grows, and what memory it takes.
+"""`make scale`: how many workers one aggregator serves, what memory it takes, and the model of its costs.
 
 Writes docs/scale.md. Takes two to three minutes, on two cores.
 """
@@ -22,7 +22,7 @@ from run import markdown
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "scale.md"
 MAX_SECONDS = 195.0
-"""After so long, what is left of the points that only check the law is left out."""
+"""After this time, the remaining points that only validate the model are left out."""
 READ_EVERY_SECONDS = 15.0
 REAL_WORKERS, REAL_SHAPE = 3, Shape(60, 0, 20)
 
@@ -67,6 +67,7 @@ TOUCHED = [
     *(Shape(counters=count) for count in (10, 100, 1000)),
     Shape(counters=50, timers=20),
 ]
+SIZES = [Shape(counters=10), Shape(counters=50, timers=20), Shape(timers=200)]
 ENDLESS = Point(1, Shape(timers=100_000), Shape(timers=100_000))
 
 
@@ -91,7 +92,7 @@ def found(fitted: list[Measured]) -> Laws:
 
 
 def most_workers(fits: Callable[[int], bool]) -> int:
-    """Return the largest number that fits; fewer always do too."""
+    """Return the largest number that fits; every smaller number fits too."""
     number = 0
     for step in (2**power for power in range(16, -1, -1)):
         if fits(number + step):
@@ -129,10 +130,6 @@ def sustained(laws: Laws) -> list[list[str]]:
         one = Point(1, shape, shape)
         per_second = laws.per_second(one)
 
-        def is_room(workers: int, shape: Shape = shape, per_second: float = per_second) -> bool:
-            point = Point(workers, shape, shape)
-            return laws.busy(point, workers * per_second) + laws.read(point) / READ_EVERY_SECONDS <= 1.0
-
         def is_in_time(workers: int, shape: Shape = shape) -> bool:
             return laws.read(Point(workers, shape, shape)) <= 1.0
 
@@ -140,10 +137,34 @@ def sustained(laws: Laws) -> list[list[str]]:
         table.append([
             str(one).partition(": ")[2],
             milliseconds(laws.publication.of(law.publication(one))), f"{per_second:.2g}",
-            milliseconds(laws.update.of(law.update(one))), f"{most_workers(is_room):,}",
+            milliseconds(laws.update.of(law.update(one))), f"{workers_of(laws, shape):,}",
             f"{in_time:,}" if in_time < 10_000 else "> 10,000",
         ])  # fmt: skip
     return table
+
+
+def short(laws: Laws) -> list[list[str]]:
+    """Return what a worker of each size costs, for the head of the page."""
+    table = []
+    for shape in SIZES:
+        one, two = Point(1, shape, shape), Point(2, shape, shape)
+        spent = laws.per_second(one) * laws.publication.of(law.publication(one))
+        table.append([
+            str(one).partition(": ")[2], f"{workers_of(laws, shape):,}",
+            f"{float(f'{(laws.grown(two) - laws.grown(one)) / 1e3:.2g}'):,.0f} KB", f"{spent * 100:.2g} %",
+        ])  # fmt: skip
+    return table
+
+
+def workers_of(laws: Laws, shape: Shape) -> int:
+    """Return how many workers fill a core that touch all of ``shape`` all the time."""
+    per_second = laws.per_second(Point(1, shape, shape))
+
+    def is_room(workers: int) -> bool:
+        point = Point(workers, shape, shape)
+        return laws.busy(point, workers * per_second) + laws.read(point) / READ_EVERY_SECONDS <= 1.0
+
+    return most_workers(is_room)
 
 
 def milliseconds(seconds: float) -> str:
@@ -165,59 +186,74 @@ def model() -> str:
 TEXT = """\
 # How far one aggregator goes
 
-Written by `make scale` on {python}, {cores} cores, {model}; it takes three minutes. A real aggregator gets
-what real registries hold, over real sockets, from as many workers as are named. It decodes, applies and
-merges everything. All times are processor time of the aggregator, its 0MQ thread included; each is the
-least of some rounds, as neighbours on the machine can only add to it.
+How many workers can share an aggregator, how much memory it takes, and how much processor time? `make
+scale` measures this in about three minutes and writes this page. This run: {python}, {cores} cores,
+{model}.
 
-## What one core sustains
+## In short
 
-The more a worker touches, the more seldom it publishes: after a publication it waits {interval} s, or
-{share} times as long as that took, whichever is longer. So a worker spends no more than a twenty-first of a
-core on publishing, and asks for no more than {each:.2g} cores of the aggregator, however much it touches.
-Here all that is named is touched between any two publications, and Prometheus reads every {every:.0f} s.
+{short}
+- **Workers.** A service uses one aggregator, which uses one core at most. A worker touches a series when
+  it records into it between two publications; series that it doesn't touch cost memory only.
+- **Memory.** An empty aggregator takes {empty:.0f} MB. To this, add the memory per worker, and what all
+  workers share (see [memory](#memory)).
+- **Processor time.** A worker never uses more than a twenty-first of a core to publish, and never asks
+  for more than {each:.2g} cores of the aggregator. In a test with real processes,
+  {real}.
+
+## How many workers
+
+The more a worker touches, the less often it publishes: after a publication it waits {interval} s, or
+{share} times as long as the publication took, whichever is longer. In this table, each worker touches
+everything between two publications, and Prometheus reads every {every:.0f} s.
 
 {sustained}
-A read merges what was touched since the one before. A reader waits for a second: where distributions are
-many, that is the narrower limit.
+Two limits matter: the core of the aggregator, and the second that a reader waits. A read merges what was
+touched since the read before it, so with many distributions the second limit is reached first.
 
-## The law
+## Memory
 
-A cost is the sum of its lines: each constant times how many there are.
+The aggregator grows by these bytes over an empty one. Multiply each line by its number and add them up:
+
+{memory}
+- *timer and worker* is one timer of one worker, and so on. *series* and *bin* count once per series,
+  however many workers have it: they are the merged values, and room for the largest message and the
+  largest answer.
+- Each series has its name. A label has a name and a value of about ten letters.
+- A bin is a range of values of a histogram or a timer. It takes twelve bytes: two for its key, two for
+  its count (four from 65,536 on), and eight for its weight.
+
+## The cost model
+
+Every cost is a sum of lines: each constant times the number of what it stands for.
 
 {second}
 {update}
-An update is large where it has more than {large} counters; a distribution is like {like} of them. It
-outgrows the processor's cache and keeps Python's garbage collector busy, so all of it but {large} counters'
-worth costs that much more.
+An update is large if it has more than {large} counters; a distribution is like {like} of them. A large
+update outgrows the processor's cache and keeps Python's garbage collector busy, so each counter beyond
+{large} costs that much more.
 
-An aggregator that rests between updates spends more on each, as it wakes up to cold caches. If one that is
-always busy would need the share *b* of a core, this one uses *b* · (1 + k) / (1 + *b* · k), with k =
-{pace}.
+An aggregator that rests between updates spends more on each, because it wakes up to cold caches. If an
+aggregator that is always busy would need the share *b* of a core, this one uses *b* · (1 + k) / (1 + *b*
+· k), with k = {pace}.
 
 {clean}
 {dirty}
 {journal}
-While something changes, the journal is written once a second, or for a tenth of the time if that is less. A
-read is for Prometheus. *series and worker* is a touched series times the workers that have it.
+The journal is written once a second while something changes, or for a tenth of the time if that is less.
+A read is one for Prometheus. *series and worker* is a touched series times the workers that have it.
 
-## Memory
+## Validation
 
-The aggregator grows by so many bytes over an empty one, which has {empty:.0f} MB:
-
-{memory}
-*bin and worker* is a bin of a series of a worker, and so on. Each series has its name; a label has a name
-and a value of some ten letters. A bin is twelve bytes: a key of two, a count of two (four from 65,536 on),
-a weight of eight. What is counted per series, and not per worker too, is what workers are merged into, and
-the room that the largest message and the largest answer needed.
-
-## Held against other points
-
-These had no part in the law; what it says of them is shown as its error. Memory is off by {worst} % at
-most.
+The points below had no part in fitting the constants. The columns *model error* show how far
+the model is off. Memory is off by {worst} % at most.
 
 {checks}
-Real workers, each a process of its own: {real}.
+## How it was measured
+
+A real aggregator receives what real registries hold, over real sockets, from as many workers as a line
+says. It decodes, applies and merges everything. All times are processor time of the aggregator, including
+its 0MQ thread. Each is the least of several rounds, because neighbours on the machine can only add to it.
 """
 
 
@@ -230,16 +266,21 @@ def page(laws: Laws, others: list[Measured], real: tuple[float, float]) -> str:
         python=f"{platform.python_implementation()} {platform.python_version()}",
         cores=os.cpu_count(),
         model=model(),
+        short=markdown(
+            ["each worker touches all the time", "workers per core of the aggregator",
+             "memory of the aggregator per worker", "share of a core that a worker uses to publish"],
+            short(laws),
+        ),
         sustained=markdown(
-            ["touched", "a publication costs the worker", "publications a second",
-             "an update costs the aggregator", "workers that fill a core", "workers until a read takes 1 s"],
+            ["each worker touches", "a publication costs the worker", "publications per second",
+             "an update costs the aggregator", "workers per core", "workers until a read takes 1 s"],
             sustained(laws),
         ),
         update=markdown(["an update costs", "µs"], constants(laws.update, 1e-6, "{:,.3g}")),
-        journal=markdown(["writing the journal costs", "µs"], constants(laws.journal, 1e-6, "{:,.3g}")),
-        second=markdown(["a second costs", "µs"], constants(laws.idle, 1e-6, "{:,.3g}")),
+        journal=markdown(["a write of the journal costs", "µs"], constants(laws.journal, 1e-6, "{:,.3g}")),
+        second=markdown(["every second costs", "µs"], constants(laws.idle, 1e-6, "{:,.3g}")),
         clean=markdown(["a read costs", "µs"], constants(laws.clean, 1e-6, "{:,.3g}")),
-        dirty=markdown(["and of what was touched", "µs"], constants(laws.dirty, 1e-6, "{:,.3g}")),
+        dirty=markdown(["and for what was touched", "µs"], constants(laws.dirty, 1e-6, "{:,.3g}")),
         memory=markdown(["", "bytes"], constants(laws.memory, 1, "{:,.0f}")),
         pace=f"{laws.pace:.2f}",
         large=law.LARGE,
@@ -250,29 +291,29 @@ def page(laws: Laws, others: list[Measured], real: tuple[float, float]) -> str:
         every=READ_EVERY_SECONDS,
         like=law.COUNTERS_A_DISTRIBUTION,
         checks=markdown(
-            ["", "updates a second of a worker", "core used", "law", "an update in bursts", "a read", "law",
-             "memory", "law"],
+            ["", "updates per second of a worker", "core used", "model error",
+             "an update in bursts, model error", "a read", "model error", "memory", "model error"],
             checks(laws, others),
         ),
         worst=f"{max(grown) * 100:.0f}" if grown else "–",
-        real=f"{REAL_WORKERS} with {what} each, {per_second:.0f} updates a second together, use "
-        f"{used * 100:.1f} % of a core; the law says {off(laws.used(point, per_second), used)}",
+        real=f"{REAL_WORKERS} workers with {what} each and {per_second:.0f} updates per second together used "
+        f"{used * 100:.1f} % of a core; the model error is {off(laws.used(point, per_second), used)}",
     )  # fmt: skip
 
 
 def main() -> None:
     began = time.monotonic()
-    laws = found([told(measure(point)) for point in FITTED])
+    laws = found([logged(measure(point)) for point in FITTED])
     real = measure_real(REAL_WORKERS, REAL_SHAPE)
     others = [
-        told(measure(point, is_check=True)) for point in OTHERS if time.monotonic() - began < MAX_SECONDS
+        logged(measure(point, is_check=True)) for point in OTHERS if time.monotonic() - began < MAX_SECONDS
     ]
     text = page(laws, others, real)
     PAGE.write_text(text)
     sys.stdout.write(text)
 
 
-def told(one: Measured) -> Measured:
+def logged(one: Measured) -> Measured:
     text = f"{one.busy * 1e6:,.0f} µs an update, {one.grown / 1e6:.1f} MB"
     print(f"{one.point}: {text}", file=sys.stderr, flush=True)
     return one

@@ -181,13 +181,14 @@ def scraping() -> tuple[list[list[str]], list[Row]]:
     ]
     few, own, many = costs.values()
     further = (many.median - few.median) / ((many.size - few.size) / 1e6)
-    what = f"a scrape of {LINES:,} lines through a worker, its processor time"
+    what = f"a worker's processor time for a scrape of {LINES:,} lines"
     rows = [
         Row(f"{what}{of}", f"{one.median * 1e3:.2f} ms", "≤ 0.6 ms", one.median <= SCRAPE_SECONDS)
-        for of, one in (("", few), ("; all series its own", own))
+        for of, one in (("", few), (", all also its own", own))
     ]
     held = further <= SECONDS_PER_MEGABYTE
-    return table, [*rows, Row(f"{what}: each further MB", f"{further * 1e3:.2f} ms", "≤ 0.4 ms", held)]
+    what = "a worker's processor time for each further MB of a scrape"
+    return table, [*rows, Row(what, f"{further * 1e3:.2f} ms", "≤ 0.4 ms", held)]
 
 
 def _in_a_process(lines: int, own: bool) -> Scrape:
