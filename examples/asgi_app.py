@@ -1,4 +1,4 @@
-"""A bare ASGI application, which has no lifespan and leaves its route in the scope.
+"""A plain ASGI application without lifespan; it sets the route in the scope.
 
 hypercorn --worker-class trio --workers 4 asgi_app:app
 """
@@ -10,7 +10,7 @@ from tapes.contrib.asgi import TapesMiddleware
 
 async def routed(scope, receive, send):
     if scope["type"] != "http":
-        raise ValueError(f"this application knows no {scope['type']}")
+        raise ValueError(f"this application doesn't support {scope['type']}")
     status, body = 404, b"There is nothing here.\n"
     if scope["path"].startswith("/hello/"):
         scope["tapes.route"] = "/hello/<name>"

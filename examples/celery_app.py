@@ -1,4 +1,4 @@
-"""celery, with metrics for all of its workers, which the aggregator answers for over HTTP.
+"""celery, with metrics for all of its workers; the aggregator answers over HTTP.
 
 TAPES_HTTP=9100 celery -A celery_app worker --concurrency 4
 curl http://127.0.0.1:9100/metrics

@@ -31,7 +31,7 @@ ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LIVE = sys.stdout.isatty()
 HERE = pathlib.Path(__file__).parent
 
-# What is asked for, and what the service is expected to call it.
+# The requests to send, and the labels under which the service must count each.
 REQUESTS = [
     ("GET", "/", ("GET", "/", "200")),
     ("GET", "/articles/{n}", ("GET", "/articles/<int:number>", "200")),
@@ -46,7 +46,7 @@ Series = tuple[str, str, str]
 
 
 class Clients:
-    """Threads that send requests and count, by series and worker, what was answered."""
+    """Threads that send requests and count the answers by series and worker."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -141,14 +141,14 @@ def wait_until_up(service: subprocess.Popen[bytes], port: int) -> None:
 
 
 def wait_for_tick() -> None:
-    """Rates tick every 5 s, on a grid that all processes share: start with one, so that m1 is complete."""
+    """Wait for the next tick: rates advance every 5 s, on a grid that all processes share, and m1 is then complete."""
     seconds = TICK - time.monotonic() % TICK
     show(f"  waiting {seconds:.1f} s for the next tick of the moving rates\n")
     time.sleep(seconds)
 
 
 def merged(port: int) -> dict[Series, dict[str, float]]:
-    """What one worker says of the whole service."""
+    """Return the answer of one worker for the whole service, by series."""
     tree = json.loads(get(port, "/metrics"))["http"]["server"]["request"]["duration"]
     found = {}
     for selector, values in tree.items():
@@ -159,7 +159,7 @@ def merged(port: int) -> dict[Series, dict[str, float]]:
 
 
 def compare(clients: Clients, answer: dict[Series, dict[str, float]]) -> bool:
-    """Print sent, shares and merged by series; return whether all agree."""
+    """Print what was sent, each worker's share and the merged count by series; return whether all agree."""
     workers = sorted({worker for _, worker in clients.sent})
     show(f"\n  {'':38s}        each worker's own share{'':{6 * len(workers) - 20}s}merged, from any worker\n")
     head = "".join(f"{worker:>7s}" for worker in workers)
@@ -178,7 +178,9 @@ def compare(clients: Clients, answer: dict[Series, dict[str, float]]) -> bool:
             f"{values['m1']:6.1f}/s{values['q50'] * 1e3:7.2f}ms{values['q99'] * 1e3:7.2f}ms"
             f"{'' if same else '   <-- differs'}\n"
         )
-    show("\n  m1: requests a second over the last minute; q50, q99: half, and 99 %, were faster than that\n")
+    show(
+        "\n  m1: requests per second over the last minute; q50, q99: 50 % and 99 % of the requests were faster\n"
+    )
     return agreed
 
 
@@ -198,8 +200,8 @@ def main() -> int:
             time.sleep(0.05)
             answer = merged(port)
         agreed = compare(clients, answer) and not clients.wrong
-        for trouble in clients.wrong[:10]:
-            show(f"  unexpected: {trouble}\n")
+        for problem in clients.wrong[:10]:
+            show(f"  unexpected: {problem}\n")
         verdict = "agree" if agreed else "DO NOT AGREE"
         show(f"\n  {total} requests sent and answered; sent and merged {verdict}\n")
         if os.environ.get("SERVE"):
@@ -215,13 +217,13 @@ def main() -> int:
 
 
 def serve(port: int) -> None:
-    show("\n  The service stays up; look at it, and end it with ctrl-C:\n")
+    show("\n  The service stays up. Open these pages; press ctrl-C to stop it:\n")
     for path in ("/", "/articles/7", "/metrics", "/metrics?format=prometheus"):
         show(f"    http://127.0.0.1:{port}{path}\n")
     try:
         signal.pause()
     except KeyboardInterrupt:
-        show("\n  ending\n")
+        show("\n  stopping\n")
 
 
 def stop(service: subprocess.Popen[bytes]) -> None:
@@ -236,12 +238,12 @@ def stop(service: subprocess.Popen[bytes]) -> None:
 
 
 def wait_until_gone(master: int) -> None:
-    """The aggregator leaves after the last worker, and takes its directory of sockets with it."""
+    """Wait until the aggregator has exited, after the last worker, and has removed its directory."""
     parents = {os.environ.get("XDG_RUNTIME_DIR") or "/tmp", tempfile.gettempdir(), "/tmp"}
     deadline = time.monotonic() + 4
     while any(glob.glob(f"{parent}/tapes-{master}-*") for parent in parents):
         if time.monotonic() > deadline:
-            show("  the aggregator is still there\n")
+            show("  the aggregator is still running\n")
             return
         time.sleep(0.05)
     show("  gunicorn and the aggregator have ended; nothing is left behind\n")
@@ -249,15 +251,15 @@ def wait_until_gone(master: int) -> None:
 
 @contextlib.contextmanager
 def terminal():
-    """Take the terminal's ctrl-C from the processes that started this one: make would call it an error."""
+    """Keep ctrl-C from the processes that started this one; make would report it as an error."""
     try:
         group = os.tcgetpgrp(sys.stdin.fileno())
         if group != os.getpgrp() or group == os.getpid():
-            raise OSError("this process is not in the foreground, or has no group to share")
+            raise OSError("this process is not in the foreground, or leads its group")
     except (OSError, ValueError):
         yield
         return
-    # Otherwise what follows stops a process in the background, and ctrl-Z this one and not the shell's job.
+    # Without this, tcsetpgrp stops a background process, and ctrl-Z stops this process but not the shell's job.
     for number in (signal.SIGTTOU, signal.SIGTSTP):
         signal.signal(number, signal.SIG_IGN)
     os.setpgid(0, 0)

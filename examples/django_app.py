@@ -1,4 +1,4 @@
-"""Django, with metrics for all of its workers; a middleware of two lines leaves the route's template.
+"""Django, with metrics for all of its workers; a small middleware sets the route's template.
 
 gunicorn -w 4 django_app:app
 """

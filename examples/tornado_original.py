@@ -1,4 +1,4 @@
-"""The multi-process example of the original Tapes, in Python 3.
+"""The example for several processes from Tapes 0.3, in Python 3.
 
 Every process counts, and port 8889 answers for all of them.
 """
@@ -33,4 +33,4 @@ try:
     registry.connect()
     ioloop.IOLoop.current().start()
 except KeyboardInterrupt:
-    pass  # ctrl-C reaches every process; each says goodbye as it ends
+    pass  # ctrl-C reaches every process; each sends its final update when it exits

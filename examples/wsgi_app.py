@@ -1,4 +1,4 @@
-"""A bare WSGI application, which names its routes itself.
+"""A plain WSGI application; the adapter's `route` option names its routes.
 
 gunicorn -w 4 wsgi_app:app
 """
