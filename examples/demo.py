@@ -141,7 +141,7 @@ def wait_until_up(service: subprocess.Popen[bytes], port: int) -> None:
 
 
 def wait_for_tick() -> None:
-    """Wait for the next tick: rates advance every 5 s, on a grid that all processes share, and m1 is then complete."""
+    """Wait for the next tick of the rates (every 5 s in all processes), so that m1 is complete."""
     seconds = TICK - time.monotonic() % TICK
     show(f"  waiting {seconds:.1f} s for the next tick of the moving rates\n")
     time.sleep(seconds)
@@ -178,9 +178,7 @@ def compare(clients: Clients, answer: dict[Series, dict[str, float]]) -> bool:
             f"{values['m1']:6.1f}/s{values['q50'] * 1e3:7.2f}ms{values['q99'] * 1e3:7.2f}ms"
             f"{'' if same else '   <-- differs'}\n"
         )
-    show(
-        "\n  m1: requests per second over the last minute; q50, q99: 50 % and 99 % of the requests were faster\n"
-    )
+    show("\n  m1: requests per second over the last minute; q50, q99: the median and the 99th percentile\n")
     return agreed
 
 
@@ -259,7 +257,7 @@ def terminal():
     except (OSError, ValueError):
         yield
         return
-    # Without this, tcsetpgrp stops a background process, and ctrl-Z stops this process but not the shell's job.
+    # Without this, tcsetpgrp stops a process in the background, and ctrl-Z stops only this process.
     for number in (signal.SIGTTOU, signal.SIGTSTP):
         signal.signal(number, signal.SIG_IGN)
     os.setpgid(0, 0)
