@@ -1,7 +1,8 @@
-"""Workers for tests of what can go wrong: they count, fork and read as they are told, and say how it went.
+"""A crew: the worker processes of one service, which a test controls by commands.
 
-A worker is this module as a program: it takes a line of JSON, does it, and answers by a line of
-JSON. Whatever the application would have got (an exception, a slow call) is in the answers.
+A worker is this module, run as a program. It reads a command as a line of JSON, executes it, and writes the
+result as a line of JSON. Exceptions and slow calls that an application would have seen are in the results, so
+a test can state that there were none.
 """
 
 from __future__ import annotations
@@ -23,61 +24,58 @@ from typing import Any
 from tapes.errors import AggregatorUnavailable
 from tests.processes import ROOT, clean_environment, mentions, wait_for
 
-AGGREGATOR_LINE = "listens at"
-"""What every aggregator says of itself, once."""
-
-# The wall clock can be set ahead: before anything that tells the time is imported.
+# A worker's wall clock can be shifted. The patch comes before any module that reads the time is imported.
 _BOOT = """\
 import runpy, time
-wall, time.ahead = time.time, 0.0
-time.time = lambda: wall() + time.ahead
+wall, time.shift = time.time, 0.0
+time.time = lambda: wall() + time.shift
 runpy.run_module("tests.crew", run_name="__main__", alter_sys=False)
 """
 
 
-class Hand:
-    """A worker in a process of its own."""
+class Worker:
+    """The test's end of a worker process."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
         self.pid = process.pid
 
     def send(self, command: str, *arguments: Any) -> None:
-        """Give a command; its answer is to be taken by `receive`."""
+        """Send a command, a method of `Commands`; `receive` returns its result."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([command, *arguments]).encode() + b"\n")
 
     def receive(self, seconds: float = 20.0) -> Any:
-        """Return the answer to the command that was given last."""
+        """Return the result of the last command."""
         assert self.process.stdout is not None
         ready = select.select([self.process.stdout], [], [], seconds)[0]
         line = self.process.stdout.readline() if ready else b""
-        assert line, f"worker {self.pid} said nothing within {seconds:g} s (ended: {self.process.poll()})"
+        assert line, f"no result from worker {self.pid} within {seconds:g} s (status: {self.process.poll()})"
         return json.loads(line)
 
-    def ask(self, command: str, *arguments: Any, seconds: float = 20.0) -> Any:
-        """Return the answer to a command."""
+    def call(self, command: str, *arguments: Any, seconds: float = 20.0) -> Any:
+        """Send a command and return its result."""
         self.send(command, *arguments)
         return self.receive(seconds)
 
-    def end(self) -> float:
-        """Have it end by itself; return how long that took."""
+    def exit(self) -> float:
+        """Let the process return from its program; return how many seconds that took."""
         started = time.monotonic()
-        self.send("end")
+        self.send("exit")
         status = self.process.wait(20)
         self.close()
-        assert status == 0, f"worker {self.pid} ended with {status}"
+        assert status == 0, f"worker {self.pid} exited with {status}"
         return time.monotonic() - started
 
     def close(self) -> None:
-        """Close the pipes to it."""
+        """Close the pipes to the process."""
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()
 
     @property
     def memory(self) -> int:
-        """Its resident memory in bytes."""
+        """The resident memory of the process, in bytes."""
         return resident(self.pid)
 
 
@@ -85,27 +83,34 @@ class Crew:
     """The workers of one service, and its aggregator.
 
     Args:
-        directory: Where everything is: the socket, the log, private directories.
-        meets: The directory of the socket, ``directory`` if not given.
-        seen: The same directory as this process sees it, if it is in another mount namespace.
+        directory: The working directory of the workers, with their log.
+        socket_directory: The directory of the socket, ``directory`` if not given.
+
+    Attributes:
+        visible_directory: The directory of the socket under the path that this process has for it. The path
+            differs if the directory is in another mount namespace.
     """
 
-    def __init__(self, directory: pathlib.Path, meets: pathlib.Path | None = None) -> None:
+    def __init__(self, directory: pathlib.Path, socket_directory: pathlib.Path | None = None) -> None:
         self.directory = directory
-        self.meets = self.seen = meets or directory
+        self.socket_directory = self.visible_directory = socket_directory or directory
         self.socket = "m.ipc"
         self.log = directory / "output.log"
-        self.hands: list[Hand] = []
-        self._aggregators: set[int] = set()
+        self.workers: list[Worker] = []
 
     @property
     def address(self) -> str:
-        """Where they meet."""
-        return f"ipc://{self.meets}/{self.socket}"
+        """The address of the service."""
+        return f"ipc://{self.socket_directory}/{self.socket}"
 
-    def hire(self, prefix: Sequence[str] = (), **environment: str) -> Hand:
-        """Return a new worker that has joined the service."""
-        temporary = {"TMPDIR": str(self.meets), "XDG_RUNTIME_DIR": str(self.meets)}
+    def start_worker(self, prefix: Sequence[str] = (), **environment: str) -> Worker:
+        """Start a worker and return it once it has joined the service.
+
+        Args:
+            prefix: A command that runs the worker, such as ``nsenter``.
+            environment: Variables of the worker's environment.
+        """
+        temporary = {"TMPDIR": str(self.socket_directory), "XDG_RUNTIME_DIR": str(self.socket_directory)}
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 [*prefix, sys.executable, "-W", "error", "-c", _BOOT, self.address],
@@ -113,42 +118,41 @@ class Crew:
                 env=clean_environment(**temporary, PYTHONPATH=str(ROOT), **environment),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, bufsize=0,
             )  # fmt: skip
-        hand = Hand(process)
-        self.hands.append(hand)
-        assert hand.receive() == "up"
-        return hand
+        worker = Worker(process)
+        self.workers.append(worker)
+        assert worker.receive() == "up"
+        return worker
 
     @property
     def aggregator(self) -> int:
-        """The pid of the aggregator that lives; waits for one."""
+        """The pid of the running aggregator; waits until there is one."""
 
-        def living() -> int:
-            text = (self.seen / f"{self.socket}.lock").read_text().partition("\n")[0]
+        def running() -> int:
+            text = (self.visible_directory / f"{self.socket}.lock").read_text().partition("\n")[0]
             pid = int(text or 0)
             return pid if pid and "tapes" in _command(pid) else 0
 
-        pid: int = wait_for(living, "an aggregator lives", 5)
-        self._aggregators.add(pid)
+        pid: int = wait_for(running, "an aggregator runs", 5)
         return pid
 
     def kill_aggregator(self) -> int:
-        """End the aggregator as by a crash; return its pid."""
+        """Kill the aggregator by SIGKILL; return its pid."""
         pid = self.aggregator
         os.kill(pid, signal.SIGKILL)
         return pid
 
-    def said(self, words: str) -> int:
-        """How many lines of the log have ``words``."""
-        return sum(words in line for line in self.log.read_text(errors="replace").splitlines())
+    def log_lines(self, text: str) -> int:
+        """Return how many lines of the log contain ``text``."""
+        return sum(text in line for line in self.log.read_text(errors="replace").splitlines())
 
-    def clear_away(self) -> None:
-        """End every process of the service that is left, stopped ones too."""
-        for hand in self.hands:
+    def kill_all(self) -> None:
+        """Kill all remaining processes of the service, stopped ones included."""
+        for worker in self.workers:
             with contextlib.suppress(OSError):
-                hand.process.send_signal(signal.SIGCONT)
-                hand.process.kill()
-            hand.process.wait()
-            hand.close()
+                worker.process.send_signal(signal.SIGCONT)
+                worker.process.kill()
+            worker.process.wait()
+            worker.close()
         for pid in mentions(self.address):
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
@@ -156,24 +160,24 @@ class Crew:
 
 
 @contextlib.contextmanager
-def crew(directory: pathlib.Path, meets: pathlib.Path | None = None) -> Iterator[Crew]:
-    """A service without workers yet; what is left of it at the end is ended."""
-    found = Crew(directory, meets)
+def crew(directory: pathlib.Path, socket_directory: pathlib.Path | None = None) -> Iterator[Crew]:
+    """A service without workers yet; its remaining processes are killed at the end."""
+    service = Crew(directory, socket_directory)
     try:
-        yield found
+        yield service
     except BaseException:
-        print(found.log.read_text(errors="replace")[-5000:] if found.log.exists() else "")
+        print(service.log.read_text(errors="replace")[-5000:] if service.log.exists() else "")
         raise
     finally:
-        found.clear_away()
+        service.kill_all()
 
 
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[None]:
-    """A process that is stopped meanwhile."""
+    """Stop a process by SIGSTOP, and continue it at the end of the block."""
     os.kill(pid, signal.SIGSTOP)
     try:
-        wait_for(lambda: _state(pid) == "T", "it is stopped")
+        wait_for(lambda: _state(pid) == "T", f"process {pid} is stopped")
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
@@ -196,8 +200,31 @@ def _command(pid: int) -> str:
         return ""
 
 
-class Work:
-    """What a worker can be told to do."""
+def assert_all_counted(reader: Worker, workers: Sequence[Worker], seconds: float = 5.0) -> None:
+    """Wait until a read shows exactly what the workers recorded, and assert that no recording call failed."""
+    reports = [worker.call("report") for worker in workers]
+    assert [report["errors"] for report in reports] == [[] for _ in reports]
+    expected = [sum(report["counted"] for report in reports)] * 4
+    last: list[Any] = []
+
+    def exact() -> bool:
+        last[:] = [reader.call("read").get("counts")]
+        return last == [expected]
+
+    try:
+        wait_for(exact, "all events are counted", seconds)
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {last} of {expected}") from None
+
+
+def assert_children_succeeded(exits: list[Any], seconds: float = 1.7) -> None:
+    """Assert that all children exited with 0, each within ``seconds`` of its fork: see `fork_children`."""
+    assert {status for status, _ in exits} == {0}, exits
+    assert max(taken for _, taken in exits) < seconds, exits
+
+
+class Commands:
+    """What a worker process can do."""
 
     def __init__(self, address: str) -> None:
         import tapes
@@ -214,8 +241,8 @@ class Work:
         self._slowest, self._errors = 0.0, []
         tapes.join(address)
 
-    def _event(self) -> None:
-        """Count once, by every kind of metric."""
+    def _record(self) -> None:
+        """Record one event in every kind of metric."""
         started = time.perf_counter()
         try:
             self._counter.increment()
@@ -228,45 +255,48 @@ class Work:
         self._slowest = max(self._slowest, time.perf_counter() - started)
 
     def count(self, times: int) -> int:
-        """Count so often."""
+        """Record ``times`` events."""
         for _ in range(times):
-            self._event()
+            self._record()
             self._by_command += 1
         return times
 
-    def load(self, pause: float = 0.001, seconds: float = 60.0) -> None:
-        """Begin to count in a thread of its own, for so long at most."""
+    def start_load(self, pause: float = 0.001, seconds: float = 60.0) -> None:
+        """Start a thread that records an event every ``pause`` seconds, for at most ``seconds``."""
 
         def run() -> None:
             until = time.perf_counter() + seconds
             while not self._stop.wait(pause) and time.perf_counter() < until:
-                self._event()
+                self._record()
                 self._by_load += 1
 
         self._stop.clear()
         self._load = threading.Thread(target=run)
         self._load.start()
 
-    def halt(self) -> None:
-        """Stop counting."""
+    def stop_load(self) -> None:
+        """Stop the thread of `start_load`."""
         self._stop.set()
         if self._load is not None:
             self._load.join()
 
-    def jump(self, hours: float) -> float:
-        """Set the wall clock of this process so far ahead; return what it tells."""
-        time.ahead = 3600.0 * hours  # type: ignore[attr-defined]
+    def shift_wall_clock(self, hours: float) -> float:
+        """Shift the wall clock of this process; return the time that it shows."""
+        time.shift = 3600.0 * hours  # type: ignore[attr-defined]
         return time.time()
 
-    def told(self) -> dict[str, Any]:
-        """Return what was counted here and by children that ended well, what went wrong, and the slowest call
-        since this was asked last."""
+    def report(self) -> dict[str, Any]:
+        """Return what happened in this process.
+
+        ``counted`` are the events recorded here and by children that exited with 0, ``errors`` the exceptions
+        of recording calls, and ``slowest`` the seconds of the slowest call since the last report.
+        """
         slowest, self._slowest = self._slowest, 0.0
         counted = self._by_load + self._by_command + self._by_children
         return {"counted": counted, "errors": self._errors, "slowest": slowest}
 
     def read(self) -> dict[str, Any]:
-        """Return the counts of the whole service, or why there are none, and how long that took."""
+        """Read the counts of the whole service; return them, or the error, and how long the read took."""
         started = time.perf_counter()
         try:
             stats = self._tapes.get_stats()
@@ -284,31 +314,38 @@ class Work:
         """Return the names of all metrics of the service."""
         return sorted(self._tapes.get_stats())
 
-    def children(self, number: int, each: int, at_once: int = 1, leave: int = -1) -> list[Any]:
-        """Fork children that count and end; return each one's exit status, and the seconds from its fork.
+    def fork_children(self, number: int, each: int, at_once: int = 1, leave: int = -1) -> list[Any]:
+        """Fork children that record ``each`` events and exit.
 
-        If ``leave`` is not negative, they have no more than so many descriptors left.
+        Args:
+            number: How many children.
+            each: How many events each of them records.
+            at_once: How many of them run at a time.
+            leave: How many free file descriptors each of them has at most; no limit if negative.
+
+        Returns:
+            For each child its exit status, and the seconds from its fork to its exit.
         """
-        ended: list[Any] = []
-        living: list[tuple[int, float]] = []
+        exits: list[Any] = []
+        running: list[tuple[int, float]] = []
         for _ in range(number):
             started = time.perf_counter()
             pid = os.fork()
             if pid == 0:
                 if leave >= 0:
-                    self.fill(200, leave)
+                    self.exhaust_descriptors(200, leave)
                 self.count(each)
                 sys.exit(bool(self._errors))
-            living.append((pid, started))
-            if len(living) == at_once:
-                ended += map(_ended, living)
-                living.clear()
-        ended += map(_ended, living)
-        self._by_children += each * sum(status == 0 for status, _ in ended)
-        return ended
+            running.append((pid, started))
+            if len(running) == at_once:
+                exits += map(_wait_for_exit, running)
+                running.clear()
+        exits += map(_wait_for_exit, running)
+        self._by_children += each * sum(status == 0 for status, _ in exits)
+        return exits
 
-    def fill(self, limit: int, leave: int = 0) -> int:
-        """Take every file descriptor that there is, up to ``limit``, but for some; return how many."""
+    def exhaust_descriptors(self, limit: int, leave: int = 0) -> int:
+        """Limit the file descriptors to ``limit`` and open all but ``leave``; return how many were opened."""
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
         with contextlib.suppress(OSError):
             while True:
@@ -317,26 +354,26 @@ class Work:
             os.close(self._files.pop())
         return len(self._files)
 
-    def empty(self) -> None:
-        """Give them back."""
+    def release_descriptors(self) -> None:
+        """Close the descriptors that `exhaust_descriptors` opened."""
         while self._files:
             os.close(self._files.pop())
 
 
-def _ended(child: tuple[int, float]) -> list[Any]:
+def _wait_for_exit(child: tuple[int, float]) -> list[Any]:
     pid, started = child
     _, status = os.waitpid(pid, 0)
     return [os.waitstatus_to_exitcode(status), time.perf_counter() - started]
 
 
 def _main(address: str) -> None:
-    work = Work(address)
+    commands = Commands(address)
     print(json.dumps("up"), flush=True)
     for line in sys.stdin:
         command, *arguments = json.loads(line)
-        if command == "end":
+        if command == "exit":
             return
-        print(json.dumps(getattr(work, command)(*arguments)), flush=True)
+        print(json.dumps(getattr(commands, command)(*arguments)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Strangers at the sockets of a running service: nothing changes, and every message of theirs is counted.
+"""Clients that are no workers send to a running service: nothing changes, and every message is counted.
 
-What is counted: each frame that is published, as an update is one frame; and each question, whatever it is
-wrapped in, as the last frame of a message is the question and those before it say where the answer goes.
-Bytes that talk no ZMTP, of any version, are no message.
+Each published frame counts, because an update is one frame. Each request counts once, whatever envelope it
+has: its last frame is the request, and the frames before it are the way back. Bytes that are no ZMTP, of any
+version, are no message and do not count.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import msgpack
 import pytest
 import zmq
 
-from tapes.distributed.protocol import messages as said
+from tapes.distributed.protocol import messages
 from tapes.distributed.protocol.messages import Goodbye, HandOver, Item, Update
 from tapes.distributed.protocol.wire import VERSION, decode, encode
 from tapes.processes import Process, process_of
 from tapes.registry import Registry
-from tests.crew import crew, resident, stopped
-from tests.processes import wait_for, zmq_context
+from tests.crew import assert_all_counted, crew, resident, stopped
+from tests.processes import connected, wait_for, zmq_context
 
 MEGABYTE = 2**20
 
 
 class Trap:
-    """What touches a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -40,29 +40,26 @@ class Trap:
 
 @pytest.fixture
 def service(short_dir):
-    """Two workers that count all the time, and one that reads."""
+    """A service of two workers that count all the time, and a reader; in the end the counts are exact."""
     with crew(short_dir) as found:
-        one, two, reader = (found.hire() for _ in range(3))
-        one.ask("load")
-        two.ask("load")
+        one, two, reader = (found.start_worker() for _ in range(3))
+        one.call("start_load")
+        two.call("start_load")
         found.reader = reader
         try:
             yield found
-            one.ask("halt")
-            two.ask("halt")
-            told = [hand.ask("told") for hand in found.hands]
-            assert [one["errors"] for one in told] == [[]] * 3
-            expected = [sum(one["counted"] for one in told)] * 4
-            wait_for(lambda: reader.ask("read").get("counts") == expected, "all is counted", 5)
-            for hand in found.hands:
-                hand.end()
+            one.call("stop_load")
+            two.call("stop_load")
+            assert_all_counted(reader, found.workers)
+            for worker in found.workers:
+                worker.exit()
         finally:
             print(found.log.read_text(errors="replace")[-5000:])
 
 
 @contextlib.contextmanager
 def sockets(service, *kinds):
-    """0MQ sockets that are connected to the service: publishers to one of its ends, others to the other."""
+    """Return 0MQ sockets that are connected to the service: XPUB to its address, others to ``.read``."""
     with zmq_context() as context:
         made = []
         for kind in kinds:
@@ -75,16 +72,16 @@ def sockets(service, *kinds):
 
 
 def update(identity=b"s" * 16, base=0):
-    """A well-formed update of nobody in the service."""
+    """Return a valid update from a process that is no worker of the service."""
     registry = Registry()
     registry.counter("c").increment(1000)
-    registry.counter("stranger").increment(1000)
+    registry.counter("foreign").increment(1000)
     items = [Item(*series) for series in registry.collect()]
     return Update(identity, process_of(os.getpid()), "elsewhere", base + 1, base, items, {})
 
 
 def garbage(trap):
-    """Messages that are none of ours, whoever sends them."""
+    """Return messages that are not of the protocol, whatever their sender."""
     packed, large = encode(update()), 5 * MEGABYTE
     return [
         b"", b"\x00", b"\xc1", b"GET / HTTP/1.1\r\n\r\n", os.urandom(1000), pickle.dumps(trap),
@@ -97,30 +94,35 @@ def garbage(trap):
 
 
 def wrong_types():
-    """Messages of ours that belong nowhere, and those that belong only to the other socket."""
+    """Return valid messages that no client may send, and those that belong to the other socket."""
     nowhere = [
-        said.Reply(1, "ok", b""), said.Merged(5, update().items, {}),
-        said.Journal("h", (), (), 5, (), {}, 2000), said.Record(update(said.NOBODY), True, (), (1, 1)),
+        messages.Reply(1, "ok", b""), messages.Merged(5, update().items, {}),
+        messages.Journal("h", (), (), 5, (), {}, 2000),
+        messages.Record(update(messages.NOBODY), True, (), (1, 1)),
     ]  # fmt: skip
     questions = [
-        said.Read(1, "json", update()), said.Attach(1, "h", (Process(1, 1),)), Goodbye(1, update()),
+        messages.Read(1, "json", update()), messages.Attach(1, "h", (Process(1, 1),)), Goodbye(1, update()),
         HandOver(1, VERSION + 1),
     ]  # fmt: skip
     return [encode(one) for one in nowhere], [encode(one) for one in questions]
 
 
 def rejected(service):
-    return service.reader.ask("read")["tapes"].get("rejected", {}).get("value", 0)
+    """Return how many messages the aggregator has rejected."""
+    return service.reader.call("read")["tapes"].get("rejected", {}).get("value", 0)
 
 
-def all_is_rejected(service, before, number):
-    """Wait until so many more are counted, and not one more or less."""
+def assert_rejected(service, before, number):
+    """Wait until exactly ``number`` more messages are rejected than ``before``."""
     wait_for(lambda: rejected(service) >= before + number, f"{number} are rejected")
     assert rejected(service) == before + number
 
 
-def test_messages_that_are_none(service, short_dir):
-    """Garbage, pickles, large frames and misplaced messages, over and over, on both sockets."""
+def test_messages_that_are_not_of_the_protocol_are_rejected_and_counted(service, short_dir):
+    """Garbage, pickles, large frames and misplaced messages are rejected and counted, on both sockets.
+
+    No pickle is loaded, memory stays, and the aggregator goes on.
+    """
     trap = short_dir / "touched"
     odd, (nowhere, questions) = garbage(Trap(trap)), wrong_types()
     aggregator, memory = service.aggregator, []
@@ -136,17 +138,17 @@ def test_messages_that_are_none(service, short_dir):
                 req.send(message)
                 answers = decode(dealer.recv()), decode(req.recv())
                 assert {answer.status for answer in answers} == {"error"}
-            all_is_rejected(service, before, len(published) + 2 * len(asked))
+            assert_rejected(service, before, len(published) + 2 * len(asked))
             memory.append(resident(aggregator))
     print("memory after each round:", memory)
     assert memory[-1] < memory[0] + 15 * MEGABYTE  # of the 240 that came in large frames
     assert not trap.exists()
     assert service.aggregator == aggregator
-    assert "stranger" not in service.reader.ask("names")
+    assert "foreign" not in service.reader.call("names")
 
 
-def test_messages_of_several_frames(service):
-    """Of what is published each frame is one; of a question all frames but the last are its envelope."""
+def test_frames_of_a_published_message_count_one_by_one(service):
+    """Every frame of a published message counts; of a request only the last one, and the others come back."""
     aggregator, before = service.aggregator, rejected(service)
     with sockets(service, zmq.XPUB, zmq.DEALER) as (publisher, dealer):
         publisher.send_multipart([b"one", b"", encode(Goodbye(1, update()))])
@@ -156,13 +158,13 @@ def test_messages_of_several_frames(service):
         assert envelope == [b"one", b""]
         assert decode(answer).status == "error"
         assert len(dealer.recv_multipart()) == 100
-        all_is_rejected(service, before, 3 + 1 + 1)
+        assert_rejected(service, before, 3 + 1 + 1)
     assert service.aggregator == aggregator
 
 
 @pytest.mark.parametrize("version", [VERSION, VERSION - 1, 0])
-def test_a_stranger_who_wants_it_to_make_room(service, version):
-    """Nobody takes its place who is not newer: it says so, and stays. That is a question like others."""
+def test_a_client_of_the_same_or_an_older_version_cannot_replace_the_aggregator(service, version):
+    """An aggregator refuses a hand-over to a version that is not newer, and stays."""
     aggregator, before = service.aggregator, rejected(service)
     with sockets(service, zmq.DEALER) as (dealer,):
         dealer.send(encode(HandOver(7, version)))
@@ -172,8 +174,8 @@ def test_a_stranger_who_wants_it_to_make_room(service, version):
     assert service.aggregator == aggregator
 
 
-def test_clients_that_do_not_talk_zmtp(service):
-    """Bytes, half a greeting, silence: nothing comes of it. And ZMTP 1.0, which needs no greeting."""
+def test_connections_that_are_no_zmtp_change_nothing(service):
+    """Connections that send no ZMTP, half a greeting or nothing change nothing; a ZMTP 1.0 message counts."""
     aggregator, before = service.aggregator, rejected(service)
     greeting = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x01NULL" + bytes(48)
     words = [b"", b"GET / HTTP/1.1\r\n\r\n", bytes(1000), b"\xff" * 65536, greeting[:11], greeting]
@@ -187,28 +189,28 @@ def test_clients_that_do_not_talk_zmtp(service):
                 client.connect(str(service.directory / path))
                 with contextlib.suppress(OSError):  # it may have hung up
                     client.sendall(sent)
-        all_is_rejected(service, before, 2)
-        new = service.hire()
-        assert new.ask("read")["seconds"] < 1.2
-        assert new.end() < 3
-        service.hands.remove(new)
+        assert_rejected(service, before, 2)
+        new = service.start_worker()
+        assert new.call("read")["seconds"] < 1.2
+        assert new.exit() < 3
+        service.workers.remove(new)
         assert rejected(service) == before + 2
     assert resident(aggregator) < memory + 4 * MEGABYTE
     assert service.aggregator == aggregator
 
 
-def test_nobody_else_may_touch_the_files(short_dir):
-    """Whatever the umask of the application is."""
+def test_only_the_user_can_access_the_files_whatever_the_umask_is(short_dir):
+    """All files of a service are accessible only for its user, even if the application's umask is 0."""
     place = short_dir / "tapes-1-2"
     with crew(short_dir, place) as service:
         service.socket = "metrics.ipc"
-        one = service.hire(["sh", "-c", 'umask 0; exec "$@"', "sh"])
-        one.ask("children", 3, 10)
-        two = service.hire(["sh", "-c", 'umask 0; exec "$@"', "sh"])
-        two.ask("count", 10)
+        one = service.start_worker(["sh", "-c", 'umask 0; exec "$@"', "sh"])
+        one.call("fork_children", 3, 10)
+        two = service.start_worker(["sh", "-c", 'umask 0; exec "$@"', "sh"])
+        two.call("count", 10)
         wait_for((place / "metrics.ipc.journal").exists, "there is a journal")
         with stopped(service.aggregator):
-            two.end()  # by a will
+            two.exit()  # which leaves its counts in a file
             found = {path.name: path.lstat().st_mode for path in place.iterdir()}
         assert {name.partition("-")[0] for name in found} >= {
             "metrics.ipc", "metrics.ipc.read", "metrics.ipc.lock", "metrics.ipc.start", "metrics.ipc.journal",
@@ -217,4 +219,25 @@ def test_nobody_else_may_touch_the_files(short_dir):
         for name, mode in found.items():
             assert stat.S_IMODE(mode) & ~(0o700 if stat.S_ISSOCK(mode) else 0o600) == 0, (name, oct(mode))
         assert stat.S_IMODE(place.stat().st_mode) == 0o700
-        one.end()
+        one.exit()
+
+
+def test_each_invalid_message_is_counted_once_on_both_sockets(address):
+    """Garbage, pickles and malformed messages on both sockets each add one to ``tapes.rejected``."""
+    with connected(address) as registry, zmq_context() as context:
+        registry.counter("c").increment(5)
+        evil = pickle.dumps(os.system)
+        sent = [b"", b"\xc1", evil, os.urandom(1000), msgpack.packb([1, "Update", 1]), msgpack.packb({})]
+        publisher, dealer = context.socket(zmq.XPUB), context.socket(zmq.DEALER)
+        publisher.connect(address)
+        dealer.connect(address + ".read")
+        publisher.recv()  # the subscription: messages are not dropped by our socket
+        for message in sent:
+            publisher.send(message)
+            dealer.send(message)
+            dealer.send_multipart([b"", message, b""])
+        wait_for(
+            lambda: (s := registry.snapshot().get("tapes.rejected")) and s.value == 3 * len(sent),
+            "every message is counted",
+        )
+        assert registry.get_stats().c.value == 5
