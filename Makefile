@@ -45,7 +45,7 @@ pythons:
 
 newest:
 	@$(PYTHON) -m tests.interpreters --newest --numprocesses 2 --dist worksteal \
-		tests/distributed/test_forks.py tests/distributed/test_joining.py $(PYTEST_ARGS)
+		tests/distributed/test_forks.py tests/distributed/test_exits.py tests/distributed/test_joining.py $(PYTEST_ARGS)
 
 fuzz: $(DEV_STAMP)
 	$(BIN)/python -m tests.fuzz --messages 1000000

@@ -1,4 +1,4 @@
-"""Real processes for tests: start, wait for a condition with a deadline, end by pid."""
+"""Real processes for tests: start them, wait for a condition with a deadline, end them by pid."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ EXAMPLES = ROOT / "examples"
 C = TypeVar("C", bound="Clients")
 
 NOT_YET = (OSError, http.client.HTTPException, json.JSONDecodeError, AggregatorUnavailable)
-"""What asking a service raises that is not up, or about to be replaced."""
+"""What a request to a service raises that does not listen yet, or whose aggregator is being replaced."""
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 30.0, every: float = 0.02) -> Any:
-    """Return the first true result of ``condition``; fail if there is none in time.
+    """Return the first true result of ``condition``; fail if there is none within ``seconds``.
 
-    A service that can't be asked just now has not fulfilled it yet. There is time enough for tests that run
-    beside this one; fewer ``seconds`` are something that is promised.
+    A condition that raises one of `NOT_YET` is not fulfilled yet. The default leaves enough time for tests
+    that run side by side. Pass fewer ``seconds`` only for a time that tapes guarantees.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -52,11 +52,11 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 30.0, eve
 
 
 def free_port() -> int:
-    """Return a port that is free now, of TCP and of UDP, and was not given before, here or elsewhere.
+    """Return a TCP and UDP port that is free now and that no test gets twice, in this process or another.
 
-    Tests run side by side in several processes, so each has blocks of its own: who could bind the first port
-    of a block has all of it, and keeps that one for as long as it lives. The ports are below those that the
-    system gives to clients, as any connection may have got one of these when a server is about to listen.
+    Tests run side by side in several processes, so each process takes blocks of ports: it binds the first
+    port of a block, and keeps it bound until it exits. The ports are below those that the system gives to
+    clients, because a connection could have such a port when a server is about to listen on it.
     """
     return next(_ports)
 
@@ -66,7 +66,7 @@ _PORTS_OF_A_BLOCK = 100
 
 def _free_ports() -> Iterator[int]:
     end = 32768
-    with contextlib.suppress(OSError, ValueError):  # Linux tells; elsewhere they are usually above that
+    with contextlib.suppress(OSError, ValueError):  # without /proc they are usually above that
         end = int(pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     blocks = range(10000, end if end > 20000 else 32768, _PORTS_OF_A_BLOCK)[:-1]
     begin = os.getpid() % len(blocks)
@@ -107,7 +107,10 @@ def get(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int,
 
 @contextlib.contextmanager
 def running(command: list[str], *, cwd: pathlib.Path, **environment: str) -> Iterator[subprocess.Popen]:
-    """Run a command in a session of its own; end it, if it hasn't ended, by TERM and then by KILL."""
+    """Run a command in a session of its own; at the end of the block, terminate it, and then kill it.
+
+    If the block fails, the command's output and the state of its processes are printed.
+    """
     with (cwd / "output.log").open("wb") as log:
         process = subprocess.Popen(
             command,
@@ -136,24 +139,24 @@ def running(command: list[str], *, cwd: pathlib.Path, **environment: str) -> Ite
 
 
 def _state(pid: int) -> str:
-    """Return what a process is about, for who wonders why it has not ended."""
+    """Return the state of a process and its signal masks, which show why it has not exited."""
     entry = pathlib.Path("/proc") / str(pid)
-    words = ("State", "PPid", "ShdPnd", "SigBlk", "SigIgn", "SigCgt", "Threads")
+    fields = ("State", "PPid", "ShdPnd", "SigBlk", "SigIgn", "SigCgt", "Threads")
     try:
         command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200]
         status = dict(line.split(":", 1) for line in (entry / "status").read_text().splitlines())
-        return f"{pid} {command}: " + " ".join(f"{word}={status[word].split()[0]}" for word in words)
+        return f"{pid} {command}: " + " ".join(f"{field}={status[field].split()[0]}" for field in fields)
     except OSError as error:
         return f"{pid}: {error}"
 
 
 class Clients:
-    """Threads that each do what `_ask` says until they are stopped."""
+    """Threads that each run `_request` until they are stopped."""
 
     def __init__(self, clients: int) -> None:
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
+        self._threads = [threading.Thread(target=self._request) for _ in range(clients)]
 
     def __enter__(self: C) -> C:
         for thread in self._threads:
@@ -165,13 +168,13 @@ class Clients:
         for thread in self._threads:
             thread.join()
 
-    def _ask(self) -> None:
+    def _request(self) -> None:
         raise NotImplementedError
 
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[DistributedRegistry]:
-    """A registry that is connected, and says goodbye."""
+    """Connect a registry, and close it at the end of the block."""
     registry = DistributedRegistry(address)
     registry.connect()
     try:
@@ -181,14 +184,14 @@ def connected(address: str) -> Iterator[DistributedRegistry]:
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """Return this process's environment without what would change how tapes, or another pytest, behaves."""
+    """Return this process's environment without variables that change how tapes or pytest behave."""
     ours = ("TAPES_", "PYTEST_XDIST_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return {**kept, "PYTHONDONTWRITEBYTECODE": "1", **more}
 
 
 def run_python(source: str, *, cwd: pathlib.Path, seconds: float = 60, **environment: str):
-    """Run a Python program in a process of its own and return what became of it."""
+    """Run a Python program in a process of its own and return the completed process."""
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", source],
         cwd=cwd,
@@ -200,8 +203,8 @@ def run_python(source: str, *, cwd: pathlib.Path, seconds: float = 60, **environ
     )
 
 
-def python_for_everybody(*modules: str) -> tuple[str, str]:
-    """Return an interpreter of this version that any user can run and that has ``modules``, and its path."""
+def python_for_any_user(*modules: str) -> tuple[str, str]:
+    """Return an interpreter of this version that any user can run, with its path for ``modules``."""
     path = ":".join([str(ROOT), *(entry for entry in sys.path if entry.endswith("site-packages"))])
     code = f"import os, sys, {', '.join(modules)}; print(sys.version_info[:2], os.path.realpath(os.__file__))"
     for python in (sys.executable, "/usr/bin/python3"):
@@ -219,15 +222,15 @@ def python_for_everybody(*modules: str) -> tuple[str, str]:
 MAY_FORK_BESIDE_THREADS = (
     "import warnings\n"
     "warnings.filterwarnings('ignore', 'This process .* is multi-threaded', DeprecationWarning)\n"
-    if sys.version_info >= (3, 15)  # older versions print the warning, though it is to be an error
+    if sys.version_info >= (3, 15)  # older versions print the warning even if it is an error
     else ""
 )
-"""How a program begins that forks while a thread of it is alive."""
+"""The first lines of a program that forks while one of its threads is alive."""
 
 
 @contextlib.contextmanager
 def zmq_context() -> Iterator[zmq.Context[Any]]:
-    """A context of 0MQ whose sockets wait 10 s at most to send or to receive."""
+    """A 0MQ context whose sockets wait at most 10 s to send or to receive."""
     context: zmq.Context[Any] = zmq.Context()
     context.sndtimeo = context.rcvtimeo = 10_000
     try:
@@ -242,7 +245,7 @@ def children(pid: int) -> set[int]:
 
 
 class Home:
-    """Directories that a service may use, empty before and after."""
+    """The directories of a service: its working directory, and a private one for temporary files."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.directory = directory
@@ -251,11 +254,14 @@ class Home:
         self.environment = {"TMPDIR": str(self.private), "XDG_RUNTIME_DIR": str(self.private)}
 
     def running(self, command: list[str], **more: str):
-        """Run a command in the background; see `running`."""
+        """Run a command in a session of its own; at the end of the block, terminate it, and then kill it.
+
+        If the block fails, the command's output and the state of its processes are printed.
+        """
         return running(command, cwd=self.directory, **self.environment, **more)
 
     def run(self, command: list[str], seconds: float = 60, **more: str) -> tuple[int, str, str]:
-        """Run a command; return status, output and errors, without waiting for an aggregator's end."""
+        """Run a command; return status, output and errors, without waiting for its aggregator."""
         log = self.directory / "errors.log"
         with log.open("w") as errors:
             done = subprocess.run(
@@ -265,16 +271,16 @@ class Home:
         return done.returncode, done.stdout, log.read_text()
 
     def services(self) -> list[pathlib.Path]:
-        """Return the private directories of services."""
+        """Return the runtime directories of services."""
         return list(self.private.glob("tapes-*"))
 
     def nothing_left(self) -> bool:
-        """Whether no process and no file is left."""
+        """Return whether no process and no file of the service is left."""
         return not mentions(str(self.directory)) and not list(self.private.iterdir())
 
 
 def mentions(text: str) -> list[int]:
-    """Return the pids of the living processes whose command line or working directory has ``text``."""
+    """Return the pids of running processes whose command line or working directory contains ``text``."""
     found = []
     for entry in pathlib.Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():

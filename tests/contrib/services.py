@@ -17,7 +17,7 @@ from tests.processes import EXAMPLES, Clients, Home, connected, free_port, get, 
 
 
 class Service:
-    """The example shop under gunicorn, in directories that are empty before and after."""
+    """The example shop under gunicorn, in directories that are empty before and after the test."""
 
     def __init__(self, directory: pathlib.Path, arguments: list[str], **environment: str) -> None:
         self.directory = directory
@@ -37,7 +37,7 @@ class Service:
         return running(self.command, cwd=self.directory, **self.environment)
 
     def wait_until_up(self) -> None:
-        # Asked by a request that is not counted itself.
+        """Wait until gunicorn answers, by a request that is not counted."""
         wait_for(lambda: get(self.port, "/metrics")[0] == 200, "gunicorn is up")
 
     def output(self) -> str:
@@ -48,7 +48,7 @@ class Service:
 
 
 def counts(port: int) -> dict[tuple[str, str, str], int]:
-    """Counts of requests by method, route and status, from whichever worker answers."""
+    """Return the number of requests by method, route and status, from whichever worker answers."""
     tree = json.loads(get(port, "/metrics")[2])
     for name in ("http", "server", "request", "duration"):
         tree = tree.get(name, {})
@@ -57,20 +57,20 @@ def counts(port: int) -> dict[tuple[str, str, str], int]:
     return {pattern.fullmatch(selector).groups(): count for selector, count in plain.items()}
 
 
-def gone(port: int) -> int:
-    """How often ``/old-catalogue`` was asked for; another worker may know it 0.1 s later."""
+def gone_requests(port: int) -> int:
+    """Return how many requests for ``/old-catalogue`` (410 Gone) are counted, as of 0.1 s ago."""
     return counts(port).get(("GET", "/old-catalogue", "410"), 0)
 
 
 def timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """Return what a call returns, and how many seconds it took."""
+    """Return the result of a call, and how many seconds it took."""
     started = time.monotonic()
     return call(*arguments), time.monotonic() - started
 
 
 @contextlib.contextmanager
-def staying(home: Home) -> Iterator[None]:
-    """Keep a service's aggregator from being idle: its HTTP reporter stops listening at once when it is."""
+def aggregator_in_use(home: Home) -> Iterator[None]:
+    """Keep a service's aggregator in use; an idle one closes its HTTP port at once."""
     (service,) = home.services()
     with connected(f"ipc://{service}/metrics.ipc") as registry:
         registry.get_stats()
@@ -83,12 +83,12 @@ def session(leader: int) -> list[int]:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether no such process lives; its parent may not have collected it yet."""
+    """Return whether no process of this pid runs; its parent may not have waited for it yet."""
     return all(number != pid or fields[0] in "ZX" for number, fields in _processes())
 
 
-def spent(leader: int) -> str:
-    """What the processes of a session have used of the processors."""
+def cpu_times(leader: int) -> str:
+    """Return the processor times of the processes of a session, as text."""
     return str([(pid, fields[11:13]) for pid, fields in _processes() if int(fields[3]) == leader])
 
 
@@ -100,13 +100,13 @@ def _processes() -> Iterator[tuple[int, list[str]]]:
 
 
 def signal_to(pid: int, number: int) -> None:
-    """Send a signal to a process that may have ended."""
+    """Send a signal to a process that may have exited."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
 
 class Load(Clients):
-    """Clients that ask for one path, each request on a connection of its own, until they are stopped."""
+    """Clients that request one path, each request on a connection of its own, until they are stopped."""
 
     def __init__(self, port: int, path: str, clients: int = 4) -> None:
         super().__init__(clients)
@@ -115,12 +115,12 @@ class Load(Clients):
         self.times: list[float] = []
         self._port, self._path = port, path
 
-    def go_on(self, requests: int = 300, seconds: float = 60.0) -> None:
-        """Return when so many more requests were answered."""
+    def wait_for_requests(self, requests: int = 300, seconds: float = 60.0) -> None:
+        """Return when ``requests`` more requests have been answered."""
         goal = self.answered + requests
         wait_for(lambda: self.answered >= goal, "requests are answered", seconds)
 
-    def _ask(self) -> None:
+    def _request(self) -> None:
         while not self._stop.is_set():
             with self._lock:
                 self.sent += 1

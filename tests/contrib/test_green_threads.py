@@ -1,4 +1,4 @@
-"""Under gevent and eventlet everything counts, and nothing hangs, whenever they replace threads."""
+"""Programs under gevent and eventlet count exactly and never hang, whenever they patch the threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROGRAM = """
 import os, sys
 library, patched, joins = sys.argv[1:]
 
-def reached(moment):
+def patch_at(moment):
     if patched != moment:
         return
     if library == "gevent":
@@ -22,18 +22,18 @@ def reached(moment):
         import eventlet
         eventlet.monkey_patch()
 
-reached("first")
+patch_at("first")
 import tapes
-reached("imported")
+patch_at("imported")
 counter = tapes.counter("n")
 counter.increment()
-reached("recorded")
+patch_at("recorded")
 if joins == "join":
     tapes.join()
-reached("joined")
+patch_at("joined")
 if joins == "join":
     tapes.get_stats()
-reached("read")
+patch_at("read")
 
 import threading, time
 
@@ -61,8 +61,8 @@ print("counted", tapes.get_stats().n.value)
 
 @pytest.mark.parametrize("patched", ["first", "imported", "recorded", "joined", "read"])
 @pytest.mark.parametrize("library", ["gevent", "eventlet"])
-def test_threads_and_children_count_whenever_threads_were_replaced(home, library, patched):
-    """Threads of the operating system publish; what was made before goes on."""
+def test_threads_and_children_count_whenever_the_program_is_patched(home, library, patched):
+    """Green threads and forked children count exactly, whenever gevent or eventlet patches the program."""
     pytest.importorskip(library)
     _, output, errors = home.run([sys.executable, "-W", "ignore", "-c", PROGRAM, library, patched, "join"])
     assert output == "counted 151\n", errors
@@ -70,6 +70,7 @@ def test_threads_and_children_count_whenever_threads_were_replaced(home, library
 
 @pytest.mark.parametrize("library", ["gevent", "eventlet"])
 def test_a_program_of_greenlets_counts_under_tapes_run(home, library):
+    """A program of green threads is counted exactly under ``tapes run``."""
     pytest.importorskip(library)
     (home.directory / "program.py").write_text(PROGRAM)
     command = [TAPES, "run", "--", sys.executable, "-W", "ignore", "program.py", library, "first", "run"]
@@ -118,8 +119,8 @@ os._exit(0)  # the producer that hangs
 
 @pytest.mark.parametrize("joins", ["join", "local"])
 @pytest.mark.parametrize("library", ["gevent", "eventlet"])
-def test_producers_that_wait_leave_no_descriptor_behind_and_nothing_hangs(home, library, joins):
-    """An event loop for each run would have some."""
+def test_producers_that_wait_leave_no_open_descriptor(home, library, joins):
+    """Gauge producers that wait or hang in a green thread leave no descriptor open and block no read."""
     pytest.importorskip(library)
     _, output, errors = home.run([sys.executable, "-W", "ignore", "-c", PRODUCES, library, joins])
     assert output == "left open 0\n", errors

@@ -1,4 +1,4 @@
-"""Four gunicorn workers behind one port: every answer is the same, exact, and nothing is left."""
+"""Gunicorn workers behind one port: every worker gives the same exact answer, and nothing is left."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.contrib.services import Service, counts, gone, session, signal_to, spent, timed
+from tests.contrib.services import Service, counts, cpu_times, gone_requests, session, signal_to, timed
 from tests.processes import EXAMPLES, get, mentions, running, wait_for
 
 CLASSES = {
@@ -33,7 +33,7 @@ REQUESTS = {  # path: requests, and the series that they are
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("worker_class", CLASSES)
 def test_every_worker_gives_the_same_exact_counts(short_dir, worker_class):
-    """20,000 requests by ab over 200, 404, 410, an unhandled exception and unmatched paths."""
+    """After 20,000 requests with five kinds of outcome, every gunicorn worker shows the same exact counts."""
     service = Service(short_dir, CLASSES[worker_class] + ["--log-level", "warning"])
     expected: dict[tuple[str, str, str], int] = {}
     with service.running() as process:
@@ -57,7 +57,7 @@ def test_every_worker_gives_the_same_exact_counts(short_dir, worker_class):
 
 
 def test_reads_go_to_every_worker(short_dir):
-    """The counts above come from all four, not from one that happens to answer."""
+    """Requests reach all four workers, so tests that read repeatedly read from each of them."""
     service = Service(short_dir, ["-w", "4", "--log-level", "warning"])
     with service.running():
         service.wait_until_up()
@@ -66,8 +66,8 @@ def test_reads_go_to_every_worker(short_dir):
 
 
 @pytest.mark.needs("promtool")
-def test_promtool_finds_nothing_to_complain_of(short_dir):
-    """What a real service exposes, as Prometheus's own checker sees it."""
+def test_promtool_accepts_the_metrics_of_gunicorn(short_dir):
+    """promtool reports no problem in the metrics of an application under gunicorn."""
     service = Service(short_dir, ["-w", "2", "--log-level", "warning"])
     with service.running():
         service.wait_until_up()
@@ -94,8 +94,8 @@ def test_promtool_finds_nothing_to_complain_of(short_dir):
         (signal.SIGKILL, True),  # of the master alone, gunicorn's idle workers go on for 15 s
     ],
 )
-def test_it_ends_cleanly_and_leaves_nothing(short_dir, number, whole_group):
-    """ctrl-C reaches the whole group, TERM the master, KILL too: no traceback, no process, no file."""
+def test_gunicorn_exits_cleanly_and_leaves_nothing(short_dir, number, whole_group):
+    """At SIGTERM, SIGINT, SIGQUIT or SIGKILL gunicorn leaves no process, no file and no traceback."""
     service = Service(short_dir, ["-w", "2"])
     with service.running() as process:
         service.wait_until_up()
@@ -104,7 +104,7 @@ def test_it_ends_cleanly_and_leaves_nothing(short_dir, number, whole_group):
         assert len(aggregators) == 1
         # A worker that is still in its last request would log gunicorn's own SystemExit.
         seen = [""]
-        wait_for(lambda: seen.append(spent(process.pid)) or seen[-1] == seen[-2], "it is idle")
+        wait_for(lambda: seen.append(cpu_times(process.pid)) or seen[-1] == seen[-2], "it is idle")
         for pid in session(process.pid) if whole_group else [process.pid]:
             signal_to(pid, number)
         process.wait(10)
@@ -124,8 +124,8 @@ CANNOT_START = {
 
 
 @pytest.mark.parametrize("case", CANNOT_START)
-def test_an_aggregator_that_cannot_start_ends_gunicorn_with_one_sentence(short_dir, case):
-    """Status 1, the sentence as the only line of ours, no traceback, nothing left."""
+def test_gunicorn_exits_with_one_sentence_if_no_aggregator_can_start(short_dir, case):
+    """If no aggregator can start, gunicorn exits with status 1 and one sentence, and leaves nothing."""
     plain = short_dir / "plain"
     plain.write_text("precious")
     address = {
@@ -145,8 +145,8 @@ def test_an_aggregator_that_cannot_start_ends_gunicorn_with_one_sentence(short_d
     wait_for(service.nothing_left, "nothing is left", 4)
 
 
-def test_without_pyzmq_gunicorn_ends_with_what_to_install(short_dir):
-    """One sentence, not a traceback."""
+def test_without_pyzmq_gunicorn_exits_and_shows_what_to_install(short_dir):
+    """Without pyzmq gunicorn exits with status 1 and one sentence that shows what to install."""
     (short_dir / "zmq.py").write_text("raise ModuleNotFoundError('zmq')\n")
     service = Service(short_dir, ["-w", "1", "--log-level", "warning"], PYTHONPATH=str(short_dir))
     with service.running() as process:
@@ -155,8 +155,8 @@ def test_without_pyzmq_gunicorn_ends_with_what_to_install(short_dir):
     assert "pip install 'tapes[distributed]'" in line
 
 
-def test_an_aggregator_that_is_there_already_is_used(short_dir):
-    """TAPES_ADDR names the one to use: two services share it, and it outlives both."""
+def test_an_aggregator_that_runs_already_is_used_and_stays(short_dir):
+    """Two services with the TAPES_ADDR of a running aggregator share it, and it keeps running after both."""
     address = f"ipc://{short_dir}/m.ipc"
     program = (
         f"from tapes.distributed.registry import *; RegistryAggregator([], {address!r}).start(fork=False)"
@@ -171,16 +171,16 @@ def test_an_aggregator_that_is_there_already_is_used(short_dir):
             service = Service(directory, ["-w", "2", "--log-level", "warning"], TAPES_ADDR=address)
             with service.running():
                 service.wait_until_up()
-                before = gone(service.port)
+                before = gone_requests(service.port)
                 get(service.port, "/old-catalogue")
                 assert before == turn - 1
-                wait_for(lambda port=service.port, n=turn: gone(port) == n, "the request is counted")
-                assert gone(service.port) == turn
+                wait_for(lambda port=service.port, n=turn: gone_requests(port) == n, "the request is counted")
+                assert gone_requests(service.port) == turn
         assert aggregator.poll() is None
 
 
-def test_two_services_of_one_user_do_not_see_each_other(short_dir):
-    """Each has a private directory, also below the same TMPDIR."""
+def test_two_services_of_one_user_are_separate(short_dir):
+    """Two services of one user below one TMPDIR have private directories and separate counts."""
     for name in ("1", "2"):
         (short_dir / name).mkdir()
     one, two = (Service(short_dir / name, ["-w", "2", "--log-level", "warning"]) for name in ("1", "2"))
@@ -190,12 +190,12 @@ def test_two_services_of_one_user_do_not_see_each_other(short_dir):
         two.wait_until_up()
         for _ in range(5):
             get(one.port, "/old-catalogue")
-        wait_for(lambda: gone(one.port) == 5, "all is counted")
-        assert gone(two.port) == 0
+        wait_for(lambda: gone_requests(one.port) == 5, "all is counted")
+        assert gone_requests(two.port) == 0
 
 
 def test_metrics_of_a_worker_that_is_not_connected_are_a_503(short_dir):
-    """One that may not start an aggregator: what to do, and never its own share; the application works."""
+    """A worker that may not start an aggregator answers ``/metrics`` by 503, and the application works."""
     service = Service(short_dir, ["-w", "2", "--log-level", "warning"], TAPES_AUTOSTART="0")
     at = service.command.index("-c")
     del service.command[at : at + 2]
@@ -208,7 +208,7 @@ def test_metrics_of_a_worker_that_is_not_connected_are_a_503(short_dir):
 
 
 def test_a_stopped_aggregator_is_a_503_in_time_and_the_application_works(short_dir):
-    """Within 1.5 s, a plain sentence; when it goes on, so do the numbers."""
+    """While the aggregator is stopped, ``/metrics`` is a 503 within 1.5 s; afterwards all is counted."""
     service = Service(short_dir, ["-w", "2", "--log-level", "warning"])
     with service.running() as process:
         service.wait_until_up()
@@ -223,11 +223,11 @@ def test_a_stopped_aggregator_is_a_503_in_time_and_the_application_works(short_d
         assert before == [410] * 10
         signal_to(aggregator, signal.SIGCONT)
         wait_for(lambda: get(service.port, "/metrics")[0] == 200, "it answers again")
-        wait_for(lambda: gone(service.port) == 10, "all is counted")
+        wait_for(lambda: gone_requests(service.port) == 10, "all is counted")
 
 
 def test_the_spelling_without_python_works_beside_the_example_file(short_dir):
-    """`gunicorn -c tapes.contrib.gunicorn_conf`, in a directory that has the one-line file."""
+    """``gunicorn -c tapes.contrib.gunicorn_conf`` works in a directory that has the one-line file."""
     for name in ("tapes.contrib.gunicorn_conf", "flask_shop.py"):
         shutil.copy(EXAMPLES / name, short_dir)
     service = Service(short_dir, ["-w", "2", "--log-level", "warning"])
@@ -236,11 +236,11 @@ def test_the_spelling_without_python_works_beside_the_example_file(short_dir):
     with service.running():
         service.wait_until_up()
         get(service.port, "/old-catalogue")
-        wait_for(lambda: gone(service.port) == 1, "the request is counted")
+        wait_for(lambda: gone_requests(service.port) == 1, "the request is counted")
 
 
-def test_ports_are_free_again(short_dir):
-    """The aggregator holds no socket of the service: a restart can bind at once."""
+def test_the_port_of_gunicorn_is_free_when_it_has_exited(short_dir):
+    """The aggregator holds no socket of gunicorn: its port can be bound as soon as it has exited."""
     service = Service(short_dir, ["-w", "1", "--log-level", "warning"])
     with service.running() as process:
         service.wait_until_up()

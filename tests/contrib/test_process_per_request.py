@@ -1,4 +1,4 @@
-"""A server that forks a process for each request: each request is counted, although no exit hook runs."""
+"""A server that forks a process for each request: each request counts, although no exit hook runs."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ make_server("127.0.0.1", int(sys.argv[1]), app, Forking, Handler).serve_forever(
 
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("has_address", [False, True])
-def test_each_request_is_counted(home, server, has_address):
-    """The next process, forked for a read, answers for all that were forked for requests before it."""
+def test_each_request_of_a_forking_server_is_counted(home, server, has_address):
+    """A process forked for ``/metrics`` shows the counts of all processes that were forked for requests."""
     port = free_port()
     (home.directory / "server.py").write_text(APPLICATION + SERVERS[server])
     command = [sys.executable, "server.py", str(port)]

@@ -1,4 +1,4 @@
-"""A service that is stopped and started at once: the next start finds every fixed port free."""
+"""A service that is stopped and started again at once finds its fixed ports and addresses free."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.processes import Home, free_port, get, mentions, running, wait_for
 
 
 def own_count(port: int) -> int:
-    """How many requests the service knows of that answers on ``port``."""
+    """Return how many requests are counted by the service that answers on ``port``."""
     tree = json.loads(get(port, "/metrics")[2])
     for name in ("http", "server", "request", "duration"):
         tree = tree.get(name, {})
@@ -25,7 +25,7 @@ def own_count(port: int) -> int:
 
 @pytest.mark.timeout(180)
 def test_each_of_five_restarts_in_a_row_serves_on_its_http_port(short_dir):
-    """The aggregator before it lives on for 2 s, but has let go of the port; the new one answers."""
+    """Each of five restarts in a row serves TAPES_HTTP, although the former aggregator still runs for 2 s."""
     http = free_port()
     service = Service(short_dir, ["-w", "2", "--log-level", "warning"], TAPES_HTTP=str(http))
     for requests in range(1, 6):
@@ -54,7 +54,7 @@ signal.pause()
 
 @pytest.mark.parametrize("address", ["ipc://m.ipc", "ipc://@tapes-{port}", "tcp://127.0.0.1:{port}"])
 def test_an_aggregator_by_hand_can_be_restarted_at_its_address(short_dir, address):
-    """Its program is killed and started at once: neither the address nor a reporter's port is in the way."""
+    """A program that is killed and started at once starts its aggregator at the same address and port."""
     http, port = free_port(), free_port()
     free_port()  # the one for reads
     for n in range(1, 5):
@@ -68,7 +68,7 @@ def test_an_aggregator_by_hand_can_be_restarted_at_its_address(short_dir, addres
 
 
 def test_an_idle_aggregator_that_another_process_joins_listens_again(short_dir):
-    """Within the 2 s of its grace: on the same port, with all that it knew."""
+    """If a process joins within the 2 s of grace, the aggregator listens again, with all that it counted."""
     home, http = Home(short_dir), free_port()
     address = f"ipc://{short_dir}/m.ipc"
     environment = {"TAPES_HTTP": str(http), "TAPES_ADDR": address}
@@ -81,12 +81,13 @@ def test_an_idle_aggregator_that_another_process_joins_listens_again(short_dir):
 
 
 def listens(port: int) -> bool:
+    """Return whether a connection to ``port`` is accepted."""
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_a_port_that_is_let_go_within_four_seconds_is_waited_for(short_dir):
-    """Workers are served and read meanwhile; the start returns when the port is served."""
+def test_a_start_waits_for_a_port_that_becomes_free_within_four_seconds(short_dir):
+    """A start waits up to 4 s for TAPES_HTTP's port; meanwhile other workers connect and read."""
     home = Home(short_dir)
     with contextlib.ExitStack() as stack:
         taken = stack.enter_context(socket.create_server(("127.0.0.1", 0)))

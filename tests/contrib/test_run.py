@@ -1,4 +1,4 @@
-"""``tapes run``: any command, whatever starts its processes."""
+"""``tapes run``: the processes of any command, however it starts them, are one service."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.contrib.services import Load, has_ended, staying
+from tests.contrib.services import Load, aggregator_in_use, has_ended
 from tests.processes import children, free_port, get, mentions, wait_for
 
 BIN = pathlib.Path(sys.executable).parent
@@ -48,8 +48,8 @@ SERVERS = {
 
 
 @pytest.mark.parametrize("server", SERVERS)
-def test_servers_that_spawn_their_workers(home, server):
-    """A reload under load by HUP, then an end: every answered request counts once."""
+def test_servers_that_spawn_workers_count_exactly(home, server):
+    """Under ``tapes run`` each request counts once over a reload by SIGHUP and the end of the server."""
     (home.directory / "app.py").write_text(APPLICATION)
     port, http = free_port(), free_port()
     name, *arguments = (argument.format(port=port) for argument in SERVERS[server])
@@ -61,11 +61,11 @@ def test_servers_that_spawn_their_workers(home, server):
     with home.running(command) as process:
         wait_for(lambda: get(port, "/metrics"), "the server is up")
         with Load(port, "/") as load:
-            load.go_on()
+            load.wait_for_requests()
             before = children(process.pid) - set(mentions("resource_tracker"))
             process.send_signal(signal.SIGHUP)
             wait_for(lambda: all(map(has_ended, before)), "the old workers have ended")
-            load.go_on()
+            load.wait_for_requests()
         wait_for(lambda: counted() >= load.answered, f"{load.answered} are counted")
         assert load.answered <= counted() <= load.sent
         assert [counted() for _ in range(10)] == [counted()] * 10
@@ -73,14 +73,14 @@ def test_servers_that_spawn_their_workers(home, server):
         last = counted()
         for _ in range(20):
             get(port, "/")
-        with staying(home):
+        with aggregator_in_use(home):
             process.terminate()
             process.wait(10)
             wait_for(lambda: counted(http) == last + 20, "the workers' last values are counted")
 
 
 def test_status_and_signals_are_the_commands_own(home):
-    """It becomes the command."""
+    """``tapes run`` becomes the command: exit status and signals are the command's own."""
     assert home.run([TAPES, "run", "--", "sh", "-c", "exit 7"])[0] == 7
     assert home.run([TAPES, "run", "sh", "-c", "kill -TERM $$"])[0] == -signal.SIGTERM
     code = "import tapes; tapes.counter('c').increment(5)"
@@ -88,7 +88,7 @@ def test_status_and_signals_are_the_commands_own(home):
 
 
 def test_processes_of_a_shell_script_are_one_service(home):
-    """One after the other and side by side: whatever uses tapes is in the sum."""
+    """All processes of a shell script that record under ``tapes run`` are in one sum."""
     script = """
 python() { "$PYTHON" -c "import tapes; tapes.counter('c').increment(5)"; }
 python; python & python & wait
@@ -97,8 +97,8 @@ python; python & python & wait
     assert home.run([TAPES, "run", "--", "sh", "-ec", script], PYTHON=sys.executable)[:2] == (0, "15\n")
 
 
-def test_several_reporters_tell_of_all_processes(home):
-    """One aggregator answers over HTTP and sends to StatsD, each count once, to the last one."""
+def test_several_reporters_report_all_processes(home):
+    """With ``--http`` and ``--statsd`` one aggregator reports all processes, each count once."""
     program = "import tapes; tapes.counter('c').increment(5)"
     script = f"""
 "$PYTHON" -c "{program}" & "$PYTHON" -c "{program}" & wait
@@ -122,8 +122,8 @@ print(r.urlopen('http://127.0.0.1:$PORT/?format=prometheus').read().decode().cou
     assert sum(int(line[7:-2]) for line in lines if line.startswith("shop.c:")) == 15, lines
 
 
-def test_what_can_not_be_run_says_why(home):
-    """One sentence each, and the status that shells use."""
+def test_arguments_that_cannot_work_are_explained_in_one_sentence(home):
+    """``tapes run`` explains a wrong command or option in one sentence, with the status that shells use."""
     for arguments, expected, words in (
         (["run", "--", "no-such-command"], 127, "there is no command 'no-such-command'"),
         (["run"], 2, "there is no command to run"),
@@ -140,7 +140,7 @@ def test_what_can_not_be_run_says_why(home):
         assert home.run([*command, "--version"])[1].startswith("tapes 1.")
 
 
-def test_turned_off_it_runs_the_command_all_the_same(home):
-    """TAPES_DISABLED=1: no aggregator."""
+def test_tapes_disabled_runs_the_command_without_an_aggregator(home):
+    """With TAPES_DISABLED=1 ``tapes run`` runs the command without an aggregator."""
     command = [TAPES, "run", "--", "sh", "-c", "echo $TAPES_ADDR"]
     assert home.run(command, TAPES_DISABLED="1") == (0, "\n", "")

@@ -1,6 +1,6 @@
-"""The adapter's one line and nothing else, under every server: exact, the same from all workers, no trace.
+"""The adapter's one line and nothing else, under every server: exact counts from all workers, nothing left.
 
-The applications are the examples; the servers are real, and so are their reloads.
+The applications are the examples, the servers and their reloads are real.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.contrib.services import counts, has_ended, session, signal_to, staying, timed
+from tests.contrib.services import aggregator_in_use, counts, has_ended, session, signal_to, timed
 from tests.processes import EXAMPLES, Home, free_port, get, mentions, wait_for
 
 BIN = pathlib.Path(sys.executable).parent
@@ -61,31 +61,32 @@ ROUTES = {
 
 
 @pytest.fixture(scope="module")
-def leaving():
-    """Look aside, while the next tests run, whether what tests leave is gone in time."""
-    with ThreadPoolExecutor(8) as aside:
-        looks = []
-        yield lambda home, what: looks.append(aside.submit(is_gone, home, what))
-        for look in looks:
-            look.result()
+def check_later():
+    """Return a function that checks, while later tests run, that nothing of a service is left."""
+    with ThreadPoolExecutor(8) as pool:
+        checks = []
+        yield lambda home, what: checks.append(pool.submit(assert_nothing_left, home, what))
+        for check in checks:
+            check.result()
 
 
-def is_gone(home, what):
+def assert_nothing_left(home, what):
+    """Fail unless all processes and files of the service are gone within 4 s."""
     wait_for(home.nothing_left, f"nothing is left of {what}", 4, every=0.1)
     shutil.rmtree(home.directory)
 
 
 @pytest.fixture
-def home(leaving, request):
-    """Where a server runs; nothing of tapes is left of it within 4 s."""
+def home(check_later, request):
+    """The directories of a server; nothing of tapes is left of it within 4 s of its end."""
     home = Home(pathlib.Path(tempfile.mkdtemp(prefix="t", dir="/tmp")))
     home.environment["PYTHONPATH"] = str(EXAMPLES)
     yield home
-    leaving(home, request.node.name)
+    check_later(home, request.node.name)
 
 
 def load(port: int, path: str, number: int) -> None:
-    """Send so many requests, no more and no less, by ab."""
+    """Send exactly ``number`` requests by ab."""
     url = f"http://127.0.0.1:{port}{path}"
     done = subprocess.run(
         ["ab", "-q", "-n", str(number), "-c", "8", url], capture_output=True, text=True, check=True
@@ -94,27 +95,27 @@ def load(port: int, path: str, number: int) -> None:
 
 
 def workers(port: int) -> set[str]:
-    """Wait until two have answered, and return who they are."""
+    """Wait until two workers have answered, and return their pids."""
     seen: set[bytes] = set()
     wait_for(lambda: seen.add(get(port, "/worker")[2]) or len(seen) == 2, "both workers answer")
     return {pid.decode().strip() for pid in seen}
 
 
 def kills_its_workers(server: str) -> bool:
-    """Whether it ends workers that have not had time to leave."""
+    """Return whether a server kills workers before their exit hooks have run."""
     return SERVERS[server].split()[0] in KILL_THEIR_WORKERS
 
 
 def command(line: str, port: int) -> list[str]:
-    """Return the arguments of a line from one of the tables here."""
+    """Return the arguments of a line from one of the tables above."""
     name, *arguments = line.format(port=port, prefix=sys.prefix, examples=EXAMPLES, bin=BIN).split()
     return [str(BIN / name), *arguments]
 
 
 @pytest.mark.needs("ab")
 @pytest.mark.parametrize("server", SERVERS)
-def test_one_line_is_enough(home, server):
-    """Requests by ab, then a graceful reload, then more: every worker has the same exact count."""
+def test_one_line_makes_all_workers_show_exact_counts(home, server):
+    """With the one line every worker shows the exact counts, after a graceful reload and at the end too."""
     port, http = free_port(), free_port()
     route = next(
         (ROUTES[application] for application in ROUTES if application in SERVERS[server]), "/hello/<name>"
@@ -148,7 +149,7 @@ def test_one_line_is_enough(home, server):
             for pid in before:
                 signal_to(int(pid), signal.SIGTERM)
             return
-        with staying(home):
+        with aggregator_in_use(home):
             process.terminate()
             process.wait(15)
             if not kills_its_workers(server):
@@ -167,8 +168,8 @@ LEAVING = [server for server in SERVERS if server != "tornado" and not kills_its
 
 
 @pytest.mark.parametrize("server", LEAVING)
-def test_workers_leave(home, server):
-    """By TERM, with nothing published since the first keyframe: the aggregator has what only they knew."""
+def test_workers_publish_their_last_values_at_their_exit(home, server):
+    """Workers that exit at SIGTERM publish counts that they had not published before."""
     port, http = free_port(), free_port()
     *line, application = command(SERVERS[server], port)
     (home.directory / "slowly.py").write_text(SLOWLY)
@@ -179,7 +180,7 @@ def test_workers_leave(home, server):
         workers(port)
         for _ in range(50):
             assert get(port, "/hello/bob")[0] == 200
-        with staying(home):
+        with aggregator_in_use(home):
             process.terminate()
             process.wait(15)
             wait_for(lambda: sum(counts(http).values()) == 50, "the aggregator, which stays on, has it all")
@@ -204,8 +205,8 @@ make_server("127.0.0.1", int(sys.argv[1]), app).serve_forever()
 
 
 @pytest.mark.parametrize("server", DEVELOPMENT)
-def test_a_development_server_starts_nothing(home, server):
-    """One process, its reloader aside: it answers for itself, and there is no aggregator and no file."""
+def test_a_development_server_starts_no_aggregator(home, server):
+    """A server of one process answers for itself: it starts no aggregator and makes no file."""
     port = free_port()
     (home.directory / "serve.py").write_text(WSGIREF)
     with home.running(command(DEVELOPMENT[server], port)) as process:
@@ -226,8 +227,8 @@ CANNOT_JOIN = {
 
 @pytest.mark.parametrize("server", ["gunicorn sync", "uvicorn"])
 @pytest.mark.parametrize("case", CANNOT_JOIN)
-def test_who_should_join_and_can_not_says_so(home, server, case):
-    """503 and what to do, never one worker's numbers; the application works."""
+def test_a_worker_that_cannot_join_answers_metrics_by_a_503(home, server, case):
+    """A worker that can't join answers ``/metrics`` by 503 and what to do; the application works."""
     environment, words = CANNOT_JOIN[case]
     if case == "no pyzmq":
         (home.directory / "zmq.py").write_text("raise ModuleNotFoundError('zmq')\n")
@@ -244,8 +245,8 @@ def test_who_should_join_and_can_not_says_so(home, server, case):
 
 
 @pytest.mark.parametrize("server", ["gunicorn gthread", "uvicorn", "uwsgi threads"])
-def test_a_stopped_aggregator_is_a_503_in_time(home, server):
-    """A plain sentence within 1.5 s, while the application goes on; then the numbers are back."""
+def test_a_stopped_aggregator_makes_metrics_a_503_in_time(home, server):
+    """While the aggregator is stopped, ``/metrics`` is a 503 within 1.5 s and other requests are answered."""
     port = free_port()
     with home.running(command(SERVERS[server], port)) as process:
         wait_for(lambda: get(port, "/worker"), "the server is up")
@@ -259,9 +260,9 @@ def test_a_stopped_aggregator_is_a_503_in_time(home, server):
         (aggregator,) = (p for p in mentions(str(home.private)) if p not in session(process.pid))
         signal_to(aggregator, signal.SIGSTOP)
         try:
-            with ThreadPoolExecutor(1) as aside:
+            with ThreadPoolExecutor(1) as pool:
                 answered = 0
-                reader = aside.submit(timed, get, port, "/metrics")
+                reader = pool.submit(timed, get, port, "/metrics")
                 while not reader.done():
                     assert get(port, "/hello/bob")[0] == 200
                     answered += 1
@@ -279,7 +280,7 @@ def test_a_stopped_aggregator_is_a_503_in_time(home, server):
 
 
 def test_the_tasks_of_celery_are_counted(home):
-    """The recipe: workers that celery forks, in pools that it ends; the aggregator answers over HTTP."""
+    """Each of 100 tasks in celery's recycled pool processes is counted by the aggregator's HTTP port."""
     http, mailbox = free_port(), home.directory / "mail"
     mailbox.mkdir()
     home.environment["MAILBOX"] = str(mailbox)

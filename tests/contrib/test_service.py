@@ -1,4 +1,4 @@
-"""Adapters join by themselves: each of these programs is a process of a service of several."""
+"""Adapters join a service without a call; each program here is one process of several."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ def counted(app):
 
 
 def run(home, program, **environment):
+    """Run a program after the prologue and return its output."""
     status, output, errors = home.run([sys.executable, "-c", PROLOGUE + program], **environment)
     assert status == 0, errors
     return output.strip()
 
 
-def test_threads_that_come_first_together_join_once(home):
-    """32 threads with the first request each: one connection, and each request counts."""
+def test_threads_with_the_first_requests_join_once(home):
+    """If 32 threads serve the first requests at once, the process joins once and each request counts."""
     program = """
 app = TapesMiddleware(bare)
 together = threading.Barrier(32)
@@ -60,8 +61,8 @@ print(count, workers['{state="live"}']["value"], len(os.listdir(os.environ["TMPD
     assert run(home, program) == "1600 1 1"
 
 
-def test_an_address_from_the_environment_is_where_it_joins(home):
-    """An aggregator is started there if there is none; not if that is forbidden."""
+def test_an_adapter_joins_at_tapes_addr_and_starts_an_aggregator_if_allowed(home):
+    """An adapter joins at TAPES_ADDR and starts an aggregator there, unless TAPES_AUTOSTART is 0."""
     program = """
 app = TapesMiddleware(bare)
 ask(app)
@@ -74,8 +75,8 @@ print(ask(app, "/metrics")[0])
 
 
 @pytest.mark.parametrize("fork", ["os.fork", "ctypes.PyDLL(None).fork"])
-def test_children_are_workers_of_their_own(home, fork):
-    """Forked by Python, or in C by a process without threads, of which no hook tells: all is counted once."""
+def test_children_of_python_and_c_forks_are_workers_of_their_own(home, fork):
+    """Children forked by Python or in C are workers of their own, and each request counts once."""
     program = f"""
 import ctypes
 app = TapesMiddleware(bare)
@@ -102,8 +103,8 @@ print(counted(app)[0])
 
 
 @pytest.mark.parametrize("registry", ["tapes.Registry()", "tapes.DistributedRegistry({address!r})"])
-def test_a_registry_of_ones_own_joins_too(home, registry):
-    """It alone; one with an address joins there."""
+def test_an_adapter_with_a_registry_joins_with_that_one_only(home, registry):
+    """An adapter with a registry joins with that registry only; one with an address joins there."""
     made = registry.format(address=f"ipc://{home.directory}/m.ipc")
     program = f"""
 registry = {made}
@@ -114,8 +115,8 @@ print(counted(app)[0], tapes.default_registry._connection, registry.connection i
     assert run(home, program) == "1 None True"
 
 
-def test_who_has_left_joins_again_with_the_next_request(home):
-    """As after the end of a lifespan that was not the process's."""
+def test_a_worker_that_left_joins_again_with_the_next_request(home):
+    """A worker that left its service, as at a lifespan's end, joins again with its next request."""
     program = """
 app = TapesMiddleware(bare)
 for _ in range(3):
@@ -127,8 +128,8 @@ print(counted(app)[0])
     assert run(home, program) == "4"
 
 
-def test_a_child_of_multiprocessing_that_is_no_server_starts_nothing_unless_it_serves(home):
-    """A middleware that is only made, in a pool's worker, starts nothing."""
+def test_a_middleware_made_in_a_pool_process_starts_nothing(home):
+    """A middleware that is made in a process of multiprocessing, but serves no request, starts nothing."""
     program = """
 import multiprocessing
 def make(n):

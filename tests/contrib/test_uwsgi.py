@@ -1,4 +1,4 @@
-"""uWSGI forks in C, with and without Python threads; its workers answer for each other all the same."""
+"""uWSGI forks in C, with and without Python threads; every worker answers for all of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.needs(UWSGI)
 
 
 class Service:
-    """The application above under uWSGI."""
+    """The application above under uWSGI with three workers."""
 
     def __init__(self, directory: pathlib.Path, *arguments: str) -> None:
         self.directory = directory
@@ -69,7 +69,7 @@ class Service:
         return self.stats()["tapes"]["workers"][f'{{state="{state}"}}']["value"]
 
     def are_up(self, imports: int) -> bool:
-        """Whether three workers live, and the application was imported so often in all."""
+        """Return whether three workers run, and the application was imported ``imports`` times in all."""
         return self.workers("live") == 3 and self.stats().get("seven", {}).get("value") == 7 * imports
 
     def counted(self) -> int:
@@ -81,21 +81,21 @@ class Service:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_reloads_under_load(short_dir, mode):
-    """By HUP and by the master's fifo: requests count once, and so does what was counted at import."""
+def test_reloads_under_load_count_exactly(short_dir, mode):
+    """Requests and events from import count once over reloads by SIGHUP and by uWSGI's fifo."""
     service = Service(short_dir, *MODES[mode])
     imports = 3 if "lazy" in mode else 1
     with service.running() as process:
         service.wait_until_up()
         with Load(service.port, "/") as load:
-            load.go_on()
+            load.wait_for_requests()
             wait_for(lambda: service.are_up(imports), "all workers are up")
             for number, reload in enumerate((lambda: process.send_signal(signal.SIGHUP),
                                              lambda: service.fifo.write_text("r")), 1):  # fmt: skip
                 reload()
                 wait_for(lambda n=3 * number: service.workers("retired") == n, "the old workers leave")
                 wait_for(lambda n=number + 1: service.are_up(n * imports), "there are new ones")
-                load.go_on()
+                load.wait_for_requests()
         # Without a thread the last request of a worker may be on its way when uWSGI ends it without a hook.
         on_their_way = 0 if mode == "threads" else 8
         wait_for(lambda: service.counted() >= load.answered - on_their_way, f"{load.answered} are counted")
@@ -107,8 +107,8 @@ def test_reloads_under_load(short_dir, mode):
 
 
 @pytest.mark.parametrize("mode", ["no threads", "lazy, threads"])
-def test_uwsgi_without_a_master(short_dir, mode):
-    """The application is loaded, its requests are counted, and nothing is left behind."""
+def test_uwsgi_without_a_master_counts_its_requests(short_dir, mode):
+    """uWSGI without a master counts its requests and leaves nothing."""
     service = Service(short_dir, *MODES[mode])
     service.command.remove("--master")
     with service.running() as process:
@@ -122,13 +122,13 @@ def test_uwsgi_without_a_master(short_dir, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_workers_that_are_recycled_and_killed(short_dir, mode):
-    """max-requests: exact; all workers give the same answer at once; KILL of everything leaves no process."""
+def test_requests_of_recycled_workers_count_exactly(short_dir, mode):
+    """Requests over recycled uWSGI workers count exactly, all workers agree, and nothing is left."""
     service = Service(short_dir, "--max-requests", "100", *MODES[mode])
     with service.running() as process:
         service.wait_until_up()
         with Load(service.port, "/") as load:
-            load.go_on(2000)
+            load.wait_for_requests(2000)
         assert load.answered == load.sent
         wait_for(lambda: service.counted() == load.answered, f"{load.answered} are counted")
         assert [service.counted() for _ in range(12)] == [load.answered] * 12
@@ -160,17 +160,20 @@ def application(environ, start_response):
 
 @pytest.mark.parametrize("mode", [["--enable-threads"], ["--enable-threads", "--lazy-apps"], []])
 def test_a_reporter_that_is_started_at_import_reports_in_every_worker(short_dir, mode):
-    """uWSGI's master forks in C: no thread runs meanwhile, and each worker has one of its own."""
+    """A reporter started before uWSGI forks reports in every worker, by a thread of its own."""
     service = Service(short_dir, *mode)
     (short_dir / "shop.py").write_text(REPORTING.replace("application", "app"))
     reports = short_dir / "reports"
 
-    def told():
+    def reported():
         lines = reports.read_text().split("\n")[:-1]
         return {pid: int(value) for pid, value in map(str.split, lines)}
 
     with service.running():
         pids = [wait_for(lambda: get(service.port, "/"), "uWSGI is up")[2].decode() for _ in range(20)]
         if mode:  # without Python threads, a thread runs when a request does
-            wait_for(lambda: sum(told().values()) == 5 * len(told()) + 20 and len(told()) == 3, "all is told")
+            wait_for(
+                lambda: sum(reported().values()) == 5 * len(reported()) + 20 and len(reported()) == 3,
+                "every worker has reported",
+            )
         assert set(pids) <= set(map(str, mentions(str(short_dir))))

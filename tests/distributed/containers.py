@@ -1,8 +1,8 @@
 """A container of a service that has several, all on one volume.
 
-Run as a program it is process 1 of a container: it has workers, which come and go and count, and it reads. It
-writes down what its workers counted and what it read. On SIGTERM it ends its workers and returns; the kernel
-then kills what is left in its pid namespace.
+Run as a program, this module is process 1 of a container. It keeps a number of workers running, which count
+for a while and exit. It reads the total all the time, and it logs what its workers counted and what it read.
+On SIGTERM it terminates its workers and returns; the kernel then kills what is left in its pid namespace.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from tapes.errors import AggregatorUnavailable
 from tests.processes import ROOT, children, clean_environment, wait_for
 
 UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
-"""Runs a command as process 1 of a pid namespace of its own, which ends with unshare itself."""
+"""Runs a command as process 1 of a new pid namespace, which is killed if ``unshare`` is."""
 
 
 class Read(NamedTuple):
-    """A total that a process of a container has read: when it asked, when it had the answer, the total."""
+    """One read of the total: when it began, when it was answered, and the total."""
 
     asked: float
     answered: float
@@ -36,12 +36,12 @@ class Read(NamedTuple):
 
 
 class Container:
-    """A container that is started and stopped, in turns.
+    """A container that a test starts and stops, any number of times.
 
     Args:
         directory: The volume.
-        name: Of its files.
-        command: What its process 1 is.
+        name: A part of the names of its files.
+        command: Its process 1.
     """
 
     def __init__(self, directory: pathlib.Path, name: str, command: list[str], **environment: str) -> None:
@@ -52,7 +52,7 @@ class Container:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start its process 1."""
+        """Start the container."""
         with (self._directory / f"output-{self.name}").open("ab") as log:
             self._process = subprocess.Popen(
                 [*UNSHARE, *self._command], cwd=self._directory, stdin=subprocess.DEVNULL,
@@ -60,37 +60,38 @@ class Container:
             )  # fmt: skip
 
     def stop(self) -> None:
-        """Stop it in an orderly way, by SIGTERM to its process 1."""
+        """Stop the container by SIGTERM to its process 1, and wait for its exit."""
         assert self._process is not None
         (first,) = children(self._process.pid)
         os.kill(first, signal.SIGTERM)
         assert self._process.wait(30) == 0, self.output()
         self._process = None
 
-    def clear_away(self) -> None:
-        """End it at once, if it runs."""
+    def kill(self) -> None:
+        """Kill the container if it runs."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def output(self) -> str:
+        """Return what its processes have printed."""
         return (self._directory / f"output-{self.name}").read_text(errors="replace")
 
 
 def worker_container(directory: pathlib.Path, name: str, workers: int) -> Container:
-    """Return a container whose process 1 is this module, with so many workers at a time."""
+    """Return a container whose process 1 is this module, with ``workers`` workers at a time."""
     address = f"ipc://{directory}/m.ipc"
     command = [sys.executable, "-m", "tests.distributed.containers", address, name, str(workers)]
     return Container(directory, name, command)
 
 
 def counted(directory: pathlib.Path) -> int:
-    """Return what workers that have ended had counted, by their own account."""
+    """Return how many events the workers that have exited had counted, from their own logs."""
     return sum(int(path.read_text()) for path in directory.glob("counted-*"))
 
 
 def reads(directory: pathlib.Path, name: str = "*") -> list[Read]:
-    """Return what was read, in the order of the answers."""
+    """Return all reads, in the order of their answers."""
     found = []
     for path in directory.glob(f"reads-{name}-*"):
         for line in path.read_text().splitlines(keepends=True):
@@ -101,7 +102,7 @@ def reads(directory: pathlib.Path, name: str = "*") -> list[Read]:
 
 
 def decreases(found: list[Read]) -> list[tuple[Read, Read]]:
-    """Return reads of less than had been read before they began, whichever container had read it."""
+    """Return the reads of less than some container had read before they began, each with the earlier one."""
     wrong, answered, highest = [], iter(found), Read(0.0, 0.0, 0)
     following = next(answered, None)
     for read in sorted(found):
@@ -114,8 +115,8 @@ def decreases(found: list[Read]) -> list[tuple[Read, Read]]:
 
 
 @contextlib.contextmanager
-def cleared_away(*containers: Container) -> Iterator[None]:
-    """End containers in the end; show what they wrote if something failed."""
+def killed_at_end(*containers: Container) -> Iterator[None]:
+    """Kill containers at the end of the block; print their output if the block fails."""
     try:
         yield
     except BaseException:
@@ -124,38 +125,38 @@ def cleared_away(*containers: Container) -> Iterator[None]:
         raise
     finally:
         for container in containers:
-            container.clear_away()
+            container.kill()
 
 
 def stop_and_start_in_turn(directory: pathlib.Path, rounds: int, workers: int = 3) -> str:
-    """Have two containers count, and stop and start one of them in each round; return figures.
+    """Let two containers count, stop and start one of them in each round, and return figures.
 
     Raises:
-        AssertionError: If a total decreased, or is not what was counted in the end.
+        AssertionError: If a total decreased, or the last one is not what was counted.
     """
     both = [worker_container(directory, name, workers) for name in "ab"]
 
-    def go_on(container: Container, many: int) -> None:
-        begin = len(reads(directory, container.name))
-        wait_for(lambda: len(reads(directory, container.name)) >= begin + many, f"{container.name} reads")
+    def wait_for_reads(container: Container, number: int) -> None:
+        goal = len(reads(directory, container.name)) + number
+        wait_for(lambda: len(reads(directory, container.name)) >= goal, f"{container.name} reads")
 
-    with cleared_away(*both):
+    with killed_at_end(*both):
         for container in both:
             container.start()
-            go_on(container, 20)
+            wait_for_reads(container, 20)
         for turn in range(rounds):
             one, other = both[turn % 2], both[1 - turn % 2]
             one.stop()
-            go_on(other, 40)
+            wait_for_reads(other, 40)
             one.start()
-            go_on(one, 20)
+            wait_for_reads(one, 20)
         both[0].stop()
         (directory / "quiet").touch()
         wait_for(lambda: (directory / "is-quiet").exists(), "the workers have ended")
         last = reads(directory)[-1].total
         total = wait_for(lambda: counted(directory) == reads(directory)[-1].total and counted(directory),
                          f"the total is {counted(directory)}, not {last}", 10)  # fmt: skip
-        go_on(both[1], 20)
+        wait_for_reads(both[1], 20)
         both[1].stop()
         found = reads(directory)
         assert found[-1].total == total == counted(directory)
@@ -171,18 +172,18 @@ def stop_and_start_in_turn(directory: pathlib.Path, rounds: int, workers: int = 
 
 
 def _work(name: str, address: str, seed: int) -> None:
-    """Count for a while; then return, so that the last values are handed over."""
-    ends = False
+    """Count for a while and return, so that the last values are handed over."""
+    terminated = False
 
-    def end(*_: object) -> None:
-        nonlocal ends
-        ends = True
+    def terminate(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
 
-    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGTERM, terminate)
     tapes.join(address)
     source = random.Random(seed)
     until, number = time.monotonic() + source.uniform(0.1, 1.5), 0
-    while not ends and time.monotonic() < until:
+    while not terminated and time.monotonic() < until:
         tapes.counter("c").increment()
         number += 1
         time.sleep(0.002)
@@ -192,15 +193,15 @@ def _work(name: str, address: str, seed: int) -> None:
 def _main(address: str, name: str, workers: int) -> None:
     alive: set[int] = set()
     started = 0
-    ends = False
+    terminated = False
 
-    def end(*_: object) -> None:
-        nonlocal ends
-        ends = True
+    def terminate(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
 
-    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGTERM, terminate)
     with open(f"reads-{name}-{time.monotonic_ns()}", "w", buffering=1) as log:
-        while not ends:
+        while not terminated:
             quiet = pathlib.Path("quiet").exists()
             while len(alive) < workers and not quiet:
                 started += 1

@@ -102,7 +102,7 @@ def test_nothing_is_left_within_four_seconds(service, number):
     workers = [pid for pid in mentions(str(short_dir)) if pid != process.pid]
     process.send_signal(number)
     process.wait(5)
-    if number == signal.SIGKILL:  # nobody is left to end the workers
+    if number == signal.SIGKILL:  # the workers have no parent that ends them
         watched = [pid for pid in workers if b"signal.pause" in _cmdline(pid)]
         wait_for(lambda: list(short_dir.iterdir()) == [short_dir / "output.log"], "no file is left", 4)
         for pid in watched:

@@ -14,7 +14,7 @@ import sys
 import pytest
 
 import tapes
-from tests.processes import clean_environment, python_for_everybody, wait_for
+from tests.processes import clean_environment, python_for_any_user, wait_for
 
 SERVICE = """
 import os, sys
@@ -64,7 +64,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 
 def started(writable: str, user: int, environment: dict[str, str]) -> subprocess.Popen[str]:
     """Start the service as ``user`` where nothing but ``writable`` is writable, in ``environment`` alone."""
-    python, path = python_for_everybody("zmq", "msgpack", "addict")
+    python, path = python_for_any_user("zmq", "msgpack", "addict")
     return subprocess.Popen(
         ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", writable, str(user),
          python, "-c", SERVICE, str(user)],

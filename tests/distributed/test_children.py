@@ -1,4 +1,4 @@
-"""Children, however they come to be: each of them is counted, exactly, by whoever reads."""
+"""Child processes of every kind are counted exactly, whichever process reads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(method, target=work, *arguments):
     child.join()
     until = time.monotonic() + 10
     while child.exitcode is None and time.monotonic() < until:
-        time.sleep(0.001)  # the start() of another thread is reaping it, and has not noted its status yet
+        time.sleep(0.001)  # another thread's start() has reaped it, and has not set its status yet
     assert child.exitcode == 0, child.exitcode
 
 def count():
@@ -48,8 +48,8 @@ def wait_for(number):
 
 
 @pytest.mark.parametrize("address", ["", "ipc://here.ipc"])
-def test_a_fork_server_that_was_started_before_the_join(home, address):
-    """Its environment is older than the join, to a private directory or to an explicit address."""
+def test_children_of_a_fork_server_older_than_the_join_are_counted(home, address):
+    """Children of a fork server that started before the join count, though its environment is older."""
     program = f"""{HEAD}
 if __name__ == "__main__":
     run("forkserver", time.sleep, 0)
@@ -62,8 +62,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_join_in_every_child_and_none_in_the_parent_that_reads(home, method):
-    """The parent notices by itself that its children have a service."""
+def test_a_parent_that_never_joined_reads_the_service_of_its_children(home, method):
+    """A parent that never called join() reads its children's service, of which there is only one."""
     program = f"""{HEAD}
 def joins():
     tapes.join()
@@ -80,8 +80,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_pool_that_was_made_before_the_join(home, method):
-    """Its children have recorded already when their parent joins; what they record later counts too."""
+def test_pool_processes_older_than_the_join_are_counted(home, method):
+    """Processes of a pool that started before their parent joined count, with events before and after it."""
     program = f"""{HEAD}
 def job(_):
     work(10)
@@ -100,8 +100,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_threads_that_outlive_the_target_of_a_child(home, method):
-    """Python waits for them after the target has returned, and the goodbye comes after that."""
+def test_threads_that_outlive_the_target_of_a_child_are_counted(home, method):
+    """Events of threads that outlive the target of a multiprocessing child are counted."""
     program = f"""{HEAD}
 from concurrent.futures import ThreadPoolExecutor
 
@@ -125,8 +125,8 @@ if __name__ == "__main__":
     assert run(home, program) == "30\n"
 
 
-def test_what_is_recorded_after_the_goodbye(home):
-    """Exit handlers that were registered before tapes was imported run after the goodbye, and count."""
+def test_events_of_exit_handlers_after_the_goodbye_are_counted(home):
+    """Exit handlers registered before tapes was imported run after the goodbye; their events count."""
     program = """
 import atexit, os, sys
 
@@ -154,8 +154,8 @@ else:
     assert run(home, program) == "22 5 1\n"
 
 
-def test_a_loop_after_the_goodbye_ends_soon(home):
-    """A handler that records a million values after the goodbye is not held up by a round trip for each."""
+def test_100000_events_after_the_goodbye_take_less_than_ten_seconds(home):
+    """100,000 events in an exit handler after the goodbye take no round trip each: less than 10 s in all."""
     program = """
 import atexit, sys, time
 
@@ -174,8 +174,8 @@ tapes.counter("n").increment()
     assert run(home, program) == "True\n"
 
 
-def test_a_child_of_a_child_that_joins_by_itself(home):
-    """A child of multiprocessing that joins meets its parent's service, whichever of them joins first."""
+def test_a_grandchild_that_joins_meets_its_ancestors_service(home):
+    """Children and grandchildren that join meet the same service, whichever process joins first."""
     program = f"""{HEAD}
 def joins():
     tapes.join()
@@ -196,8 +196,8 @@ if __name__ == "__main__":
     assert home.errors.count("listens at") == 1
 
 
-def test_children_that_other_threads_fork_while_their_process_joins(home):
-    """None of them is lost, whether it was forked before, in the middle of, or after the attachment."""
+def test_children_forked_while_their_process_joins_are_counted(home):
+    """Children that other threads fork before, during and after a join are all counted."""
     program = f"""{HEAD}
 def forks():
     for _ in range(40):

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tapes.clock import TICK_SECONDS, tick_at
-from tests.contrib.services import Service, gone, has_ended
+from tests.contrib.services import Service, gone_requests, has_ended
 from tests.distributed import crashing
 from tests.processes import ROOT, children, get, wait_for
 
@@ -202,7 +202,7 @@ def test_the_next_worker_of_gunicorn(short_dir):
         wait_for(lambda: children(master.pid) - {worker}, "another worker starts")
         get(service.port, "/old-catalogue")
         since = time.monotonic()
-        wait_for(lambda: gone(service.port) == 51, "all is counted", ANSWERS_SECONDS)
+        wait_for(lambda: gone_requests(service.port) == 51, "all is counted", ANSWERS_SECONDS)
         print(f"exact {time.monotonic() - since:.2f} s after the first request")
     assert "tapes can't" not in service.output()
     wait_for(service.nothing_left, "nothing is left", 4)

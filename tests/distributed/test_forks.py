@@ -1,78 +1,23 @@
-"""Processes that fork, are spawned, and end in every way: each event counts once."""
+"""Processes that fork: each event from before and after the fork counts once."""
 
 from __future__ import annotations
 
 import importlib.util
-import pathlib
-import signal
 import subprocess
 import sys
-import threading
 
 import pytest
-import zmq
 
-from tapes.distributed.protocol.messages import Reply
-from tapes.distributed.protocol.wire import encode
-from tapes.distributed.registry import DistributedRegistry
-from tests.processes import MAY_FORK_BESIDE_THREADS, clean_environment, run_python, wait_for, zmq_context
+from tests.distributed.forking import FORK, assert_counted, run, value
+from tests.processes import MAY_FORK_BESIDE_THREADS, clean_environment, run_python, wait_for
 
 # gevent's own threads wait for work in its pool while the process forks.
 GEVENT = MAY_FORK_BESIDE_THREADS + "from gevent import monkey; monkey.patch_all()"
 needs_gevent = pytest.mark.skipif(not importlib.util.find_spec("gevent"), reason="gevent is not installed")
 
 
-def run(program, short_dir, *, seconds=60, **environment):
-    """Run a program from a file, as multiprocessing needs it; it must end well and say nothing."""
-    (short_dir / "program.py").write_text(program)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "program.py"], cwd=short_dir, env=clean_environment(**environment),
-        capture_output=True, text=True, timeout=seconds, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
-
-
-def value(reader, name="c"):
-    series = reader.snapshot().get(name)
-    return None if series is None else series.value
-
-
-def assert_counted(reader, number):
-    """So many, and no more when all last words have been read."""
-    wait_for(lambda: value(reader) == number, f"{number} are counted")
-    directory = pathlib.Path(reader.socket_addr.partition("//")[2]).parent
-    wait_for(lambda: not list(directory.glob("*.spool-*")), "no last words are unread")
-    assert value(reader) == number
-
-
-FORK = """
-import os, signal, sys, time, tapes
-counter, gauge = tapes.counter("c"), tapes.gauge("g")
-counter.increment(7)
-tapes.histogram("h").update(7)
-gauge.set(5)
-
-def child(work=lambda: None):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            tapes.connect({address!r})
-            work()
-            tapes.close()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return pid
-
-def ends(*pids):
-    for pid in pids:
-        assert os.waitpid(pid, 0)[1] == 0
-"""
-
-
-def test_seven_events_before_the_fork_are_seven_with_the_parent_alive(address, reader, short_dir):
-    """Three children tell of the same seven, and count three of their own; so does the value of a gauge."""
+def test_events_before_the_fork_count_once_while_the_parent_runs(address, reader, short_dir):
+    """Seven events from before the fork count once for three children and their parent; so does its gauge."""
     program = (
         FORK.format(address=address)
         + """
@@ -93,8 +38,8 @@ print(tapes.get_stats().c.value, tapes.get_stats().g.value)
     assert value(reader) == 10
 
 
-def test_a_parent_that_counts_on_and_forks_on_is_told_by_its_youngest_child(address, reader, short_dir):
-    """Seven, then three more, then the parent itself: each child knows as much as there was."""
+def test_later_children_bring_what_their_parent_counted_between_forks(address, reader, short_dir):
+    """Each child of a parent without a connection brings what the parent had counted when it was forked."""
     program = (
         FORK.format(address=address)
         + """
@@ -108,8 +53,8 @@ counter.increment(20)
     assert_counted(reader, 110)
 
 
-def test_a_parent_that_connects_at_last_speaks_for_itself(address, reader, short_dir):
-    """7 + its own, once, whatever its children said of it."""
+def test_a_parent_that_connects_after_its_children_counts_once(address, reader, short_dir):
+    """A parent that connects after its children brought its counts replaces them: each event counts once."""
     program = (
         FORK.format(address=address)
         + f"""
@@ -126,8 +71,8 @@ assert tapes.get_stats().c.value == 1115
     assert_counted(reader, 1115)
 
 
-def test_seven_events_of_a_parent_that_is_dead(address, reader, short_dir):
-    """The child goes on alone, as a daemon does; grandchildren too."""
+def test_events_of_dead_ancestors_count_once(address, reader, short_dir):
+    """Events of a daemon's dead ancestors count once, and its gauges go on from their values."""
     program = (
         FORK.format(address=address)
         + """
@@ -151,8 +96,8 @@ ends(child(), child(lambda: counter.increment(4000)))
     assert value(reader) == 4327
 
 
-def test_children_of_a_connected_parent_connect_by_themselves(address, reader, short_dir):
-    """They start from zero; the parent goes on, however often it forks."""
+def test_children_of_a_connected_parent_connect_without_a_call(address, reader, short_dir):
+    """Children of a connected parent connect without a call and start from zero; the parent goes on."""
     program = f"""
 import os, sys, threading, tapes
 tapes.connect({address!r})
@@ -172,8 +117,8 @@ assert [t.name for t in threading.enumerate()] == ["MainThread", "tapes-publishe
     assert_counted(reader, 227)
 
 
-def test_a_connected_parent_that_forks_and_dies_at_once(address, reader, short_dir):
-    """What it had not published yet is told by its child."""
+def test_a_child_publishes_what_its_dead_parent_had_not_published(address, reader, short_dir):
+    """If a connected parent forks and exits before it publishes, its child publishes the parent's events."""
     program = f"""
 import os, sys, tapes
 tapes.connect({address!r})
@@ -187,94 +132,8 @@ counter.increment(20)
     wait_for(lambda: value(reader) == 27, "both are counted")
 
 
-CHILDREN = """
-import multiprocessing, os, sys, tapes
-
-def work(number):
-    tapes.counter("c").increment(5)
-    if number % 2:
-        sys.exit(0)
-
-if __name__ == "__main__":
-    {connect}
-    tapes.counter("c").increment(7)
-    context = multiprocessing.get_context({method!r})
-    children = [context.Process(target=work, args=(n,)) for n in range({number})]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-        assert child.exitcode == 0, child.exitcode
-    tapes.counter("c").increment(3)
-"""
-
-
-@pytest.mark.parametrize("how", ["connected", "TAPES_ADDR"])
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_children_of_multiprocessing(address, reader, short_dir, method, how):
-    """However they are started: they connect by themselves, and say goodbye when they return or exit."""
-    connect = f"tapes.connect({address!r})" if how == "connected" else ""
-    environment = {} if how == "connected" else {"TAPES_ADDR": address}
-    run(CHILDREN.format(method=method, connect=connect, number=6), short_dir, **environment)
-    assert_counted(reader, 40)
-
-
-@pytest.mark.timeout(300)
-def test_400_children_that_live_for_milliseconds(address, reader, short_dir):
-    """None is too short to be counted; a parent that is not connected, and then one that is."""
-    program = (
-        FORK.format(address=address)
-        + f"""
-for _ in range(10):
-    ends(*(child(lambda: counter.increment(1)) for _ in range(20)))
-tapes.connect({address!r})
-for _ in range(10):
-    pids = []
-    for _ in range(20):
-        pid = os.fork()
-        if pid == 0:
-            counter.increment(1000)
-            sys.exit(0)
-        pids.append(pid)
-    ends(*pids)
-"""
-    )
-    run(program, short_dir, seconds=240)
-    assert_counted(reader, 7 + 200 + 200_000)
-
-
-def test_workers_that_end_in_four_ways(address, reader, short_dir):
-    """Return, sys.exit, close, and SIGKILL after an interval."""
-    program = f"""
-import multiprocessing, os, signal, sys, time, tapes
-tapes.connect({address!r})
-
-def work(how):
-    tapes.counter("c").increment(1000)
-    if how == "sys.exit":
-        sys.exit(0)
-    if how == "close":
-        tapes.close()
-        os._exit(0)
-    if how == "kill":
-        tapes.get_stats()  # the aggregator has it: an interval has passed
-        os.kill(os.getpid(), signal.SIGKILL)
-
-ways = ("return", "sys.exit", "close", "kill")
-fork = multiprocessing.get_context("fork")  # others import this program again
-children = [fork.Process(target=work, args=(way,)) for way in ways]
-for child in children:
-    child.start()
-for child in children:
-    child.join()
-assert sorted(child.exitcode for child in children) == [-signal.SIGKILL, 0, 0, 0]
-"""
-    run(program, short_dir)
-    assert_counted(reader, 4000)
-
-
-def test_a_fork_while_other_threads_record_and_read(address, reader, short_dir):
-    """No lock that they hold stops the child; counted exactly on both sides."""
+def test_forks_while_other_threads_record_and_read_count_exactly(address, reader, short_dir):
+    """Forks while other threads record and read block no child, and both sides are counted exactly."""
     program = f"""
 import os, sys, threading, tapes
 tapes.connect({address!r})
@@ -318,8 +177,8 @@ print(sum(counted))
     assert reader.get_stats().h["count"] == 30 + counted
 
 
-def test_a_child_without_an_aggregator_goes_on_with_what_it_inherited(short_dir):
-    """As a daemon does that forks twice to be one: nothing is lost in its own view."""
+def test_a_child_of_a_local_registry_keeps_what_it_inherited(short_dir):
+    """A forked child of a registry without an aggregator keeps the inherited counts and gauges."""
     done = run_python(
         """
 import os, tapes
@@ -342,36 +201,8 @@ assert (stats.c.value, stats.t["count"], stats.g.value, stats.h.value) == (10, 1
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_will_is_left_for_the_next_aggregator(short_dir, start_aggregator):
-    """Nobody answers within a second: the last values are in a file, and counted by who comes next."""
-    address = f"ipc://{short_dir}/m.ipc"
-    early = DistributedRegistry(address)
-    early.connect()
-    early.counter("c").increment(7)
-    early.close()
-    (will,) = short_dir.glob("m.ipc.spool-*")
-    assert will.stat().st_mode & 0o077 == 0
-    (short_dir / "m.ipc.spool-strange").write_bytes(b"garbage")
-    with start_aggregator() as process:
-        wait_for((short_dir / "m.ipc.read").exists, "the aggregator listens")
-        late = DistributedRegistry(address)
-        late.connect()
-        wait_for(lambda: value(late) == 7, "the will is read")
-        assert late.get_stats().tapes.rejected.value == 1
-        assert list(short_dir.glob("*will*")) == []
-        process.send_signal(signal.SIGSTOP)
-        late.counter("c").increment(3)
-        late.close()
-        assert len(list(short_dir.glob("*will*"))) == 1
-        process.send_signal(signal.SIGCONT)
-        wait_for(lambda: not list(short_dir.glob("*will*")), "it is read by the one that goes on")
-        late.connect()
-        assert late.get_stats().c.value == 10
-        late.close()
-
-
-def test_a_fork_while_a_publication_is_held_up(address, reader, short_dir):
-    """By a number that takes its time to become one: the parent opens another connection, and goes on."""
+def test_a_fork_during_a_publication_that_is_delayed_loses_nothing(address, reader, short_dir):
+    """A fork while a publication is delayed loses nothing: the parent opens another connection."""
     program = f"""
 import os, threading, tapes
 tapes.connect({address!r})
@@ -401,15 +232,15 @@ assert tapes.get_stats().c.value == 12
     assert reader.get_stats().h["count"] == 1
 
 
-def test_a_fork_in_the_middle_of_a_goodbye(address, reader, short_dir):
-    """The child speaks of who says goodbye; nothing counts twice."""
+def test_a_fork_during_a_goodbye_counts_nothing_twice(address, reader, short_dir):
+    """A child forked while its parent publishes its goodbye counts nothing twice."""
     program = f"""
 import os, sys, tapes
 tapes.connect({address!r})
 for number in range(10):
     tapes.counter("c", n=number).increment()
 tapes.get_stats()
-taken, take = [], tapes.metrics.Counter.take
+taken, take = [], tapes.metrics.Counter.drain
 
 def fork_in_between(metric):
     state = take(metric)
@@ -424,7 +255,7 @@ def fork_in_between(metric):
     taken.append(metric)
     return state
 
-tapes.metrics.Counter.take = fork_in_between
+tapes.metrics.Counter.drain = fork_in_between
 tapes.close()
 """
     done = run_python(MAY_FORK_BESIDE_THREADS + program, cwd=short_dir)
@@ -433,30 +264,13 @@ tapes.close()
     assert [series.value for series in reader.snapshot().series("c")] == [1] * 10
 
 
-def test_a_refused_goodbye_is_not_forgotten(short_dir):
-    """It is left as a will."""
-    address = f"ipc://{short_dir}/m.ipc"
-    with zmq_context() as context:
-        router = context.socket(zmq.ROUTER)
-        router.bind(address + ".read")
-        refusal = encode(Reply(0, "error", b"no"))
-        refuse = threading.Thread(target=lambda: router.send_multipart([router.recv_multipart()[0], refusal]))
-        refuse.start()
-        registry = DistributedRegistry(address)
-        registry.connect()
-        registry.counter("c").increment()
-        registry.close()
-        refuse.join()
-    assert len(list(short_dir.glob("*.spool-*"))) == 1
-
-
 @pytest.mark.parametrize(
     "prologue",
     ["", pytest.param(GEVENT, marks=needs_gevent)],
     ids=["plain", "gevent"],
 )
 def test_other_programs_can_be_started_by_a_connected_process(address, reader, short_dir, prologue):
-    """Forks that another program follows, with hooks of Python between: it runs, and nothing is lost."""
+    """A connected process can start programs, with a preexec_fn and under gevent too, and loses nothing."""
     run(
         f"""
 {prologue}

@@ -1,4 +1,4 @@
-"""The last worker's goodbye is acknowledged when reporters have reported, before anything can be killed."""
+"""The last worker's goodbye is acknowledged after the push reporters have reported: StatsD has every count."""
 
 from __future__ import annotations
 
@@ -53,21 +53,22 @@ os._exit(0)
 
 @pytest.fixture
 def receiver():
+    """A StatsD receiver."""
     with contextlib.closing(Receiver()) as receiver:
         yield receiver
 
 
 @contextlib.contextmanager
 def aggregator(directory, reporters):
-    """Run an aggregator with ``reporters``, which report once an hour."""
+    """Run an aggregator with ``reporters`` that report once an hour."""
     with running([sys.executable, "-c", AGGREGATOR.format(reporters=reporters)], cwd=directory) as process:
         wait_for((directory / "m.ipc.read").exists, "the aggregator listens")
         yield process
 
 
 @contextlib.contextmanager
-def working(directory, n):
-    """Run a worker that has counted ``n``, and closes when its standard input ends."""
+def running_worker(directory, n):
+    """Run a worker that has counted ``n`` events and closes when its standard input ends."""
     process = subprocess.Popen(
         [sys.executable, "-c", WORKER, str(n)], cwd=directory, stdin=subprocess.PIPE, text=True,
         stdout=subprocess.PIPE, env=clean_environment(PYTHONPATH=str(ROOT)),
@@ -83,7 +84,7 @@ def working(directory, n):
 
 
 def test_every_push_reporter_has_reported_when_the_last_goodbye_is_acknowledged(short_dir, receiver):
-    """StatsD, a stream and one of the user's own; later reports send only what is new."""
+    """When the last worker's close() returns, StatsD, stream and custom reporters have its counts."""
     reporters = (
         f"Own(HOUR), StatsdReporter(HOUR, '127.0.0.1', {receiver.port}),"
         " ThreadedStreamReporter(HOUR, open('lines', 'w'))"
@@ -102,8 +103,8 @@ def test_every_push_reporter_has_reported_when_the_last_goodbye_is_acknowledged(
     assert own == ["0", "10", "20", "30", "40", "50", "50"]
 
 
-def test_while_others_live_a_goodbye_does_not_wait_for_reports(short_dir, receiver):
-    """Their schedule is soon enough."""
+def test_a_goodbye_does_not_wait_for_reports_while_other_workers_run(short_dir, receiver):
+    """While another worker runs, close() does not wait for a report."""
     with aggregator(short_dir, f"StatsdReporter(HOUR, '127.0.0.1', {receiver.port})"):
         with connected(f"ipc://{short_dir}/m.ipc") as one:
             with connected(f"ipc://{short_dir}/m.ipc") as two:
@@ -114,11 +115,11 @@ def test_while_others_live_a_goodbye_does_not_wait_for_reports(short_dir, receiv
         assert receiver.counts()["c"] == 7
 
 
-def test_workers_that_leave_at_the_same_moment_are_all_reported_once(short_dir, receiver):
-    """When both have been acknowledged StatsD has what both counted, ten times over."""
+def test_workers_that_exit_at_the_same_moment_are_reported_once(short_dir, receiver):
+    """When two workers that exit at the same moment are acknowledged, StatsD has the counts of both, once."""
     with aggregator(short_dir, f"StatsdReporter(HOUR, '127.0.0.1', {receiver.port})"):
         for turn in range(1, 11):
-            with working(short_dir, 3) as one, working(short_dir, 4) as two:
+            with running_worker(short_dir, 3) as one, running_worker(short_dir, 4) as two:
                 one.stdin.close()
                 two.stdin.close()
                 assert [w.stdout.readline() for w in (one, two)] == ["closed\n"] * 2
@@ -126,20 +127,20 @@ def test_workers_that_leave_at_the_same_moment_are_all_reported_once(short_dir, 
 
 
 def test_what_a_killed_last_worker_published_is_reported_before_the_grace_is_over(short_dir, receiver):
-    """Though the aggregator lives on; and nothing twice when the next one leaves."""
+    """What a killed last worker had published is reported within 1.8 s, and not again later."""
     with aggregator(short_dir, f"StatsdReporter(HOUR, '127.0.0.1', {receiver.port})"):
-        with working(short_dir, 5) as worker:
+        with running_worker(short_dir, 5) as worker:
             worker.send_signal(signal.SIGKILL)
             wait_for(lambda: receiver.counts().get("c") == 5, "it is reported", 1.8)
-        with working(short_dir, 6) as worker:
+        with running_worker(short_dir, 6) as worker:
             worker.stdin.close()
             assert worker.stdout.readline() == "closed\n"
         assert receiver.counts()["c"] == 11
 
 
 @pytest.mark.parametrize("kind", ["accepts and never reads", "does not accept"])
-def test_a_dead_receiver_holds_up_a_goodbye_by_half_a_second(short_dir, receiver, kind):
-    """The goodbye is acknowledged all the same: no file is left, and the other receiver has everything."""
+def test_a_hanging_receiver_delays_a_goodbye_by_half_a_second(short_dir, receiver, kind):
+    """A hanging receiver delays close() by half a second; the other receiver gets all, no file is left."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as dead, contextlib.ExitStack() as stack:
         port = dead.getsockname()[1]
         if kind == "does not accept":  # its queue is full: a connection takes as long as it may
@@ -160,11 +161,11 @@ def test_a_dead_receiver_holds_up_a_goodbye_by_half_a_second(short_dir, receiver
             seconds = time.monotonic() - started
             assert sum(receiver.counts().values()) >= 1500
             assert 0.4 < seconds < 0.9
-            assert not list(short_dir.glob("*will*"))
+            assert not list(short_dir.glob("*.spool-*"))
 
 
 def test_a_flush_is_answered_after_the_reports(short_dir, receiver):
-    """While workers live too; an aggregator that does not answer is no error."""
+    """flush() returns true after the reports; if the aggregator does not answer, it returns false."""
     address = f"ipc://{short_dir}/m.ipc"
     with aggregator(short_dir, f"StatsdReporter(HOUR, '127.0.0.1', {receiver.port})") as process:
         with connected(address) as worker:
@@ -186,12 +187,12 @@ gunicorn_conf.on_exit(types.SimpleNamespace(**pids))
 """
 
 
-def test_gunicorns_master_waits_for_reports_unless_another_master_goes_on(short_dir, receiver):
-    """on_exit: during an upgrade neither master does, the new one as long as the old one is its parent."""
+def test_gunicorns_master_waits_for_reports_unless_another_master_runs(short_dir, receiver):
+    """on_exit waits for a report, except during an upgrade, when another master keeps running."""
     address = f"ipc://{short_dir}/m.ipc"
     (short_dir / "run").mkdir()
 
-    def end_master(*pids):
+    def exit_master(*pids):
         program = f"import sys; sys.argv[1:] = {[str(pid) for pid in pids]}\n" + HOOK
         done = run_python(program, cwd=short_dir / "run", TAPES_ADDR=address, PYTHONPATH=str(ROOT))
         assert done.returncode == 0, done.stderr
@@ -200,13 +201,13 @@ def test_gunicorns_master_waits_for_reports_unless_another_master_goes_on(short_
     with aggregator(short_dir, reporter), connected(address) as worker:
         worker.counter("c").increment(5)
         worker.get_stats()
-        end_master(123, 0)
-        end_master(0, os.getpid())
+        exit_master(123, 0)
+        exit_master(0, os.getpid())
         assert "c" not in receiver.counts()
-        end_master(0, 0)
+        exit_master(0, 0)
         assert receiver.counts()["c"] == 5
         worker.counter("c").increment(5)
         worker.get_stats()
-        end_master(0, 1 << 22)
+        exit_master(0, 1 << 22)
         assert receiver.counts()["c"] == 10
-    end_master(0, 0)
+    exit_master(0, 0)

@@ -24,7 +24,7 @@ from tapes.errors import AddressError
 from tapes.processes import lives
 from tests.crew import stopped
 from tests.distributed.test_places import Service, aggregators, agree
-from tests.processes import Home, python_for_everybody, wait_for
+from tests.processes import Home, python_for_any_user, wait_for
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become two other users")
 
@@ -54,7 +54,7 @@ def shared(short_dir):
 @pytest.fixture
 def started(short_dir, shared):
     """Return what starts the service of the victim, which meets in the shared directory."""
-    python, path = python_for_everybody("zmq", "msgpack", "addict")
+    python, path = python_for_any_user("zmq", "msgpack", "addict")
     services = []
 
     def start(**environment: str) -> Service:

@@ -1,4 +1,4 @@
-"""Workers that come and go: what they leave behind is bounded, and reads stay as they were."""
+"""Workers that start and exit all the time: what they leave is bounded, and reads stay as they were."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ for number in range({first}, {last}):
 """
 
 
-def test_a_thousand_workers_with_label_sets_of_their_own(reader, address, short_dir):
-    """Every event counts; a name keeps its number of label sets, memory stays, and no file is written."""
+def test_a_thousand_workers_leave_nothing_but_their_counts(reader, address, short_dir):
+    """After 1,000 workers with label sets of their own, all events count and memory and files are bounded."""
     files = _files_but_the_journal(short_dir)
 
     def live(first, last):
@@ -45,17 +45,17 @@ def test_a_thousand_workers_with_label_sets_of_their_own(reader, address, short_
     assert len(list(short_dir.iterdir())) <= len(files) + 3
 
 
-def test_label_sets_that_overflow_while_their_workers_live(reader, address, short_dir):
-    """Each worker's are replaced by its newer ones, and added up when it leaves."""
+def test_overflowing_label_sets_of_live_workers_count_exactly(reader, address, short_dir):
+    """Events of label sets beyond max_series count exactly, while their workers run and after their exit."""
     workers = [DistributedRegistry(address) for _ in range(3)]
     for number, worker in enumerate(workers):
         worker.connect()
         for label in range(1000):
             worker.counter("c", w=number, label=label).increment()
-        wait_for(worker.get_stats, "so many are taken in")
+        wait_for(worker.get_stats, "all label sets are merged")
         for label in range(1000):
             worker.counter("c", w=number, label=label).increment()
-        wait_for(worker.get_stats, "so many are taken in")
+        wait_for(worker.get_stats, "all label sets are merged")
     assert len(reader.snapshot().series("c")) == 2001
     assert reader.snapshot().get("c", overflow="true").value == 2000
     for worker in workers:
@@ -67,7 +67,7 @@ def test_label_sets_that_overflow_while_their_workers_live(reader, address, shor
     generous.connect()
     for label in range(3000):
         generous.counter("d", label=label).increment()
-    assert len(wait_for(lambda: generous.snapshot().series("d"), "so many are taken in")) == 3000
+    assert len(wait_for(lambda: generous.snapshot().series("d"), "all label sets are merged")) == 3000
     generous.close()
 
 

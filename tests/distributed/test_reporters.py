@@ -1,4 +1,4 @@
-"""Reporters in an aggregator: each count once, over restarts too; none suffers from another's receiver."""
+"""Reporters in an aggregator: they report each count once, over restarts too, and disturb no other reporter."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RegistryAggregator([{reporters}], "ipc://m.ipc").start(fork=False)
 
 @contextlib.contextmanager
 def aggregator(directory, reporters):
-    """Run an aggregator with ``reporters`` in a process of its own, until it is terminated."""
+    """Run an aggregator with ``reporters`` in a process of its own; terminate it at the end of the block."""
     with running([sys.executable, "-c", PROGRAM.format(reporters=reporters)], cwd=directory) as process:
         wait_for((directory / "m.ipc.read").exists, "the aggregator listens")
         yield process
@@ -43,23 +43,24 @@ def aggregator(directory, reporters):
 
 @pytest.fixture
 def receiver():
+    """A StatsD receiver."""
     with contextlib.closing(Receiver()) as receiver:
         yield receiver
 
 
 @pytest.fixture
 def connected(short_dir):
-    """Connected registries, each a worker."""
+    """Three connected registries, each of them a worker."""
     workers = [DistributedRegistry(f"ipc://{short_dir}/m.ipc") for _ in range(3)]
     for worker in workers:
         worker.connect()
     yield workers
-    with ThreadPoolExecutor(len(workers)) as aside:  # each waits for an answer that nobody gives
-        list(aside.map(DistributedRegistry.close, workers))
+    with ThreadPoolExecutor(len(workers)) as pool:  # each waits for an acknowledgement that does not come
+        list(pool.map(DistributedRegistry.close, workers))
 
 
-def test_what_one_aggregator_told_the_next_does_not_tell_again(short_dir, receiver, connected):
-    """Counts of workers that live on, leave and join meanwhile: StatsD's sum is theirs, never too much."""
+def test_a_later_aggregator_reports_no_count_again(short_dir, receiver, connected):
+    """Over four aggregators StatsD gets each count once, of workers that stay, exit and join meanwhile."""
     to_statsd = f"StatsdReporter(SHORT, '127.0.0.1', {receiver.port})"
 
     def count(*workers):
@@ -67,8 +68,8 @@ def test_what_one_aggregator_told_the_next_does_not_tell_again(short_dir, receiv
             worker.counter("c").increment(100)
             worker.timer("t", l="x").update(1)
 
-    def all_told(total):
-        wait_for(lambda: receiver.counts().get("c") == total * 100, f"{total} are told")
+    def assert_reported(total):
+        wait_for(lambda: receiver.counts().get("c") == total * 100, f"{total} are reported")
         assert receiver.counts()["t.l.x.count"] == total
 
     first, second, third = connected
@@ -76,17 +77,17 @@ def test_what_one_aggregator_told_the_next_does_not_tell_again(short_dir, receiv
         count(first, second)
         first.counter("c").decrement(30)
         second.counter("c").increment(30)
-        all_told(2)
+        assert_reported(2)
     for round_ in range(3):
         with aggregator(short_dir, to_statsd):
-            wait_for(lambda: third.snapshot().get("c"), "the workers are back")
-            all_told(2 + 2 * round_)
+            wait_for(lambda: third.snapshot().get("c"), "the workers have published")
+            assert_reported(2 + 2 * round_)
             count(first, third)
-            all_told(4 + 2 * round_)
-    second.close()  # while nobody listens: a will
+            assert_reported(4 + 2 * round_)
+    second.close()  # while no aggregator runs: a file keeps the goodbye
     with aggregator(short_dir, to_statsd):
         count(first)
-        all_told(9)
+        assert_reported(9)
     negative = [line for packet in receiver.packets for line in packet.split(b"\n") if b":-" in line]
     assert negative == []
 
@@ -103,7 +104,7 @@ def wait(step):
         time.sleep(0.005)
 
 counter.increment(10)
-if os.fork():  # the parent counts on, and is heard later than its child
+if os.fork():  # the parent counts on, and publishes later than its child
     counter.increment(990)
     wait("away")
     os.fork() or (counter.increment(7), wait("again"), registry.close(), os._exit(0))
@@ -115,22 +116,22 @@ registry.close()
 """
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["anyone first", "the child first"])
-def test_families_tell_nothing_twice_when_the_aggregator_is_another(short_dir, receiver, late):
-    """A child tells of its parent too; forks while nobody listens; and those that leave then."""
+@pytest.mark.parametrize("late", [False, True], ids=["any order", "the child first"])
+def test_forked_families_are_reported_once_over_two_aggregators(short_dir, receiver, late):
+    """Two aggregators in turn report the events of a process and its forked children once."""
     to_statsd = f"StatsdReporter(SHORT, '127.0.0.1', {receiver.port})"
     (short_dir / "family").mkdir()
     with running([sys.executable, "-c", FAMILY.replace("ipc://m.ipc", f"ipc://{short_dir}/m.ipc")],
                  cwd=short_dir / "family") as family:  # fmt: skip
         with aggregator(short_dir, to_statsd):
-            wait_for(lambda: receiver.counts().get("c") == 1000, "all is told")
+            wait_for(lambda: receiver.counts().get("c") == 1000, "all is reported")
         (short_dir / "family" / "away").touch()
         wait_for(lambda: len(mentions(str(short_dir / "family"))) == 3, "it has forked again")
         if late:
             os.kill(family.pid, signal.SIGSTOP)
         with aggregator(short_dir, to_statsd):
             if late:
-                wait_for(lambda: receiver.counts().get("c") == 1007, "what is new is told")
+                wait_for(lambda: receiver.counts().get("c") == 1007, "what is new is reported")
                 os.kill(family.pid, signal.SIGCONT)
             (short_dir / "family" / "again").touch()
             assert family.wait(10) == 0
@@ -140,41 +141,41 @@ def test_families_tell_nothing_twice_when_the_aggregator_is_another(short_dir, r
     ] == []
 
 
-def test_who_leaves_while_nobody_listens_leaves_only_what_is_new(short_dir, receiver, connected):
-    """In a will; and when that is said again by the next connection."""
+def test_a_worker_that_closes_without_an_aggregator_leaves_only_new_counts(short_dir, receiver, connected):
+    """A worker that closes while no aggregator runs leaves what is not reported yet, and nothing else."""
     to_statsd = f"StatsdReporter(SHORT, '127.0.0.1', {receiver.port})"
     one, two, _ = connected
     with aggregator(short_dir, to_statsd):
         for worker in (one, two):
             worker.counter("c").increment(100)
             worker.histogram("h").update(1)
-        wait_for(lambda: receiver.counts().get("c") == 200, "all is told")
+        wait_for(lambda: receiver.counts().get("c") == 200, "all is reported")
     one.close()
     two.counter("c").increment(1)
     two.close()
     one.connect()
     with aggregator(short_dir, to_statsd):
-        wait_for(lambda: one.snapshot().get("c").value == 201, "the wills are read")
-        wait_for(lambda: receiver.counts()["c"] == 201, "what is new is told")
+        wait_for(lambda: one.snapshot().get("c").value == 201, "the files of both are read")
+        wait_for(lambda: receiver.counts()["c"] == 201, "what is new is reported")
     assert receiver.counts()["h.count"] == 2
 
 
-def test_a_series_that_one_worker_removes_goes_on(short_dir, receiver, connected):
-    """What others counted of it is not told again."""
+def test_a_series_that_one_worker_removes_is_not_reported_again(short_dir, receiver, connected):
+    """If one worker removes a series, the counts of the others are not reported again."""
     with aggregator(short_dir, f"StatsdReporter(SHORT, '127.0.0.1', {receiver.port})"):
         for number, worker in enumerate(connected, 1):
             worker.counter("c").increment(number)
-        wait_for(lambda: receiver.counts().get("c") == 6, "all is told")
+        wait_for(lambda: receiver.counts().get("c") == 6, "all is reported")
         connected[0].remove("c")
         wait_for(lambda: connected[1].snapshot().get("c").value == 5, "it is removed")
         connected[1].counter("d").increment()
         wait_for(lambda: receiver.counts().get("d") == 1, "another report")
         connected[2].counter("c").increment(3)
-        wait_for(lambda: receiver.counts()["c"] == 9, "what is new is told")
+        wait_for(lambda: receiver.counts()["c"] == 9, "what is new is reported")
 
 
 def test_reporters_that_hang_do_not_keep_another_from_its_last_report(short_dir, receiver):
-    """And the aggregator leaves in time, with all that it has made."""
+    """Hanging reporters prevent neither another reporter's last report nor the aggregator's exit."""
     program = f"""
 import os, threading, time
 from datetime import timedelta
@@ -200,8 +201,8 @@ assert not [name for name in os.listdir() if name != "output.log"], os.listdir()
     assert receiver.counts()["c"] == 5
 
 
-def test_a_worker_that_tells_statsd_itself_tells_its_own(short_dir, receiver, connected):
-    """StatsD adds up what the workers tell; gauges are those of all, whoever tells them."""
+def test_reporters_in_workers_add_up_to_the_total(short_dir, receiver, connected):
+    """If each worker has a StatsdReporter, StatsD's counts add up to the total; gauges are merged ones."""
     from datetime import timedelta
 
     from tapes.reporting.statsd import StatsdReporter
@@ -220,7 +221,7 @@ def test_a_worker_that_tells_statsd_itself_tells_its_own(short_dir, receiver, co
 
 
 class Hostile:
-    """A TCP port that accepts and never reads, says garbage for ever, or hangs up on everybody."""
+    """A TCP port that accepts and never reads, sends garbage without end, or closes every connection."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -246,21 +247,21 @@ class Hostile:
             while True:
                 connection, _ = self.listening.accept()
                 self.connections.append(connection)
-                if self.kind == "hangs up":
+                if self.kind == "closes":
                     connection.close()
                 elif self.kind == "garbage":
-                    self.threads.append(threading.Thread(target=self._talk, args=(connection,)))
+                    self.threads.append(threading.Thread(target=self._send_garbage, args=(connection,)))
                     self.threads[-1].start()
 
-    def _talk(self, connection: socket.socket) -> None:
+    def _send_garbage(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while True:
                 connection.sendall(b"\x00\xffgarbage|c\n" * 1000)
 
 
-@pytest.mark.parametrize("kind", ["hangs", "refuses", "garbage", "hangs up"])
-def test_a_receiver_in_trouble_is_nobody_elses(short_dir, receiver, connected, kind):
-    """The application and the other reporters go on; the trouble is counted, logged once, and bounded."""
+@pytest.mark.parametrize("kind", ["hangs", "refuses", "garbage", "closes"])
+def test_a_faulty_receiver_disturbs_no_other_reporter(short_dir, receiver, connected, kind):
+    """A faulty receiver disturbs neither application nor other reporters; it is counted and logged once."""
     http = free_port()
     with contextlib.closing(Hostile(kind)) as hostile:
         port = free_port() if kind == "refuses" else hostile.port
@@ -275,7 +276,7 @@ def test_a_receiver_in_trouble_is_nobody_elses(short_dir, receiver, connected, k
             for number in range(60):  # so few that a report does not overflow the receiver's buffer
                 worker.histogram("h", n=number).update(number)
             worker.counter("c").increment(5)
-            wait_for(lambda: receiver.counts().get("good.c") == 5, "the other one is told")
+            wait_for(lambda: receiver.counts().get("good.c") == 5, "the other one is reported")
             for name in ("tapes.reports.failed", "tapes.statsd.failed"):
                 wait_for(lambda n=name: worker.snapshot().get(n, reporter="StatsdReporter"), "it fails", 30)
             before = memory(process.pid)

@@ -45,11 +45,11 @@ def hit():
 
 
 def release(directory: pathlib.Path, version: int) -> pathlib.Path:
-    """Return where there is a release that speaks ``version`` of the wire; it is made if need be."""
+    """Return the directory of a release with this ``version`` of the wire format; create it if needed."""
     path = directory / f"release-{version}"
     if not path.exists():
         shutil.copytree(ROOT / "tapes", path / "tapes", ignore=shutil.ignore_patterns("__pycache__"))
-        wire = path / "tapes" / "distributed" / "wire.py"
+        wire = path / "tapes" / "distributed" / "protocol" / "wire.py"
         text, changed = re.subn(r"(?m)^VERSION = \d+$", f"VERSION = {version}", wire.read_text())
         assert changed == 1
         wire.write_text(text)
@@ -57,9 +57,9 @@ def release(directory: pathlib.Path, version: int) -> pathlib.Path:
 
 
 class Hits(Clients):
-    """Clients that ask until they are stopped, and count what they were answered, by what that says.
+    """Clients that send requests until they are stopped, and count the answers by their content.
 
-    They go on counting where others stopped ``before``.
+    ``before`` are earlier clients, whose counts these continue.
     """
 
     def __init__(self, port: int, before: Hits | None = None) -> None:
@@ -68,12 +68,12 @@ class Hits(Clients):
         self.failed: list[object] = []
         self._port = port
 
-    def go_on(self, turn: str, requests: int = 100) -> None:
-        """Return when workers of that turn have answered so many more requests."""
+    def wait_for_requests(self, turn: str, requests: int = 100) -> None:
+        """Return when workers of that turn have answered ``requests`` more requests."""
         goal = self.answered[turn] + requests
         wait_for(lambda: self.answered[turn] >= goal, f"requests are answered by {turn}", 20)
 
-    def _ask(self) -> None:
+    def _request(self) -> None:
         while not self._stop.wait(0.005):
             try:
                 status, _, body = get(self._port, "/hit")
@@ -87,7 +87,7 @@ class Hits(Clients):
 
 
 class Rolling:
-    """gunicorn, whose workers are of the release that is current when they start; it has none itself."""
+    """gunicorn whose workers import the release that is current when they start; the master imports none."""
 
     def __init__(self, home, older: int, newer: int) -> None:
         self.home = home
@@ -96,10 +96,10 @@ class Rolling:
         self._current = home.directory / "current"
         (home.directory / "app.py").write_text(APPLICATION)
         (home.directory / "newer").write_text(str(newer))
-        self.use(older, "first")
+        self.deploy(older, "first")
 
-    def use(self, version: int, turn: str) -> None:
-        """Deploy a release."""
+    def deploy(self, version: int, turn: str) -> None:
+        """Make a release the current one."""
         draft = self.home.directory / "draft"
         draft.symlink_to(release(self.home.directory, version))
         draft.replace(self._current)
@@ -113,6 +113,7 @@ class Rolling:
         return self.home.running(command, PYTHONPATH=str(self._current))
 
     def stats(self) -> dict:
+        """Return the tree of metrics that a worker shows."""
         return json.loads(get(self.port, "/metrics")[2])
 
     def output(self) -> str:
@@ -123,15 +124,19 @@ class Rolling:
         return crashing.aggregator(service / "metrics.ipc.lock")
 
     def roll(self, master, hits: Hits, version: int, turn: str) -> None:
-        """Have all workers replaced by those of a release, while requests are answered."""
+        """Replace all workers by those of a release, while requests are answered."""
         before = children(master.pid)
-        self.use(version, turn)
+        self.deploy(version, turn)
         master.send_signal(signal.SIGHUP)
         wait_for(lambda: not before & children(master.pid), "the workers are new", 20)
-        hits.go_on(turn)
+        hits.wait_for_requests(turn)
 
     def wait_until_exact(self, hits: Hits, changed: str, level: int) -> dict:
-        """Return what is told when it is exact, and ``changed`` is what workers of that turn say it is."""
+        """Return the metrics once they are exact.
+
+        ``changed`` is the turn whose workers alone have the metric ``changed``, of a kind that differs by
+        release.
+        """
         every = sum(hits.answered.values())
         expected = [every, every, hits.answered[changed]]
         found: list[float] = []
@@ -139,8 +144,8 @@ class Rolling:
         def exact():
             stats = self.stats()
             requests = stats["http"]["server"]["request"]["duration"]
-            told = requests['{method="GET",route="/hit",status="200"}']["count"], stats["t"]["count"]
-            found[:] = (*told, *stats["changed"].values(), stats["level"]["value"])
+            shown = requests['{method="GET",route="/hit",status="200"}']["count"], stats["t"]["count"]
+            found[:] = (*shown, *stats["changed"].values(), stats["level"]["value"])
             return stats if found[:3] == expected and found[-1] == level else None
 
         try:
@@ -150,17 +155,18 @@ class Rolling:
 
 
 @pytest.mark.parametrize("older", [VERSION - 1, VERSION])
-def test_a_rolling_change_to_a_newer_release_and_back(home, older):
-    """HUP under load: the older aggregator makes room for one newer one; on the way back that stays.
+def test_a_rolling_upgrade_and_its_way_back_lose_nothing(home, older):
+    """Over a rolling upgrade and back, by SIGHUP under load, counts are exact and one newer aggregator
+    serves.
 
-    A metric is of another kind in the newer release, and a gauge merges in another way: the workers that
-    started last are right, and everything else is exact all the time.
+    A metric is of another kind in the newer release, and a gauge merges in another way. The workers that
+    started last win.
     """
     service = Rolling(home, older, older + 1)
     with service.running() as master:
         wait_for(lambda: get(service.port, "/metrics")[0] == 200, "gunicorn is up", 20)
         with Hits(service.port) as hits:
-            hits.go_on("first")
+            hits.wait_for_requests("first")
             first = service.aggregator()
             service.roll(master, hits, service.newer, "second")
         assert hits.failed == []
@@ -227,7 +233,7 @@ while True:
     time.sleep(0.05)
 """
 
-CREW = """
+NEWER_WORKERS = """
 import os, sys, time, tapes
 from tapes.errors import AggregatorUnavailable
 
@@ -250,7 +256,7 @@ for _ in range(8):
         sys.exit(not work())
 print([os.waitpid(pid, 0)[1] for pid in pids] == [0] * 8, work().c.value)
 seen = set()
-for _ in range(20):  # the older worker goes on meanwhile
+for _ in range(20):  # the older worker runs meanwhile
     stats = tapes.get_stats()
     seen.add((stats.changed.get("count"), stats.level.value))
     time.sleep(0.05)
@@ -258,18 +264,20 @@ print(seen)
 """
 
 
-def test_workers_that_only_connect_replace_an_older_aggregator_too(home):
-    """Eight of a newer release at once: one of them replaces it; who left before is counted on.
+def test_connecting_workers_of_a_newer_release_replace_an_older_aggregator(home):
+    """Of eight newer workers that connect at once, one replaces the older aggregator, and no count is lost.
 
-    What they call a meter, and a gauge of which they show the greatest, stays that while the older worker,
-    for which these are others, goes on.
+    A metric's kind and a gauge's merge mode are those of the newest workers, while an older worker goes on
+    with others.
     """
     older, newer = (str(release(home.directory, version)) for version in (VERSION, VERSION + 1))
     log = home.directory / "output.log"
     with home.running([sys.executable, "-W", "error", "-c", OLDER], PYTHONPATH=older) as process:
         wait_for(lambda: "up\n" in log.read_text(), "the older one is up")
-        status, said, errors = home.run([sys.executable, "-W", "error", "-c", CREW], PYTHONPATH=newer)
-        assert (status, said) == (0, "True 98\n{(18, 5)}\n"), errors
+        status, output, errors = home.run(
+            [sys.executable, "-W", "error", "-c", NEWER_WORKERS], PYTHONPATH=newer
+        )
+        assert (status, output) == (0, "True 98\n{(18, 5)}\n"), errors
         assert log.read_text().count("makes room for one of a newer version") == 1
         assert (log.read_text() + errors).count(" listens at ") == 2
         assert "Traceback" not in errors
@@ -278,8 +286,8 @@ def test_workers_that_only_connect_replace_an_older_aggregator_too(home):
     wait_for(lambda: not list(home.directory.glob("m.ipc*")), "no file is left", 6)
 
 
-def test_a_newer_worker_on_an_older_aggregator_that_was_started_by_hand(home):
-    """It is told why its reads fail, and goes on; that aggregator, its reporter and its counts stay."""
+def test_reads_of_a_newer_worker_explain_an_older_aggregator_by_hand(home):
+    """If an older aggregator was started by hand, newer workers' reads fail with the reason, and it stays."""
     port = free_port()
     older, newer = (str(release(home.directory, version)) for version in (VERSION, VERSION + 1))
     program = BY_HAND.format(port=port)
@@ -287,10 +295,10 @@ def test_a_newer_worker_on_an_older_aggregator_that_was_started_by_hand(home):
         stats = lambda: json.loads(get(port, "/metrics")[2])  # noqa: E731
         wait_for(lambda: stats().get("older", {}).get("value") == 3, "the older one is up")
         pid = crashing.aggregator(home.directory / "m.ipc.lock")
-        status, said, errors = home.run([sys.executable, "-W", "error", "-c", NEWER], PYTHONPATH=newer)
+        status, output, errors = home.run([sys.executable, "-W", "error", "-c", NEWER], PYTHONPATH=newer)
         assert status == 0
-        assert said.count("is of an older version of tapes") == len(said.splitlines()) == 1
-        assert "restart the process that started it" in said
+        assert output.count("is of an older version of tapes") == len(output.splitlines()) == 1
+        assert "restart the process that started it" in output
         assert "Traceback" not in errors
         found = stats()
         assert found["older"]["value"] == 3

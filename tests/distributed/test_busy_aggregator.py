@@ -1,4 +1,4 @@
-"""SocketPool that ask without a pause hold up no worker that leaves."""
+"""An aggregator with readers that never pause, or with an answer of many megabytes, serves all clients."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from tapes.exposition import render
 from tests.processes import connected, wait_for
 
 
-def record_and_leave(address: str, took: multiprocessing.SimpleQueue) -> None:
+def record_and_exit(address: str, took: multiprocessing.SimpleQueue) -> None:
+    """Connect, record, close; put how many seconds close() took."""
     with connected(address) as registry:
         registry.counter("left").increment(3)
         start = time.monotonic()
     took.put(time.monotonic() - start)
 
 
-def test_workers_leave_in_a_burst_of_readers_and_are_counted(address):
-    """Their goodbyes do not wait behind the readers: none runs into its timeout of a second."""
+def test_goodbyes_do_not_wait_behind_readers(address):
+    """While eight readers never pause, workers close within 1 s each and all of them are counted."""
     with connected(address) as registry:
         for number in range(2000):
             registry.timer("work", route=f"/some/route/number/{number}").update(0.25)
@@ -39,7 +40,7 @@ def test_workers_leave_in_a_burst_of_readers_and_are_counted(address):
             context = multiprocessing.get_context("spawn")
             took = context.SimpleQueue()
             for _ in range(5):
-                child = context.Process(target=record_and_leave, args=(address, took))
+                child = context.Process(target=record_and_exit, args=(address, took))
                 child.start()
                 child.join()
                 assert child.exitcode == 0
@@ -52,7 +53,7 @@ def test_workers_leave_in_a_burst_of_readers_and_are_counted(address):
 
 
 def test_an_answer_of_more_than_64_mb_reaches_its_reader(address):
-    """It is sent in frames, and the reader waits for as long as it is being made."""
+    """An answer of more than 64 MB is sent in frames, and its reader waits until it is complete."""
     with connected(address) as registry:
         for number in range(2000):
             for name in ("one", "two", "three"):

@@ -1,4 +1,4 @@
-"""A burst of readers: each has a right answer or a 503 with a sentence, and nothing else suffers."""
+"""A burst of scrapes: each gets a complete answer or a 503 with a sentence, and later scrapes work."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ UVICORN = ["uvicorn", "--workers", "2", "--port", "{port}", "app:app"]
 
 
 def count_of_all(body: bytes, accept: str) -> int:
-    """Return how many values all timers have."""
+    """Return the sum of the counts of all timers."""
     if accept == "application/json":
         return sum(series["count"] for series in json.loads(body).get("work", {}).values())
     lines = [line for line in body.decode().splitlines() if line.startswith("work_seconds_count{")]
@@ -85,7 +85,8 @@ def burst(port: int, accept: str) -> list[tuple[int, bytes]]:
     [(GUNICORN, WSGI, "server"), (UVICORN, ASGI, "server"), (GUNICORN, WSGI, "TAPES_HTTP")],
     ids=["gunicorn", "uvicorn", "TAPES_HTTP"],
 )
-def test_each_reader_of_a_burst_has_a_right_answer_or_a_503(home, server, application, asks, accept):
+def test_each_scrape_of_a_burst_gets_the_exact_counts_or_a_503(home, server, application, asks, accept):
+    """Each of 120 parallel scrapes gets the exact counts of both workers, or a 503 that says to try again."""
     (home.directory / "app.py").write_text(application)
     ports = {"server": free_port(), "TAPES_HTTP": free_port()}
     command = [str(BIN / server[0]), *(part.format(port=ports["server"]) for part in server[1:])]

@@ -1,4 +1,4 @@
-"""A worker counts from its start: it is in every answer before it has served a single request."""
+"""A worker counts from its start: it is in every answer before it has served a request."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ def start():
     threading.Thread(target=work, daemon=True).start()
 """
 APPLICATIONS = {
-    "wsgi_silent": f"""{RECORD}
+    "wsgi_idle": f"""{RECORD}
 import flask
 from tapes.contrib.flask import Tapes
-app = flask.Flask("silent")
+app = flask.Flask("idle")
 Tapes(app)
 start()
 """,
     "preloaded": f"""{RECORD}
 import flask
 from tapes.contrib.flask import Tapes
-app = flask.Flask("silent")
+app = flask.Flask("idle")
 Tapes(app)
 os.register_at_fork(after_in_child=start)
 """,
     "postforked": f"""{RECORD}
 import flask, uwsgidecorators
 from tapes.contrib.flask import Tapes
-app = flask.Flask("silent")
+app = flask.Flask("idle")
 Tapes(app)
 uwsgidecorators.postfork(start)
 """,
-    "asgi_silent": f"""{RECORD}
+    "asgi_idle": f"""{RECORD}
 from starlette.applications import Starlette
 from tapes.contrib.asgi import TapesMiddleware
 app = TapesMiddleware(Starlette())
 start()
 """,
-    "tornado_silent": f"""{RECORD}
+    "tornado_idle": f"""{RECORD}
 import sys, tornado
 from tornado import httpserver, ioloop, netutil, process, web
 from tapes.contrib.tornado import instrument
@@ -78,34 +78,34 @@ UWSGI = (
     "--virtualenv {prefix}"
 )
 SERVERS = {
-    "gunicorn sync": f"{GUNICORN} wsgi_silent:app",
-    "gunicorn gthread": f"{GUNICORN} -k gthread --threads 4 wsgi_silent:app",
+    "gunicorn sync": f"{GUNICORN} wsgi_idle:app",
+    "gunicorn gthread": f"{GUNICORN} -k gthread --threads 4 wsgi_idle:app",
     "gunicorn preload": f"{GUNICORN} --preload preloaded:app",
     "gunicorn preload gthread": f"{GUNICORN} --preload -k gthread --threads 2 preloaded:app",
-    "gunicorn with the hooks": f"{GUNICORN} -c python:tapes.contrib.gunicorn_conf wsgi_silent:app",
+    "gunicorn with the hooks": f"{GUNICORN} -c python:tapes.contrib.gunicorn_conf wsgi_idle:app",
     "gunicorn preload, hooks": f"{GUNICORN} --preload -c python:tapes.contrib.gunicorn_conf preloaded:app",
     "uwsgi": f"{UWSGI} --enable-threads --module postforked:app",
     "uwsgi threads": f"{UWSGI} --enable-threads --threads 2 --module postforked:app",
-    "uwsgi lazy": f"{UWSGI} --lazy-apps --enable-threads --module wsgi_silent:app",
-    "uvicorn": "uvicorn --workers {workers} --port {port} --log-level warning asgi_silent:app",
-    "hypercorn": "hypercorn -w {workers} -b 127.0.0.1:{port} --log-level warning asgi_silent:app",
+    "uwsgi lazy": f"{UWSGI} --lazy-apps --enable-threads --module wsgi_idle:app",
+    "uvicorn": "uvicorn --workers {workers} --port {port} --log-level warning asgi_idle:app",
+    "hypercorn": "hypercorn -w {workers} -b 127.0.0.1:{port} --log-level warning asgi_idle:app",
     "granian": "granian --workers {workers} --port {port} --log-level warning --interface asgi "
-    "asgi_silent:app",
-    "tornado": "python tornado_silent.py {port} {workers} after",
-    "tornado, instrumented before the fork": "python tornado_silent.py {port} {workers} before",
+    "asgi_idle:app",
+    "tornado": "python tornado_idle.py {port} {workers} after",
+    "tornado, instrumented before the fork": "python tornado_idle.py {port} {workers} before",
 }  # fmt: skip
 
 
 def start(home: Home, line: str, **environment: str):
     """Run a server in a directory with the applications."""
-    for name, text in {**APPLICATIONS, **UNHEARD, **MASTER_APPLICATIONS}.items():
+    for name, text in {**APPLICATIONS, **JOINED_APPLICATIONS, **MASTER_APPLICATIONS}.items():
         (home.directory / f"{name}.py").write_text(text)
     name, *arguments = line.format(port=free_port(), prefix=sys.prefix, workers=WORKERS).split()
     return home.running([str(BIN / name), *arguments], PYTHONPATH=str(home.directory), **environment)
 
 
 def answer(port: int) -> tuple[int, int, int]:
-    """Return how many workers live, have set their gauge, and have counted."""
+    """Return how many workers run, have set their gauge, and have counted."""
     stats = json.loads(get(port, "/metrics")[2])
     live = stats["tapes"]["workers"]['{state="live"}']["value"]
     return live, stats.get("alive", {}).get("value", 0), len(stats.get("ticks", {}))
@@ -113,14 +113,14 @@ def answer(port: int) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("server", SERVERS)
 def test_workers_without_requests_are_counted(home, server):
-    """TAPES_HTTP listens without a request, and knows the gauge and the counts of every worker."""
+    """Workers that have served no request are in the answers of TAPES_HTTP, with gauges and counts."""
     http = free_port()
     with start(home, SERVERS[server], TAPES_HTTP=str(http)):
         wait_for(lambda: answer(http) == (WORKERS, WORKERS, WORKERS), "every worker is counted")
 
 
-def test_uwsgi_without_threads(home):
-    """Where no thread runs, a worker is known from its start all the same, with what it has set by then."""
+def test_uwsgi_workers_without_threads_are_known_from_their_start(home):
+    """uWSGI workers without Python threads are known from their start, with what they have set by then."""
     http = free_port()
     with start(home, f"{UWSGI} --module postforked:app", TAPES_HTTP=str(http)):
         wait_for(lambda: answer(http)[0] == WORKERS, "every worker is known")
@@ -128,25 +128,25 @@ def test_uwsgi_without_threads(home):
 
 JOINED = {
     "gunicorn": (f"{GUNICORN} --preload joined:app", {}),
-    "tornado": ("python tornado_unheard.py {port} {workers} before", {"JOIN": "1"}),
-    "tapes run": ("tapes run -- {prefix}/bin/python tornado_unheard.py {port} {workers} before", {}),
+    "tornado": ("python tornado_joined.py {port} {workers} before", {"JOIN": "1"}),
+    "tapes run": ("tapes run -- {prefix}/bin/python tornado_joined.py {port} {workers} before", {}),
 }
-UNHEARD = {
+JOINED_APPLICATIONS = {
     "joined": """
 import flask, tapes
 from tapes.contrib.flask import Tapes
 tapes.join()
-app = flask.Flask("silent")
+app = flask.Flask("idle")
 Tapes(app)
 """,
-    "tornado_unheard": "import os, tapes\nif 'JOIN' in os.environ: tapes.join()\n"
-    + APPLICATIONS["tornado_silent"].replace("\nstart()\n", "\n"),
+    "tornado_joined": "import os, tapes\nif 'JOIN' in os.environ: tapes.join()\n"
+    + APPLICATIONS["tornado_idle"].replace("\nstart()\n", "\n"),
 }
 
 
 @pytest.mark.parametrize("server", JOINED)
-def test_workers_of_a_master_that_has_joined_itself(home, server):
-    """Workers count from their start although they record nothing. So does the master that called join()."""
+def test_workers_of_a_joined_master_are_known_from_their_start(home, server):
+    """Workers of a master that called join() count from their start, though they record nothing."""
     http = free_port()
     line, environment = JOINED[server]
     with start(home, line, TAPES_HTTP=str(http), **environment):
@@ -158,7 +158,7 @@ MASTERS = {
     "gunicorn, own registry": f"{GUNICORN} --preload master_owns:app",
     "gunicorn, own address": f"{GUNICORN} --preload master_has_address:app",
     "tornado": "python tornado_master.py {port} {workers} before",
-    "gunicorn, a hook": f"{GUNICORN} -c master_hooks.py wsgi_silent:app",
+    "gunicorn, a hook": f"{GUNICORN} -c master_hooks.py wsgi_idle:app",
 }  # fmt: skip
 RECORD_IN_MASTER = """
 import flask, os, threading, time, tapes
@@ -173,30 +173,30 @@ def work():
 """
 MASTER_APPLICATIONS = {
     "master_records": f"""{RECORD_IN_MASTER}
-app = flask.Flask("silent")
+app = flask.Flask("idle")
 Tapes(app)
 threading.Thread(target=work, daemon=True).start()
 """,
     "master_owns": f"""{RECORD_IN_MASTER}
 registry = tapes.Registry()
-app = flask.Flask("silent")
+app = flask.Flask("idle")
 Tapes(app, registry=registry)
 threading.Thread(target=work, daemon=True).start()
 """,
     "master_has_address": f"""{RECORD_IN_MASTER}
 registry = tapes.DistributedRegistry(f"ipc://{{os.getcwd()}}/own.ipc")
-app = flask.Flask("silent")
+app = flask.Flask("idle")
 Tapes(app, registry=registry)
 threading.Thread(target=work, daemon=True).start()
 """,
     "only_before": """
 import flask, tapes
 from tapes.contrib.flask import Tapes
-app = flask.Flask("silent")
+app = flask.Flask("idle")
 Tapes(app)
 tapes.counter("before").increment(3)
 """,
-    "tornado_master": APPLICATIONS["tornado_silent"].replace(
+    "tornado_master": APPLICATIONS["tornado_idle"].replace(
         "sockets =", f"{RECORD_IN_MASTER}\nthreading.Thread(target=work, daemon=True).start()\nsockets ="
     ).replace("\nstart()\n", "\n"),
     "master_hooks": """
@@ -213,8 +213,8 @@ def pre_fork(server, worker):
 
 
 @pytest.mark.parametrize("server", [server for server in MASTERS if "gunicorn" in server])
-def test_a_worker_of_a_master_that_is_connected_counts_from_its_start(home, server):
-    """It replaces one that was ended, and serves no request."""
+def test_a_replacement_worker_of_a_connected_master_counts_from_its_start(home, server):
+    """A worker that replaces a terminated one counts from its start, without a request."""
     http = free_port()
     with start(home, MASTERS[server], TAPES_HTTP=str(http)) as process:
 
@@ -230,8 +230,8 @@ def test_a_worker_of_a_master_that_is_connected_counts_from_its_start(home, serv
 
 
 @pytest.mark.parametrize("server", MASTERS)
-def test_what_the_master_records_counts(home, server):
-    """Values count that its threads and hooks record, also those from after the last fork."""
+def test_events_recorded_in_the_master_count(home, server):
+    """Events that the master's threads and hooks record are counted, after the last fork too."""
     http = free_port()
     with start(home, MASTERS[server], TAPES_HTTP=str(http)):
 
@@ -244,7 +244,7 @@ def test_what_the_master_records_counts(home, server):
 
 @pytest.mark.parametrize(("application", "warnings"), [("master_records", 1), ("only_before", 0)])
 def test_values_that_uwsgis_master_loses_are_logged_once(home, application, warnings):
-    """The master can't connect. Values from before the fork are not lost, and nothing is logged of them."""
+    """uWSGI's master can't connect: events that it records after the fork are lost and logged once."""
     log, http = home.directory / "log", free_port()
     line = f"{UWSGI} --enable-threads --logto {log} --module {application}:app"
 
@@ -260,15 +260,15 @@ def test_values_that_uwsgis_master_loses_are_logged_once(home, application, warn
 
 
 DEVELOPMENT = {
-    "flask": "flask --app wsgi_silent run --port {port}",
-    "uvicorn": "uvicorn --port {port} --log-level warning asgi_silent:app",
-    "uvicorn reload": "uvicorn --reload --port {port} --log-level warning asgi_silent:app",
+    "flask": "flask --app wsgi_idle run --port {port}",
+    "uvicorn": "uvicorn --port {port} --log-level warning asgi_idle:app",
+    "uvicorn reload": "uvicorn --reload --port {port} --log-level warning asgi_idle:app",
 }
 
 
 @pytest.mark.parametrize("server", DEVELOPMENT)
-def test_a_server_of_one_process_starts_nothing(home, server):
-    """A development server answers for itself: no aggregator, no directory, no listener."""
+def test_a_server_of_one_process_starts_no_aggregator(home, server):
+    """A development server answers for itself: no aggregator, no directory and no listener is started."""
     http = free_port()
     line = DEVELOPMENT[server].replace("{port}", str(port := free_port()))
     with start(home, line, TAPES_HTTP=str(http)):

@@ -1,4 +1,4 @@
-"""Containers on one volume: several pid namespaces, one aggregator, which is killed with its container."""
+"""Containers on one volume: several pid namespaces share an aggregator that is killed with its container."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import sys
 
 import pytest
 
-from tests.contrib.services import Load, Service, gone, has_ended
+from tests.contrib.services import Load, Service, gone_requests, has_ended
 from tests.crew import stopped
 from tests.distributed.containers import (
     UNSHARE,
     Container,
-    cleared_away,
     decreases,
+    killed_at_end,
     reads,
     stop_and_start_in_turn,
     worker_container,
@@ -28,47 +28,47 @@ pytestmark = pytest.mark.needs("unshare")
 
 @pytest.fixture(autouse=True)
 def namespaces() -> None:
-    """Skip where no pid namespace may be made."""
+    """Skip the test where this user can't make a pid namespace."""
     tried = subprocess.run([*UNSHARE, "true"], capture_output=True, text=True, check=False)
     if tried.returncode:
         pytest.skip(f"no pid namespace can be made: {tried.stderr.strip()}")
 
 
 def test_containers_that_are_stopped_and_started_in_turn_lose_nothing(short_dir):
-    """No total that a container reads is less than one that any of them had read before; all is counted."""
+    """No container reads a total below one that any container had read before, and every event counts."""
     print(stop_and_start_in_turn(short_dir, rounds=4))
 
 
-def test_a_container_that_is_started_again_at_once_goes_on(short_dir):
-    """Alone on its volume: each time it has all the totals of before."""
+def test_a_single_container_that_restarts_keeps_its_totals(short_dir):
+    """A container alone on its volume has all former totals after each restart."""
     container = worker_container(short_dir, "a", 2)
-    with cleared_away(container):
+    with killed_at_end(container):
         for turn in range(3):
             container.start()
-            wait_for(lambda many=20 * (turn + 1): len(reads(short_dir)) >= many, "it reads")
+            wait_for(lambda many=20 * (turn + 1): len(reads(short_dir)) >= many, "the container reads")
             container.stop()
     found = reads(short_dir)
     assert decreases(found) == []
     assert found[-1].total > 0
 
 
-class SocketPool(Clients):
-    """Ask containers by their ports, again and again, how many requests were counted."""
+class TotalReader(Clients):
+    """A client that reads the number of requests from several ports, again and again."""
 
     def __init__(self, *ports: int) -> None:
         super().__init__(1)
         self.ports = ports
         self.seen = [0]
 
-    def _ask(self) -> None:
+    def _request(self) -> None:
         while not self._stop.wait(0.02):
             for port in self.ports:
                 with contextlib.suppress(*NOT_YET):
-                    self.seen.append(gone(port))
+                    self.seen.append(gone_requests(port))
 
 
-def test_two_gunicorns_on_one_volume_are_stopped_in_turn_under_load(short_dir):
-    """Every answered request is counted and no total decreases, whichever of them has the aggregator."""
+def test_two_gunicorns_on_one_volume_count_exactly_while_one_stops(short_dir):
+    """While two gunicorns stop in turn under load, each answered request counts and no total decreases."""
     services, containers = [], []
     for name in "ab":
         (short_dir / name).mkdir()
@@ -78,21 +78,23 @@ def test_two_gunicorns_on_one_volume_are_stopped_in_turn_under_load(short_dir):
         containers.append(Container(short_dir, name, service.command, **environment))
     ports = [service.port for service in services]
     path = "/old-catalogue"
-    with cleared_away(*containers):
+    with killed_at_end(*containers):
         for container, service in zip(containers, services):
             container.start()
             service.wait_until_up()
-        with Load(ports[0], path, 2) as a, Load(ports[1], path, 2) as b, SocketPool(*ports) as readers:
+        with Load(ports[0], path, 2) as a, Load(ports[1], path, 2) as b, TotalReader(*ports) as readers:
             for turn in range(4):
-                stops, goes_on = (a, b) if turn % 2 == 0 else (b, a)
-                stops.go_on(100)
+                stopping, running = (a, b) if turn % 2 == 0 else (b, a)
+                stopping.wait_for_requests(100)
                 containers[turn % 2].stop()
-                goes_on.go_on(200)
+                running.wait_for_requests(200)
                 containers[turn % 2].start()
                 services[turn % 2].wait_until_up()
         containers[0].stop()
         answered, sent = a.answered + b.answered, a.sent + b.sent
-        total = wait_for(lambda: (n := gone(ports[1])) >= answered and n, f"{answered} are counted", 10)
+        total = wait_for(
+            lambda: (n := gone_requests(ports[1])) >= answered and n, f"{answered} are counted", 10
+        )
         assert total <= sent
         assert get(ports[1], "/metrics")[0] == 200
     print(f"{answered} answered, {total} counted, {sent} sent; {len(readers.seen)} reads")
@@ -119,8 +121,8 @@ for line in sys.stdin:
 
 
 @contextlib.contextmanager
-def private(directory, count):
-    """A container with a service that meets in a private directory; a worker of it has counted and left."""
+def private_service(directory, count):
+    """Run a container whose service has a private directory; one of its workers has counted and exited."""
     temporary = {"TMPDIR": str(directory), "XDG_RUNTIME_DIR": str(directory), "PYTHONPATH": str(ROOT)}
     with (directory / "output.log").open("ab") as log:
         process = subprocess.Popen(
@@ -142,15 +144,15 @@ def private(directory, count):
 
 
 def test_containers_that_share_a_temporary_directory_do_not_sweep_each_other(short_dir):
-    """The aggregator of one is dead, and its only worker held up, when another one starts and sweeps."""
-    with private(short_dir, 200) as (one, address, total):
+    """A starting container keeps the files of another one, though that one's aggregator is dead."""
+    with private_service(short_dir, 200) as (one, address, total):
         assert total() == 200
         (first,) = children(one.pid)
         with stopped(first):
             (aggregator,) = children(first)
             os.kill(aggregator, signal.SIGKILL)
             wait_for(lambda: has_ended(aggregator), "the aggregator has ended")
-            with private(short_dir, 5) as (_, other_address, other_total):
+            with private_service(short_dir, 5) as (_, other_address, other_total):
                 assert other_total() == 5
                 assert other_address != address
                 assert os.path.exists(f"{address}.journal")

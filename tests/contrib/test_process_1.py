@@ -1,4 +1,4 @@
-"""A service whose first process is process 1 of a pid namespace: its end kills all others, at once."""
+"""A service whose first process is process 1 of a pid namespace: when it exits, all others are killed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.contrib.services import Service, gone
+from tests.contrib.services import Service, gone_requests
 from tests.processes import Home, children, get, running, wait_for
 from tests.receivers import Receiver
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.needs("unshare"), pytest.mark.timeout(120), pytest.mar
 
 @pytest.fixture(autouse=True)
 def _may_unshare():
-    """Skip where this user can't make a pid namespace."""
+    """Skip the test where this user can't make a pid namespace."""
     done = subprocess.run([*NAMESPACE, "true"], capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"no pid namespaces here: {done.stderr.strip()}")
@@ -31,22 +31,24 @@ def _may_unshare():
 
 @pytest.fixture
 def receiver():
+    """A StatsD receiver."""
     with contextlib.closing(Receiver()) as receiver:
         yield receiver
 
 
 def requests(receiver: Receiver) -> float:
-    """How many requests StatsD knows of."""
+    """Return how many requests StatsD has received."""
     found = receiver.counts().items()
     return sum(n for name, n in found if name.startswith("http.server.request") and name.endswith(".count"))
 
 
 def command_line(pid: int) -> bytes:
+    """Return the command line of a process."""
     return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-def end(process: subprocess.Popen, seconds: float = 10.0) -> None:
-    """Send SIGTERM to process 1 of the namespace, and wait for its end."""
+def terminate(process: subprocess.Popen, seconds: float = 10.0) -> None:
+    """Send SIGTERM to process 1 of the namespace, and wait until the namespace is gone."""
     (first,) = children(process.pid)
     os.kill(first, signal.SIGTERM)
     process.wait(seconds)
@@ -54,30 +56,30 @@ def end(process: subprocess.Popen, seconds: float = 10.0) -> None:
 
 @pytest.mark.parametrize("worker_class", ["sync", "gthread"])
 def test_statsd_has_every_request_when_gunicorn_is_process_1(short_dir, receiver, worker_class):
-    """300 requests within a reporting interval, then SIGTERM: all are reported before gunicorn exits."""
+    """If gunicorn is process 1 and is terminated, StatsD has received all 300 requests before it exits."""
     arguments = ["-w", "3", "-k", worker_class, "--log-level", "warning"]
     service = Service(short_dir, arguments, TAPES_STATSD=f"127.0.0.1:{receiver.port}")
     with running([*NAMESPACE, *service.command], cwd=short_dir, **service.environment) as process:
         service.wait_until_up()
         for _ in range(300):
             assert get(service.port, GONE)[0] == 410
-        end(process)
+        terminate(process)
     assert requests(receiver) == 300
 
 
 def test_statsd_has_what_a_killed_worker_published_when_gunicorn_is_process_1(short_dir, receiver):
-    """gunicorn kills a worker that does not exit, and waits for the report of what it had published."""
+    """If gunicorn is process 1 and kills a hanging worker, StatsD receives what the worker had published."""
     arguments = ["-w", "2", "--graceful-timeout", "1", "--log-level", "warning"]
     service = Service(short_dir, arguments, TAPES_STATSD=f"127.0.0.1:{receiver.port}")
     with running([*NAMESPACE, *service.command], cwd=short_dir, **service.environment) as process:
         service.wait_until_up()
         for _ in range(50):
             assert get(service.port, GONE)[0] == 410
-        wait_for(lambda: gone(service.port) == 50, "all is published")
+        wait_for(lambda: gone_requests(service.port) == 50, "all is published")
         (first,) = children(process.pid)
         worker = min(pid for pid in children(first) if b"tapes aggregator" not in command_line(pid))
         os.kill(worker, signal.SIGSTOP)
-        end(process)
+        terminate(process)
     assert requests(receiver) == 50
 
 
@@ -92,7 +94,7 @@ for _ in range(100):
 
 
 def test_statsd_has_all_of_a_short_job_that_is_process_1(short_dir, receiver):
-    """`tapes run` becomes the job; its goodbye waits for the report, and so does the end of everything."""
+    """A job under ``tapes run`` that is process 1 exits only after StatsD has received all its counts."""
     home = Home(short_dir)
     command = [os.path.join(os.path.dirname(sys.executable), "tapes"), "run", "--statsd",
                f"127.0.0.1:{receiver.port}", "--", sys.executable, "-c", JOB]  # fmt: skip

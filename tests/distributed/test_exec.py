@@ -1,4 +1,4 @@
-"""A program is not its pid: a process that executes another program, or itself again, is another worker."""
+"""A process that executes another program, or itself again, is another worker with the same pid."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ def run(home, program: str) -> str:
     return output
 
 
-def test_a_process_that_starts_itself_again_and_again(home):
-    """As reloaders do: its gauges are those of the last program, its counts of all; one worker lives."""
+def test_a_process_that_executes_itself_again_is_one_worker(home):
+    """A process that executes itself again, as reloaders do, is one live worker with all its counts.
+
+    Its gauges are those of the last program.
+    """
     program = """
 import os, sys, time, tapes
 number = len(sys.argv)
@@ -34,8 +37,8 @@ print(stats.size.value, stats.limit.value, stats.starts.value, len(stats.each),
     assert run(home, program) == "5 6 4 1 1 True\n"
 
 
-def test_a_process_that_becomes_a_program_without_tapes(home):
-    """Its gauges leave within some seconds although its pid lives on; its counts stay."""
+def test_gauges_of_a_process_that_executes_a_program_without_tapes_are_removed(home):
+    """If a process executes a program without tapes, its gauges are removed within 10 s; its counts stay."""
     address = f"ipc://{home.directory}/m.ipc"
     program = f"""
 import os, time, tapes
@@ -59,8 +62,8 @@ os.execv("/bin/sleep", ["sleep", "600"])
             assert process.poll() is None
 
 
-def test_children_of_one_program_are_workers_of_their_own(home):
-    """Forks have another pid, and several registries of a process have the same program: all of them live."""
+def test_forked_children_and_further_registries_are_workers_of_their_own(home):
+    """A forked child and each connected registry of a process count as live workers of their own."""
     program = """
 import os, sys, time, tapes
 tapes.gauge("size").set(1)

@@ -1,4 +1,4 @@
-"""A gauge that merges as ``last`` in real processes: its newest value stays, however its worker exits."""
+"""A gauge that merges by ``last``, in real processes: the newest value stays, however its worker exits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ sys.stdin.readline()
 
 
 class Service:
-    """Workers that set a gauge, at one address; the reader has set nothing."""
+    """Workers that set a gauge, at one address."""
 
     def __init__(self, directory) -> None:
         self.directory = directory
@@ -38,7 +38,7 @@ class Service:
         self.workers: list[subprocess.Popen[bytes]] = []
 
     def start(self, value: int, how: str = "set") -> subprocess.Popen[bytes]:
-        """Return a worker whose value has been read."""
+        """Start a worker and return it once its value has been read."""
         command = [sys.executable, "-W", "error", "-c", WORKER, self.address, how, str(value)]
         environment = clean_environment(PYTHONPATH=str(ROOT))
         with (self.directory / "output.log").open("ab") as log:
@@ -52,7 +52,7 @@ class Service:
         return worker
 
     def stop(self, worker, how: str) -> None:
-        """End a worker: it returns from its program, or is killed."""
+        """End a worker: let it return from its program, or kill it."""
         if how == "return":
             worker.stdin.close()
             assert worker.wait(20) == 0
@@ -61,12 +61,13 @@ class Service:
             worker.wait()
 
     def kill_aggregator(self) -> None:
+        """Kill the aggregator and wait until it has ended."""
         pid = crashing.aggregator(self.directory / "m.ipc.lock")
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: has_ended(pid), "the aggregator has ended")
 
-    def shows(self, reader, value: int, alive: int) -> None:
-        """Wait until the reader sees that so many workers live; check the value that it sees then."""
+    def assert_shown(self, reader, value: int, alive: int) -> None:
+        """Wait until the reader sees ``alive`` live workers, and assert the gauge's value in that read."""
 
         def seen():
             snapshot = reader.snapshot()
@@ -80,8 +81,8 @@ class Service:
 
 @pytest.fixture
 def service(short_dir, monkeypatch) -> Iterator[Service]:
-    """A service without workers yet; they are ended with the test."""
-    monkeypatch.setenv("TAPES_AUTOSTART", "0")  # a reader must not start an aggregator, which stays for it
+    """A service without workers yet; they are killed at the end."""
+    monkeypatch.setenv("TAPES_AUTOSTART", "0")  # a reader that starts an aggregator would keep it running
     made = Service(short_dir)
     try:
         yield made
@@ -97,25 +98,25 @@ def service(short_dir, monkeypatch) -> Iterator[Service]:
 @pytest.mark.parametrize("how", ["return", "kill"])
 @pytest.mark.parametrize("given", ["set", "produced"])
 def test_the_last_value_stays_when_its_worker_exits(service, how, given):
-    """42 came after 100: it stays when its worker has exited, and when both have."""
+    """The newest value stays when its worker returns or is killed, also when no worker is left."""
     first, second = service.start(100), service.start(42, given)
     with connected(service.address) as reader:
-        service.shows(reader, 42, 2)
+        service.assert_shown(reader, 42, 2)
         service.stop(second, how)
-        service.shows(reader, 42, 1)
+        service.assert_shown(reader, 42, 1)
         service.stop(first, how)
-        service.shows(reader, 42, 0)
+        service.assert_shown(reader, 42, 0)
         service.stop(service.start(7), how)
-        service.shows(reader, 7, 0)
+        service.assert_shown(reader, 7, 0)
 
 
 @pytest.mark.parametrize("how", ["return", "kill", "kill at once"])
 def test_the_last_value_stays_when_the_aggregator_is_killed(service, how):
-    """Before its worker, after it, and at the same moment; the worker that lives on has set another one."""
+    """The newest value stays if the aggregator is killed before, after, or together with its worker."""
     service.start(100)
     second = service.start(42)
     with connected(service.address) as reader:
-        service.shows(reader, 42, 2)
+        service.assert_shown(reader, 42, 2)
         if how == "kill at once":
             journal = service.directory / "m.ipc.journal"
             written = journal.stat().st_mtime_ns
@@ -125,28 +126,28 @@ def test_the_last_value_stays_when_the_aggregator_is_killed(service, how):
             second.wait()
         else:
             service.stop(second, how)
-            service.shows(reader, 42, 1)
-            if how == "kill":  # a death is in the journal as soon as may be; before that the worker is
+            service.assert_shown(reader, 42, 1)
+            if how == "kill":  # the journal has the worker, or already its death
                 service.kill_aggregator()
-        service.shows(reader, 42, 1)
+        service.assert_shown(reader, 42, 1)
         service.kill_aggregator()
-        service.shows(reader, 42, 1)
+        service.assert_shown(reader, 42, 1)
         third = service.start(43)
         service.kill_aggregator()
-        service.shows(reader, 43, 2)
+        service.assert_shown(reader, 43, 2)
         service.stop(third, "return")
-        service.shows(reader, 43, 1)
+        service.assert_shown(reader, 43, 1)
 
 
 def test_the_last_value_of_a_worker_that_left_it_in_a_file_stays(service):
-    """No aggregator answered when the worker exited; the one after that has the value."""
+    """The newest value stays if its worker left it in a file, because no aggregator replied at its exit."""
     service.start(100)
     second = service.start(42)
     with connected(service.address) as reader:
-        service.shows(reader, 42, 2)
+        service.assert_shown(reader, 42, 2)
         pid = crashing.aggregator(service.directory / "m.ipc.lock")
         with stopped(pid):
             service.stop(second, "return")
             assert list(service.directory.glob("m.ipc.spool-*"))
             os.kill(pid, signal.SIGKILL)
-        service.shows(reader, 42, 1)
+        service.assert_shown(reader, 42, 1)
