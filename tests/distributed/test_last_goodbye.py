@@ -1,4 +1,4 @@
-"""The last worker's goodbye is acknowledged after the push reporters have reported: StatsD has every count."""
+"""The last worker's goodbye is acknowledged after the push reporters have reported: StatsD has all counts."""
 
 from __future__ import annotations
 

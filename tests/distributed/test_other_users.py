@@ -159,7 +159,7 @@ def test_a_name_that_is_taken_while_the_directory_is_gone(started, shared):
 
 
 BESIDE = """
-for end in start journal journal.draft journal.2 journal.tail-00000000000000000001 will-0123 probe; do
+for end in start journal journal.draft journal.2 journal.tail-00000000000000000001 spool-0123 probe; do
     case $2 in
         files) [ -e "$1.$end" ] || echo precious > "$1.$end";;
         links) [ -e "$1.$end" ] || ln -s /etc/passwd "$1.$end";;

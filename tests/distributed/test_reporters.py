@@ -1,4 +1,4 @@
-"""Reporters in an aggregator: they report each count once, over restarts too, and disturb no other reporter."""
+"""Reporters in an aggregator: each count is reported once, over restarts too; none disturbs another one."""
 
 from __future__ import annotations
 
