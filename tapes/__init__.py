@@ -20,6 +20,7 @@ from tapes.errors import TapesError, UnknownAttribute
 from tapes.meta import metered_meta
 from tapes.metrics import Counter, Gauge, Histogram, Meter, Timer
 from tapes.registry import Registry, default_registry
+from tapes.session import LazySession, LocalSession
 from tapes.snapshot import Stats
 
 if TYPE_CHECKING:
@@ -108,9 +109,7 @@ def close() -> None:
     What was handed over is counted there, so the registry starts again from zero; gauges stay. Takes 1 s at
     most, if the aggregator doesn't answer.
     """
-    default_registry.connect_when_used = default_registry.connect_when_read = None
-    if default_registry.connection is not None:
-        _distributed("connection").close(default_registry)
+    default_registry.session.close()
 
 
 def __dir__() -> list[str]:
@@ -143,7 +142,7 @@ def _distributed(module: str) -> Any:
     return forks.import_module(f"tapes.distributed.{module}")
 
 
-def _connect_as_told() -> None:
+def _connect_from_environment() -> None:
     address = service_address()
     if address:
         try:
@@ -154,9 +153,12 @@ def _connect_as_told() -> None:
 
 _log = logging.getLogger("tapes")
 
-default_registry.connect_in_children = default_registry.connect_when_read = _connect_as_told
 if configured_address():
-    default_registry.connect_when_used = _connect_as_told
+    default_registry.use(LazySession(default_registry, _connect_from_environment))
 elif is_spawned():
-    default_registry.first_use.wait()
+    default_registry.use(
+        LazySession(default_registry, _connect_from_environment, is_pending=False, sleeps=True)
+    )
+else:
+    default_registry.use(LocalSession(default_registry, _connect_from_environment, looks=True))
 warn_if_unused(default_registry)

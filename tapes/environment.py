@@ -114,7 +114,7 @@ class _UnusedWarning:
 
     def _check(self) -> None:
         try:
-            if self._registry._connection is None and not service_address():
+            if not self._registry.session.is_connected and not service_address():
                 _log.warning("%s", self._text())
         except Exception as error:  # looking at the file system can fail
             _log.debug("tapes can't find out whether this process joined a service: %s", error)

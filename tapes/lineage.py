@@ -1,39 +1,59 @@
-"""What a forked child keeps of its parent: see `tapes.forks` for the theory."""
+"""Under which identity a registry counts, and what its process inherited; `tapes.forks` has the theory."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Any
 
 from tapes.forks import Ancestor
+from tapes.metrics import State
+from tapes.naming import Labels
 from tapes.processes import Process
-from tapes.session import Connection
+from tapes.session import Session
 
-__all__ = ["unpublished_by_parent"]
+__all__ = ["Lineage"]
 
 
-def unpublished_by_parent(
-    registry: Any, connection: Connection | None, parent: Process, version: int
-) -> tuple[Ancestor, ...]:
-    """Let every metric of ``registry`` begin from zero in a forked child.
+class Lineage:
+    """The identity of ``registry`` in this process, and the records of the processes before it.
 
-    Args:
-        registry: The registry.
-        connection: What the parent had attached to it.
-        parent: The process that forked.
-        version: When it did, as `tapes.forks.now_ns`.
-
-    Returns:
-        What the parent had recorded and not published; empty if that is nothing.
+    Attributes:
+        identity: Sixteen random bytes; others in each process, and after each goodbye.
+        ancestors: What processes that this one was forked from had recorded and not published.
     """
-    unpublished = []
-    for metric in registry.metrics():
-        metric.after_fork()
-        aside = metric.detach_inherited()
-        published = None if connection is None else connection.published((metric.name, metric.labels))
-        if aside is not None and not aside.is_unchanged_since(published):
-            aside.note_told(published)
-            unpublished.append(aside)
-    if not unpublished:
-        return ()
-    base = connection.published_version() if connection is not None else 0
-    return (Ancestor(registry.identity, parent, version, base, unpublished, speaks=connection is not None),)
+
+    def __init__(self, registry: Any) -> None:
+        self._registry = registry
+        self.identity = os.urandom(16)
+        self.ancestors: tuple[Ancestor, ...] = ()
+
+    def begin_in_child(self, session: Session, parent: Process, version: int) -> None:
+        """Have every metric begin from zero in a forked child, and keep what the parent had not published.
+
+        Args:
+            session: The session of the parent.
+            parent: The process that forked.
+            version: When it did, as `tapes.forks.now_ns`.
+        """
+        unpublished = []
+        for metric in self._registry.metrics():
+            metric.after_fork()
+            aside = metric.detach_inherited()
+            published = session.published((metric.name, metric.labels))
+            if aside is not None and not aside.is_unchanged_since(published):
+                aside.note_told(published)
+                unpublished.append(aside)
+        if unpublished:
+            base = session.published_version()
+            self.ancestors += (
+                Ancestor(self.identity, parent, version, base, unpublished, speaks=session.is_connected),
+            )
+        self.identity = os.urandom(16)
+
+    def drain(self) -> Iterator[tuple[str, str, Labels, State]]:
+        """Yield kind, name, labels and state of every series, and begin again from zero."""
+        for metric in self._registry.metrics():
+            yield metric.kind, metric.name, metric.labels, metric.drain()
+        self.ancestors = ()  # last: a child that is forked meanwhile reports them
+        self.identity = os.urandom(16)

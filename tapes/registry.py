@@ -1,9 +1,8 @@
 """The registry: names and labels to metrics, and metrics to a snapshot.
 
-A registry knows nothing of other processes. A *connection* may be attached to it from above; while it is,
-reads are answered by the connection, for the whole service, and what this process recorded is collected by
-it. That is how one class serves one process and fifty, and how metrics made at import time take part. After a
-fork `tapes.forks` calls the registries: a child begins from zero, under another identity.
+A registry knows nothing of other processes: it has a *session* (`tapes.session`), which answers reads, for
+this process or for the whole service. So one class serves one process and fifty, and metrics that are made
+at import time take part.
 
 Making is lock-free, as a signal handler may do it: dictionaries decide races (``setdefault``). A metric that
 was asked for before is found by one dictionary look-up of its name and labels as they were spelled.
@@ -11,34 +10,29 @@ was asked for before is found by one dictionary look-up of its name and labels a
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-from tapes import forks, processes, threads
+from tapes import forks, threads
 from tapes.catalogue import MAX_SERIES, OVERFLOW, Catalogue
 from tapes.clock import Clock, monotonic, tick_at
 from tapes.environment import LABELS, configured_labels
-from tapes.errors import InvalidArgument, KindConflict, TapesError, short_repr
-from tapes.first_use import FirstUse
-from tapes.lineage import unpublished_by_parent
+from tapes.errors import InvalidArgument, TapesError
+from tapes.lineage import Lineage
 from tapes.makers import Makers, check_prefix
-from tapes.metrics import Counter, Gauge, Metric, State
-from tapes.naming import MAX_LABEL_CHARACTERS, Labels, canonical_labels, check_name, is_cut
+from tapes.metrics import Gauge, Metric, State
+from tapes.naming import Labels, canonical_labels, check_name, is_cut
+from tapes.processes import Process
 from tapes.producing import run_producers
-from tapes.session import Connection
+from tapes.rejections import REJECTED, Rejections
+from tapes.session import LocalSession, Session
 from tapes.snapshot import Description, Family, Snapshot, Stats
 
 __all__ = ["REJECTED", "Registry", "default_registry"]
 
 M = TypeVar("M", bound=Metric)
 
-REJECTED = "tapes.rejected"
-"""The counter of values and messages that were dropped."""
-CUT = "tapes.labels.cut"
-"""The counter of series with a label's value that was cut."""
 _log = logging.getLogger("tapes.registry")
 
 
@@ -63,10 +57,9 @@ class Registry(Makers):
     """
 
     _internal = frozenset({
-        "after_in_child", "after_in_parent", "ancestors", "before_fork", "collect",
-        "connect_in_children", "connect_when_read", "connect_when_used", "connection",
-        "connection_to_read", "descriptions", "first_use", "gauges", "identity", "made", "metrics",
-        "own", "recipe", "refresh", "reject", "rejected", "revision", "drain", "tells_at_request_end",
+        "after_in_child", "after_in_parent", "before_fork", "collect", "descriptions", "gauges", "lineage",
+        "local_snapshot", "made_token", "metrics", "own", "recipe", "refresh", "reject", "rejected",
+        "session", "structure_token", "use",
     })  # fmt: skip
 
     def __init__(
@@ -86,37 +79,24 @@ class Registry(Makers):
         self.max_series = max_series
         self._catalogue = Catalogue()
         self._described: dict[str, Description] = {}
-        self._complained: set[tuple[str, Labels]] = set()
         self._memory: dict[str, Any] = {}
-        self.revision = self.made = object()  # others after each change: += 1 of two threads may be one
-        self.identity = os.urandom(16)
-        self.ancestors: tuple[forks.Ancestor, ...] = ()
-        self.connect_when_used: Callable[[], None] | None = None
-        self.connect_in_children: Callable[[], None] | None = None
-        self.connect_when_read: Callable[[], None] | None = None
-        self.tells_at_request_end = False
-        self._connection: Connection | None = None
-        self.first_use = FirstUse(self)
+        # Tokens, compared by identity: `+= 1` of two threads may be one change.
+        self.structure_token = self.made_token = object()
+        self._rejections = Rejections(self)
+        self.lineage = Lineage(self)
+        self.session: Session = LocalSession(self)
         forks.register(self)
 
-    @property
-    def connection(self) -> Connection | None:
-        """What answers for the whole service, if anything does."""
-        if self.connect_when_used is not None:
-            self.first_use.connect()
-        return self._connection
+    def use(self, session: Session) -> None:
+        """Go on with ``session``; if that sleeps, all metrics do."""
+        session.flush_per_request |= self.session.flush_per_request
+        self.session = session
+        if session.sleeps:
+            for metric in self.metrics():
+                metric.sleep(self._woken)
 
-    @connection.setter
-    def connection(self, connection: Connection | None) -> None:
-        self.connect_when_used = None
-        self._connection = connection
-
-    @property
-    def connection_to_read(self) -> Connection | None:
-        """The same for a reader, which notices a service that this process belongs to and has not joined."""
-        if self.connection is None and self.connect_when_read is not None:
-            self.connect_when_read()
-        return self._connection
+    def _woken(self) -> bool:
+        return self.session.woken()
 
     def describe(
         self, name: str, text: str, *, unit: str | None = None, buckets: Sequence[float] = ()
@@ -130,7 +110,7 @@ class Registry(Makers):
             buckets: Upper bounds for Prometheus, ascending; nothing recorded is lost by changing them.
         """
         self._described[self._prefix + check_name(name)] = Description.checked(text, unit, buckets)
-        self.revision = object()
+        self.structure_token = object()
 
     def remove(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> bool:
         """Forget one series, and what it counted; return whether it was there.
@@ -143,11 +123,11 @@ class Registry(Makers):
         metric = metrics.by_labels.pop(key, None) if metrics else None
         if metrics is None or metric is None:
             return False
-        self._complained.discard((full_name, key))
+        self._rejections.forget(full_name, key)
         if OVERFLOW not in key:
             metrics.free_places.append(0)
         self._forget(metric)
-        self.revision = object()
+        self.structure_token = object()
         return True
 
     def get_stats(self) -> Stats:
@@ -164,9 +144,10 @@ class Registry(Makers):
 
     def snapshot(self) -> Snapshot:
         """Return one consistent, frozen cut of all series; raises as `get_stats`."""
-        connection = self.connection_to_read
-        if connection is not None:
-            return connection.snapshot()
+        return self.session.resolved_for_read().snapshot()
+
+    def local_snapshot(self) -> Snapshot:
+        """Return the same of this process alone."""
         self.refresh()
         tick = tick_at(self.clock())
         families = []
@@ -200,50 +181,26 @@ class Registry(Makers):
         found = [metrics.by_labels for _, metrics in self._catalogue.items() if metrics.kind is Gauge]
         return cast("list[Gauge]", [gauge for gauges in found for gauge in list(gauges.values())])
 
-    def drain(self) -> Iterator[tuple[str, str, Labels, State]]:
-        """Yield what `collect` does and start again from zero, under another identity; see `Metric.drain`."""
-        for metric in self.metrics():
-            yield metric.kind, metric.name, metric.labels, metric.drain()
-        self.ancestors = ()  # last: a child that is forked meanwhile speaks of who says goodbye
-        self.identity = os.urandom(16)
-
     def before_fork(self) -> None:
         """Called before this process forks; see `tapes.forks`."""
-        self.first_use.before_fork()
-        if self._connection is not None:
-            self._connection.before_fork()
+        self.session.before_fork()
 
     def after_in_parent(self) -> None:
         """Called in the parent after a fork."""
-        if self._connection is not None:
-            self._connection.after_in_parent()
-        self.first_use.after_in_parent()
+        self.session.after_in_parent()
 
-    def after_in_child(self, parent: processes.Process, version: int) -> None:
+    def after_in_child(self, parent: Process, version: int) -> None:
         """Called in a forked child: begin from zero, and keep what the parent had not published."""
-        connection = self._connection
-        self.ancestors += unpublished_by_parent(self, connection, parent, version)
-        self.identity = os.urandom(16)
-        self.connect_when_used = self.connect_in_children or self.connect_when_used
-        if connection is not None:
-            connection.after_in_child()
-        self.first_use.after_in_child(is_to_connect=bool(connection or self.connect_in_children))
+        self.lineage.begin_in_child(self.session, parent, version)
+        self.session.after_in_child()
 
     def descriptions(self) -> dict[str, Description]:
         """Return what was said of each name."""
         return dict(self._described)
 
     def reject(self, name: str, labels: Labels, value: Any, why: str) -> None:
-        """Count something that can't be recorded in `REJECTED`, and log it once per series."""
-        with contextlib.suppress(KindConflict):
-            self.own(Counter, REJECTED).increment()
-        if (name, labels) not in self._complained:
-            self._complained.add((name, labels))
-            with contextlib.suppress(Exception):  # whatever logging is made to do, it is not the request's
-                _log.warning(
-                    "tapes dropped %s for %r: %s (further ones are counted in %s)",
-                    short_repr(value), name, why, REJECTED,
-                )  # fmt: skip
+        """Count a value or message that was dropped, and log it once for each series."""
+        self._rejections.reject(name, labels, value, why)
 
     def own(self, kind: type[M], name: str, **labels: str) -> M:
         """Return a metric about tapes itself: it has none of the prefix and the labels of this registry."""
@@ -258,34 +215,23 @@ class Registry(Makers):
         return metrics is not None and metrics.by_labels.get(labels) is metric
 
     def _make(self, kind: type[M], name: str, labels: Labels, options: dict[str, Any]) -> M:
-        if self.connect_when_used is not None and self.first_use.wake is None:
-            self.first_use.connect()
+        if self.session.is_pending and not self.session.sleeps:
+            self.session.resolved()
 
         def build(labels: Labels) -> M:
             made.append(kind(name, labels, self.clock, self, **options))
-            if self.first_use.wake is not None:
-                made[0].sleep(self.first_use.woken)
+            if self.session.sleeps:
+                made[0].sleep(self._woken)
             return made[0]
 
         made: list[M] = []
         overflow = self._all_labels(dict([OVERFLOW]), {})
         found = self._catalogue.find_or_make(name, labels, kind, build, self.max_series, overflow)
         if made:
-            self.made = object()  # after it can be found
+            self.made_token = object()  # after it can be found
             if any(is_cut(value) for _, value in made[0].labels):
-                self._note_cut(name)
+                self._rejections.note_cut(name)
         return cast("M", found)
-
-    def _note_cut(self, name: str) -> None:
-        self.own(Counter, CUT).increment()
-        if (CUT, (("name", name),)) not in self._complained:
-            self._complained.add((CUT, (("name", name),)))
-            with contextlib.suppress(Exception):  # whatever logging is made to do, it is not the request's
-                _log.warning(
-                    "tapes cut a label's value of %r at %d characters (further series are counted in %s). "
-                    "Is it what a client sent, such as a header?",
-                    name, MAX_LABEL_CHARACTERS, CUT,
-                )  # fmt: skip
 
     def rejected(self, metric: Metric, value: Any, why: str) -> None:
         """Count and log a value that ``metric`` can't record."""

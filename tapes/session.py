@@ -1,54 +1,364 @@
-"""What may be attached to a registry: it tells others what that holds, and answers in its place."""
+"""How a registry takes part in a service: it has exactly one *session*, and delegates to it.
+
+    LocalSession       answers for this process alone; a read looks for a service to join
+    LazySession        connects its registry when that is next used
+    ConnectedSession   publishes to an aggregator, which answers (`tapes.distributed.worker.connected`)
+    LateSession        after the goodbye: flushes each value at once (`tapes.distributed.worker.late_flush`)
+    MergedView         answers in the aggregator itself (`tapes.distributed.aggregator.merged_view`)
+
+Theory of the first use. A forked child may be about to close all descriptors, or to become another program.
+So a fork hook opens nothing. The metrics of the child *sleep* (`tapes.metrics.sleeping`): the first recorded
+value calls `Session.woken`, and that or the first read connects. A recording call does not wait for it: a
+thread connects. A child that inherited gauges with producers has values without recording any, so it
+connects shortly after the fork.
+
+The master of a server is no worker, but its threads and hooks may record. So its metrics sleep too once it
+has forked a worker, and it connects if it records.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tapes import shutdown, threads
+from tapes.environment import is_spawned, service_address
 from tapes.metrics import State
 from tapes.naming import Labels
 from tapes.snapshot import Snapshot
 
-__all__ = ["Connection"]
+__all__ = ["SHORTLY_SECONDS", "Connect", "LazySession", "LocalSession", "Session"]
+
+SHORTLY_SECONDS = 0.1
+"""Seconds after a fork until a child connects that has something to report without recording anything."""
+
+_FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 0.25, 1.0
+"""Seconds from one look for a service to the next; doubled each time."""
+
+Connect = Callable[[], None]
+"""Connects a registry to the service that this process belongs to, if there is one; may raise."""
+
+_log = logging.getLogger("tapes.registry")
 
 
-class Connection:
-    """What answers for the whole service while it is attached to a registry.
+class Session:
+    """How ``registry`` takes part in a service.
 
     Attributes:
-        is_aggregator: Whether this process is the one that adds up what all others count.
+        connect: How to connect in a forked child, and in a process that turns out to belong to a service.
+        sleeps: Whether the metrics sleep: the next recorded value calls `woken`.
+        flush_per_request: Whether adapters have to call `request_ended`, as no thread publishes in time.
     """
 
+    is_connected = False
+    """Whether an aggregator answers."""
     is_aggregator = False
+    """Whether this process is the one that merges what all workers publish."""
+    is_pending = False
+    """Whether the next use connects."""
+
+    def __init__(self, registry: Any, connect: Connect | None = None) -> None:
+        self.registry = registry
+        self.connect = connect
+        self.sleeps = False
+        self.flush_per_request = False
+        self._delayed: threads.Delayed | None = None
+
+    def resolved(self) -> Session:
+        """Return the session of the registry; a lazy one connects first."""
+        return self
+
+    def resolved_for_read(self) -> Session:
+        """Return the same for a reader."""
+        return self
+
+    def snapshot(self) -> Snapshot:
+        """Return what a reader sees.
+
+        Raises:
+            AggregatorUnavailable: If the aggregator does not answer in time.
+        """
+        raise NotImplementedError
+
+    def render(self, form: str, write: Callable[[Snapshot, str], bytes]) -> bytes:
+        """Return the same in a form of `tapes.exposition.FORMS`; ``write`` writes a snapshot."""
+        return write(self.snapshot(), form)
+
+    def has_aggregator(self) -> bool:
+        """Return whether the session is connected, as far as can be seen, to an aggregator that lives."""
+        return False
+
+    def become_master(self, connect: Connect) -> None:
+        """Called in a process that has forked a worker of a server; nothing if it is connected."""
 
     def open(self) -> None:
         """Begin to publish, if that has not begun."""
-
-    def snapshot(self) -> Snapshot:
-        """Return the merged view."""
-        raise NotImplementedError
-
-    def render(self, form: str) -> bytes:
-        """Return the merged view, written in the form of that name (`tapes.exposition.FORMS`)."""
-        raise NotImplementedError
 
     def request_ended(self, *, may_be_the_last: bool = False) -> None:
         """Called by adapters at the end of a request: publishes, if nothing else does.
 
         Args:
-            may_be_the_last: Whether the process may end right after it, by no hook.
+            may_be_the_last: Whether the process may exit right after it without running a hook.
         """
 
+    def woken(self) -> bool:
+        """Called when a sleeping metric has recorded a value; return whether the metric stays awake."""
+        return True
+
+    def close(self) -> None:
+        """Send the last values to the aggregator and disconnect; nothing if not connected."""
+
+    def leave(self) -> None:
+        """Do the same at the end of the process; what is recorded after that is flushed at once."""
+
     def published(self, series: tuple[str, Labels]) -> State | None:
-        """Return the state of a series that others have been told, ``None`` if none was."""
+        """Return the state of a series that was published last, ``None`` if none was."""
         return None
 
     def published_version(self) -> int:
-        """Return when, as `tapes.forks.now_ns`; 0 if nothing was."""
+        """Return the version of the last publication, as `tapes.forks.now_ns`; 0 if there was none."""
         return 0
 
     def before_fork(self) -> None:
-        """Hold still: nothing of it may be under way in another thread."""
+        """Called before this process forks: nothing of the session may be under way in another thread."""
+        if self._delayed is not None:
+            self._delayed.pause()
 
     def after_in_parent(self) -> None:
-        """Go on in the parent."""
+        """Called in the parent after a fork."""
+        if self._delayed is not None:
+            self._delayed.resume()
 
     def after_in_child(self) -> None:
-        """In the child, attach another one in its own place, which opens when it is first used."""
+        """Called in a forked child: gives the registry a session of the child's own, which opens nothing."""
+
+    def _open_shortly(self) -> None:
+        """Have `_open_in_thread` run soon if a gauge has a producer: its value exists without a recording."""
+        if any(gauge.has_producer for gauge in self.registry.gauges()):
+            self._delayed = threads.Delayed(self._open_in_thread, SHORTLY_SECONDS, "tapes-first-use")
+            self._delayed.start()
+
+    def _start_opening(self) -> None:
+        """Run `_open_in_thread` in a thread; without threads the end of a request, or a read, opens."""
+        if threads.can_run():
+            with contextlib.suppress(RuntimeError):
+                threads.NativeThread(self._open_in_thread, "tapes-first-use", is_bare=True).start()
+
+    def _open_in_thread(self) -> None:
+        try:
+            self.resolved().open()
+        except Exception as error:
+            _log.warning("tapes can't connect this process (%s)", error)
+
+
+class LocalSession(Session):
+    """Answers for this process alone.
+
+    Args:
+        registry, connect: As `Session`.
+        looks: Whether a read looks for a service that this process belongs to, by ``connect``.
+        connect_in_master: Connects this process if it records something after it has forked a worker.
+    """
+
+    def __init__(
+        self,
+        registry: Any,
+        connect: Connect | None = None,
+        *,
+        looks: bool = False,
+        connect_in_master: Connect | None = None,
+    ) -> None:
+        super().__init__(registry, connect)
+        self._looks = looks
+        self._connect_in_master = connect_in_master
+
+    def become_master(self, connect: Connect) -> None:
+        """Sleep; the next recorded value connects this process, which has forked a worker of a server."""
+        self.registry.use(_MasterSession(self.registry, self.connect, connect))
+
+    def resolved_for_read(self) -> Session:
+        """Return the session of the registry, which may have found a service."""
+        session = self.resolved()
+        if session is self and self._looks and self.connect is not None:
+            self.connect()
+        return self.registry.session  # type: ignore[no-any-return]
+
+    def snapshot(self) -> Snapshot:
+        """Return what this process recorded."""
+        snapshot: Snapshot = self.registry.local_snapshot()
+        return snapshot
+
+    def close(self) -> None:
+        """Stop looking for a service."""
+        self.registry.use(LocalSession(self.registry, self.connect))
+
+    def after_in_parent(self) -> None:
+        """Called in the parent after a fork; connects if it records, where this is the master of a server."""
+        super().after_in_parent()
+        if self._connect_in_master is not None:
+            self.become_master(self._connect_in_master)
+
+    def after_in_child(self) -> None:
+        """Called in a forked child, which connects when it is first used."""
+        if self.connect is None:
+            self.registry.use(LocalSession(self.registry))
+        else:
+            child = LazySession(self.registry, self.connect, sleeps=True)
+            self.registry.use(child)
+            if child.has_somewhere():
+                child._open_shortly()
+
+
+class LazySession(LocalSession):
+    """Connects its registry when that is next used.
+
+    Args:
+        registry, connect: As `Session`.
+        connect_when_used: How to connect this time; ``connect`` if ``None``.
+        is_pending: Whether the next use by an adapter, and the next metric that is made, connects. Reads and
+            recording connect in any case.
+        sleeps: Whether the metrics sleep; then making a metric does not connect.
+    """
+
+    def __init__(
+        self,
+        registry: Any,
+        connect: Connect | None,
+        connect_when_used: Connect | None = None,
+        *,
+        is_pending: bool = True,
+        sleeps: bool = False,
+    ) -> None:
+        super().__init__(registry, connect, looks=True)
+        self.sleeps = sleeps
+        self.is_pending = is_pending
+        self._connect_when_used = connect_when_used or connect
+        self._lock = threads.RLock()
+        self._is_connecting = self._has_begun = False
+        self._look_at = 0.0
+
+    def resolved(self) -> Session:
+        """Connect if that is pending, or wait for a thread that does; return the session of the registry."""
+        if self.is_pending:
+            with self._lock:
+                # A signal handler of this thread, or what it connects with, may use the registry too.
+                if self.is_pending and not self._is_connecting:
+                    assert self._connect_when_used is not None
+                    self._is_connecting = True
+                    try:
+                        self._connect_when_used()
+                    finally:
+                        self._is_connecting = self.is_pending = False
+        return self.registry.session  # type: ignore[no-any-return]
+
+    def has_somewhere(self) -> bool:
+        """Return whether there is an address to connect to."""
+        try:
+            return bool(self.address())
+        except Exception:  # looking at the file system can fail, and must not break a recording call
+            return False
+
+    def address(self) -> str:
+        """Return where the registry connects to: its own address or its service's; empty if none is known."""
+        return getattr(self.registry, "socket_addr", None) or service_address()
+
+    def woken(self) -> bool:
+        """Connect in a thread, if there is a service; return whether the metric stays awake.
+
+        Without a service, a child of multiprocessing and a master look for it in a thread. Any other child
+        sleeps on, and the next values look: a server may have forked it in C, where no thread may run.
+        """
+        now = time.monotonic()
+        if self._has_begun:
+            return True
+        if now < self._look_at:
+            return False
+        shutdown.register(self._connect_now, shutdown.Phase.CONNECT)
+        if not self.has_somewhere():
+            self._look_at = now + _MAX_PAUSE_SECONDS
+            self._has_begun = self._may_search() and threads.can_run()
+            if self._has_begun:
+                self._look_later(_FIRST_PAUSE_SECONDS)
+            return self._has_begun
+        self._has_begun = True
+        self.sleeps = False
+        self._start_opening()
+        return True
+
+    def request_ended(self, *, may_be_the_last: bool = False) -> None:
+        """Connect if that is pending, and publish."""
+        session = self.resolved()
+        if session is not self:
+            session.request_ended(may_be_the_last=may_be_the_last)
+
+    def close(self) -> None:
+        """Stop connecting; if a value was recorded, connect for the last time."""
+        if self._has_begun:
+            self._connect_now()
+        if self.registry.session is self:
+            super().close()
+        else:
+            self.registry.session.close()
+
+    def leave(self) -> None:
+        """Connect if that is pending, and leave."""
+        session = self.resolved()
+        if session is not self:
+            session.leave()
+
+    def after_in_parent(self) -> None:
+        """Called in the parent after a fork."""
+        Session.after_in_parent(self)
+
+    def after_in_child(self) -> None:
+        """Called in a forked child, which connects when it is first used."""
+        if self.connect is None and self.is_pending:
+            self.registry.use(LazySession(self.registry, None, self._connect_when_used))
+        else:
+            super().after_in_child()
+
+    def _may_search(self) -> bool:
+        """Return whether a thread may look for a service."""
+        return is_spawned()
+
+    def _look_later(self, seconds: float) -> None:
+        """Look for a service later: a pool may have been made before its parent joined."""
+
+        def look() -> None:
+            if self.has_somewhere():
+                self._open_in_thread()
+            else:
+                self._look_later(min(2 * seconds, _MAX_PAUSE_SECONDS))
+
+        self._delayed = threads.Delayed(look, seconds, "tapes-first-use")
+        self._delayed.start()
+
+    def _connect_now(self) -> None:
+        """Wait for the thread that is connecting, or connect: there is something to publish."""
+        if self.registry.session is self:
+            self.is_pending = True
+            self.resolved()
+
+    def _open_in_thread(self) -> None:
+        if self.registry.session is self:
+            self.is_pending = True
+        super()._open_in_thread()
+
+
+class _MasterSession(LazySession):
+    """Connects the master of a server, which has forked a worker, if it records something."""
+
+    def __init__(self, registry: Any, connect: Connect | None, connect_in_master: Connect) -> None:
+        super().__init__(registry, connect, connect_in_master, is_pending=False, sleeps=True)
+
+    def after_in_parent(self) -> None:
+        """Called in the parent after a fork; an attempt to connect that has failed is made again."""
+        super().after_in_parent()
+        if not self.sleeps and self._connect_when_used is not None:
+            self.become_master(self._connect_when_used)
+
+    def _may_search(self) -> bool:
+        return True

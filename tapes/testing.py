@@ -21,6 +21,7 @@ from tapes.metrics import Counter, Gauge, Histogram, Meter, Metric, Timer
 from tapes.naming import Labels, canonical_labels, selector
 from tapes.producing import run_producers
 from tapes.registry import Registry, default_registry
+from tapes.session import LocalSession
 
 __all__ = ["ManualClock", "assert_recorded", "strict"]
 
@@ -83,7 +84,7 @@ def strict(registry: Registry = default_registry) -> Iterator[Registry]:
         ...
         tapes.errors.BadValue: 'mail.size' can't record it: got '12 kB', expected a finite number
     """
-    if registry.connection is not None:
+    if registry.session.resolved().is_connected:
         raise InvalidArgument(
             "strict()", got="a connected registry", expected="a local one", remedy="close() it first"
         )
@@ -103,7 +104,7 @@ def _hide_frames_below() -> None:
     """Let pytest show the line that records a bad value, and no frame of what it calls in tapes."""
     kinds = (Registry, Counter, Gauge, Histogram, Meter, Timer)
     names = {every.__module__ for kind in kinds for every in kind.__mro__ if every is not object}
-    for name in names | {run_producers.__module__}:
+    for name in names | {run_producers.__module__, LocalSession.__module__}:
         vars(sys.modules[name])["__tracebackhide__"] = _is_bad_value
 
 

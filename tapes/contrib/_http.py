@@ -164,11 +164,11 @@ class Adapter(Setup):
     def publish(self) -> None:
         """Publish what was recorded, where no thread does."""
         try:
-            connection = self.registry.connection
-            if connection is not None:
-                connection.request_ended(may_be_the_last=self.service.may_end_after_a_request)
-                if self.registry.connection is None:  # the aggregator did not answer
-                    self.service.join_again()
+            may_be_the_last = self.service.may_end_after_a_request
+            session = self.registry.session.resolved()
+            session.request_ended(may_be_the_last=may_be_the_last)
+            if session.is_connected and not self.registry.session.is_connected:  # no aggregator answered
+                self.service.join_again()
         except Exception as error:
             self.complain("tapes could not publish at the end of a request", error)
 
@@ -263,7 +263,7 @@ class Exchange:
         except Exception as error:
             adapter.complain("tapes could not record a request", error)
         self.source = None  # it may refer to this exchange: no cycle is left
-        if adapter.registry.tells_at_request_end:
+        if adapter.registry.session.flush_per_request:
             adapter.publish()
 
     def late_route(self, adapter: Any) -> str | None:

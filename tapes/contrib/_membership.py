@@ -23,12 +23,12 @@ import time
 from typing import Any
 
 from tapes import forks, processes, shutdown, threads
-from tapes.environment import configured_address, is_disabled, is_spawned, may_start
+from tapes.environment import configured_address, is_disabled, is_spawned, may_start, service_address
 from tapes.errors import AggregatorUnavailable, TapesError
 from tapes.exposition.endpoint import Answer, answer, plain
-from tapes.first_use import SHORTLY_SECONDS
-from tapes.registry import Registry, default_registry
+from tapes.registry import Registry
 from tapes.service import this_service
+from tapes.session import SHORTLY_SECONDS
 
 __all__ = ["Membership", "is_one_of_several"]
 
@@ -85,7 +85,7 @@ class Membership:
             here.is_member, here.is_claim = known or says_several, not known
         here.may_end = says_several and not _is_of_a_known_server()
         if here.may_end:
-            self._registry.tells_at_request_end = True
+            self._registry.session.flush_per_request = True
         self.mark[0] = 1
         return here.is_member and here.joining is None and not _has_joined(self._registry)
 
@@ -117,11 +117,10 @@ class Membership:
         """Hand over the last values; the next request, if there is one, joins again."""
         self._await_joining()
         self.join_again()
-        if self._registry.connection is not None:
-            try:
-                _leave(self._registry)
-            except Exception:
-                _log.exception("tapes could not say goodbye")
+        try:
+            self._registry.session.leave()
+        except Exception:
+            _log.exception("tapes could not send the last values of this process")
 
     def join_again(self) -> None:
         """Have the next request, if there is one, join."""
@@ -136,8 +135,7 @@ class Membership:
         """Called in the parent after a fork."""
         self._delayed.resume()
         if not self._here().is_member and _makes_workers():
-            self._registry.first_use.connect_master = lambda: _connect(self._registry)
-            self._registry.first_use.wait_in_master()
+            self._registry.session.become_master(lambda: _connect(self._registry))
 
     def after_in_child(self, parent: processes.Process, version: int) -> None:
         """Called in a forked child: a server's worker joins shortly."""
@@ -156,9 +154,10 @@ class Membership:
         here = self._here()
         if here.is_member:
             self._await_joining()
-            if self._registry.connection is None and time.monotonic() - here.tried > _RETRY_SECONDS:
+            is_connected = self._registry.session.resolved().is_connected
+            if not is_connected and time.monotonic() - here.tried > _RETRY_SECONDS:
                 self.join()
-            if self._registry.connection is None:
+            if not self._registry.session.is_connected:
                 return plain(
                     503,
                     "This process is one of several and has not joined the others, so it can't answer for "
@@ -204,9 +203,7 @@ class Membership:
         """Join; if that fails, try again, as this process counts with or without requests."""
         here = self._here()
         if _has_joined(self._registry) and here.joining is not None:
-            connection = self._registry.connection
-            if connection is not None:
-                connection.open()  # inherited from its master, it sleeps until something is recorded
+            self._registry.session.open()  # inherited from its master, it sleeps until something is recorded
             here.joining.set()
             return
         while here is self._of_process.get(os.getpid()) and is_one_of_several():
@@ -290,10 +287,7 @@ def _is_only_child() -> bool:
 
 
 def _has_joined(registry: Registry) -> bool:
-    if registry.connection is None:
-        return False
-    lacks: bool = forks.import_module("tapes.distributed.connection").lacks_aggregator(registry)
-    return not lacks
+    return registry.session.resolved().has_aggregator()
 
 
 def _decide(registry: Registry) -> None:
@@ -319,12 +313,6 @@ def _join(registry: Registry, is_claim: bool) -> None:
 
 def _connect(registry: Registry) -> None:
     """Connect the registry of a master to the aggregator of its workers."""
-    address = registry.first_use.address()
+    address = getattr(registry, "socket_addr", None) or service_address()
     if address:
         forks.import_module("tapes.distributed.connection").connect(registry, address)
-
-
-def _leave(registry: Registry) -> None:
-    if registry is default_registry:
-        registry.connect_when_used = None
-    forks.import_module("tapes.distributed.connection").leave(registry)

@@ -132,7 +132,7 @@ class TapesMiddleware:
             await run_sync(self._service.join, limiter=CapacityLimiter(1))
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_member = self._service.is_member or self._adapter.registry.connection is not None
+        is_member = self._service.is_member or self._adapter.registry.session.resolved().is_connected
         is_supported = not is_member  # without a service to leave, the lifespan is left to the application
 
         async def receiving() -> Message:

@@ -28,10 +28,13 @@ from collections.abc import Callable as _Callable
 from typing import Any as _Any
 
 import tapes as _tapes
+from tapes.session import LocalSession as _LocalSession
 
 __all__ = ["on_exit", "on_starting", "post_fork", "with_tapes", "worker_exit"]
 
-_tapes.default_registry.connect_when_used = None  # the master is no worker, whatever TAPES_ADDR says
+_registry = _tapes.default_registry
+# The master is no worker, whatever TAPES_ADDR says.
+_registry.use(_LocalSession(_registry, _registry.session.connect, looks=True))
 
 
 def on_starting(server: _Any) -> None:
@@ -44,7 +47,9 @@ def on_starting(server: _Any) -> None:
 
         if is_disabled():
             return
-        _tapes.default_registry.first_use.connect_master = _tapes.connect
+        _registry.use(
+            _LocalSession(_registry, _registry.session.connect, looks=True, connect_in_master=_tapes.connect)
+        )
         if not may_start():
             return
         from tapes.distributed.storage.runtime_directory import User
@@ -68,10 +73,7 @@ def post_fork(server: _Any, worker: _Any) -> None:
 
 def worker_exit(server: _Any, worker: _Any) -> None:
     """Hand the worker's last counts to the aggregator."""
-    if _tapes.default_registry.connection is not None:
-        from tapes.distributed.connection import leave
-
-        leave(_tapes.default_registry)
+    _registry.session.leave()
 
 
 def on_exit(server: _Any) -> None:

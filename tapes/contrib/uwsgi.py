@@ -20,6 +20,7 @@ from typing import Any
 
 import tapes
 from tapes import forks, threads
+from tapes.session import LocalSession
 
 __all__: list[str] = []
 
@@ -29,17 +30,15 @@ _log = logging.getLogger("tapes.contrib.uwsgi")
 def _join() -> None:
     try:
         tapes.join()
-        connection = tapes.default_registry.connection
-        if connection is not None and not threads.can_run():
-            connection.request_ended(may_be_the_last=True)  # nothing else publishes before the first request
+        if not threads.can_run():  # nothing else publishes before the first request
+            tapes.default_registry.session.request_ended(may_be_the_last=True)
     except tapes.TapesError as error:
         _log.error("tapes: this worker can't join: %s", error)
 
 
 def _leave() -> None:
-    """Say goodbye; other threads of this worker go on to answer requests until the process is gone."""
-    if tapes.default_registry.connection is not None:
-        forks.import_module("tapes.distributed.connection").leave(tapes.default_registry)
+    """Send the last values; other threads of this worker answer requests until the process has exited."""
+    tapes.default_registry.session.leave()
 
 
 def _after(before: Callable[[], Any] | None, ours: Callable[[], None]) -> Callable[[], None]:
@@ -53,20 +52,27 @@ def _after(before: Callable[[], Any] | None, ours: Callable[[], None]) -> Callab
     return both
 
 
-def _note_lost(uwsgi: Any) -> bool:
-    """Log once that values are lost which uWSGI's master records after it has forked its workers.
+class _MasterSession(LocalSession):
+    """The session of uWSGI's master: logs once that what it records after it has forked workers is lost.
 
     The master can't connect: a thread of tapes in it could hold a lock while uWSGI forks in C.
     """
-    if uwsgi.masterpid() == os.getpid():
-        if not any(worker["pid"] for worker in uwsgi.workers()):
-            return False  # values from before the fork count: every worker publishes them
-        tapes.default_registry.first_use.wake = None
-        _log.warning(
-            "tapes: what uWSGI's master records is not counted; start threads in the workers, by "
-            "@uwsgidecorators.postfork or with --lazy-apps"
-        )
-    return True
+
+    def __init__(self, uwsgi: Any) -> None:
+        super().__init__(tapes.default_registry, tapes.default_registry.session.connect, looks=True)
+        self.sleeps = True
+        self._uwsgi = uwsgi
+
+    def woken(self) -> bool:
+        if self.sleeps and self._uwsgi.masterpid() == os.getpid():
+            if not any(worker["pid"] for worker in self._uwsgi.workers()):
+                return False  # values from before the fork count: every worker publishes them
+            self.sleeps = False
+            _log.warning(
+                "tapes: what uWSGI's master records is not counted; start threads in the workers, by "
+                "@uwsgidecorators.postfork or with --lazy-apps"
+            )
+        return True
 
 
 def _install(uwsgi: Any) -> None:
@@ -77,8 +83,7 @@ def _install(uwsgi: Any) -> None:
     if uwsgi.worker_id():
         _join()
     else:
-        tapes.default_registry.connect_when_used = None  # the master is no worker
-        tapes.default_registry.first_use.sleep(lambda: _note_lost(uwsgi))
+        tapes.default_registry.use(_MasterSession(uwsgi))  # the master is no worker
         uwsgi.post_fork_hook = _after(getattr(uwsgi, "post_fork_hook", None), _join)
 
 

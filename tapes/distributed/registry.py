@@ -31,6 +31,7 @@ from tapes.environment import is_disabled
 from tapes.errors import InvalidArgument, TapesError
 from tapes.registry import Registry
 from tapes.reporting import Reporter
+from tapes.session import LazySession
 
 __all__ = ["DistributedRegistry", "RegistryAggregator"]
 
@@ -64,7 +65,7 @@ class DistributedRegistry(Registry):
         super().__init__(prefix=prefix, labels=labels, clock=clock, max_series=max_series)
         self.socket_addr = resolve(socket_addr).publish
         if self.socket_addr in forks.connected_parent():
-            self.connect_when_used = self.connect  # the process that spawned this one was
+            self.use(LazySession(self, None, self.connect))  # the process that spawned this one was
 
     def connect(self) -> None:
         """Connect to the aggregator; call it in every worker, after the fork.
@@ -80,7 +81,7 @@ class DistributedRegistry(Registry):
         What was handed over is counted there, so this registry starts again from zero; gauges stay. Takes
         1 s at most, if the aggregator doesn't answer.
         """
-        connection.close(self)
+        self.session.close()
 
 
 class RegistryAggregator:

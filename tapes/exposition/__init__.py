@@ -57,10 +57,7 @@ def render(registry: Registry, form: str) -> bytes:
     Raises:
         AggregatorUnavailable: If the registry is connected and the aggregator doesn't answer.
     """
-    connection = registry.connection_to_read
-    if connection is not None:
-        return connection.render(form)
-    return write(registry.snapshot(), form)
+    return registry.session.resolved_for_read().render(form, write)
 
 
 def write(snapshot: Snapshot, form: str) -> bytes:

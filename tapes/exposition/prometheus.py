@@ -106,10 +106,9 @@ def render(registry: Registry, *, openmetrics: bool = False) -> bytes:
     Raises:
         AggregatorUnavailable: If the registry is connected and the aggregator doesn't answer.
     """
-    connection = registry.connection_to_read
-    if connection is not None:
-        return connection.render("openmetrics" if openmetrics else "prometheus")
-    return write(registry.snapshot(), openmetrics=openmetrics)
+    session = registry.session.resolved_for_read()
+    form = "openmetrics" if openmetrics else "prometheus"
+    return session.render(form, lambda snapshot, _: write(snapshot, openmetrics=openmetrics))
 
 
 def write(snapshot: Snapshot, *, openmetrics: bool = False) -> bytes:

@@ -264,8 +264,7 @@ class StatsdClient:
 
 def _counts(registry: Registry, snapshot: Snapshot) -> Iterator[tuple[_Key, str, _Told]]:
     """Yield what this process has to account for: a series, the field of its count, and what it stands at."""
-    connection = registry.connection
-    is_aggregator = connection is not None and connection.is_aggregator
+    is_aggregator = registry.session.is_aggregator
     every: Iterable[tuple[str, str, Labels, Any]] = registry.collect()
     if is_aggregator:
         every = ((f.kind, f.name, *series) for f in snapshot for series in zip(f.labels, f.states))

@@ -21,7 +21,7 @@ from starlette.staticfiles import StaticFiles
 import tapes
 from tapes.contrib.asgi import TapesMiddleware
 from tapes.errors import InvalidArgument
-from tapes.session import Connection
+from tapes.session import LocalSession, Session
 from tapes.testing import ManualClock
 from tests.contrib.recorded import active, counts
 
@@ -31,6 +31,12 @@ BACKENDS = ("asyncio", "trio")
 @pytest.fixture
 def registry():
     return tapes.Registry()
+
+
+class Connected(Session):
+    """A session that is connected."""
+
+    is_connected = True
 
 
 class Answer:
@@ -274,7 +280,7 @@ def test_who_leaves_at_the_end_of_a_lifespan_joins_once_again(registry, monkeypa
     service, calls = app._adapter.service, []
     monkeypatch.setattr(type(service), "begin", lambda self: self.mark.__setitem__(0, 1) or True)
     monkeypatch.setattr(type(service), "join", lambda self: calls.append("join"))
-    registry.connection = Connection()
+    registry.use(Connected(registry))
     monkeypatch.setattr(
         type(service), "leave", lambda self: calls.append("leave") or self.mark.__setitem__(0, 0)
     )
@@ -582,7 +588,8 @@ async def starts_badly(scope, receive, send):
 @pytest.mark.parametrize("application", [raises, returns, starts_badly])
 def test_a_lifespan_that_the_application_does_not_know(registry, monkeypatch, application, backend):
     """Where there is a service to leave it is answered here; the application's own failures pass through."""
-    registry.connection, calls = Connection(), []
+    registry.use(Connected(registry))
+    calls = []
     app, answer = TapesMiddleware(application, registry), Answer()
     monkeypatch.setattr(type(app._adapter.service), "leave", lambda self: calls.append(len(answer.messages)))
     receive = receiving({"type": "lifespan.startup"}, {"type": "lifespan.shutdown"})
@@ -729,13 +736,13 @@ def test_the_event_loop_goes_on_while_the_aggregator_is_waited_for(registry, bac
     """A slow answer to a reader holds up nobody else."""
     asked, let_go = threading.Event(), threading.Event()
 
-    class Slow(Connection):
-        def render(self, form):
+    class Slow(Connected):
+        def render(self, form, write):
             asked.set()
             assert let_go.wait(10)
             return b"{}"
 
-    registry.connection = Slow()
+    registry.use(Slow(registry))
     app = TapesMiddleware(plain, registry)
 
     async def main():
@@ -755,7 +762,7 @@ def test_the_event_loop_goes_on_while_the_aggregator_is_waited_for(registry, bac
         anyio.run(main, backend=backend)
     finally:
         let_go.set()
-        registry.connection = None
+        registry.use(LocalSession(registry))
 
 
 def test_options(registry):

@@ -110,9 +110,9 @@ def test_an_adapter_with_a_registry_joins_with_that_one_only(home, registry):
 registry = {made}
 app = TapesMiddleware(bare, registry)
 ask(app)
-print(counted(app)[0], tapes.default_registry._connection, registry.connection is not None)
+print(counted(app)[0], tapes.default_registry.session.is_connected, registry.session.is_connected)
 """
-    assert run(home, program) == "1 None True"
+    assert run(home, program) == "1 False True"
 
 
 def test_a_worker_that_left_joins_again_with_the_next_request(home):

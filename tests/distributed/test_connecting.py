@@ -12,6 +12,7 @@ import pytest
 import tapes
 from tapes.distributed.registry import DistributedRegistry
 from tapes.errors import AggregatorUnavailable, InvalidArgument
+from tapes.session import LocalSession
 from tests.processes import clean_environment, connected, run_python, wait_for
 
 
@@ -115,7 +116,7 @@ def test_connecting_from_many_threads_makes_one_connection(address):
 
 def test_another_address_while_connected_is_refused(address, monkeypatch):
     """connect() to another address while connected raises an error that names close()."""
-    monkeypatch.setattr(tapes.default_registry, "connection", None)
+    monkeypatch.setattr(tapes.default_registry, "session", LocalSession(tapes.default_registry))
     tapes.connect(address)
     tapes.connect(address)
     with pytest.raises(InvalidArgument, match="close"):

@@ -77,7 +77,7 @@ def test_reads_during_close_get_an_answer_or_aggregator_unavailable(address):
         started, troubles = threading.Event(), []
 
         def read():
-            while registry.connection is not None:
+            while registry.session.is_connected:
                 try:
                     registry.get_stats()
                 except AggregatorUnavailable:

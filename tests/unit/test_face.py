@@ -51,7 +51,7 @@ def test_help_shows_the_public_methods_alone(kind):
     methods = {name for name in dir(kind) if callable(getattr(kind, name)) and not name.startswith("_")}
     assert all(f" {name}(" in text for name in methods)
     internal = {name for every in kind.__mro__ for name in vars(every)} - set(dir(kind))
-    assert "drain" in internal
+    assert "collect" in internal
     assert not [name for name in public(internal) if re.search(rf"^ \|  {name}(\(|$)", text, re.MULTILINE)]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import tapes
 from tapes import forks, processes, threads
+from tapes.session import LazySession
 from tests.processes import run_python
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -20,15 +21,15 @@ from tapes import forks, processes
 registry = tapes.Registry()
 registry.counter("c").increment(7)
 registry.gauge("g").set(5)
-before = registry.identity
+before = registry.lineage.identity
 pid = ctypes.PyDLL(None).fork()  # runs no hooks, as in uWSGI
 if pid == 0:
     try:
-        assert registry.identity == before
+        assert registry.lineage.identity == before
         forks.detect_fork()
         forks.detect_fork()
-        assert registry.identity != before
-        (ancestor,) = registry.ancestors
+        assert registry.lineage.identity != before
+        (ancestor,) = registry.lineage.ancestors
         assert (ancestor.identity, ancestor.process.pid, ancestor.base) == (before, os.getppid(), 0)
         assert abs(forks.now_ns() - ancestor.version) < 5e9
         assert [m.total_state().up.value for m in ancestor.metrics if m.kind == "counter"] == [7]
@@ -41,7 +42,7 @@ if pid == 0:
         os._exit(1)
 assert os.waitpid(pid, 0)[1] == 0
 forks.detect_fork()
-assert (registry.identity, registry.ancestors) == (before, ())
+assert (registry.lineage.identity, registry.lineage.ancestors) == (before, ())
 """
 
 
@@ -96,7 +97,7 @@ def child(expected):
     pid = os.fork()
     if pid:
         raise SystemExit(os.waitpid(pid, 0)[1] >> 8)
-    assert len(registry.ancestors) == expected, registry.ancestors
+    assert len(registry.lineage.ancestors) == expected, registry.lineage.ancestors
 
 child(0)
 counter.increment()
@@ -105,7 +106,7 @@ child(1)
 counter.increment()
 child(2)
 assert registry.get_stats().c.value == 2
-assert len({ancestor.identity for ancestor in registry.ancestors}) == 2
+assert len({ancestor.identity for ancestor in registry.lineage.ancestors}) == 2
 """
     done = run_python(program, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -144,11 +145,11 @@ def test_a_worker_thread_runs_ends_and_knows_itself():
     assert not worker.is_me()
 
 
-def test_a_connection_that_begins_with_the_first_use():
-    """Made once, by the first metric or the first read."""
-    for use in (lambda r: r.counter("c"), lambda r: r.get_stats(), lambda r: r.connection):
+def test_a_lazy_session_connects_once_with_the_first_use():
+    """The first metric, the first read and the first look for the session connect, once."""
+    for use in (lambda r: r.counter("c"), lambda r: r.get_stats(), lambda r: r.session.resolved()):
         registry, made = tapes.Registry(), []
-        registry.connect_when_used = lambda made=made: made.append(1)
+        registry.use(LazySession(registry, None, lambda made=made: made.append(1)))
         use(registry)
         use(registry)
         assert made == [1]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tapes
 from tapes import threads
-from tapes.distributed.worker.late_flush import Late
+from tapes.distributed.worker.late_flush import LateSession
+from tapes.session import Session
 
 
 def test_the_goodbye_may_wait_for_a_thread_of_tapes_that_records():
@@ -12,14 +13,15 @@ def test_the_goodbye_may_wait_for_a_thread_of_tapes_that_records():
     registry = tapes.Registry()
     counter = registry.counter("c")
     ended, handed_over = [], []
-    late = Late(registry, lambda: handed_over.append(counter.collect().counted))
+    late = LateSession(registry, None, lambda: handed_over.append(counter.collect().counted))
 
-    def goodbye():
-        publisher = threads.NativeThread(counter.increment, "publisher")
-        publisher.start()
-        ended.append(publisher.join(5))
+    class Connected(Session):
+        def close(self):
+            publisher = threads.NativeThread(counter.increment, "publisher")
+            publisher.start()
+            ended.append(publisher.join(5))
 
-    late.begin(goodbye)
+    late.begin(Connected(registry))
     assert ended == [True]
     assert handed_over == [1]
     counter.increment()

@@ -8,7 +8,27 @@ import threading
 import pytest
 
 import tapes
+from tapes.session import Session
 from tapes.testing import ManualClock
+
+
+class Sleeping(Session):
+    """A session whose metrics sleep, and which answers what `wake` returns."""
+
+    def __init__(self, registry, wake):
+        super().__init__(registry)
+        self.sleeps, self.wake = True, wake
+
+    def woken(self):
+        return self.wake()
+
+    def snapshot(self):
+        return self.registry.local_snapshot()
+
+
+def sleep(registry, wake):
+    registry.use(Sleeping(registry, wake))
+
 
 RECORD = {
     "counter": lambda r: r.counter("m").increment(),
@@ -31,7 +51,7 @@ def test_the_first_value_of_any_metric_wakes(record, is_made_before):
     registry, woken = tapes.Registry(clock=ManualClock(1000.0)), []
     if is_made_before:
         record(registry)
-    registry.first_use.sleep(lambda: woken.append(1) or True)
+    sleep(registry, lambda: woken.append(1) or True)
     assert not woken
     record(registry)
     assert woken == [1]
@@ -43,7 +63,7 @@ def test_values_are_counted_asleep_and_awake(registry):
     """Values that were pending before the sleep, the one that wakes, and those after it all count."""
     counter = registry.counter("c")
     counter.increment(1)
-    registry.first_use.sleep(lambda: True)
+    sleep(registry, lambda: True)
     assert counter.collect().counted == 1
     counter.increment(10)
     counter.increment(100)
@@ -54,12 +74,12 @@ def test_a_metric_sleeps_on_for_as_long_as_wake_says_so(registry):
     """Each value calls `wake` while that returns False; all of them count."""
     answers = [False, False, True]
     counter, gauge = registry.counter("c"), registry.gauge("g")
-    registry.first_use.sleep(lambda: answers.pop(0))
+    sleep(registry, lambda: answers.pop(0))
     for _ in range(5):
         counter.increment()
     assert answers == []
     assert counter.collect().counted == 5
-    registry.first_use.sleep(lambda: False)
+    sleep(registry, lambda: False)
     gauge.set(5)
     gauge.increment(2)
     assert gauge.collect().value == 7
@@ -68,7 +88,7 @@ def test_a_metric_sleeps_on_for_as_long_as_wake_says_so(registry):
 def test_reading_and_folding_does_not_wake(registry):
     """A process that only reads has recorded nothing."""
     registry.counter("c").increment()
-    registry.first_use.sleep(lambda: pytest.fail("it was woken"))
+    sleep(registry, lambda: pytest.fail("it was woken"))
     assert registry.get_stats().c.value == 1
     assert [state for *_, state in registry.collect()]
 
@@ -91,7 +111,7 @@ def test_threads_that_record_while_metrics_are_put_to_sleep_lose_nothing():
         for thread in threads:
             thread.start()
         for _ in range(3000):
-            registry.first_use.sleep(lambda: True)
+            sleep(registry, lambda: True)
         stop.set()
         for thread in threads:
             thread.join()
@@ -112,7 +132,7 @@ def test_a_wake_that_records_itself():
         return True
 
     registry.counter("c"), registry.counter("other")
-    registry.first_use.sleep(wake)
+    sleep(registry, wake)
     registry.counter("c").increment()
     assert len(calls) == 2
     assert (registry.counter("c").collect().counted, registry.counter("other").collect().counted) == (1, 1)

@@ -9,6 +9,7 @@ import pytest
 
 import tapes
 from tapes.errors import BadValue
+from tapes.session import Session
 from tapes.testing import ManualClock, assert_recorded, strict
 
 pytest_plugins = ["pytester"]
@@ -62,9 +63,15 @@ def test_a_strict_block_begins_and_ends_with_nothing_recorded(registry):
     assert_recorded("c", value=2, registry=registry)
 
 
+class Connected(Session):
+    """A session that is connected."""
+
+    is_connected = True
+
+
 def test_a_connected_registry_is_refused(registry):
     """Its numbers are not of this process alone."""
-    registry.connection = object()
+    registry.use(Connected(registry))
     with pytest.raises(tapes.TapesError, match="close"), strict(registry):
         pass
 

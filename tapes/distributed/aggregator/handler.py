@@ -83,7 +83,7 @@ class Handler:
         self._configured = tuple(configured.items())
         self._ledger = Ledger()
         self._view = MergedView(self._ledger, self.registry)
-        self.registry.connection = self._view
+        self.registry.use(self._view)
         self._spool = Spool(endpoints)
         self._watches: dict[bytes, ProcessWatch] = {}
         self._spoke: set[bytes] = set()

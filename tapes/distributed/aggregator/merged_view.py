@@ -10,6 +10,7 @@ import os
 import resource
 import sys
 import threading
+from collections.abc import Callable
 
 from tapes import forks
 from tapes.clock import monotonic, tick_at
@@ -22,7 +23,7 @@ from tapes.metrics import Gauge
 from tapes.registry import Registry
 from tapes.reporting.base import FAILED, SKIPPED
 from tapes.reporting.statsd import SENDS_FAILED
-from tapes.session import Connection
+from tapes.session import Session
 from tapes.sharing import Shared
 from tapes.snapshot import Snapshot
 
@@ -34,14 +35,14 @@ _OF_ONE_PROCESS = (MESSAGES, LAG)
 """What begins at zero with each aggregator; only it tells them, so a reader sees that they were reset."""
 
 
-class MergedView(Connection):
-    """The connection of the registry that reporters read: it answers from the ledger."""
+class MergedView(Session):
+    """The session of the registry that reporters read: it answers from the ledger."""
 
-    is_aggregator = True
+    is_connected = is_aggregator = True
 
     def __init__(self, ledger: Ledger, registry: Registry) -> None:
+        super().__init__(registry)
         self._ledger = ledger
-        self._registry = registry
         self._seq = 0
         self._lock = threading.Lock()
         self._shared: Shared[bytes] = Shared(MAX_WAIT_SECONDS)
@@ -63,10 +64,8 @@ class MergedView(Connection):
         self.include_ourselves()
         return self._ledger.snapshot(tick_at(monotonic()))
 
-    def render(self, form: str) -> bytes:
-        """Return the merged view, written in that form, or the states themselves."""
-        if form == "states":
-            return self.states()
+    def render(self, form: str, write: Callable[[Snapshot, str], bytes] = write) -> bytes:
+        """Return the merged view in that form; readers that ask at once share one answer."""
         return self._shared.call(form, lambda: write(self.snapshot(), form))
 
     def states(self, version: int | None = None) -> bytes:
@@ -81,13 +80,13 @@ class MergedView(Connection):
             self._retired.set(self._ledger.retired)
             self._memory.set(_resident_bytes())
             self._seq += 1
-            items = [Item(*series) for series in self._registry.collect()]
-            described = self._registry.descriptions() if self._seq == 1 else {}
+            items = [Item(*series) for series in self.registry.collect()]
+            described = self.registry.descriptions() if self._seq == 1 else {}
             self._ledger.apply(Update(NOBODY, forks.this_process(), "", self._seq, 0, items, described))
 
     def for_the_journal(self) -> list[Item]:
         """Return what the aggregator has counted itself and the next one goes on with."""
-        every = [Item(*series) for series in self._registry.collect()]
+        every = [Item(*series) for series in self.registry.collect()]
         return [item for item in every if item.kind != "gauge" and item.name not in _OF_ONE_PROCESS]
 
 

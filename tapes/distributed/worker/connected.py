@@ -1,15 +1,14 @@
-"""A registry's connection to an aggregator: publishing, reading for the whole service, and leaving.
+"""The session of a connected registry: it publishes, reads for the whole service, and leaves.
 
-A read carries what this process holds, as a separate publication could be overtaken by it. It presumes that
-the aggregator has everything published before; if some of that is still under way, the aggregator says so
-and gets a keyframe. So a reader always sees its own events.
+A read carries the changes of this process, as a separate publication could arrive after it. It presumes that
+the aggregator has everything published before. If some of that is still under way, the aggregator replies
+that it is behind, and gets a keyframe. So a reader always sees its own events.
 
-Leaving is a request too: the last values, acknowledged. If nobody answers they are left as a will beside the
-socket. Every end of a process that `tapes.shutdown` knows leaves.
+Leaving is a request too: the last values, acknowledged. If no aggregator acknowledges them they are spooled
+beside the socket. Every end of a process that `tapes.shutdown` notices leaves.
 
-At a fork the parent holds still, so that no thread and no socket is in the middle of anything. The child
-gets a connection of its own, which opens no descriptor before it is first used (`tapes.first_use`): until
-then the child may close all descriptors, or become another program.
+At a fork the parent stops its thread and closes its sockets, so that nothing is in the middle of anything.
+The child gets a session of its own, which opens no descriptor before it is first used (`tapes.session`).
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import contextlib
 import itertools
 import logging
 import os
-import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -29,121 +27,79 @@ from tapes.distributed.protocol.messages import NOTHING, Goodbye, Merged, Read, 
 from tapes.distributed.protocol.wire import decode
 from tapes.distributed.storage import runtime_directory, spool
 from tapes.distributed.storage.locks import is_served
-from tapes.distributed.transport.address import Endpoints, resolve
+from tapes.distributed.supervision.rendezvous import Attachment
+from tapes.distributed.supervision.rendezvous import attach as attach_to
+from tapes.distributed.transport.address import Endpoints
 from tapes.distributed.transport.requests import MAX_WAIT_SECONDS, TIMEOUT_SECONDS, incarnation, request
 from tapes.distributed.transport.socket_pool import SocketPool
 from tapes.distributed.transport.sockets import Socket
-from tapes.distributed.worker.late_flush import Late
+from tapes.distributed.worker.late_flush import LateSession
 from tapes.distributed.worker.outbox import Outbox
 from tapes.distributed.worker.publisher import Publisher
-from tapes.environment import is_disabled
-from tapes.errors import AggregatorUnavailable, InvalidArgument, WireError
+from tapes.environment import may_start
+from tapes.errors import AggregatorUnavailable, WireError
 from tapes.metrics import State
 from tapes.naming import Labels
 from tapes.registry import Registry, default_registry
-from tapes.session import Connection
+from tapes.session import LocalSession, Session
 from tapes.sharing import Shared
 from tapes.snapshot import Snapshot
 
-__all__ = ["ConnectedSession", "close", "connect", "leave"]
+__all__ = ["ConnectedSession", "attach"]
 
 _HOLD_SECONDS = 0.25
 
 _log = logging.getLogger("tapes.distributed")
 
 
-def connect(registry: Registry, addr: str | None) -> None:
-    """Attach a connection to ``registry``; nothing if this process has attached the same already."""
-    if is_disabled():
-        return
-    endpoints = runtime_directory.current_place(resolve(addr))
-    forks.detect_fork()
-    registry.connect_when_used = None
-    with _connecting:
-        connection = registry._connection  # not by first use, whose lock is taken before this one
-        if isinstance(connection, ConnectedSession) and connection.is_of_this_process:
-            if not runtime_directory.is_same_service(connection.endpoints, endpoints):
-                raise InvalidArgument(
-                    "connect()", got=endpoints.publish, expected=f"{connection.endpoints.publish}, as before",
-                    remedy="call close() first",
-                )  # fmt: skip
-        else:
-            endpoints.check_key()
-            connection = _attach(registry, endpoints)
-            registry.first_use.sleep(connection.hurry)
-        connection.open()
-    if connection.endpoints != endpoints and is_served(endpoints):
-        connection.move(endpoints)
+def attach(registry: Registry, endpoints: Endpoints) -> ConnectedSession:
+    """Give ``registry`` a session that publishes to ``endpoints``; it opens when it is first used."""
+    session = ConnectedSession(registry, endpoints)
+    _attached.add(session)
+    registry.use(session)
+    _hand_down()
+    return session
 
 
-def close(registry: Registry) -> None:
-    """Say goodbye and detach the connection of ``registry``; nothing if there is none."""
-    connection = registry.connection
-    if isinstance(connection, ConnectedSession):
-        connection.close()
-        registry.connection = None
-        _attached.discard(connection)
-        _tell_spawned()
-
-
-def leave(registry: Registry) -> None:
-    """Say goodbye at the end of a process; what is recorded after that is handed over at once."""
-    connection = registry.connection
-    if isinstance(connection, ConnectedSession) and connection.is_of_this_process:
-        endpoints = connection.endpoints
-        late = Late(registry, lambda: ConnectedSession(registry, endpoints).close())
-        late.begin(lambda: close(registry))
-
-
-def _attach(registry: Registry, endpoints: Endpoints) -> ConnectedSession:
-    connection = ConnectedSession(registry, endpoints)
-    registry.connection = connection
-    _attached.add(connection)
-    _tell_spawned()
-    return connection
-
-
-def _tell_spawned() -> None:
-    """Tell processes that this one will spawn; the address of the default registry comes first."""
-    alive = [connection for connection in _attached if connection.is_of_this_process]
+def _hand_down() -> None:
+    """Hand the addresses down to processes that this one will spawn; the default registry's comes first."""
+    alive = [session for session in _attached if session.is_of_this_process]
     default = [c.endpoints.publish for c in alive if c.registry is default_registry]
     others = [c.endpoints.publish for c in alive if c.registry is not default_registry]
     forks.hand_down([*(default or [""]), *others] if alive else [])
 
 
-def _leave() -> None:
-    for connection in list(_attached):
-        if connection.is_of_this_process:
+def _leave_all() -> None:
+    for session in list(_attached):
+        if session.is_of_this_process:
             try:
-                leave(connection.registry)
+                session.registry.session.leave()
             except Exception:
-                _log.exception("tapes could not say goodbye")
+                _log.exception("tapes could not send the last values of this process")
 
 
-def _renew_lock() -> None:
-    global _connecting
-    _connecting = threading.Lock()
-
-
-_connecting = threading.Lock()
-forks.renew_in_child(_renew_lock)
 _attached: set[ConnectedSession] = set()
-_abandoned: list[ConnectedSession] = []
-"""Those of the parent, in a child: kept, as letting go of their sockets would touch what the parent uses."""
-_unsaid: weakref.WeakKeyDictionary[Registry, list[Update]] = weakref.WeakKeyDictionary()
+_of_parents: list[ConnectedSession] = []
+"""Those of the parent, in a child. They are kept: freeing their sockets would touch what the parent uses."""
+_unacknowledged: weakref.WeakKeyDictionary[Registry, list[Update]] = weakref.WeakKeyDictionary()
+"""Last updates that no aggregator has acknowledged; the next session of the registry sends them."""
 
-shutdown.register(_leave, shutdown.Phase.GOODBYE)
+shutdown.register(_leave_all, shutdown.Phase.GOODBYE)
 
 
-class ConnectedSession(Connection):
-    """Publishes a registry to the aggregator at ``endpoints`` and asks that for the merged view.
+class ConnectedSession(Session):
+    """Publishes ``registry`` to the aggregator at ``endpoints``, and requests the merged view of that.
 
-    It has no thread and no descriptor before it is opened, by `open` or by a read.
+    It has no thread and no descriptor before it is opened, by `open` or by a read. Its metrics sleep until
+    the first value is recorded, which is published at once.
     """
 
+    is_connected = True
+
     def __init__(self, registry: Registry, endpoints: Endpoints) -> None:
+        super().__init__(registry, registry.session.connect)
+        self.sleeps = True
         self.endpoints = endpoints
-        self.registry = registry
         self._aggregator = incarnation(endpoints)
         self._pid = os.getpid()
         self._changed = threads.Monitor()
@@ -177,12 +133,24 @@ class ConnectedSession(Connection):
         """Whether the aggregator is another one than when this connection was made."""
         return self._aggregator not in (None, incarnation(self.endpoints))
 
-    def hurry(self) -> bool:
-        """Publish the first values of this process at once; called when the first is recorded."""
-        self.registry.first_use.wake = None
-        if self._publisher is not None:
-            self._publisher.hurry()
+    def woken(self) -> bool:
+        """Publish the first values at once, or open in a thread; return that the metric stays awake."""
+        if self.sleeps:
+            self.sleeps = False
+            if self._publisher is None:
+                self._start_opening()
+            else:
+                self._publisher.hurry()
         return True
+
+    def has_aggregator(self) -> bool:
+        """Return whether an aggregator lives at ``endpoints``; where a file shows that, its lock does."""
+        if not may_start() or is_served(self.endpoints):
+            return True
+        return (
+            self.endpoints.path is None
+            and attach_to(self.endpoints, forks.this_process()) is Attachment.ATTACHED
+        )
 
     @property
     def is_of_this_process(self) -> bool:
@@ -203,7 +171,7 @@ class ConnectedSession(Connection):
             try:
                 self.flush()
             except AggregatorUnavailable:
-                leave(self.registry)  # into a file
+                self.leave()  # into a file
             return
         self.open()
         if self._publisher is not None:
@@ -215,7 +183,7 @@ class ConnectedSession(Connection):
         Raises:
             AggregatorUnavailable: If the aggregator doesn't answer within a second.
         """
-        payload = self.render("states")
+        payload = self._request("states").payload
         try:
             merged = decode(payload, most=inf)
         except WireError as error:
@@ -224,20 +192,36 @@ class ConnectedSession(Connection):
             raise AggregatorUnavailable(f"the aggregator's answer can't be used ({type(merged).__name__})")
         return merged.snapshot()
 
-    def render(self, form: str) -> bytes:
+    def render(self, form: str, write: object = None) -> bytes:
         """Return the merged view, written by the aggregator; raises as `snapshot`."""
-        return self._ask(form).payload
+        return self._request(form).payload
 
     def flush(self) -> None:
         """Hand over what was recorded, and wait until the aggregator has it; raises as `snapshot`."""
-        self._ask(NOTHING)
+        self._request(NOTHING)
 
     def close(self) -> None:
-        """Stop publishing, and hand over the last values; takes 1 s at most if nobody answers.
+        """Stop publishing, flush, and make the registry a local one; takes 1 s at most without an answer.
 
-        What was handed over is no longer here: the registry starts again from zero. If nobody acknowledges
-        it, it is left as a will, kept, and handed over by the next connection of this registry.
+        What was flushed is no longer here: the registry starts again from zero. If no aggregator
+        acknowledges it, it is spooled, kept, and sent by the next session of the registry.
         """
+        self.flush_and_stop()
+        _attached.discard(self)
+        if self.registry.session is self:
+            self.registry.use(LocalSession(self.registry, self.connect))
+        _hand_down()
+
+    def leave(self) -> None:
+        """Do the same at the end of the process; what is recorded after that is flushed at once."""
+        if self.is_of_this_process:
+            LateSession(self.registry, self.connect, lambda: self._successor().flush_and_stop()).begin(self)
+
+    def _successor(self) -> ConnectedSession:
+        return ConnectedSession(self.registry, self.endpoints)
+
+    def flush_and_stop(self) -> None:
+        """Stop publishing, and send the last values, or spool them."""
         if not self.is_of_this_process:
             return
         self._follow()
@@ -252,25 +236,28 @@ class ConnectedSession(Connection):
         if publisher is None:
             self._outbox.begin(is_another_aggregator=self._meets_another)
         ended = publisher is None or publisher.stop(max(0.0, deadline - time.monotonic()))
-        farewell = self._outbox.farewell()
+        last = self._outbox.drain()
         if publisher is None or not publisher.is_subscribed:
-            farewell = self._outbox.for_another(farewell)
-        unsaid = _unsaid.setdefault(self.registry, [])
-        if publisher is not None or farewell.has_something:
-            unsaid.append(farewell)
-        if not unsaid:
+            last = self._outbox.for_another(last)
+        pending = _unacknowledged.setdefault(self.registry, [])
+        if publisher is not None or last.has_something:
+            pending.append(last)
+        if not pending:
             return
         try:
             with self._readers.borrow() as reader:
-                self._say_goodbyes(reader, deadline)
+                self._send_goodbyes(reader, deadline)
         except AggregatorUnavailable:
-            unsaid[:] = [self._outbox.for_another(u) if u is farewell else u for u in unsaid]
+            pending[:] = [
+                self._outbox.for_another(update) if update is last else update for update in pending
+            ]
         # The sockets close first, as a file needs a descriptor.
         self._readers.close(is_unused=ended and (idle or not self._in_flight))
-        spool.write_all(self.endpoints, [Goodbye(0, update) for update in unsaid])
+        spool.write_all(self.endpoints, [Goodbye(0, update) for update in pending])
 
     def before_fork(self) -> None:
-        """Hold still: end the thread and close the sockets, unless somebody is using them."""
+        """End the thread and close the sockets, unless a thread is using them."""
+        super().before_fork()
         with self._changed:
             if self._may_hold():
                 self._hold(_HOLD_SECONDS)
@@ -297,10 +284,10 @@ class ConnectedSession(Connection):
             if self._hold(TIMEOUT_SECONDS):
                 self.endpoints = self._readers.endpoints = endpoints
                 _log.info("tapes follows its aggregator to %s", endpoints.publish)
-            self.after_in_parent()
+            self._reopen()
         if os.environ.get("TAPES_ADDR") == before.publish:
             os.environ["TAPES_ADDR"] = self.endpoints.publish
-        _tell_spawned()
+        _hand_down()
 
     def _follow(self) -> None:
         place = runtime_directory.current_place(self.endpoints)
@@ -309,6 +296,10 @@ class ConnectedSession(Connection):
 
     def after_in_parent(self) -> None:
         """Open again what `before_fork` closed."""
+        super().after_in_parent()
+        self._reopen()
+
+    def _reopen(self) -> None:
         with self._changed:
             if self._stopped:
                 self._publisher = None
@@ -316,12 +307,12 @@ class ConnectedSession(Connection):
             self._held = self._stopped = False
 
     def after_in_child(self) -> None:
-        """In a forked child, attach a connection of its own; it opens when it is first used."""
-        _abandoned.append(self)
+        """Give the registry a session of the child's own, at the same address."""
+        _of_parents.append(self)
         _attached.discard(self)
-        _attach(self.registry, self.endpoints)
+        attach(self.registry, self.endpoints)._open_shortly()
 
-    def _ask(self, form: str) -> Reply:
+    def _request(self, form: str) -> Reply:
         """Return the answer to a question for ``form``; raises as `snapshot`."""
         forks.detect_fork()
         if not self.is_of_this_process:
@@ -346,7 +337,7 @@ class ConnectedSession(Connection):
             self._open().await_producers()
         deadline = time.monotonic() + TIMEOUT_SECONDS
         with self._readers.borrow() as reader:
-            self._say_goodbyes(reader, deadline)
+            self._send_goodbyes(reader, deadline)
             number = next(self._correlations)
             for keyframe in (False, True):
                 update = self._outbox.update(keyframe=keyframe)
@@ -373,13 +364,13 @@ class ConnectedSession(Connection):
             with self._changed:
                 self._in_flight -= 1
 
-    def _say_goodbyes(self, reader: Socket, deadline: float) -> None:
-        unsaid = _unsaid.get(self.registry, [])
-        while unsaid:
-            update = unsaid[0]
+    def _send_goodbyes(self, reader: Socket, deadline: float) -> None:
+        pending = _unacknowledged.get(self.registry, [])
+        while pending:
+            update = pending[0]
             goodbye = Goodbye(next(self._correlations), update)
             if request(self.endpoints, reader, goodbye, deadline).status != "ok":
                 raise AggregatorUnavailable("the aggregator refused a goodbye")
             spool.discard(self.endpoints, goodbye)
-            with contextlib.suppress(ValueError):  # another reader may have said it too, which is harmless
-                unsaid.remove(update)
+            with contextlib.suppress(ValueError):  # another reader may have sent it too, which is harmless
+                pending.remove(update)

@@ -1,9 +1,10 @@
-"""What is recorded after the goodbye: by exit handlers, and by threads that a server leaves running.
+"""The session of a registry whose process is exiting: what is recorded after the goodbye.
 
-The process may end at any moment now, and no hook of ours runs again. So a value that is recorded is handed
-over before the recording call returns: a round trip of about a millisecond. After 0.25 s of that, one round
-trip in twenty times its own duration has to do, so that a thread that records in a loop can't hold up the
-end of the process; what it records in its last few milliseconds may then be lost.
+Exit handlers record, and so do threads that a server leaves running. The process may end at any moment, and
+none of its hooks runs again. So a value is flushed before the recording call returns: a round trip of about a
+millisecond. After 0.25 s of that, a round trip takes place only after twenty times its duration, so that a
+thread that records in a loop can't delay the end of the process. What it records in its last few
+milliseconds may then be lost.
 """
 
 from __future__ import annotations
@@ -15,41 +16,55 @@ from collections.abc import Callable
 
 from tapes import threads
 from tapes.registry import Registry
+from tapes.session import Connect, LocalSession, Session
 
-__all__ = ["Late"]
+__all__ = ["LateSession"]
 
 _BUDGET_SECONDS = 0.25
-"""Maximum seconds in which every value is handed over at once."""
+"""Maximum seconds in which every value is flushed at once."""
 _SHARE = 20
 _TOO_LONG_SECONDS = 0.5
-"""A round trip of this many seconds had no answer; another one would have none either."""
+"""A round trip of this many seconds had no reply; another one would have none either."""
 
 _log = logging.getLogger("tapes.distributed")
 
 
-class Late:
-    """Hands over what ``registry`` records after its goodbye.
+class LateSession(LocalSession):
+    """Flushes what ``registry`` records after its goodbye.
 
     Args:
-        registry: Whose process is ending.
-        hand_over: Takes what was recorded, and gives it to the aggregator.
+        registry, connect: As `Session`.
+        flush: Sends what was recorded to the aggregator.
     """
 
-    def __init__(self, registry: Registry, hand_over: Callable[[], None]) -> None:
-        self._registry = registry
-        self._hand_over = hand_over
+    def __init__(self, registry: Registry, connect: Connect | None, flush: Callable[[], None]) -> None:
+        super().__init__(registry, connect, looks=True)
+        self.sleeps = True
+        self._flush = flush
         self._lock = threads.RLock()
         self._is_busy = self._again = False
+        self._leaving: Session | None = None
         self._spent = self._ended = self._last = 0.0
 
-    def begin(self, goodbye: Callable[[], None]) -> None:
-        """Call ``goodbye``, and from then on hand over each value; none is recorded between the two."""
+    def begin(self, connected: Session) -> None:
+        """Close ``connected``, and from then on flush each value; no value is recorded between the two."""
         with self._lock:
-            self._registry.first_use.sleep(self._woken)
-            self._run(goodbye)
+            self._leaving = connected
+            self.registry.use(self)
+            self._run(connected.close)
+            self._leaving = None
 
-    def _woken(self) -> bool:
-        """Called after a value was recorded; the metrics sleep on."""
+    def resolved_for_read(self) -> Session:
+        """Return the session of the registry: the one that is closing, or one that a read has connected."""
+        with self._lock:  # a session that connected during a flush would have the identity that is flushed
+            if self._is_busy:
+                return self._leaving or self
+            return super().resolved_for_read()
+
+    def woken(self) -> bool:
+        """Called when a value was recorded; the metrics sleep on."""
+        if not self.sleeps:
+            return True
         if sys.is_finalizing():  # a destructor: modules that a round trip needs may be gone
             return False
         # A thread of tapes does not wait: the goodbye may be waiting for that thread to end.
@@ -60,7 +75,7 @@ class Late:
             if self._is_busy:  # a signal handler, or a log handler that records
                 self._again = True
             elif self._spent < _BUDGET_SECONDS or time.monotonic() - self._ended > _SHARE * self._last:
-                self._run(self._hand_over)
+                self._run(self._flush)
         finally:
             self._lock.release()
         return False
@@ -76,13 +91,13 @@ class Late:
                 self._last = self._ended - started
                 self._spent += self._last
                 if self._last > _TOO_LONG_SECONDS:
-                    self._registry.first_use.wake = None
+                    self.sleeps = False
                 elif self._again:
-                    action = self._hand_over
+                    action = self._flush
                     continue
                 return
         except Exception:
-            _log.exception("tapes could not hand over what was recorded at the end of the process")
-            self._registry.first_use.wake = None
+            _log.exception("tapes could not flush what was recorded at the end of the process")
+            self.sleeps = False
         finally:
             self._is_busy = False

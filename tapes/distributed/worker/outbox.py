@@ -12,7 +12,8 @@ from tapes.metrics import Metric, State, Timer
 from tapes.metrics.origin import with_told
 from tapes.naming import Labels
 from tapes.processes import lives
-from tapes.registry import REJECTED, Registry
+from tapes.registry import Registry
+from tapes.rejections import REJECTED
 
 __all__ = ["DURATION", "Outbox"]
 
@@ -45,7 +46,7 @@ class Outbox:
         self.registry = registry
         self.host = processes.host_id()
         self.published_seq = 0
-        self._identity = registry.identity
+        self._identity = registry.lineage.identity
         self._process = forks.this_process()
         self._lock = threads.RLock()
         self._seq = 0
@@ -75,13 +76,13 @@ class Outbox:
         Now and then also nothing, to say that this process lives.
         """
         started = time.monotonic()
-        whole = keyframe or self.registry.revision is not self._revision
+        whole = keyframe or self.registry.structure_token is not self._revision
         changed = self._fold(whole)
         is_due = whole or started - self._sent > ALIVE_SECONDS
         if not is_due and all(series.key[0] == DURATION for series in changed):
             return True
         with self._lock:
-            revision = self.registry.revision
+            revision = self.registry.structure_token
             update = self._update(changed, whole or revision is not self._revision)
             if not send(update):
                 return False
@@ -101,7 +102,7 @@ class Outbox:
             for series in self._series.values():
                 if series.told is not None:
                     series.metric.note_told(series.told)
-            for ancestor in self.registry.ancestors if self.published_seq else ():
+            for ancestor in self.registry.lineage.ancestors if self.published_seq else ():
                 _note_told(ancestor)
 
     def begin(self, *, is_another_aggregator: bool) -> None:
@@ -110,15 +111,15 @@ class Outbox:
         One that was connected may have told an earlier aggregator what this process inherited; and if it
         lives, what it says itself stands.
         """
-        for ancestor in self.registry.ancestors:
+        for ancestor in self.registry.lineage.ancestors:
             if ancestor.speaks and (is_another_aggregator or lives(ancestor.process)):
                 _note_told(ancestor)
 
-    def farewell(self) -> Update:
+    def drain(self) -> Update:
         """Return everything as the last update; the registry starts again from zero."""
         with self._lock:
             ancestors = self._ancestors()
-            items = [Item(*series) for series in self.registry.drain()]
+            items = [Item(*series) for series in self.registry.lineage.drain()]
             return self._message(0, items, ancestors)
 
     def for_another(self, farewell: Update) -> Update:
@@ -138,7 +139,7 @@ class Outbox:
         Unless the ``whole`` is to be told, how long publications took is told seldom.
         """
         while True:
-            made, revision = self.registry.made, self.registry.revision
+            made, revision = self.registry.made_token, self.registry.structure_token
             if (made, revision) != self._made:
                 self._look_again()
                 self._made = (made, revision)
@@ -149,7 +150,7 @@ class Outbox:
                 series.metric.collect()
             bad = self._series.get((REJECTED, ()))
             counted = bad is None or bad in changed or bad.metric.is_unchanged_since(bad.told)
-            if counted and made is self.registry.made:  # else folding has found a bad value
+            if counted and made is self.registry.made_token:  # else folding has found a bad value
                 return changed
 
     def _look_again(self) -> None:
@@ -190,7 +191,7 @@ class Outbox:
                 ],
                 {}, program=forks.this_program(),  # a fork does not change it
             )
-            for ancestor in self.registry.ancestors
+            for ancestor in self.registry.lineage.ancestors
         )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ class Publisher:
                 _log.info("tapes publishes at the end of every request, as no thread can be started")
                 self._thread, self._at_request_end = None, True
         if self._at_request_end:
-            self._outbox.registry.tells_at_request_end = True
+            self._outbox.registry.session.flush_per_request = True
 
     def hurry(self) -> None:
         """Have the thread publish at once; waits for nothing."""
