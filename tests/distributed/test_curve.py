@@ -360,10 +360,10 @@ def by_mode(mode):
 
 UNUSABLE = {
     "missing": (lambda path: None, "No such file"),
-    "a directory": (lambda path: path.mkdir(), "is no file"),
-    "a pipe": (lambda path: os.mkfifo(path, 0o600), "is no file"),
-    "empty": (lambda path: path.touch(0o600), "holds no key pair"),
-    "garbage": (lambda path: path.write_bytes(b"public-key\n\xff"), "holds no key pair"),
+    "a directory": (lambda path: path.mkdir(), "is not a regular file"),
+    "a pipe": (lambda path: os.mkfifo(path, 0o600), "is not a regular file"),
+    "empty": (lambda path: path.touch(0o600), "has no key pair"),
+    "garbage": (lambda path: path.write_bytes(b"public-key\n\xff"), "has no key pair"),
     "public": (lambda path: path.write_text('public-key = "%s"' % ("x" * 40)), "public half"),
     "mixed": (lambda path: write(path, zmq.curve_keypair()[0], zmq.curve_keypair()[1]), "two halves"),
     "short": (lambda path: write(path, zmq.curve_keypair()[0], b"short"), "two halves"),
@@ -415,7 +415,7 @@ def test_a_relative_key_file_is_told(key, monkeypatch):
 def test_a_libzmq_without_curve_is_told(key, monkeypatch):
     """With what to do."""
     monkeypatch.setattr(zmq, "has", lambda feature: feature != "curve")
-    assert_refused(r"has no CURVE.*install pyzmq")
+    assert_refused(r"does not support CURVE.*install pyzmq")
 
 
 def test_the_way_that_errors_tell_makes_a_key_file(short_dir):
@@ -448,7 +448,7 @@ def test_the_thread_that_checks_ends_with_its_context(key):
 
 def test_where_nobody_checks_nobody_is_admitted(key, monkeypatch):
     """Rather than everybody."""
-    monkeypatch.setattr(curve, "admit", lambda context, pair: None)
+    monkeypatch.setattr(curve, "start_zap_handler", lambda context, pair: None)
     endpoints = resolve(free_address())
     with zmq_context() as ours, zmq_context() as theirs:
         bound = sockets.bind(ours, endpoints)

@@ -58,7 +58,7 @@ def test_on_this_machine_a_key_is_used_if_there_is_one(host, monkeypatch):
 def test_a_wildcard_is_refused_with_a_key_too(host, monkeypatch):
     """Workers can't connect to it."""
     monkeypatch.setenv("TAPES_CURVE_KEY", "/nowhere/key")
-    with pytest.raises(AddressError, match=r"wildcard: got .*, expected an address that they reach"):
+    with pytest.raises(AddressError, match=r"wildcard: got .*, expected an address that workers can reach"):
         resolve(f"tcp://{host}:5555")
 
 

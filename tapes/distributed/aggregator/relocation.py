@@ -9,18 +9,14 @@ one more worker.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import time
 from collections.abc import Iterable
 
 import zmq
 
 from tapes.distributed.protocol.messages import Attach, Goodbye, Read
 from tapes.distributed.transport.address import Endpoints
-from tapes.distributed.transport.preflight import new_context
-from tapes.distributed.transport.requests import TIMEOUT_SECONDS, request
-from tapes.distributed.transport.sockets import new_request_socket
+from tapes.distributed.transport.requests import request_all
 from tapes.errors import TapesError
 
 __all__ = ["Inheritance", "hand_over"]
@@ -36,16 +32,7 @@ def hand_over(inheritance: Inheritance, heir: Endpoints) -> bool:
     It may be given again: nothing of it counts twice.
     """
     try:
-        context = new_context()
-        try:
-            with contextlib.closing(new_request_socket(context, heir)) as reader:
-                for question in inheritance:
-                    deadline = time.monotonic() + TIMEOUT_SECONDS
-                    if request(heir, reader, question, deadline).status != "ok":
-                        return False
-            return True
-        finally:
-            context.destroy(linger=0)
+        return request_all(heir, inheritance)
     except (TapesError, zmq.ZMQError) as error:
         _log.warning("tapes can't hand over to the aggregator at %s yet: %s", heir.publish, error)
         return False

@@ -1,1 +1,1 @@
-"""0MQ: addresses, keys, sockets, and one request with its reply."""
+"""0MQ: addresses, keys, sockets, and requests with their replies."""

@@ -1,11 +1,10 @@
-"""Addresses: what is allowed, what they stand for, and what may be bound.
+"""Addresses: which are allowed, and which endpoints they name.
 
-An address names two endpoints: the one that states are published to, and, derived from it, the one for
-reads (``….read`` beside an IPC socket, the next port for TCP). ZeroMQ checks little of this itself: it
-truncates long paths, steals the socket of a living server, replaces plain files, and resolves relative paths
-anew after each ``chdir``. Hence the checks here.
+An address names two endpoints: one for publications, and one for requests (``….read`` beside an IPC socket,
+the next port for TCP). ZeroMQ checks little: it truncates long paths, takes the socket file of a living
+server, replaces plain files, and resolves relative paths again after each ``chdir``. The checks are here.
 
-The kernel guards the file of an IPC socket. TCP has no such guard: see `tapes.distributed.transport.curve`.
+The kernel protects the file of an IPC socket. For TCP see `tapes.distributed.transport.curve`.
 """
 
 from __future__ import annotations
@@ -23,29 +22,29 @@ __all__ = ["DEFAULT_ADDR", "Endpoints", "resolve"]
 
 
 class _DefaultAddress(str):
-    """The default, told from an equal address that was given explicitly."""
+    """The default; an equal address that a caller passes is of another type."""
 
     __slots__ = ()
 
 
 DEFAULT_ADDR: str = _DefaultAddress("ipc://tapes_metrics.ipc")
-"""Stands for ``TAPES_ADDR`` from the environment; for itself if that isn't set."""
+"""Means ``TAPES_ADDR`` from the environment; itself if that isn't set."""
 
 _MAX_PATH_BYTES = 103 if sys.platform == "darwin" else 107
-"""What fits into ``sockaddr_un``; Linux has 108 bytes, one of them for the final zero."""
+"""Maximum length of a path in ``sockaddr_un``: 108 bytes on Linux, one of them for the final zero."""
 
 _NAME = re.compile(r"(?!(.*\.)?(\d+|0x[\da-f]*)\.?$)[\w.-]+", re.ASCII | re.IGNORECASE)
-"""A host's name; resolvers take what ends in a number for an address, ``0`` and ``127.1`` too."""
+"""A host name. Resolvers treat a name that ends in a number as an address: ``0`` and ``127.1`` too."""
 
 
 class Endpoints(NamedTuple):
     """Where an aggregator listens.
 
     Attributes:
-        publish: Where states are published to; also the address as a whole.
-        read: Where reads and goodbyes are sent to.
-        path: The socket's file, or ``None`` where there is none.
-        key: The file of the key that both ends have to hold, or ``None`` for none.
+        publish: The endpoint for publications; also the address as a whole.
+        read: The endpoint for requests.
+        path: The socket's file, or ``None`` if it has none.
+        key: The file of the key that both ends must have, or ``None``.
     """
 
     publish: str
@@ -55,12 +54,12 @@ class Endpoints(NamedTuple):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The files that ZeroMQ makes for these endpoints."""
+        """The socket files of these endpoints."""
         return (self.path, self.path + ".read") if self.path else ()
 
     @property
     def lock(self) -> str | None:
-        """The file that the aggregator has locked while it lives, or ``None`` where there is none."""
+        """The file that the aggregator locks while it lives, or ``None`` if there is none."""
         return self.path + ".lock" if self.path else None
 
     def check_key(self) -> None:
@@ -74,7 +73,7 @@ class Endpoints(NamedTuple):
 
 
 def resolve(addr: str | None) -> Endpoints:
-    """Return the endpoints of ``addr``, made absolute against the working directory of now.
+    """Return the endpoints of ``addr``; a relative path is resolved now, in the working directory.
 
     Args:
         addr: ``ipc://PATH``, or ``tcp://HOST:PORT``, beyond loopback with ``TAPES_CURVE_KEY`` only;
@@ -94,7 +93,7 @@ def resolve(addr: str | None) -> Endpoints:
         "the aggregator's address can't be used",
         got=addr,
         expected="ipc://PATH or tcp://127.0.0.1:PORT",
-        remedy="give another socket_addr, or set TAPES_ADDR",
+        remedy="pass another socket_addr, or set TAPES_ADDR",
     )
 
 
@@ -124,14 +123,14 @@ def _tcp(addr: str, rest: str) -> Endpoints:
         raise AddressError(
             "workers can't connect to a wildcard",
             got=addr,
-            expected="an address that they reach, such as tcp://127.0.0.1:PORT",
-            remedy="give the address of one of this machine's interfaces",
+            expected="an address that workers can reach, such as tcp://127.0.0.1:PORT",
+            remedy="use the address of one of this machine's interfaces",
         )
     if ip is None and not _NAME.fullmatch(host):
         raise AddressError(
             "the aggregator's host can't be used",
             got=addr,
-            expected="an IPv4 address, an IPv6 address in brackets, or a host's name",
+            expected="an IPv4 address, an IPv6 address in brackets, or a host name",
         )
     key = KeyFile.from_environment()
     if key is None and not (host == "localhost" if ip is None else ip.is_loopback):
@@ -145,7 +144,7 @@ def _tcp(addr: str, rest: str) -> Endpoints:
 
 
 def _ip(host: str) -> IPv4Address | IPv6Address | None:
-    """Return the IP address that ``host`` is, if it is one: the IPv4 address, where it is an IPv6 one's."""
+    """Return ``host`` as an IP address, if it is one; an IPv4-mapped IPv6 address as the IPv4 address."""
     bracketed = host.startswith("[") and host.endswith("]")
     try:
         ip = ip_address(host[1:-1] if bracketed else host)

@@ -1,15 +1,17 @@
-"""CURVE for TCP: who holds the service's key pair may talk, and nobody else.
+"""CURVE for TCP: only processes that have the service's key pair can connect.
 
-All processes of a service have one pair, in the file that ``TAPES_CURVE_KEY`` names. It is the aggregator's
-server key and the workers' client key at once: workers trust each other anyway, and one file is easily
-handed out. Thus a worker talks to nobody who doesn't hold the secret half, and neither does the aggregator.
+All processes of a service have one key pair, in the file that ``TAPES_CURVE_KEY`` names. It is both the
+aggregator's server key and the workers' client key: workers trust each other, and one file is easy to
+distribute. So a worker connects only to an aggregator that has the secret half, and the aggregator accepts
+only such workers.
 
-For the latter 0MQ asks a handler (ZAP, RFC 27) whether it may admit a client. Ours is a few lines and not
-pyzmq's ``ThreadAuthenticator``: that runs an event loop, is a greenlet under gevent, and must be stopped
-before its context is destroyed, which would close its sockets under its hands. Ours is a thread of the
-operating system with a socket that the context doesn't know, waiting in a receive; the end of the context
-interrupts that and waits until the thread has closed its socket. So nobody needs to stop it. Where it is
-not, in a forked child or should it fail, 0MQ admits nobody (ZAP_ENFORCE_DOMAIN; without that, everybody).
+To check a client, 0MQ sends a request to a handler (ZAP, RFC 27). Ours takes a few lines. pyzmq's
+``ThreadAuthenticator`` runs an event loop, is a greenlet under gevent, and must be stopped before its context
+is destroyed, because that closes its sockets while it uses them. Ours is a native thread that waits in a
+receive, on a socket that the context does not know. The end of the context interrupts the receive and waits
+until the thread has closed its socket, so no code has to stop the thread. Where the handler does not run (in
+a forked child, or after an error), 0MQ accepts no client; without ZAP_ENFORCE_DOMAIN it would accept every
+client.
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ from zmq.utils import z85
 
 from tapes import threads
 from tapes.errors import AddressError, AggregatorUnavailable
+from tapes.once import OnceLogger
 
 __all__ = ["HOW_TO_MAKE_ONE", "VARIABLE", "KeyFile", "Pair", "as_client", "as_server", "start_zap_handler"]
 
 VARIABLE = "TAPES_CURVE_KEY"
 HOW_TO_MAKE_ONE = (
-    'make one by: python -c "import os, zmq.auth; os.umask(0o077); '
+    'make one with: python -c "import os, zmq.auth; os.umask(0o077); '
     "zmq.auth.create_certificates('.', 'tapes')\" "
     f"and set {VARIABLE} to the absolute path of tapes.key_secret"
 )
@@ -47,15 +50,15 @@ class Pair(NamedTuple):
     secret: bytes
 
     def __repr__(self) -> str:
-        """Return nothing that must not be in a log."""
+        """Return the public half only: the secret must not be logged."""
         return f"<the key pair of {self.public.decode('ascii', 'replace')}>"
 
 
 class KeyFile:
     """The file of the service's key pair, as ``zmq.auth.create_certificates`` writes it.
 
-    It is read once, when it is first needed: sockets that are opened later, in forked children too, don't
-    depend on a file that may be gone then, or that they no longer may read.
+    It is read once, when first needed. Sockets that are opened later, also in forked children, do not need
+    the file: it may be removed by then, or not readable any more.
     """
 
     def __init__(self, path: str) -> None:
@@ -64,7 +67,7 @@ class KeyFile:
 
     @classmethod
     def from_environment(cls) -> KeyFile | None:
-        """Return the one that ``TAPES_CURVE_KEY`` names, if it is set."""
+        """Return the file that ``TAPES_CURVE_KEY`` names, or ``None``."""
         path = os.environ.get(VARIABLE)
         return cls(path) if path else None
 
@@ -81,7 +84,7 @@ class KeyFile:
         """Return the key pair.
 
         Raises:
-            AddressError: If the file can't be used, or may be read by others than its owner.
+            AddressError: If the file can't be used, or users other than its owner may read it.
         """
         if self._pair is None:
             self._pair = self._read()
@@ -90,43 +93,46 @@ class KeyFile:
     def _read(self) -> Pair:
         if not zmq.has("curve"):
             raise AddressError(
-                f"the libzmq that is installed ({zmq.zmq_version()}) has no CURVE",
+                f"the installed libzmq ({zmq.zmq_version()}) does not support CURVE",
                 remedy=f"install pyzmq as a wheel, or build libzmq with libsodium; or unset {VARIABLE}",
             )
         if not os.path.isabs(self.path):
             raise AddressError(
-                VARIABLE, got=self.path, expected="an absolute path", remedy="an aggregator works in /"
+                VARIABLE,
+                got=self.path,
+                expected="an absolute path",
+                remedy="set it to one; the aggregator's working directory is /",
             )
-        mode, public, secret = self._opened()
+        mode, public, secret = self._load()
         if secret is None:
-            raise self._unusable("holds the public half of a key pair only")
+            raise self._unusable("has only the public half of a key pair")
         if not _belong_together(public, secret):
-            raise self._unusable("holds two halves that are no key pair")
+            raise self._unusable("has two halves that do not belong together")
         if mode & 0o077:
             raise AddressError(
-                f"others than its owner may use the key file {self.path}",
+                f"users other than its owner may use the key file {self.path}",
                 got=oct(stat.S_IMODE(mode)),
                 expected="0o600 or 0o400",
-                remedy=f"run: chmod 600 {self.path}; if others could read it, make a new one",
+                remedy=f"run: chmod 600 {self.path}; if another user could read it, make a new one",
             )
         return Pair(public, secret)
 
-    def _opened(self) -> tuple[int, bytes, bytes | None]:
+    def _load(self) -> tuple[int, bytes, bytes | None]:
         try:
             mode = os.stat(self.path).st_mode
-            if stat.S_ISREG(mode):  # to open a pipe might take for ever
+            if stat.S_ISREG(mode):  # opening a pipe can block
                 return (mode, *load_certificate(self.path))
         except OSError as error:
             raise self._unusable(f"can't be read ({error.strerror or error})") from None
         except (ValueError, IndexError):
-            raise self._unusable("holds no key pair") from None
-        raise self._unusable("is no file")
+            raise self._unusable("has no key pair") from None
+        raise self._unusable("is not a regular file")
 
     def _unusable(self, why: str) -> AddressError:
         return AddressError(
             f"the key file {why}",
             got=self.path,
-            expected="a *.key_secret file as pyzmq writes it",
+            expected="a *.key_secret file written by pyzmq",
             remedy=HOW_TO_MAKE_ONE,
         )
 
@@ -134,19 +140,19 @@ class KeyFile:
 def _belong_together(public: bytes, secret: bytes) -> bool:
     try:
         return zmq.curve_public(secret) == public
-    except (ValueError, zmq.ZMQError):  # of another length, or no Z85
+    except (ValueError, zmq.ZMQError):  # a wrong length, or not Z85
         return False
 
 
 def as_client(socket: zmq.Socket[bytes], pair: Pair) -> None:
-    """Have ``socket`` connect to nobody but a holder of ``pair``, and as one."""
+    """Have ``socket`` use ``pair`` as its key, and connect only to a server that has it."""
     socket.setsockopt(zmq.CURVE_SERVERKEY, pair.public)
     socket.setsockopt(zmq.CURVE_PUBLICKEY, pair.public)
     socket.setsockopt(zmq.CURVE_SECRETKEY, pair.secret)
 
 
 def as_server(socket: zmq.Socket[bytes], pair: Pair) -> None:
-    """Have ``socket`` admit only those whom `start_zap_handler` lets pass."""
+    """Have ``socket`` accept only the clients that the handler of `start_zap_handler` accepts."""
     socket.setsockopt(zmq.CURVE_SERVER, 1)
     socket.setsockopt(zmq.CURVE_PUBLICKEY, pair.public)
     socket.setsockopt(zmq.CURVE_SECRETKEY, pair.secret)
@@ -155,40 +161,43 @@ def as_server(socket: zmq.Socket[bytes], pair: Pair) -> None:
 
 
 def start_zap_handler(context: zmq.Context[Any], pair: Pair) -> None:
-    """Have the servers of ``context`` admit the holders of ``pair``, and nobody else, until it ends.
+    """Have the servers of ``context`` accept only clients that have ``pair``, until the context ends.
 
     Raises:
-        AggregatorUnavailable: If no thread can be started for it.
+        AggregatorUnavailable: If its thread can't be started.
     """
-    # Of a shadow, so that context.destroy() leaves it to the thread that uses it.
+    # A shadow's socket: context.destroy() does not close it while the thread uses it.
     handler: zmq.Socket[bytes] = zmq.Context.shadow(context.underlying).socket(zmq.REP)
     try:
         handler.setsockopt(zmq.LINGER, 0)
         handler.bind(_ZAP)
         threads.NativeThread(lambda: _handle_zap(handler, pair), "tapes-curve").start()
     except BaseException as error:
-        handler.close()  # or the context would wait for it for ever
+        handler.close()  # else the end of the context would wait for it
         if not isinstance(error, RuntimeError):
             raise
-        raise AggregatorUnavailable("the aggregator can't start the thread that checks its clients") from None
+        raise AggregatorUnavailable(
+            "the aggregator can't start the thread that checks its clients' keys"
+        ) from None
 
 
 def _handle_zap(handler: zmq.Socket[bytes], pair: Pair) -> None:
-    holder = [b"CURVE", z85.decode(pair.public)]
-    warned = False
+    expected = [b"CURVE", z85.decode(pair.public)]
+    once = OnceLogger(_log)
     try:
         while True:
             request = handler.recv_multipart()
-            admitted = request[5:] == holder  # CURVE has them prove that the secret half is theirs too
-            if not admitted and not warned:
-                warned = True
-                who = b"".join(request[3:4]).decode("ascii", "replace")
-                _log.warning(
-                    "tapes refused a client at %s that holds another key; this is logged only once", who
+            is_accepted = request[5:] == expected  # CURVE makes clients prove that they have the secret half
+            if not is_accepted:
+                client = b"".join(request[3:4]).decode("ascii", "replace")
+                once.warning(
+                    "key",
+                    "tapes refused a client at %s that has another key; this is logged only once",
+                    client,
                 )
-            verdict = [b"200", b"OK", b"", b""] if admitted else [b"400", b"another key", b"", b""]
-            handler.send_multipart([b"1.0", b"".join(request[1:2]), *verdict])
-    except zmq.ZMQError:  # the context ends
+            result = [b"200", b"OK", b"", b""] if is_accepted else [b"400", b"another key", b"", b""]
+            handler.send_multipart([b"1.0", b"".join(request[1:2]), *result])
+    except zmq.ZMQError:  # the context has ended
         pass
     finally:
         handler.close()

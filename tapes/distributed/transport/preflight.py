@@ -1,7 +1,7 @@
-"""Room for 0MQ: libzmq ends the process where it gets no thread, no file descriptor or no memory.
+"""Checks before 0MQ is used: libzmq aborts the process if it can't get a thread, a descriptor or memory.
 
-So everything that it is about to take is taken and given back before. What is missing is an error then, and
-the process goes on without a connection.
+So each resource that it is about to allocate is allocated and released first. A shortage becomes an
+exception, and the process continues without a connection.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from tapes.threads import unpatched
 __all__ = ["check_descriptors", "check_memory", "new_context"]
 
 _DESCRIPTORS = 16
-"""Descriptors that a first socket takes, with some to spare."""
+"""Descriptors that a first socket needs, and some to spare."""
 _THREADS = 3
-"""Threads that a context takes, and one to spare."""
+"""Threads that a context needs, and one to spare."""
 _BYTES = 48 << 20
-"""Address space that a context and its sockets take: two stacks of 8 MB, and queues."""
-_THREAD_ENDS_SECONDS = 0.1
+"""Address space that a context and its sockets need: two stacks of 8 MB, and queues."""
+_THREAD_END_SECONDS = 0.1
+"""Maximum seconds to wait for the end of the threads."""
 _PAUSE_SECONDS = 0.0005
 
 
@@ -32,7 +33,7 @@ def new_context() -> zmq.Context[Any]:
     """Return a context whose threads run.
 
     Raises:
-        AggregatorUnavailable: If there is no room for it.
+        AggregatorUnavailable: If a resource is missing.
     """
     check_descriptors()
     check_memory(_BYTES)
@@ -43,7 +44,7 @@ def new_context() -> zmq.Context[Any]:
 
 
 def check_descriptors() -> None:
-    """Raise `AggregatorUnavailable` unless there are as many file descriptors as a first socket needs."""
+    """Raise `AggregatorUnavailable` unless the descriptors for a first socket are free."""
     found = []
     try:
         for _ in range(_DESCRIPTORS):
@@ -59,7 +60,7 @@ def check_descriptors() -> None:
 
 
 def check_memory(length: int) -> None:
-    """Raise `AggregatorUnavailable` unless ``length`` bytes of address space are left."""
+    """Raise `AggregatorUnavailable` unless ``length`` bytes of address space are free."""
     try:
         mmap.mmap(-1, length).close()
     except OSError as error:
@@ -70,14 +71,14 @@ def check_memory(length: int) -> None:
 
 
 def _check_threads() -> None:
-    """Raise `AggregatorUnavailable` unless as many threads can be started as a context needs."""
-    go_on: Any = unpatched("_thread", "allocate_lock")()
-    go_on.acquire()
+    """Raise `AggregatorUnavailable` unless the threads of a context can be started."""
+    finish: Any = unpatched("_thread", "allocate_lock")()
+    finish.acquire()
     idents: list[int] = []
 
     def wait() -> None:
         idents.append(unpatched("_thread", "get_native_id")())
-        with go_on:
+        with finish:
             pass
 
     started = 0
@@ -92,13 +93,13 @@ def _check_threads() -> None:
             "(pids.max of the container, TasksMax of systemd, ulimit -u)",
         ) from None
     finally:
-        go_on.release()
+        finish.release()
         _await_end(idents, started)
 
 
 def _await_end(idents: list[int], started: int) -> None:
-    """Wait until the threads have ended: until then they count."""
-    sleep, deadline = unpatched("time", "sleep"), time.monotonic() + _THREAD_ENDS_SECONDS
+    """Wait until the threads have ended: until then they count toward the limit."""
+    sleep, deadline = unpatched("time", "sleep"), time.monotonic() + _THREAD_END_SECONDS
     while time.monotonic() < deadline:
         if len(idents) == started and not any(os.path.exists(f"/proc/self/task/{one}") for one in idents):
             return

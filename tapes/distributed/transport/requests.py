@@ -1,10 +1,11 @@
-"""One question to the aggregator, and its answer."""
+"""One request to the aggregator, and its reply."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
+from collections.abc import Iterable
 
 import zmq
 
@@ -17,122 +18,104 @@ from tapes.errors import AggregatorUnavailable, WireError
 from tapes.processes import Process, host_id
 
 __all__ = [
-    "MAX_WAIT_SECONDS",
-    "TIMEOUT_SECONDS",
-    "OlderAggregator",
-    "Question",
-    "flush",
-    "keep_alive_for",
-    "request",
-    "request_hand_over",
-]
+    "MAX_WAIT_SECONDS", "TIMEOUT_SECONDS", "OlderAggregator", "Request", "flush", "incarnation",
+    "keep_alive_for", "request", "request_all", "request_hand_over",
+]  # fmt: skip
 
-Question = Read | Attach | Goodbye | Flush | HandOver
+Request = Read | Attach | Goodbye | Flush | HandOver
 
 TIMEOUT_SECONDS = 1.0
-"""So long a read or a goodbye waits for the aggregator."""
+"""Seconds to wait for the reply to a request."""
 MAX_WAIT_SECONDS = 10.0
-"""Maximum seconds that a reader waits for an answer that is being made."""
-_LOOK_MILLISECONDS = 100
+"""Maximum seconds to wait for a reply that the aggregator is preparing."""
+_POLL_MILLISECONDS = 100
 
 
 class OlderAggregator(AggregatorUnavailable):
-    """The aggregator speaks an older version of the wire and can't read what this process says."""
+    """The aggregator uses an older version of the wire and can't read the request."""
 
 
-def request(endpoints: Endpoints, reader: Socket, question: Question, deadline: float) -> Reply:
-    """Return the answer to ``question``.
+def request(endpoints: Endpoints, socket: Socket, message: Request, deadline: float) -> Reply:
+    """Send ``message`` and return the reply.
 
-    If another aggregator takes the place of the one that was asked, it is asked again: every question may be.
-    While the aggregator makes a long answer, ``deadline`` is put off, to 10 s at most.
+    If another aggregator replaces the one that got the message, it gets the message too: every request may be
+    repeated. While the aggregator prepares a long reply, ``deadline`` is extended, to 10 s at most.
 
     Raises:
-        AggregatorUnavailable: If there is no answer by ``deadline``.
-        OlderAggregator: If it can't read the question.
-        WireError: If the answer can't be read.
+        AggregatorUnavailable: If there is no reply by ``deadline``.
+        OlderAggregator: If the aggregator can't read the message.
+        WireError: If the reply can't be read.
     """
-    data = encode(question)
+    data = encode(message)
     latest = time.monotonic() + MAX_WAIT_SECONDS
-    asked = incarnation(endpoints)
-    _send(endpoints, reader, data, deadline)
+    receiver = incarnation(endpoints)
+    _send(endpoints, socket, data, deadline)
     while True:
         left = max(0.0, deadline - time.monotonic())
-        if reader.poll(min(_LOOK_MILLISECONDS, int(left * 1000) + 1), zmq.POLLIN):
-            answer = _received(reader)
-            if not isinstance(question, HandOver) and len(answer) > 1 and answer[1] < VERSION:
+        if socket.poll(min(_POLL_MILLISECONDS, int(left * 1000) + 1), zmq.POLLIN):
+            received = _receive(socket)
+            if not isinstance(message, HandOver) and len(received) > 1 and received[1] < VERSION:
                 raise OlderAggregator(
                     f"the aggregator at {endpoints.publish} is of an older version of tapes",
                     remedy="restart the process that started it",
                 )
-            reply = decode(answer)
-            # A question that could not be read is answered with number 0.
-            if isinstance(reply, Reply) and reply.correlation in (question.correlation, 0):
+            reply = decode(received)
+            # The reply to a message that could not be read has number 0.
+            if isinstance(reply, Reply) and reply.correlation in (message.correlation, 0):
                 if reply.status != WAIT:
                     return reply
                 deadline = max(deadline, min(time.monotonic() + TIMEOUT_SECONDS, latest))
         elif not left:
             raise _unanswered(endpoints)
-        elif asked != (asks := incarnation(endpoints)):
-            asked = asks
-            _send(endpoints, reader, data, deadline)
+        elif receiver != (current := incarnation(endpoints)):
+            receiver = current
+            _send(endpoints, socket, data, deadline)
 
 
-def _received(reader: Socket) -> memoryview | bytes:
-    parts = [frame.buffer for frame in reader.recv_multipart(zmq.NOBLOCK, copy=False)]
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def keep_alive_for(endpoints: Endpoints, *clients: Process) -> bool:
-    """Ask the aggregator to live as long as the processes ``clients``; return whether it said that it will.
+def request_all(endpoints: Endpoints, messages: Iterable[Request]) -> bool:
+    """Send messages on a socket of their own, each after the reply to the last; return whether all succeed.
 
     Raises:
-        OlderAggregator: If it can't read that.
+        TapesError, zmq.ZMQError: As `request` and `new_request_socket`.
     """
-    return _ask_once(endpoints, Attach(1, host_id(), clients))
-
-
-def request_hand_over(endpoints: Endpoints) -> bool:
-    """Ask an aggregator of an older version to make room; return whether it will."""
-    return _ask_once(endpoints, HandOver(1, VERSION))
-
-
-def flush(endpoints: Endpoints) -> bool:
-    """Have the aggregator's reporters report now; return whether they did, within a second.
-
-    It is no error if they did not: an aggregator of an earlier release can't be asked.
-    """
+    context = new_context()
     try:
-        return _ask_once(endpoints, Flush(1))
-    except OlderAggregator:
-        return False
-
-
-def _ask_once(endpoints: Endpoints, question: Question) -> bool:
-    try:
-        context = new_context()
-    except AggregatorUnavailable:
-        return False
-    try:
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        with contextlib.closing(new_request_socket(context, endpoints)) as reader:
-            return request(endpoints, reader, question, deadline).status == "ok"
-    except OlderAggregator:
-        raise
-    except (AggregatorUnavailable, WireError, zmq.ZMQError):
-        return False
+        with contextlib.closing(new_request_socket(context, endpoints)) as socket:
+            return all(
+                request(endpoints, socket, message, time.monotonic() + TIMEOUT_SECONDS).status == "ok"
+                for message in messages
+            )
     finally:
         context.destroy(linger=0)
 
 
-def _send(endpoints: Endpoints, reader: Socket, data: bytes, deadline: float) -> None:
-    left = max(0.0, deadline - time.monotonic())
-    if not reader.poll(int(left * 1000) + 1, zmq.POLLOUT):
-        raise _unanswered(endpoints)
-    reader.send(data, zmq.NOBLOCK)
+def keep_alive_for(endpoints: Endpoints, *clients: Process) -> bool:
+    """Ask the aggregator to live as long as the processes ``clients``; return whether it agreed.
+
+    Raises:
+        OlderAggregator: If it can't read the request.
+    """
+    return _request_once(endpoints, Attach(1, host_id(), clients))
+
+
+def request_hand_over(endpoints: Endpoints) -> bool:
+    """Ask an aggregator of an older version to hand over and exit; return whether it agreed."""
+    return _request_once(endpoints, HandOver(1, VERSION))
+
+
+def flush(endpoints: Endpoints) -> bool:
+    """Have the aggregator's reporters report now; return whether they have, within a second.
+
+    An aggregator of an older release can't do this; the result is ``False`` then.
+    """
+    try:
+        return _request_once(endpoints, Flush(1))
+    except OlderAggregator:
+        return False
 
 
 def incarnation(endpoints: Endpoints) -> tuple[int, int] | None:
-    """Return what tells the aggregator at an address from the one before it; ``None`` where nothing does."""
+    """Return a value that differs between an aggregator and the next one; ``None`` if it is not known."""
     try:
         found = os.stat(endpoints.lock or "")
     except OSError:
@@ -140,10 +123,31 @@ def incarnation(endpoints: Endpoints) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
+def _request_once(endpoints: Endpoints, message: Request) -> bool:
+    try:
+        return request_all(endpoints, [message])
+    except OlderAggregator:
+        raise
+    except (AggregatorUnavailable, WireError, zmq.ZMQError):
+        return False
+
+
+def _send(endpoints: Endpoints, socket: Socket, data: bytes, deadline: float) -> None:
+    left = max(0.0, deadline - time.monotonic())
+    if not socket.poll(int(left * 1000) + 1, zmq.POLLOUT):
+        raise _unanswered(endpoints)
+    socket.send(data, zmq.NOBLOCK)
+
+
+def _receive(socket: Socket) -> memoryview | bytes:
+    parts = [frame.buffer for frame in socket.recv_multipart(zmq.NOBLOCK, copy=False)]
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 def _unanswered(endpoints: Endpoints) -> AggregatorUnavailable:
     return AggregatorUnavailable(
         f"the aggregator at {endpoints.publish} did not answer within {TIMEOUT_SECONDS:g} s",
-        remedy="see that it runs: tapes.join(), RegistryAggregator(…).start(), tapes run, or gunicorn -c "
+        remedy="check that it runs: tapes.join(), RegistryAggregator(…).start(), tapes run, or gunicorn -c "
         "python:tapes.contrib.gunicorn_conf start one"
         + (", and has the same TAPES_CURVE_KEY" if endpoints.key else ""),
     )

@@ -1,4 +1,4 @@
-"""The 0MQ context of a connection, and its sockets for questions."""
+"""The 0MQ context of a connection, and its sockets for requests."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["SocketPool"]
 
 
 class SocketPool:
-    """Sockets for questions, each of which one thread uses at a time; nothing is opened before it is needed.
+    """Sockets for requests, each used by one thread at a time; opened when first needed.
 
     Attributes:
-        endpoints: Where the sockets connect to that are opened from now on.
+        endpoints: Where new sockets connect to.
     """
 
     def __init__(self, endpoints: Endpoints) -> None:
@@ -32,7 +32,7 @@ class SocketPool:
 
     @property
     def context(self) -> zmq.Context[Socket]:
-        """The context of all sockets; made if there is none."""
+        """The context of all sockets; made when first needed."""
         with self._lock:
             if self._context is None:
                 self._context = new_context()
@@ -40,27 +40,27 @@ class SocketPool:
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[Socket]:
-        """Yield a socket that no other thread uses; it is closed if the block fails.
+        """Yield a socket that no other thread uses; close it if the block fails.
 
         Raises:
-            AggregatorUnavailable: If there can't be one, or an answer can't be read.
+            AggregatorUnavailable: If none can be opened, or a reply can't be read.
         """
         try:
             try:
-                reader = self._idle.pop()
+                socket = self._idle.pop()
             except IndexError:
-                reader = new_request_socket(self.context, self.endpoints)
+                socket = new_request_socket(self.context, self.endpoints)
             try:
-                yield reader
+                yield socket
             except BaseException:
-                reader.close()  # a late answer must not meet the next question
+                socket.close()  # a late reply must not be taken for that to the next request
                 raise
         except (WireError, zmq.ZMQError) as error:
-            raise AggregatorUnavailable(f"the aggregator's answer can't be used ({error})") from error
-        self._idle.append(reader)
+            raise AggregatorUnavailable(f"the aggregator's reply can't be used ({error})") from error
+        self._idle.append(socket)
 
     def close(self, *, is_unused: bool) -> None:
-        """Close the idle sockets, and the context too if nothing else uses it."""
+        """Close the idle sockets; and the context, if ``is_unused`` says that no other socket is open."""
         while self._idle:
             self._idle.pop().close()
         context, self._context = self._context, None

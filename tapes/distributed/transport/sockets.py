@@ -1,17 +1,18 @@
-"""The four 0MQ sockets: what is set on each, and why.
+"""The four 0MQ sockets: which options each one has, and why.
 
-    worker:  XPUB   ──► SUB     :aggregator:   what workers publish
-             DEALER ──► ROUTER                 questions and goodbyes
+    worker:  XPUB   ──► SUB     :aggregator:   updates that workers publish
+             DEALER ──► ROUTER                 requests, goodbyes among them
 
-IMMEDIATE, as otherwise an XPUB that connects notices neither the death nor the return of its subscriber, and
-so that a question waits in the worker; XPUB_NODROP and a short queue, as otherwise a full queue drops the
-newest message without a word; XPUB_VERBOSE, so that a second subscription is seen while the first lingers;
-HEARTBEAT, as libzmq, when a send has failed, sends nothing more until there is something new to be sent.
+* IMMEDIATE: without it a connecting XPUB notices neither the death nor the return of its subscriber. And
+  requests wait in the worker.
+* XPUB_NODROP and a short queue: otherwise a full queue drops the newest message without an error.
+* XPUB_VERBOSE: a second subscription is seen while the first one lingers.
+* HEARTBEAT: after a failed send libzmq sends nothing until there is something new to send.
 
-The aggregator subscribes to everything, and to a topic of its own that says which version of the wire it
-speaks: that is how a worker learns of an older one.
+The aggregator subscribes to everything, and to a topic that names its version of the wire: so a worker
+notices an aggregator of an older release.
 
-Where the service has a key, TCP uses it at both ends: see `tapes.distributed.transport.curve`.
+TCP with a key uses it at both ends: see `tapes.distributed.transport.curve`.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ _ANNOUNCEMENT = re.compile(rb"\xfftapes wire (\d{1,6})")
 
 
 def bind(context: zmq.Context[Any], endpoints: Endpoints) -> tuple[Socket, Socket]:
-    """Return the aggregator's sockets for publications and for questions, closed to other users.
+    """Return the aggregator's sockets for publications and for requests; other users can't connect.
 
     Raises:
         AddressInUse, AddressError: If an address can't be bound, or its key can't be used.
-        AggregatorUnavailable: If nobody could be there to check keys.
+        AggregatorUnavailable: If the thread that checks keys can't be started.
     """
     pair = endpoints.key.pair() if endpoints.key else None
     if pair:
         curve.start_zap_handler(context, pair)
-    updates, questions = context.socket(zmq.SUB), context.socket(zmq.ROUTER)
+    updates, requests = context.socket(zmq.SUB), context.socket(zmq.ROUTER)
     updates.setsockopt(zmq.SUBSCRIBE, b"")
     updates.setsockopt(zmq.SUBSCRIBE, b"\xfftapes wire %d" % VERSION)
     umask = os.umask(0o077)
     try:
-        for endpoint, bound in ((endpoints.publish, updates), (endpoints.read, questions)):
+        for endpoint, bound in ((endpoints.publish, updates), (endpoints.read, requests)):
             bound.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
             bound.setsockopt(zmq.LINGER, 0)
             bound.setsockopt(zmq.IPV6, int("[" in endpoint))
@@ -63,30 +64,30 @@ def bind(context: zmq.Context[Any], endpoints: Endpoints) -> tuple[Socket, Socke
                 bound.bind(endpoint)
             except zmq.ZMQError as error:
                 updates.close()
-                questions.close()
+                requests.close()
                 kind = AddressInUse if error.errno == zmq.EADDRINUSE else AddressError
                 raise kind(
                     f"the aggregator can't bind {endpoint} ({error.strerror})",
-                    remedy="choose another address, or stop what listens there",
+                    remedy="choose another address, or stop the process that listens there",
                 ) from None
     finally:
         os.umask(umask)
-    return updates, questions
+    return updates, requests
 
 
-def bind_again(updates: Socket, questions: Socket, before: Endpoints, endpoints: Endpoints) -> None:
-    """Have the aggregator's sockets, whose files were removed, listen at ``endpoints``; connections stay.
+def bind_again(updates: Socket, requests: Socket, before: Endpoints, endpoints: Endpoints) -> None:
+    """Bind the aggregator's sockets, whose files were removed, at ``endpoints``; connections stay open.
 
     Raises:
-        AddressError: If that can't be done.
+        AddressError: If an address can't be bound.
     """
     umask = os.umask(0o077)
     try:
-        for bound, was, endpoint in (
-            (updates, before.publish, endpoints.publish), (questions, before.read, endpoints.read)
+        for bound, former, endpoint in (
+            (updates, before.publish, endpoints.publish), (requests, before.read, endpoints.read)
         ):  # fmt: skip
             with contextlib.suppress(zmq.ZMQError):
-                bound.unbind(was)
+                bound.unbind(former)
             bound.bind(endpoint)
     except zmq.ZMQError as error:
         raise AddressError(
@@ -97,7 +98,7 @@ def bind_again(updates: Socket, questions: Socket, before: Endpoints, endpoints:
 
 
 def new_publisher(context: zmq.Context[Any], endpoints: Endpoints) -> Socket:
-    """Return a worker's socket for what it publishes; raises as `new_request_socket`."""
+    """Return a worker's socket for its updates; raises as `new_request_socket`."""
     check_descriptors()
     publisher: Socket = context.socket(zmq.XPUB)
     for option, value in (
@@ -111,18 +112,18 @@ def new_publisher(context: zmq.Context[Any], endpoints: Endpoints) -> Socket:
 
 
 def new_request_socket(context: zmq.Context[Any], endpoints: Endpoints) -> Socket:
-    """Return a worker's socket for questions and goodbyes.
+    """Return a worker's socket for requests.
 
     Raises:
         AddressError: If the address can't be used.
         AggregatorUnavailable: If there are no file descriptors left.
     """
     check_descriptors()
-    reader: Socket = context.socket(zmq.DEALER)
+    requests: Socket = context.socket(zmq.DEALER)
     for option, value in ((zmq.IMMEDIATE, 1), (zmq.LINGER, 0), (zmq.MAXMSGSIZE, MAX_BYTES)):
-        reader.setsockopt(option, value)
-    _connect(reader, endpoints, endpoints.read)
-    return reader
+        requests.setsockopt(option, value)
+    _connect(requests, endpoints, endpoints.read)
+    return requests
 
 
 def _connect(connecting: Socket, endpoints: Endpoints, endpoint: str) -> None:
@@ -133,11 +134,11 @@ def _connect(connecting: Socket, endpoints: Endpoints, endpoint: str) -> None:
         connecting.connect(endpoint)
     except zmq.ZMQError as error:
         raise AddressError(
-            f"nothing can connect to {endpoint} ({error.strerror})", remedy="give another address"
+            f"can't connect to {endpoint} ({error.strerror})", remedy="use another address"
         ) from None
 
 
 def announced_version(topic: bytes) -> int | None:
-    """Return which version of the wire an aggregator announces by subscribing to ``topic``, if it does."""
+    """Return the version of the wire that ``topic`` announces; ``None`` for another topic."""
     match = _ANNOUNCEMENT.fullmatch(topic)
     return int(match[1]) if match else None
