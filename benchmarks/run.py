@@ -89,7 +89,7 @@ def versions() -> str:
 TEXT = """\
 # Benchmarks
 
-What recording costs beside other libraries, and which budgets are held. `make bench` writes this page.
+What recording costs compared with other libraries, and which budgets are held. `make bench` writes this page.
 This run: {python}, {cores} cores, {versions}.
 
 {summary}

@@ -252,7 +252,7 @@ the model is off. Memory is off by {worst} % at most.
 ## How it was measured
 
 A real aggregator receives what real registries hold, over real sockets, from as many workers as a line
-says. It decodes, applies and merges everything. All times are processor time of the aggregator, including
+names. It decodes, applies and merges everything. All times are processor time of the aggregator, including
 its 0MQ thread. Each is the least of several rounds, because neighbours on the machine can only add to it.
 """
 
