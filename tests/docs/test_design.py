@@ -42,6 +42,6 @@ def modules_of(layer):
 
 @pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract["containers"][0])
 def test_the_layers_of_the_tour_are_those_of_the_contract(contract):
-    """Each import contract of layers stands in docs/design.md, line by line, with comments behind two spaces."""
+    """docs/design.md shows the layers of each import contract, line by line; comments follow two spaces."""
     shown = [[modules_of(line.split("  ")[0]) for line in block.splitlines()] for block in BLOCKS]
     assert [modules_of(layer) for layer in contract["layers"]] in shown
