@@ -31,11 +31,9 @@ from typing import NamedTuple
 
 from tapes.clock import TICK_SECONDS
 
-__all__ = ["MAX_EVENTS", "MINUTES", "Rates"]
+__all__ = ["MINUTES", "Rates"]
 
 MINUTES = (1, 5, 15)
-MAX_EVENTS = 1e300
-"""More events a tick are counted as so many in the rates, which thus stay finite."""
 _KEEP_EXPONENTS = tuple(-TICK_SECONDS / 60.0 / minutes for minutes in MINUTES)
 
 
@@ -64,8 +62,7 @@ class Rates(NamedTuple):
     def mark(self, events: float, tick: int) -> Rates:
         """Return the state with ``events`` added in the interval that ``tick`` opened."""
         now = self.advance(tick)
-        events = min(now.pending + float(min(events, MAX_EVENTS)), MAX_EVENTS)
-        return Rates(now.tick, events, now.linear, now.first, now.first_count)
+        return Rates(now.tick, now.pending + events, now.linear, now.first, now.first_count)
 
     def advance(self, tick: int) -> Rates:
         """Return the state as of ``tick``; itself if ``tick`` is not later."""
@@ -101,12 +98,8 @@ class Rates(NamedTuple):
         first = min(state.first for state in every)
         return Rates(
             tick,
-            _within(sum(state.pending for state in every)),
-            tuple(_within(sum(rates)) for rates in zip(*(state.linear for state in every))),
+            sum(state.pending for state in every),
+            tuple(map(sum, zip(*(state.linear for state in every)))),
             first,
-            _within(sum(state.first_count for state in every if state.first == first)),
+            sum(state.first_count for state in every if state.first == first),
         )
-
-
-def _within(events: float) -> float:
-    return min(float(events), MAX_EVENTS)

@@ -22,7 +22,6 @@ Source: the decay is Cormode et al., "Forward Decay", 2009, with Dropwizard's al
 
 from __future__ import annotations
 
-import sys
 from array import array
 from bisect import bisect_left
 from collections import Counter
@@ -35,7 +34,7 @@ from typing import NamedTuple
 from tapes.bins import bin_key, bin_keys, bin_value
 from tapes.clock import TICK_SECONDS
 from tapes.distribution import Bins, Distribution
-from tapes.sums import Number, exact_sum, sum_of_batch
+from tapes.sums import Number, check_sum, exact_sum, sum_of_batch
 
 __all__ = ["EMPTY", "MAX_VALUES", "PENDING", "Sketch", "counts_array"]
 
@@ -46,6 +45,8 @@ MAX_VALUES = (1 << 64) - 1
 """The arrays have no room for more."""
 
 _PLAIN = frozenset({int, float})
+_HUGE = 1e288
+"""Sums need a check only if there was a larger value: `MAX_VALUES` smaller ones add up to a float."""
 _FEW = 8
 """Fresh keys are few where there are so many bins for each."""
 _DECAY_PER_TICK = 0.015 * TICK_SECONDS
@@ -53,11 +54,6 @@ _FORGOTTEN = 1e-15
 """A recent weight below this is dropped: one value, 38 minutes after it was the newest."""
 _RECENT = 0.01
 """The least weight that counts for the recent minimum and maximum: one value, about five minutes old."""
-
-
-def _within_floats(total: float) -> float:
-    """Return ``total``, kept from becoming infinite, which would make it NaN later."""
-    return max(-sys.float_info.max, min(total, sys.float_info.max))
 
 
 class Sketch(NamedTuple):
@@ -103,8 +99,8 @@ class Sketch(NamedTuple):
 
         Raises:
             ValueError, TypeError, OverflowError: If any value is not a finite number, or below ``least``, or
-                the first or the last is no plain ``int`` or ``float``; nothing is added. Foreign numbers
-                between these two may warn.
+                a sum would be beyond the range of floats, or the first or the last is no plain ``int`` or
+                ``float``; nothing is added. Foreign numbers between these two may warn.
         """
         if type(values[0]) not in _PLAIN or type(values[-1]) not in _PLAIN:
             raise TypeError("not all are plain numbers")
@@ -116,6 +112,9 @@ class Sketch(NamedTuple):
         new, low, high = bin_keys(values, low, high) if count else bin_keys(values)
         if low < least:
             raise ValueError(f"a value is less than {least:g}")
+        if high > _HUGE or low < -_HUGE:
+            check_sum(sum_parts, values)
+            check_sum((recent_sum,), values)
         batch_parts = sum_of_batch(values, low)
         folded = Sketch(
             count + len(values),
@@ -126,7 +125,7 @@ class Sketch(NamedTuple):
             counts,
             tick,
             weights,
-            _within_floats(recent_sum + fsum(batch_parts)),
+            recent_sum + fsum(batch_parts),
             fresh_keys,
             fresh_counts,
             pending + new,
@@ -224,10 +223,10 @@ class Sketch(NamedTuple):
         tick = max(sketch.tick for sketch in full)
         counts: dict[int, int] = {}
         weights: dict[int, float] = {}
-        recent_sum = 0.0
+        recent_sums = []
         for sketch in full:
             aged = sketch.compacted()._as_of(tick)
-            recent_sum = _within_floats(recent_sum + aged.recent_sum)
+            recent_sums.append(aged.recent_sum)
             for key, count, weight in zip(aged.keys, aged.counts, aged.weights):
                 if key in counts:
                     counts[key] += count
@@ -245,7 +244,7 @@ class Sketch(NamedTuple):
             counts_array(list(map(counts.__getitem__, keys))),
             tick,
             array("d", map(weights.__getitem__, keys)),
-            recent_sum,
+            (exact_sum(recent_sums) or (0.0,))[0],
         )
 
     @property

@@ -19,12 +19,27 @@ from fractions import Fraction
 from math import fsum, isfinite, ulp
 from typing import NamedTuple
 
-__all__ = ["LARGE", "Number", "Total", "exact_sum", "sum_of_batch"]
+__all__ = [
+    "LARGE",
+    "LIMIT",
+    "MAX_STEP",
+    "SUM_TOO_LARGE",
+    "Number",
+    "Total",
+    "check_sum",
+    "exact_sum",
+    "sum_of_batch",
+]
 
-_MOST = sys.float_info.max
+_MAX_FLOAT = sys.float_info.max
 _FLOAT_DIGITS = 2.0**53
 LARGE = 1e308
 """A number between it and its negative is finite; a sum of positive ones below it has only such summands."""
+LIMIT = 2.0**63
+"""Totals that one process counts are smaller; merged over workers they may be larger."""
+MAX_STEP = 1 << 53
+"""Maximum of what one call adds to a total: a float can hold every whole number up to it."""
+SUM_TOO_LARGE = "the sum would be beyond the range of floats"
 
 Number = int | float
 
@@ -32,7 +47,7 @@ Number = int | float
 def exact_sum(values: Iterable[Number]) -> tuple[float, ...]:
     """Return the exact sum of ``values``, taken as floats, as its canonical list; empty for zero.
 
-    A sum beyond the range of floats stays at the largest finite one.
+    A sum beyond the range of floats, as only one merged over workers can be, stays at the largest float.
 
     Raises:
         ValueError, TypeError: If a value is NaN, infinite, or no number.
@@ -48,8 +63,27 @@ def exact_sum(values: Iterable[Number]) -> tuple[float, ...]:
                 raise ValueError("a value is not finite")
             parts.append(part)
             rest.append(-part)
+    except OverflowError:  # perhaps only on the way
+        exact = sum(map(Fraction, rest), Fraction(0))
+    if abs(exact) > _MAX_FLOAT:
+        return (_MAX_FLOAT if exact > 0 else -_MAX_FLOAT,)
+    while exact:
+        parts.append(float(exact))
+        exact -= Fraction(parts[-1])
+    return tuple(parts)
+
+
+def check_sum(parts: tuple[float, ...], values: list[Number]) -> None:
+    """Check that ``values``, and their sum with ``parts``, add up to a float.
+
+    Raises:
+        ValueError: If they are beyond the range of floats, perhaps only on the way.
+    """
+    try:
+        fsum(values)
+        fsum((*parts, *values))
     except OverflowError:
-        return _expand(sum(map(Fraction, rest), Fraction(0)))
+        raise ValueError(SUM_TOO_LARGE) from None
 
 
 def sum_of_batch(values: list[Number], low: Number) -> tuple[float, ...]:
@@ -71,17 +105,6 @@ def sum_of_batch(values: list[Number], low: Number) -> tuple[float, ...]:
     return exact_sum(values)
 
 
-def _expand(total: Fraction) -> tuple[float, ...]:
-    """Return the canonical list of floats of an exact number, clamped to the range of floats."""
-    if abs(total) > _MOST:
-        return (_MOST if total > 0 else -_MOST,)
-    parts: list[float] = []
-    while total:
-        parts.append(float(total))
-        total -= Fraction(parts[-1])
-    return tuple(parts)
-
-
 class Total(NamedTuple):
     """An exact sum of numbers: whole numbers apart, so that counts stay ``int`` of any size."""
 
@@ -93,17 +116,14 @@ class Total(NamedTuple):
         """The sum: an ``int`` as long as nothing fractional was added."""
         if not self.parts:
             return self.whole
-        (total, *_) = exact_sum((*_expand(Fraction(self.whole)), *self.parts)) or (0.0,)
-        return total
+        near = float(self.whole)  # and below 2^106 the rest is a float too
+        return fsum((near, float(self.whole - int(near)), *self.parts))
 
     def add(self, values: list[Number]) -> Total:
         """Return this total with finite ``values`` added."""
-        try:
-            total = sum(values)
-        except OverflowError:  # a whole number that no float can hold, and floats
-            total = 0.0
+        total = sum(values)
         if type(total) is int:
-            return self._replace(whole=self.whole + total)
+            return Total(self.whole + total, self.parts)
         whole = sum(value for value in values if isinstance(value, int))
         floats = (value for value in values if not isinstance(value, int))
         return Total(self.whole + whole, exact_sum((*self.parts, *floats)))

@@ -18,6 +18,7 @@ from typing import Any
 
 from tapes.errors import BadValue, InvalidArgument
 from tapes.metrics import Counter, Gauge, Histogram, Meter, Metric, Timer
+from tapes.metrics.sifting import EXPECTED
 from tapes.naming import Labels, canonical_labels, selector
 from tapes.producing import run_producers
 from tapes.registry import Registry, default_registry
@@ -131,13 +132,14 @@ class _Strict(Registry):
         return metric
 
     def reject(self, name: str, labels: Labels, value: Any, why: str) -> None:
-        why, _, remedy = why.partition("; ") if why.startswith("it is ") else (why, "", "")
-        expected = {"it is not a finite number": "a finite number", "it is less than 0": "zero or more"}.get(
-            why
-        )
+        reason, _, remedy = why.partition("; ")
+        expected = EXPECTED.get(reason, "")
         what = "can't record it" if expected else f"can't be read: {why}"
         error = BadValue(
-            f"{name + selector(labels)!r} {what}", got=value, expected=expected or "", remedy=remedy
+            f"{name + selector(labels)!r} {what}",
+            got=value,
+            expected=expected,
+            remedy=remedy if expected else "",
         )
         if expected:
             raise error from None

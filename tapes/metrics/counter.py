@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from tapes.metrics.base import DOWN, FULL, Metric, checked_number
+from tapes.metrics.base import DOWN, FULL, Metric
 from tapes.metrics.origin import NOWHERE, Origin
+from tapes.metrics.sifting import NEGATIVE, TOO_LARGE, TOTAL_TOO_LARGE
 from tapes.naming import Labels
 from tapes.snapshot import CounterSeries
-from tapes.sums import LARGE, Number, Total
+from tapes.sums import LIMIT, MAX_STEP, Number, Total
 
-__all__ = ["Counter", "CounterState", "add_up"]
+__all__ = ["Counter", "CounterState", "add_ones", "add_up"]
 
 
 class CounterState(NamedTuple):
@@ -65,10 +66,11 @@ class Counter(Metric):
     """
 
     kind = "counter"
+    _least, _most = 0, MAX_STEP
     __slots__ = ()
 
     def increment(self, n: Number = 1) -> None:
-        """Add ``n``, zero or more; a negative ``n`` is a bad value: dropped, counted and logged.
+        """Add ``n``, from 0 to 2^53; any other ``n`` is a bad value: dropped, counted and logged.
 
         Cost: an append. Never raises, never waits.
         """
@@ -78,7 +80,7 @@ class Counter(Metric):
             self._fold(0.0)
 
     def decrement(self, n: Number = 1) -> None:
-        """Take ``n`` away, zero or more; a negative ``n`` is a bad value: dropped, counted and logged.
+        """Take ``n`` away, from 0 to 2^53; any other ``n`` is a bad value: dropped, counted and logged.
 
         Cost: an append. Never raises, never waits.
         """
@@ -90,28 +92,29 @@ class Counter(Metric):
     def _initial(self, now: float) -> CounterState:
         return CounterState(origin=Origin.now())
 
-    def _absorb(self, values: list[Any]) -> CounterState:
-        state = self._state
+    def _absorb(self, state: CounterState, values: list[Any]) -> CounterState:
         up, down, origin = state
         if values.count(1) == len(values):
-            return CounterState(Total(up.whole + len(values), up.parts), down, origin)
+            return CounterState(add_ones(up, len(values)), down, origin)
         if tuple not in map(type, values):
             return CounterState(add_up(up, values), down, origin)
         ups: list[Any] = []
         downs: list[Any] = []
         for value in values:
-            if type(value) is tuple and len(value) == 2 and value[1] is DOWN:
+            if _is_down(value):
                 downs.append(value[0])
             else:
                 ups.append(value)
         return CounterState(add_up(up, ups), add_up(down, downs), origin)
 
     def _checked(self, value: Any) -> Any:
-        is_down = _is_down(value)
-        given = value[0] if is_down else value
-        number = checked_number(given)
-        if number < 0:
-            raise ValueError(f"it is less than 0; use {'increment' if is_down else 'decrement'}()")
+        is_down, given = _is_down(value), self._raw(value)
+        try:
+            number = super()._checked(given)
+        except ValueError as error:
+            if str(error) != NEGATIVE:
+                raise
+            raise ValueError(f"{NEGATIVE}; use {'increment' if is_down else 'decrement'}()") from None
         if not is_down:
             return number
         return value if number is given else (number, DOWN)
@@ -124,20 +127,32 @@ def _is_down(value: Any) -> bool:
     return type(value) is tuple and len(value) == 2 and value[1] is DOWN
 
 
+def add_ones(total: Total, n: int) -> Total:
+    """Return ``total`` with ``n`` added; raises as `add_up`."""
+    return _bounded(Total(total.whole + n, total.parts))
+
+
 def add_up(total: Total, values: list[Any]) -> Total:
     """Return ``total`` with ``values`` added.
 
     Raises:
-        ValueError: If they are not all plain finite numbers of 0 or more; or what a stranger's number raises.
+        ValueError: If they are not all plain numbers from 0 to `MAX_STEP`, or the total would reach `LIMIT`;
+            or what a foreign number raises.
     """
     if not values:
         return total
     if not {int, float}.issuperset(map(type, values)) or min(values) < 0:
         raise ValueError("not all are plain numbers of 0 or more")
     together = sum(values)
-    if not together < LARGE:  # or one of them is not finite
-        for value in values:
-            checked_number(value)
+    if not together <= MAX_STEP and not all(value <= MAX_STEP for value in values):  # nor is NaN
+        raise ValueError(TOO_LARGE)
     if type(together) is int:
-        return Total(total.whole + together, total.parts)
-    return total.add(values)
+        return _bounded(Total(total.whole + together, total.parts))
+    return _bounded(total.add(values))
+
+
+def _bounded(total: Total) -> Total:
+    whole, parts = total
+    if (whole + parts[0] if parts else whole) >= LIMIT:
+        raise ValueError(TOTAL_TOO_LARGE)
+    return total

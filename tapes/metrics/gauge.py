@@ -6,20 +6,21 @@ import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import repeat
 from math import isfinite
 from operator import is_
 from types import MethodType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from tapes.clock import Clock
 from tapes.errors import InvalidArgument, safe_text
-from tapes.metrics.base import DOWN, FULL, Metric, Owner, State, checked_number
+from tapes.metrics.base import DOWN, FULL, Metric, Owner, State
+from tapes.metrics.merging import MERGE_MODES, GaugeState, MergeMode
+from tapes.metrics.sifting import checked_number
 from tapes.metrics.sleeping import SleepingBuffer
 from tapes.naming import Labels
-from tapes.snapshot import GaugeSeries
-from tapes.sums import LARGE, Number, Total
+from tapes.sums import LIMIT, SUM_TOO_LARGE, Number
 
 __all__ = ["DOWN_ONE", "MERGE_MODES", "UP_ONE", "Gauge", "GaugeState", "MergeMode", "Producer", "check_gauge"]
 
@@ -28,17 +29,6 @@ Producer = Callable[[], Number]
 _KEPT_SECONDS = 10.0
 """Seconds for which a gauge keeps its last value while its producer hangs."""
 _log = logging.getLogger("tapes.registry")
-
-MergeMode = Literal["sum", "max", "min", "mean", "last", "each"]
-MERGE_MODES = ("sum", "max", "min", "mean", "last", "each")
-"""How the gauges of several processes become one.
-
-``sum``, ``max``, ``min``, ``mean``: the sum, maximum, minimum and mean over live workers. An exited worker
-contributes nothing.
-``last``: the value that was set last. It stays after the worker that set it has exited, until another worker
-sets one.
-``each``: one series for each live worker, labelled ``worker``. The series of an exited worker goes.
-"""
 
 
 def check_gauge(producer: Any, merge: Any, weak: Any) -> None:
@@ -71,58 +61,6 @@ def check_gauge(producer: Any, merge: Any, weak: Any) -> None:
                 got=producer,
                 expected="a callable, or a method of an object, that can be weakly referenced",
             ) from None
-
-
-class GaugeState(NamedTuple):
-    """What a gauge stands at.
-
-    Attributes:
-        value: ``None`` if there is none, because its producer failed.
-        mode: One of `MERGE_MODES`.
-        since: When the value was set or produced, in seconds of the host's monotonic clock; ``None`` if
-            it never was, so that it doesn't count as a minimum. It orders the values of mode ``last``, of
-            which the newest also outlives its worker.
-    """
-
-    value: Number | None
-    mode: str
-    since: float | None
-
-    @staticmethod
-    def merge(states: Iterable[GaugeState]) -> GaugeState:
-        """Return the gauge of all processes, as the newest state's mode says."""
-        every = sorted(states, key=lambda state: -1.0 if state.since is None else state.since)
-        newest = every[-1]
-        values = [state.value for state in every if state.value is not None]
-        told = [state.value for state in every if state.value is not None and state.since is not None]
-        value: Number | None
-        if not told:
-            value = values[-1] if values else None
-        elif newest.mode in ("max", "min"):
-            value = max(told) if newest.mode == "max" else min(told)
-        elif newest.mode == "last":
-            value = told[-1]
-        else:
-            value = Total().add(told).value
-            value = value / len(told) if newest.mode == "mean" else value
-        return GaugeState(value, newest.mode, newest.since)
-
-    @staticmethod
-    def add(states: Iterable[GaugeState]) -> GaugeState:
-        """Return the sum of gauges, whatever their mode, as of the newest."""
-        every = list(states)
-        newest = max(every, key=lambda state: -1.0 if state.since is None else state.since)
-        values = [state.value for state in every if state.value is not None]
-        return GaugeState(Total().add(values).value if values else None, newest.mode, newest.since)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether it was never set."""
-        return self.since is None
-
-    def series(self, labels: Labels, tick: int) -> GaugeSeries | None:
-        """Return what a reader sees; ``None`` if the producer failed."""
-        return None if self.value is None else GaugeSeries(labels, self.value)
 
 
 _UP = object()
@@ -244,7 +182,7 @@ class Gauge(Metric):
 
         Cost: a comparison and a store. Never raises, never waits.
         """
-        if type(value) in (int, float) and -LARGE < value < LARGE:  # which NaN is not
+        if type(value) in (int, float) and -LIMIT < value < LIMIT:  # which NaN is not
             self._set = (value, self._clock() if self.mode == "last" else None)
         else:
             self._set_unusual(value)
@@ -330,8 +268,7 @@ class Gauge(Metric):
         if inherited is None or self._producer is not None or self._set is not None:
             return own
         before: Any = inherited.total_state()
-        since = before.since if own.since is None else own.since
-        return GaugeState(before.value + own.value, self.mode, since)
+        return GaugeState.add((before, own))
 
     def detach_inherited(self) -> Metric | None:
         """Stand at nothing of its own in a forked child; return a gauge of the value, if it was ever set."""
@@ -380,28 +317,27 @@ class Gauge(Metric):
         return self._state.base is self._set
 
     def _compacted(self) -> _Standing:
-        return self._absorb([])
+        return self._absorb(self._state, [])
 
-    def _absorb(self, values: list[Any]) -> _Standing:
-        (value, _, since), before = self._state
+    def _absorb(self, state: Any, values: list[Any]) -> _Standing:
+        (value, _, since), before = state
         base = self._set  # read after the values were taken, so none of them is newer
         if base is None:
             # The steps of adapters are the same two objects, which are counted in C.
             ups, downs = (sum(map(is_, values, repeat(step))) for step in (UP_ONE, DOWN_ONE))
             if ups + downs == len(values):
                 since = self._clock() if since is None and values else since
-                return _Standing(GaugeState(value + ups - downs, self.mode, since), None)
+                return _Standing(GaugeState(checked_number(value + ups - downs), self.mode, since), None)
         elif base is not before:
             value, since = base
         for number, how, its_base in values:
             if type(number) not in (int, float) or not isfinite(number):
                 raise ValueError("not all are plain finite numbers")
-            if its_base is not base:
-                continue
-            try:
-                value = checked_number(value - number if how is DOWN else value + number)
-            except ValueError:
-                self._bad.append((number, "the gauge would not be finite"))
+            if its_base is base:
+                try:
+                    value = checked_number(value - number if how is DOWN else value + number)
+                except ValueError:
+                    raise ValueError(SUM_TOO_LARGE) from None
         if since is None and (values or base is not None):
             since = self._clock()
         return _Standing(GaugeState(value, self.mode, since), base)

@@ -85,6 +85,5 @@ class Histogram(Metric):
         state = self._state
         return state if state.sketch.is_compacted else HistogramState(state.sketch.compacted(), state.origin)
 
-    def _absorb(self, values: list[Any]) -> HistogramState:
-        state = self._state
+    def _absorb(self, state: HistogramState, values: list[Any]) -> HistogramState:
         return HistogramState(state.sketch.fold(values, tick_at(self._clock())), state.origin)

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from tapes.clock import TICK_SECONDS, tick_at
 from tapes.ewma import Rates
 from tapes.metrics.base import FULL, Metric
-from tapes.metrics.counter import add_up
+from tapes.metrics.counter import add_ones, add_up
 from tapes.metrics.origin import NOWHERE, Origin
 from tapes.naming import Labels
 from tapes.snapshot import MeterSeries
-from tapes.sums import Number, Total, exact_sum
+from tapes.sums import MAX_STEP, Number, Total, exact_sum
 
 __all__ = ["Meter", "MeterState", "Ticking"]
 
@@ -89,11 +89,11 @@ class Meter(Ticking):
     """
 
     kind = "meter"
-    _least = 0.0
+    _least, _most = 0, MAX_STEP
     __slots__ = ()
 
     def mark(self, n: Number = 1) -> None:
-        """Note ``n`` events, zero or more, as of now; a bad ``n`` is dropped, counted and logged.
+        """Note ``n`` events as of now, from 0 to 2^53; a bad ``n`` is dropped, counted and logged.
 
         Cost: a clock read and an append. Never raises, never waits.
         """
@@ -109,10 +109,9 @@ class Meter(Ticking):
         self._set_tick(now)
         return MeterState(Total(), Rates.started(self._tick), Origin.now())
 
-    def _absorb(self, values: list[Any]) -> MeterState:
-        state = self._state
+    def _absorb(self, state: MeterState, values: list[Any]) -> MeterState:
         if values.count(1) == len(values):
-            count = Total(state.count.whole + len(values), state.count.parts)
+            count = add_ones(state.count, len(values))
         else:
             count = add_up(state.count, values)
         if count.parts == state.count.parts:

@@ -68,7 +68,7 @@ class Timer(Ticking):
     """
 
     kind = "timer"
-    _least = 0.0
+    _least = 0
     __slots__ = ()
 
     def time(self, function: None = None) -> Timing:
@@ -124,7 +124,6 @@ class Timer(Ticking):
     def _checked(self, value: Any) -> Any:
         return super()._checked(value.total_seconds() if isinstance(value, timedelta) else value)
 
-    def _absorb(self, values: list[Any]) -> TimerState:
-        state = self._state
+    def _absorb(self, state: TimerState, values: list[Any]) -> TimerState:
         sketch = state.sketch.fold(values, self._tick, self._least)
         return TimerState(sketch, state.rates.mark(len(values), self._tick), state.origin)

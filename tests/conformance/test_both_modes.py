@@ -98,14 +98,17 @@ def test_a_producer_may_read_the_registry(registry):
 
 
 def test_extreme_values_keep_every_read_alive(registry):
-    """The largest numbers, twice, with a publication between."""
+    """The largest numbers, and larger ones, are recorded twice with a publication between."""
     for _ in range(2):
         registry.histogram("h").update(1.7e308)
         registry.gauge("g").set(1.7e308)
-        registry.meter("m").mark(1e308)
-        registry.counter("c").increment(10**300)
+        for too_large in (0, 1):
+            registry.meter("m").mark(2**53 + too_large)
+            registry.counter("c").increment(2**53 + too_large)
         registry.get_stats()
-    assert registry.get_stats().c.value == 2 * 10**300
+    stats = registry.get_stats()
+    assert (stats.c.value, stats.m["count"], stats.h["count"], stats.g.value) == (2**54, 2**54, 1, 1.7e308)
+    assert stats.tapes.rejected.value == 5
     json.loads(render(registry, "json"))
 
 

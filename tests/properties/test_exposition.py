@@ -239,7 +239,7 @@ def test_what_is_remembered_of_names_never_shows(steps):
             assert first == again == afresh == exposition.render(registry, openmetrics=openmetrics)
 
 
-@given(st.lists(finite, max_size=30), buckets)
+@given(st.lists(st.floats(-1e306, 1e306), max_size=30), buckets)
 @example([1.0, 1e200, -1e200], [-1e300, 1e38, 1e100, 1e300])
 @example([100.0], [99.9, 100.0, 100.1])
 def test_counts_below_many_bounds_are_those_below_each(values, bounds):

@@ -18,6 +18,7 @@ from tapes.exposition.endpoint import answer
 from tapes.exposition.prometheus import render as render_prometheus
 from tapes.metrics.counter import CounterState
 from tapes.snapshot import Family, Snapshot
+from tapes.sums import Total
 
 
 @pytest.fixture
@@ -211,15 +212,16 @@ def test_openmetrics_says_when_a_series_began(registry):
 
 
 def test_whole_numbers_are_written_to_the_last_digit(registry):
-    """Beyond what a float holds exactly; and where a sum is beyond any float, the largest."""
-    registry.counter("c").increment(2**53 + 1)
-    for _ in range(3):
-        registry.counter("huge").increment(int(1.7e308))
-        registry.counter("low").decrement(int(1.7e308))
+    """A whole number is written in digits, also beyond 2^53, and beyond 2^63 where workers are merged."""
+    for step in (2**53, 1):
+        registry.counter("c").increment(step)
+        registry.counter("low").decrement(step)
     text = render(registry, "prometheus").decode()
     assert "c_total 9007199254740993\n" in text
-    assert "huge_total 1.7976931348623157e+308\n" in text
-    assert "low_net -1.7976931348623157e+308\n" in text
+    assert "low_net -9007199254740993\n" in text
+    merged = CounterState(Total(3 * 2**63 + 1))
+    text = write(Snapshot([Family("c", "counter", None, [()], [merged], 0)]), "prometheus").decode()
+    assert "c_total 27670116110564327425\n" in text
 
 
 def test_a_description_says_which_buckets(registry):

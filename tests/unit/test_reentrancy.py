@@ -164,8 +164,8 @@ def interrupt(metric, interruption):
     """Let ``interruption(metric)`` run at the end of the first batch that ``metric`` absorbs."""
     absorb, done = type(metric)._absorb, []
 
-    def interrupted(self, values):
-        state = absorb(self, values)
+    def interrupted(self, state, values):
+        state = absorb(self, state, values)
         if not done:
             done.append(True)
             interruption(self)
@@ -186,11 +186,11 @@ def test_a_handlers_exception_goes_on_whatever_is_in_the_batch(kind, bad):
     metric = getattr(registry, kind)("m")
     absorb, calls = type(metric)._absorb, []
 
-    def interrupted(self, values):
+    def interrupted(self, state, values):
         calls.append(values)
         if len(calls) == 1:
             raise TimedOut
-        return absorb(self, values)
+        return absorb(self, state, values)
 
     metric.__class__ = type("Interrupted", (type(metric),), {"__slots__": (), "_absorb": interrupted})
     for value in (1, 1, bad, 1):

@@ -152,19 +152,33 @@ def test_a_mean_is_exact_where_all_values_are_at_the_edges_of_their_bins():
             assert view.mean == pytest.approx(statistics.mean(values), rel=1e-12)
 
 
-def test_recent_sums_of_the_largest_numbers_stay_finite():
-    """Folded or merged, of either sign, and what comes after them has a mean."""
+def test_merged_sums_of_the_largest_numbers_stay_finite():
+    """A sum that only merging takes beyond the range of floats stays at the largest, of either sign."""
     for sign in (1.0, -1.0):
         one = EMPTY.fold([sign * 1.7e308], 0)
-        for both in (one.fold([sign * 1.7e308], 0), Sketch.merge([one, one])):
-            assert both.recent.sum == both.lifetime.sum == sign * sys.float_info.max
-            assert both.fold([2.0], 10_000).recent.mean == 2.0
+        both = Sketch.merge([one, one])
+        assert both.recent.sum == both.lifetime.sum == sign * sys.float_info.max
+        assert both.fold([sign * -1.0], 10_000).recent.mean == sign * -1.0
 
 
-def test_a_batch_whose_sum_is_beyond_the_range_of_floats_counts():
-    """Its sum stays at the largest float, and the small values beside the large ones are not lost."""
-    sketch = EMPTY.fold([1.0, 1.7e308, 1.7e308, 2.0], 0)
-    assert (sketch.count, sketch.lifetime.sum) == (4, sys.float_info.max)
+@pytest.mark.parametrize(
+    "values", [[1.0, 1.7e308, 1.7e308, 2.0], [-1.7e308, -(10**308)], [10**308, 10**308, 0.5]]
+)
+def test_a_batch_whose_sum_is_beyond_the_range_of_floats_is_refused(values):
+    """Nothing of such a batch is added, whether the sum or the sum with what came before is too large."""
+    with pytest.raises((ValueError, OverflowError)):
+        EMPTY.fold(values, 0)
+    with pytest.raises((ValueError, OverflowError)):
+        EMPTY.fold(values[:1], 0).fold([values[1]], 0).fold(values[2:] or [values[0]], 0)
+
+
+def test_a_recent_sum_beyond_the_range_of_floats_is_refused():
+    """The lifetime's sum has come back into the range, the recent one has forgotten why."""
+    sketch = EMPTY.fold([-1.7e308], 0).fold([1.7e308], 100_000)
+    assert (sketch.lifetime.sum, sketch.recent.sum) == (0.0, 1.7e308)
+    with pytest.raises(ValueError, match="beyond the range"):
+        sketch.fold([1e308], 100_000)
+    assert sketch.fold([1e306], 100_000).recent.sum == 1.7e308 + 1e306
 
 
 def test_a_tick_of_many_values_takes_bounded_memory():

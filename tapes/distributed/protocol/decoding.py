@@ -32,7 +32,7 @@ from tapes.distributed.protocol.messages import (
     Update,
 )
 from tapes.distributed.protocol.unpacker import Unpacker, check
-from tapes.ewma import MAX_EVENTS, Rates
+from tapes.ewma import Rates
 from tapes.metrics import (
     MERGE_MODES,
     CounterState,
@@ -49,12 +49,14 @@ from tapes.sketch import EMPTY, MAX_VALUES, Sketch, counts_array
 from tapes.snapshot import Description
 from tapes.sums import Number, Total
 
-__all__ = ["MAX_DIGITS", "MAX_WHOLE", "STATES", "decoded"]
+__all__ = ["MAX_DIGITS", "MAX_EVENTS", "MAX_WHOLE", "STATES", "decoded"]
 
 MAX_WHOLE = (1 << 63) - 1
 """No whole number is larger, totals apart."""
-MAX_DIGITS = 400
-"""So many digits has an exact total at most; those of floats have 309."""
+MAX_DIGITS = 31
+"""Maximum digits of an exact total: one process counts less than 2^63, and 2^36 of them less than 2^99."""
+MAX_EVENTS = 2.0**80
+"""Maximum of events and rates: one process counts less than 2^63, and 2^16 of them less than 2^79."""
 _MAX_PROCESSES = 1 << 16
 """Each is watched; no kernel has as many under one supervisor."""
 _MAX_PARTS = 64

@@ -26,7 +26,7 @@ from typing import Any
 
 import msgpack
 
-from tapes.distributed.protocol.decoding import MAX_DIGITS, MAX_WHOLE, STATES, decoded
+from tapes.distributed.protocol.decoding import MAX_DIGITS, MAX_EVENTS, MAX_WHOLE, STATES, decoded
 from tapes.distributed.protocol.messages import HandOver, Merged, Message, Reply
 from tapes.distributed.protocol.unpacker import Unpacker
 from tapes.errors import WireError, safe_text
@@ -167,7 +167,10 @@ def _plain_gauge(state: GaugeState) -> list[Any]:
 
 
 def _plain_rates(rates: Rates) -> list[Any]:
-    return [rates.tick, rates.pending, list(rates.linear), rates.first, rates.first_count]
+    pending, *linear, first_count = (
+        min(events, MAX_EVENTS) for events in (rates.pending, *rates.linear, rates.first_count)
+    )
+    return [rates.tick, pending, linear, rates.first, first_count]
 
 
 def _plain_sketch(sketch: Sketch) -> list[Any]:

@@ -1,0 +1,80 @@
+"""How the gauges of several workers become one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+from tapes.naming import Labels
+from tapes.snapshot import GaugeSeries
+from tapes.sums import Number, Total
+
+__all__ = ["MERGE_MODES", "GaugeState", "MergeMode"]
+
+MergeMode = Literal["sum", "max", "min", "mean", "last", "each"]
+MERGE_MODES = ("sum", "max", "min", "mean", "last", "each")
+"""How the gauges of several workers become one.
+
+``sum``, ``max``, ``min``, ``mean``: the sum, maximum, minimum and mean over live workers. An exited worker
+contributes nothing.
+``last``: the value that was set last. It stays after the worker that set it has exited, until another worker
+sets one.
+``each``: one series for each live worker, labelled ``worker``. The series of an exited worker goes.
+"""
+
+
+class GaugeState(NamedTuple):
+    """The value of a gauge, and when it was set.
+
+    Attributes:
+        value: ``None`` if there is none, because its producer failed.
+        mode: One of `MERGE_MODES`.
+        since: When the value was set or produced, in seconds of the host's monotonic clock; ``None`` if
+            it never was, so that it doesn't count as a minimum. It orders the values of mode ``last``, of
+            which the newest also outlives its worker.
+    """
+
+    value: Number | None
+    mode: str
+    since: float | None
+
+    @staticmethod
+    def merge(states: Iterable[GaugeState]) -> GaugeState:
+        """Return the gauge of all workers, as the newest state's mode says."""
+        every = sorted(states, key=_age_key)
+        newest = every[-1]
+        values = [state.value for state in every if state.value is not None]
+        was_set = [state.value for state in every if state.value is not None and state.since is not None]
+        value: Number | None
+        if not was_set:
+            value = values[-1] if values else None
+        elif newest.mode in ("max", "min"):
+            value = max(was_set) if newest.mode == "max" else min(was_set)
+        elif newest.mode == "last":
+            value = was_set[-1]
+        else:
+            value = Total().add(was_set).value
+            value = value / len(was_set) if newest.mode == "mean" else value
+        return GaugeState(value, newest.mode, newest.since)
+
+    @staticmethod
+    def add(states: Iterable[GaugeState]) -> GaugeState:
+        """Return the sum of gauges, whatever their mode, as of the newest."""
+        every = list(states)
+        newest = max(every, key=_age_key)
+        values = [state.value for state in every if state.value is not None]
+        return GaugeState(Total().add(values).value if values else None, newest.mode, newest.since)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it was never set."""
+        return self.since is None
+
+    def series(self, labels: Labels, tick: int) -> GaugeSeries | None:
+        """Return what a reader sees; ``None`` if the producer failed."""
+        return None if self.value is None else GaugeSeries(labels, self.value)
+
+
+def _age_key(state: GaugeState) -> float:
+    """Order states by when they were set; those that never were come first."""
+    return -1.0 if state.since is None else state.since
