@@ -9,25 +9,11 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.test import Client as WerkzeugClient
 
 import tapes
+from tapes.contrib import wsgi
 from tapes.contrib.flask import Tapes, TapesMiddleware
 from tapes.errors import InvalidArgument
 from tests.contrib.recorded import active, counts
-
-
-@pytest.fixture
-def registry():
-    return tapes.Registry()
-
-
-def small_app(name="shop"):
-    app = flask.Flask(name)
-    app.add_url_rule("/users/<user>", "user", lambda user: user)
-    return app
-
-
-def ask(app, path, **more):
-    """The status of one answer, read to its end."""
-    return WerkzeugClient(app).open(path, buffered=True, **more).status_code
+from tests.contrib.wsgi.shop import ask, small_app
 
 
 def test_one_extension_for_many_applications(registry):
@@ -85,6 +71,35 @@ def test_views_are_left_out_by_a_decorator(registry):
     assert active(registry) == 0
     assert ask(app, "/users/7") == 200
     assert counts(registry) == {("GET", "/users/<user>", "200"): 1}
+
+
+def test_templates_of_views_and_blueprints(registry):
+    """A view that aborts or fails keeps its template, and so does a view of a blueprint."""
+    app, admin = flask.Flask("shop"), flask.Blueprint("admin", "admin", url_prefix="/admin")
+
+    @app.route("/users/<int:number>")
+    def user(number):
+        flask.abort(404)
+
+    @app.route("/broken")
+    def broken():
+        raise RuntimeError("broken")
+
+    admin.add_url_rule("/things/<path:name>", "things", lambda name: name)
+    app.register_blueprint(admin)
+    app.wsgi_app = TapesMiddleware(app.wsgi_app, registry)
+    for path, status in (("/users/404", 404), ("/broken", 500), ("/admin/things/a/b/c", 200)):
+        assert ask(app, path) == status
+    assert counts(registry) == {
+        ("GET", "/users/<int:number>", "404"): 1,
+        ("GET", "/broken", "500"): 1,
+        ("GET", "/admin/things/<path:name>", "200"): 1,
+    }
+
+
+def test_both_import_paths_are_the_same():
+    """tapes.contrib.flask exports the TapesMiddleware of tapes.contrib.wsgi."""
+    assert TapesMiddleware is wsgi.TapesMiddleware
 
 
 def test_templates_of_nested_blueprints_and_hosts(registry):

@@ -20,41 +20,16 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.wrappers import Request
 
-import tapes
 from tapes.contrib.asgi import TapesMiddleware
 from tapes.contrib.flask import Tapes
 from tapes.contrib.wsgi import TapesMiddleware as WSGIMiddleware
+from tests.contrib.asgi.server import ask, plain
+from tests.contrib.asgi.shop import TEMPLATES, hello, shop
+from tests.contrib.copies import Copying, copied, copying_function
 from tests.contrib.recorded import active, counts
-from tests.contrib.test_asgi import TEMPLATES, ask, hello, plain, shop
-from tests.contrib.test_flask import ask as ask_flask
-from tests.contrib.test_flask import small_app
+from tests.contrib.wsgi.shop import answers, small_app
+from tests.contrib.wsgi.shop import ask as ask_flask
 from tests.processes import EXAMPLES, run_python
-
-
-@pytest.fixture
-def registry():
-    return tapes.Registry()
-
-
-class Copying:
-    """A middleware of a class, for ASGI."""
-
-    def __init__(self, app, copying=dict):
-        self.app = app
-        self.copying = copying
-
-    async def __call__(self, scope, receive, send):
-        await self.app(self.copying(scope), receive, send)
-
-
-def copying_function(app):
-    """A middleware of a closure, for ASGI."""
-
-    async def call(scope, receive, send):
-        await app({**scope}, receive, send)
-
-    return call
-
 
 WRAPS = {
     "class": Copying,
@@ -224,10 +199,10 @@ urlpatterns = [path("users/<int:n>", lambda request, n: HttpResponse("x")),
 
 import django
 import tapes
+from tests.contrib.asgi.server import ask
+from tests.contrib.copies import copied
 from tests.contrib.recorded import counts
-from tests.contrib.test_asgi import ask
-from tests.contrib.test_flask import ask as ask_wsgi
-from tests.contrib.test_routes import copied
+from tests.contrib.wsgi.shop import ask as ask_wsgi
 
 registry = tapes.Registry()
 django.setup()
@@ -255,10 +230,6 @@ def test_django_needs_no_middleware(protocol):
     """Its resolver is asked where no middleware has left the template."""
     done = run_python(DJANGO, cwd=EXAMPLES.parent, PROTOCOL=protocol)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
-
-
-def copied(app):
-    return lambda environ, start_response: app({**environ}, start_response)
 
 
 def rebuilt(kind):
@@ -355,11 +326,6 @@ def test_templates_below_a_dispatcher_behind_a_copy(registry):
     for path in ("/users/7", "/api/nothing"):
         ask_flask(app, path)
     assert counts(registry) == {("GET", "/users/<user>", "200"): 1, ("GET", "<unmatched>", "404"): 1}
-
-
-def answers(environ, start_response):
-    start_response(environ["PATH_INFO"][1:] + " X", [])
-    return [b""]
 
 
 def unmatched_lines(caplog):

@@ -22,17 +22,13 @@ from tapes.contrib.asgi import TapesMiddleware
 from tapes.contrib.flask import Tapes
 from tapes.contrib.tornado import MetricsHandler, instrument
 from tapes.contrib.wsgi import TapesMiddleware as WSGIMiddleware
+from tests.contrib.asgi.server import Answer, ask, plain, receiving, scope_of
+from tests.contrib.asgi.shop import hello, shop
+from tests.contrib.copies import Copying, copied
 from tests.contrib.recorded import active, counts
-from tests.contrib.test_asgi import Answer, ask, hello, plain, receiving, scope_of, shop
-from tests.contrib.test_flask import ask as ask_flask
-from tests.contrib.test_flask import small_app
-from tests.contrib.test_routes import Copying, answers, copied
-from tests.contrib.test_tornado import fetching
-
-
-@pytest.fixture
-def registry():
-    return tapes.Registry()
+from tests.contrib.tornado.server import fetching
+from tests.contrib.wsgi.shop import answers, small_app
+from tests.contrib.wsgi.shop import ask as ask_flask
 
 
 @pytest.fixture(autouse=True)

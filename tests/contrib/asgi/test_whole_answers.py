@@ -1,4 +1,4 @@
-"""A complete answer has its own status, also where the server reports the end while it still writes."""
+"""A complete answer keeps its status, also if the server reports the end while it still writes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,11 @@ import anyio
 import pytest
 from starlette.responses import StreamingResponse
 
-import tapes
 from tapes.contrib.asgi import TapesMiddleware
+from tests.contrib.asgi.server import BACKENDS, Answer, plain, receiving, scope_of
 from tests.contrib.recorded import active, counts
-from tests.contrib.test_asgi import BACKENDS, Answer, plain, receiving, scope_of
 
 OLD = {"version": "3.0", "spec_version": "2.1"}  # where Starlette listens for a disconnect while it streams
-
-
-@pytest.fixture
-def registry():
-    return tapes.Registry()
 
 
 def start(*lengths, status=200, **more):
@@ -102,7 +96,7 @@ TRAILERS = {"type": "http.response.trailers", "headers": []}
     ],
 )  # fmt: skip
 def test_a_disconnect_while_the_server_writes(registry, backend, messages, ends, method, status):
-    """The status is 499 only where a part of the answer was not handed to the server."""
+    """A disconnect while the server writes is a 499 only if a part of the answer was missing."""
 
     async def main():
         await exchange(sending(*messages), registry, ends, method)
@@ -114,7 +108,7 @@ def test_a_disconnect_while_the_server_writes(registry, backend, messages, ends,
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_stream_of_starlette_that_ends_while_its_last_piece_is_written(registry, backend):
-    """Starlette cancels its own stream then; the answer is complete."""
+    """A stream that Starlette cancels while its last piece is written is complete, so it keeps its status."""
 
     async def app(scope, receive, send):
         async def pieces():
@@ -127,7 +121,7 @@ def test_a_stream_of_starlette_that_ends_while_its_last_piece_is_written(registr
 
 
 def test_a_last_piece_that_can_not_be_written_is_499(registry):
-    """An error of send() shows that the client did not get the answer, whatever its length."""
+    """If the last piece can not be written, the status is 499, whatever the length of the answer."""
 
     async def broken_pipe(message):
         if message["type"] == "http.response.body":
@@ -144,7 +138,7 @@ def test_a_last_piece_that_can_not_be_written_is_499(registry):
 
 
 def test_a_cancelled_last_piece_without_a_disconnect_is_499(registry):
-    """The task was cancelled, and the server has not reported that the exchange is over."""
+    """If the task is cancelled, and the server has not reported the end, the status is 499."""
 
     async def stuck(message):
         if message["type"] == "http.response.body":
@@ -159,7 +153,7 @@ def test_a_cancelled_last_piece_without_a_disconnect_is_499(registry):
 
 
 def test_a_refused_handshake_whose_end_is_reported_while_it_is_written(registry):
-    """A websocket that the application closes, or answers with a response, keeps its status."""
+    """A handshake that the application refuses keeps its status if the end is reported meanwhile."""
 
     async def refuse(scope, receive, send):
         async with anyio.create_task_group() as tasks:
