@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures and settings of all tests."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ hypothesis.settings.load_profile("tapes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let tests fork in a process of pytest-xdist: it has a thread of its own, of which Python warns.
+    """Allow forks in processes of pytest-xdist, and restore the default handling of SIGINT and SIGQUIT.
 
-    A shell has what it runs in the background ignore ctrl-C, and whatever that runs too; not services here.
+    pytest-xdist has a thread of its own, and Python warns of a fork beside a thread. A shell lets background
+    commands ignore SIGINT and SIGQUIT, which the services of the tests would inherit.
     """
     for number in (signal.SIGINT, signal.SIGQUIT):
         if signal.getsignal(number) is signal.SIG_IGN:
@@ -40,19 +41,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def clock() -> ManualClock:
-    """A clock on the boundary of a tick."""
+    """A manual clock that stands at the boundary of a tick."""
     return ManualClock(1000.0)
 
 
 @pytest.fixture
 def registry(clock: ManualClock) -> tapes.Registry:
-    """A registry whose time stands still."""
+    """A registry with a manual clock."""
     return tapes.Registry(clock=clock)
 
 
 @pytest.fixture
 def short_dir() -> Iterator[pathlib.Path]:
-    """An empty directory whose path is short enough for a socket; gone afterwards."""
+    """An empty directory whose path is short enough for a socket; it is removed at the end."""
     path = pathlib.Path(tempfile.mkdtemp(prefix="tt", dir="/tmp"))
     try:
         yield path
@@ -62,7 +63,7 @@ def short_dir() -> Iterator[pathlib.Path]:
 
 @pytest.fixture
 def home(short_dir: pathlib.Path) -> Iterator[Home]:
-    """Where a service runs; nothing of it is left within 4 s."""
+    """The directories of a service; no process and no file of it is left within 4 s of the test's end."""
     home = Home(short_dir)
     yield home
     wait_for(home.nothing_left, "nothing is left", 4)
@@ -70,14 +71,14 @@ def home(short_dir: pathlib.Path) -> Iterator[Home]:
 
 @pytest.fixture(autouse=True)
 def _no_address_is_left() -> Iterator[None]:
-    """No test leaves its process in a service: those after it would join that too."""
+    """Fail if a test leaves TAPES_ADDR in the environment, because later tests would join that service."""
     yield
     left = os.environ.pop("TAPES_ADDR", None)
     assert left is None, f"TAPES_ADDR is left: {left}"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests whose real part is absent; fail them where parts are required."""
+    """Skip a test whose ``needs`` are not installed; fail it if TAPES_REQUIRE_REAL is set."""
     for marker in item.iter_markers("needs"):
         missing = [command for command in marker.args if shutil.which(command) is None]
         if missing and os.environ.get("TAPES_REQUIRE_REAL"):

@@ -1,10 +1,10 @@
 """CPythons that are newer than the system's: those of Debian's suite `sid`, in a folder of the checkout.
 
-debootstrap puts a minimal Debian into the folder, once. A command that runs in there has the folder's /usr
-mounted over the system's, in a mount namespace of its own: programs and libraries are the folder's, whereas
-/etc, /tmp, home directories and the checkout are the system's, so pip and the tests find everything that they
-find outside. The mount ends with the command, however that ends, and nothing is mounted below the folder, so
-it can be removed at any time.
+debootstrap installs a minimal Debian into the folder, once. A command that runs inside has the folder's /usr
+mounted over the system's, in a mount namespace of its own. Its programs and libraries are the folder's,
+whereas /etc, /tmp, home directories and the checkout are the system's, so pip and the tests find the same
+files as outside. The mount ends with the command, however the command ends. Nothing is mounted below the
+folder, so it can be removed at any time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 __all__ = ["NEWEST", "Unavailable", "inside"]
 
 NEWEST = ("3.14", "3.15")
-"""The versions that the folder has."""
+"""The versions in the folder."""
 
 _MIRROR = "http://deb.debian.org/debian"
 _PARTS = pathlib.Path(__file__).resolve().parent.parent / ".parts"
@@ -25,14 +25,14 @@ _MOUNTED = 'mount --bind "$0" /usr && exec "$@"'
 
 
 class Unavailable(Exception):
-    """They can't be had on this machine."""
+    """The newest CPythons can't be installed on this machine."""
 
 
 def inside() -> tuple[str, ...]:
-    """Return the beginning of a command that runs in the folder; the first time, make the folder.
+    """Return the beginning of a command that runs in the folder; create the folder the first time.
 
     Raises:
-        Unavailable: If it can't be made here.
+        Unavailable: If the folder can't be created here.
     """
     _check()
     folder = _PARTS / "-".join(["debian", *NEWEST])
@@ -65,7 +65,7 @@ def _make(folder: pathlib.Path) -> None:
 
 
 def _debootstrap() -> list[str]:
-    """Return the command; if it is not installed, take it from its package without installing that."""
+    """Return the command of debootstrap; unpack its package if it is not installed."""
     found = shutil.which("debootstrap", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
     if found:
         return [found]

@@ -1,10 +1,10 @@
-"""Runs the suite of the core on every Python that can be had, and prints what ran.
+"""Runs the core's tests on every Python that is available, and prints the results.
 
     python -m tests.interpreters [--newest] [pytest arguments]
 
-Looks for python3.11 to python3.15 and pypy3, on the path and among pyenv's versions; the newest CPythons that
-are not there come from Debian, see `tests.debian`. Each gets a virtual environment of its own below
-.interpreters/. With ``--newest`` only the newest run, and each must.
+It looks for python3.11 to python3.15 and pypy3.11 on the path and among pyenv's versions. The newest CPythons
+that are not installed come from Debian, see `tests.debian`. Each Python gets a virtual environment of its own
+below .interpreters/. With ``--newest`` only the newest run, and a missing one is a failure.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests import debian
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SUITES = ["tests/unit", "tests/properties", "tests/oracles", "tests/conformance"]
 NEEDS = [
-    "gevent; python_version >= '3.14'",  # there test_forks runs too
+    "gevent; python_version >= '3.14'",  # where `make newest` runs test_forks too
     "hypothesis",
     "packaging",
     "prometheus-client",
@@ -37,7 +37,7 @@ NEWEST = [f"CPython {version}" for version in debian.NEWEST]
 
 @dataclasses.dataclass(frozen=True)
 class Interpreter:
-    """An interpreter that can be used.
+    """A Python that can run the tests.
 
     Attributes:
         name: Its implementation and version, as in ``CPython 3.14``.
@@ -51,7 +51,7 @@ class Interpreter:
 
 
 def candidates() -> dict[str, Interpreter]:
-    """Return the interpreters that are installed, by their names."""
+    """Return the Pythons that are installed, by their names."""
     names = [*(f"python3.{minor}" for minor in range(11, 16)), "pypy3", "pypy3.11"]
     paths = [shutil.which(name) for name in names]
     paths += glob.glob(os.path.expanduser("~/.pyenv/versions/*/bin/python"))
@@ -67,7 +67,7 @@ def candidates() -> dict[str, Interpreter]:
 
 
 def newest(found: dict[str, Interpreter]) -> tuple[dict[str, Interpreter], str]:
-    """Return the newest interpreters that are not among those ``found``, or why they can't be had."""
+    """Return the newest Pythons that are not among those ``found``, or why they can't be installed."""
     missing = [name for name in NEWEST if name not in found]
     if not missing:
         return {}, ""
@@ -79,7 +79,7 @@ def newest(found: dict[str, Interpreter]) -> tuple[dict[str, Interpreter], str]:
 
 
 def environment(interpreter: Interpreter) -> pathlib.Path:
-    """Return the virtual environment of an interpreter, with everything that the tests need."""
+    """Return the virtual environment of a Python, with everything that the tests need."""
     folder = ROOT / ".interpreters" / interpreter.name.replace(" ", "-")
     needs = ["-e", ".[all]", *NEEDS]
     installed = folder / "installed.txt"
@@ -97,11 +97,11 @@ def environment(interpreter: Interpreter) -> pathlib.Path:
 
 
 def run(interpreter: Interpreter, arguments: list[str]) -> str:
-    """Run the suite and return pytest's last line."""
+    """Run the tests and return pytest's last line."""
     folder = environment(interpreter)
     command = [str(folder / "bin" / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     base = [f"--basetemp=.interpreters/tmp-{folder.name}"]
-    # Real parts that are not beside this interpreter are required where they are.
+    # Real parts are required in the main environment only; this one does not have them.
     kept = {name: value for name, value in os.environ.items() if name != "TAPES_REQUIRE_REAL"}
     ran = subprocess.run(
         [*interpreter.inside, *command, *base, *SUITES, *arguments], cwd=ROOT, env=kept, text=True,
@@ -114,7 +114,7 @@ def run(interpreter: Interpreter, arguments: list[str]) -> str:
 
 
 def main() -> None:
-    """Run the suite on all of them; exit with 1 if one failed, or none ran."""
+    """Run the tests on all Pythons; exit with 1 if one failed, or if none ran."""
     only_newest, arguments = sys.argv[1:2] == ["--newest"], sys.argv[1:]
     found = candidates()
     added, reason = newest(found)

@@ -1,4 +1,4 @@
-"""What a StatsD daemon would get, for tests that look at every packet."""
+"""A StatsD receiver for tests that look at every packet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.processes import free_port
 
 
 class Receiver:
-    """A socket that remembers packets; several lives, one address."""
+    """A UDP socket that keeps all packets. It can be closed and opened again at the same port."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -17,16 +17,18 @@ class Receiver:
         self.open()
 
     def open(self) -> None:
+        """Open the socket at the port."""
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.socket.bind(("127.0.0.1", self.port))
         self.socket.setblocking(False)
 
     def close(self) -> None:
+        """Take the remaining packets and close the socket."""
         self.take()
         self.socket.close()
 
     def take(self) -> list[bytes]:
-        """Return the packets since the last call: on loopback they are there when they were sent."""
+        """Return the packets since the last call. On loopback a packet has arrived when its send returns."""
         new = []
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -35,10 +37,11 @@ class Receiver:
         return new
 
     def lines(self) -> list[str]:
+        """Return the lines of the packets since the last call."""
         return [line for packet in self.take() for line in packet.decode().split("\n")]
 
     def counts(self) -> dict[str, float]:
-        """Return the sums of all counts that ever came."""
+        """Return the sum of each counter over all packets."""
         self.take()
         sums: dict[str, float] = {}
         for line in b"\n".join(self.packets).decode().split("\n"):

@@ -2,9 +2,9 @@
 
     python -m tests.soak [--seconds 600] [--seed N]
 
-A parent joins and forks workers that come and go, and that write down what they record; it reads meanwhile.
-Its aggregator is killed and stopped, workers are killed. Those that are (label ``killed="yes"``) may lose a
-little, which their own logs bound; everything else has to be exact, and nothing may grow or be left.
+The service is `tests.soak_service`: a parent whose workers start, record and exit, while a thread reads. Its
+aggregator is killed and stopped, and workers are killed. Those that may be killed (label ``killed="yes"``)
+may lose a little, which their own logs bound. All else has to be exact, and nothing may grow or remain.
 """
 
 from __future__ import annotations
@@ -18,155 +18,32 @@ import resource
 import shutil
 import signal
 import statistics
-import struct
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from typing import Any, NamedTuple
 
-import tapes
-from tapes.errors import AggregatorUnavailable
 from tests.crew import resident
 from tests.distributed import crashing
 from tests.processes import ROOT, Home, children, mentions, wait_for
+from tests.soak_service import KINDS, MARK, STEADY
 
-WORKERS, KINDS, STEADY = (4, 6), 20, 7
-BATCH, PAUSE_SECONDS, MAX_BATCHES = 5, 0.04, 2000
-LIVES_SECONDS = (0.5, 20.0)
 EVERY = {"kill": (10, 20), "stop": (25, 50), "kill_worker": (3, 8), "reload": (40, 80)}
-"""So many seconds are between two of each."""
+"""The range of seconds between two faults of a kind."""
 STOPPED_SECONDS = (1.0, 3.0)
 SETTLED_SECONDS = 5.0
 LOST_SECONDS, LOST_TOO_SECONDS = 0.5, 2.0
-"""What a killed worker recorded so long before may be lost; the second when the aggregator was killed too."""
+"""Maximum seconds of events that a killed worker loses; the second one if the aggregator was killed too."""
 BACK_SECONDS = 3.0
-"""So long after the death of an aggregator the next one may not know all yet; more if that is stopped."""
+"""Maximum seconds until the aggregator after a killed one has all counts, unless it is stopped."""
 OUTAGE_SECONDS = 10.0
 MAX_GROWTH = {"aggregator": 4.0, "parent": 4.0, "descriptors": 1, "files": 1}
-_MARK = struct.Struct("<dqq")
 _MIB = 2**20
-_told: set[tuple[int, int]] = set()
-"""The signals that have come, each with the process that it came to."""
-
-
-# The service: the parent, its workers, and the thread in it that reads.
-
-
-def work(number: int, killed: str, seconds: float) -> None:
-    """Record, and write down before how many events will have begun and after it how many are done."""
-    log = os.open(f"log-{number}-{os.getpid()}-{killed}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.write(log, _MARK.pack(time.monotonic(), 0, 0))
-    counter = tapes.counter("c", kind=number % KINDS, killed=killed)
-    tapes.gauge("alive").set(1)
-    told, until = (os.getpid(), signal.SIGTERM), time.monotonic() + seconds
-    for batch in range(MAX_BATCHES):
-        if told in _told or time.monotonic() > until:
-            return
-        done = batch * BATCH
-        os.write(log, _MARK.pack(time.monotonic(), done + BATCH, done))
-        for event in range(done, done + BATCH):
-            counter.increment()
-            tapes.timer("t", killed=killed).update(0.001 * (1 + event % 97))
-            tapes.meter("m", killed=killed).mark()
-        os.write(log, _MARK.pack(time.monotonic(), done + BATCH, done + BATCH))
-        time.sleep(PAUSE_SECONDS)
-
-
-def watch(seconds: float, ended: threading.Event) -> None:
-    """Read in a loop and write down what was read, and whatever should not be."""
-    said: dict[str, Any] = {"reads": 0, "failed": 0, "longest": 0.0, "wrong": [], "less": []}
-    seen: dict[str, float] = {}
-    turns, until, last = tapes.counter("turns"), time.monotonic() + seconds, time.monotonic()
-    missed_since = 0.0
-    while not ended.wait(0.1) and time.monotonic() < until:
-        turns.increment()
-        asked = time.monotonic()
-        try:
-            snapshot = tapes.default_registry.snapshot()
-        except AggregatorUnavailable:
-            said["failed"] += 1
-            missed_since = missed_since or asked
-        except Exception as error:
-            said["wrong"] = [*said["wrong"], repr(error)][:20]
-        else:
-            now = time.monotonic()
-            said["reads"] += 1
-            said["longest"] = max(said["longest"], now - missed_since if missed_since else 0.0)
-            missed_since = 0.0
-            found = dict(crashing.counts(snapshot))
-            found = {key: count for key, count in found.items() if key[:2] in ("c ", "t ", "m ", "tu")}
-            less = [(key, n, found.get(key, 0)) for key, n in seen.items() if found.get(key, 0) < n]
-            said["less"] += [(last, now, *one) for one in less]
-            del said["less"][50:]
-            if found["turns {}"] != said["reads"] + said["failed"]:
-                said["wrong"] = [*said["wrong"], f"not its own events: {found['turns {}']}"][:20]
-            seen, last = found, now
-            gauges = {one.name: one.series[0].value for one in snapshot if one.name in ("steady", "alive")}
-            crashing.write("shown", {**said, "asked": asked, "counts": found, "gauges": gauges})
-
-
-def serve(seconds: float, seed: int) -> None:
-    """Be the parent; a child returns here too."""
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, lambda signum, _: _told.add((os.getpid(), signum)))
-    source, most = random.Random(seed), random.Random(seed).randint(*WORKERS)
-    tapes.join()
-    tapes.gauge("steady").set(STEADY)
-    ended = threading.Event()
-    reader = threading.Thread(target=watch, args=(seconds + 60, ended))
-    reader.start()
-    alive: set[int] = set()
-    terminated, reloaded = (os.getpid(), signal.SIGTERM), (os.getpid(), signal.SIGHUP)
-    number, until = 0, time.monotonic() + seconds + 30
-    while terminated not in _told and time.monotonic() < until:
-        if len(alive) < most:
-            number += 1
-            killed = "yes" if source.random() < 0.3 else "no"
-            life = 60.0 if killed == "yes" else source.uniform(*LIVES_SECONDS) * source.random() + 0.5
-            pid = os.fork()
-            if pid == 0:
-                work(number, killed, life)
-                if number % 2:
-                    sys.exit(0)
-                return
-            alive.add(pid)
-        if reloaded in _told:
-            _told.discard(reloaded)
-            most = source.randint(*WORKERS)
-            _end_all(alive)
-        _reap(alive)
-        time.sleep(0.01)
-    _end_all(alive)
-    wait_for(lambda: _reap(alive), "the workers have ended", 15)
-    crashing.write("loaded", time.monotonic())
-    wait_for(pathlib.Path("end").exists, "the end", 60)
-    ended.set()
-    reader.join()
-
-
-def _end_all(alive: set[int]) -> None:
-    for pid in alive:
-        os.kill(pid, signal.SIGTERM)
-
-
-def _reap(alive: set[int]) -> bool:
-    """Write down how workers ended; return whether none is left."""
-    for pid in list(alive):
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            alive.discard(pid)
-            with open("ended", "a") as file:
-                file.write(f"{pid} {os.waitstatus_to_exitcode(status)}\n")
-    return not alive
-
-
-# What is done to it, and what becomes of that.
 
 
 class Sample(NamedTuple):
-    """What is measured once a second; memory in MiB."""
+    """One measurement, once a second; memory in MiB."""
 
     seconds: float
     aggregator: float
@@ -176,7 +53,7 @@ class Sample(NamedTuple):
 
 
 class Soak:
-    """One service, what was done to it, and what was measured."""
+    """A running service, the faults that it had, and the measurements."""
 
     def __init__(self, home: Home, parent: int, seconds: float, seed: int) -> None:
         self.home, self.parent, self.seconds = home, parent, seconds
@@ -189,7 +66,7 @@ class Soak:
         self.cpu: dict[int, float] = {}
 
     def aggregator(self) -> int:
-        """Return the pid of the aggregator that lives; waits for one."""
+        """Return the pid of the running aggregator; waits until there is one."""
         return wait_for(self._living, "an aggregator lives", OUTAGE_SECONDS)
 
     def _living(self) -> int:
@@ -198,7 +75,7 @@ class Soak:
         return pid if pid and b"tapes" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes() else 0
 
     def kill(self) -> None:
-        """Kill the aggregator, now and then with a worker, or the next one too."""
+        """Kill the aggregator; sometimes with a worker, sometimes the next aggregator too."""
         self._kill_aggregator()
         if self.source.random() < 0.25:
             self.kill_worker()
@@ -213,7 +90,7 @@ class Soak:
         wait_for(lambda: pid not in mentions(str(self.home.directory)), "it is dead", 5)
 
     def stop(self) -> None:
-        """Stop the aggregator for a while; now and then something is killed meanwhile."""
+        """Stop the aggregator for some seconds; sometimes kill a worker or the aggregator meanwhile."""
         pid, began = self.aggregator(), time.monotonic()
         os.kill(pid, signal.SIGSTOP)
         try:
@@ -228,23 +105,23 @@ class Soak:
             self.stops.append((began, time.monotonic()))
 
     def kill_worker(self) -> None:
-        """Kill a worker of those that are to be killed, if there is one."""
+        """Kill one of the workers that may be killed, if there is one."""
         living = children(self.parent)
         logs = [path.name.split("-") for path in self.home.directory.glob("log-*-yes")]
         victims = sorted({int(pid) for _, _, pid, _ in logs} & living - {*self.killed})
         if victims:
             pid = self.source.choice(victims)
             self.killed[pid] = time.monotonic()
-            with contextlib.suppress(ProcessLookupError):  # it was quicker
+            with contextlib.suppress(ProcessLookupError):  # it has exited meanwhile
                 os.kill(pid, signal.SIGKILL)
 
     def reload(self) -> None:
-        """Have all workers replaced at once."""
+        """Let the parent replace all workers at once."""
         self.reloads += 1
         os.kill(self.parent, signal.SIGHUP)
 
     def run(self) -> None:
-        """Do what is due until the time is up."""
+        """Cause the faults that are due until the time is over."""
         began = now = time.monotonic()
         due = {name: now + self.source.uniform(*every) for name, every in EVERY.items()}
         sampled = 0.0
@@ -269,30 +146,30 @@ class Soak:
             files = len(os.listdir(self.home.services()[0]))
             self.samples.append(Sample(seconds, *memory, len(os.listdir(f"/proc/{self.parent}/fd")), files))
 
-    def _sure(self, killed: float) -> float:
-        """Return until when all counts that a worker recorded that was killed at ``killed``."""
+    def _certain_until(self, killed: float) -> float:
+        """Return the time until which every event counts of a worker that was killed at ``killed``."""
         lost, first = killed - LOST_SECONDS, killed
         out = []
-        for kill in self.kills:  # who was stopped before had written nothing, who is after it learns nothing
+        for kill in self.kills:  # an aggregator that is stopped then writes or learns nothing
             near = [stop for stop in self.stops if stop[0] < kill + BACK_SECONDS and kill < stop[1] + 2]
             since, back = min([kill, *(began for began, _ in near)]), max([kill, *(end for _, end in near)])
             out.append((since, back + BACK_SECONDS))
-        for since, back in sorted(out, reverse=True):  # the next one may be killed before it knows all
+        for since, back in sorted(out, reverse=True):  # the next one may be killed before it has all counts
             if since - LOST_TOO_SECONDS < first < back:
                 first = min(first, since)
                 lost = min(lost, since - LOST_TOO_SECONDS)
         return lost
 
     def bounds(self) -> tuple[Counter[str], Counter[str]]:
-        """Return what counts have to be at least, and at most."""
+        """Return the minimum and the maximum of each count."""
         least: Counter[str] = Counter()
         most: Counter[str] = Counter()
         for path in self.home.directory.glob("log-*"):
             _, number, pid, killed = path.name.split("-")
-            marks = list(_MARK.iter_unpack(path.read_bytes()))
+            marks = list(MARK.iter_unpack(path.read_bytes()))
             _, begun, done = marks[-1]
             if int(pid) in self.killed:
-                until = self._sure(self.killed[int(pid)])
+                until = self._certain_until(self.killed[int(pid)])
                 done = max([mark[2] for mark in marks if mark[0] <= until], default=0)
             kind = {"killed": killed, "kind": str(int(number) % KINDS)}
             for key in (f"c {kind}", f"t {{'killed': '{killed}'}}", f"m {{'killed': '{killed}'}}"):
@@ -301,7 +178,7 @@ class Soak:
         return least, most
 
     def settled(self, since: float) -> dict[str, Any]:
-        """Return what is read once it is exact, of what was asked after ``since``."""
+        """Return the first exact read that began after ``since``."""
         least, most = self.bounds()
         wrong: list[str] = []
 
@@ -324,14 +201,14 @@ class Soak:
         except AssertionError as error:
             raise AssertionError(f"{error}: {'; '.join(wrong[:10])}") from None
 
-    def complaints(self, shown: dict[str, Any]) -> list[str]:
-        """Return what should not be."""
+    def problems(self, shown: dict[str, Any]) -> list[str]:
+        """Return what is wrong, a sentence each."""
         found = list(shown["wrong"])
         for last, now, key, n, then in shown["less"]:
             if not ("yes" in key and self._both_killed(last, now)):
                 kill = max([kill for kill in self.kills if kill < now], default=0.0)
                 found.append(f"{key} fell from {n} to {then}, {now - kill:.2f} s after a kill ({now:.2f})")
-        # An interpreter that is about to end has no handlers any more; a worker has said all by then.
+        # An exiting interpreter has no signal handlers any more; by then a worker has published everything.
         may_be = (0, -signal.SIGTERM), (0, -signal.SIGTERM, -signal.SIGKILL)
         for line in (self.home.directory / "ended").read_text().splitlines():
             pid, status = map(int, line.split())
@@ -347,13 +224,13 @@ class Soak:
             found.append(f"the parent has children: {left}")
         output = (self.home.directory / "output.log").read_text(errors="replace")
         if output.count(" listens at ") > len(self.kills) + 1:
-            found.append("an aggregator died that nobody killed")
+            found.append("an aggregator ended that was not killed")
         if "Traceback" in output:
             found.append(output[output.index("Traceback") :][:3000])
         return found
 
     def _both_killed(self, last: float, now: float) -> bool:
-        """Whether between two reads, or just before, an aggregator was killed, and a worker about then."""
+        """Return whether an aggregator and a worker were killed at about the time between two reads."""
         return any(
             last - SETTLED_SECONDS < kill < now
             and any(abs(worker - kill) < SETTLED_SECONDS for worker in self.killed.values())
@@ -361,20 +238,20 @@ class Soak:
         )
 
     def windows(self) -> list[Sample]:
-        """Return the medians of what was measured after a minute, in the middle, and at the end."""
+        """Return the medians of the measurements after a minute, in the middle, and at the end."""
         half = max(self.seconds / 20, 5)
         centers = (min(60.0, self.seconds / 3), self.seconds / 2, self.seconds - half)
         near = [[one for one in self.samples if abs(one.seconds - center) <= half] for center in centers]
         return [Sample(*map(statistics.median, zip(*some))) for some in near]
 
     def slope(self, name: str) -> float:
-        """Return by how much something grew in an hour, of what was measured after the first minute."""
+        """Return by how much a measurement grew per hour, after the first minute."""
         some = [one for one in self.samples if one.seconds >= min(60.0, self.seconds / 3)]
         times, values = [one.seconds for one in some], [getattr(one, name) for one in some]
         return 3600 * statistics.linear_regression(times, values).slope
 
     def table(self, shown: dict[str, Any], used: float, settled: float, again: float) -> str:
-        """Return what came of it."""
+        """Return the results as a Markdown table."""
         least, most = self.bounds()
         names = [key for key in most if key.startswith("c ")]
         yes = [key for key in names if "yes" in key]
@@ -383,7 +260,7 @@ class Soak:
         first, middle, last = self.windows()
         rows = {
             "duration": f"{self.seconds:g} s",
-            "workers lived": len(logs),
+            "workers started": len(logs),
             "aggregator kills": len(self.kills),
             "stops of the aggregator": len(self.stops),
             "worker kills": f"{len(self.killed)}",
@@ -392,7 +269,7 @@ class Soak:
             "failed reads": f"{shown['failed']}, longest outage {shown['longest']:.2f} s",
             "events recorded": sum(most[key] for key in names),
             "events counted": sum(counted.get(key, 0) for key in names),
-            "missing of the killed": f"{sum(most[k] - counted.get(k, 0) for k in yes)}"
+            "lost by killed workers": f"{sum(most[k] - counted.get(k, 0) for k in yes)}"
             f" (bound {sum(most[k] - least[k] for k in yes)})",
             "exact after the load, after one more kill": f"{settled:.2f} s, {again:.2f} s",
         }
@@ -405,9 +282,9 @@ class Soak:
 
 
 def soak(directory: pathlib.Path, seconds: float, seed: int) -> list[str]:
-    """Do all of it, print what came of it, and return what should not be."""
+    """Run the test, print the results, and return what is wrong."""
     home = Home(directory)
-    command = [sys.executable, "-m", "tests.soak", "--serve", "--seconds", str(seconds), "--seed", str(seed)]
+    command = [sys.executable, "-m", "tests.soak_service", str(seconds), str(seed)]
     with home.running(command, PYTHONPATH=str(ROOT)) as process:
         one = Soak(home, process.pid, seconds, seed)
         wait_for((directory / "shown").exists, "the service answers")
@@ -417,7 +294,7 @@ def soak(directory: pathlib.Path, seconds: float, seed: int) -> list[str]:
         settled = one.settled(loaded)["asked"] - loaded
         one._kill_aggregator()
         shown = one.settled(one.kills[-1])
-        found = one.complaints(shown)
+        found = one.problems(shown)
         (directory / "end").touch()
         wait_for(lambda: process.poll() is not None, "the parent has ended", SETTLED_SECONDS)
     with contextlib.suppress(AssertionError):
@@ -432,18 +309,14 @@ def soak(directory: pathlib.Path, seconds: float, seed: int) -> list[str]:
 
 
 def main() -> None:
-    """Say how it went."""
+    """Run the soak test, print the results, and exit with 1 if something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.seconds < 30:
         parser.error("--seconds has to be 30 at least")
-    if arguments.serve:
-        serve(arguments.seconds, arguments.seed)
-        return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # in good order
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # runs the finally below
     directory = pathlib.Path(tempfile.mkdtemp(prefix="soak-"))
     try:
         found = soak(directory, arguments.seconds, arguments.seed)

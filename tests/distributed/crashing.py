@@ -1,7 +1,8 @@
-"""A service whose aggregator is killed, and what to compare it with.
+"""A service whose aggregator is killed, and the values that it must show.
 
-Run as a program it is the service: it writes down every event before it records it, and what it reads. Time
-is fast in it: its events begin a while ago and catch up with the clock, so they are spread over many ticks.
+Run as a program, this module is the service. It logs every event before it records it, and it logs what it
+reads. Time runs fast in it: events begin a while ago and catch up with the clock, so they are spread over
+many ticks.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from tapes.errors import AggregatorUnavailable
 from tapes.forks import this_process
 
 PACE = 8
-"""So many times as fast as the clock is the time of events, until it has caught up."""
+"""The speed of the events' time relative to the clock, until it has caught up."""
 BEFORE_SECONDS = 45.0
-"""So long ago it begins."""
+"""Seconds between the first event's time and the clock at the start."""
 _LOGGED = struct.Struct("<3d")
 _OWN = ("tapes.messages", "tapes.publish.lag")
-"""What begins anew with each aggregator."""
+"""Metrics of the aggregator, which start from zero with each aggregator."""
 
 
 class Event(NamedTuple):
-    """Something that a worker recorded: when, by which clock, and the value."""
+    """A recorded event: its real time, its time by the service's clock, and its value."""
 
     real: float
     seconds: float
@@ -44,7 +45,7 @@ class Event(NamedTuple):
 
 
 class _Clock:
-    """Shows when the last event happened; metrics keep it, so children have it from their parent."""
+    """Shows when the last event happened. Metrics keep it, so forked children inherit it."""
 
     seconds = 0.0
 
@@ -56,12 +57,12 @@ _clock = _Clock()
 
 
 class Recorder:
-    """Records events in the default registry, each into every kind of metric, and logs them before that.
+    """Records events in the default registry, each in every kind of metric, and logs them before that.
 
     Args:
-        name: Of the log.
+        name: The name of the log.
         began: When the time of events began to run, by the clock.
-        labels: Of a further counter.
+        labels: The labels of a further counter.
     """
 
     def __init__(self, name: object, began: float, **labels: object) -> None:
@@ -85,14 +86,14 @@ class Recorder:
 
 
 def events(directory: pathlib.Path, name: str = "*") -> list[Event]:
-    """Return what was logged, in the order of time."""
+    """Return the logged events in the order of time."""
     logs = [path.read_bytes() for path in directory.glob(f"log-{name}")]
     whole = [log[: len(log) // _LOGGED.size * _LOGGED.size] for log in logs]
     return sorted(Event(*logged) for log in whole for logged in _LOGGED.iter_unpack(log))
 
 
 def in_one_registry(logged: list[Event], seconds: float) -> dict[str, dict[str, float]]:
-    """Return what one registry shows at ``seconds`` that saw all these events when they happened."""
+    """Return what one registry that saw all these events when they happened shows at ``seconds``."""
     now = logged[0].seconds
     registry = tapes.Registry(clock=lambda: now)
     counter, meter = registry.counter("c"), registry.meter("m")
@@ -118,21 +119,21 @@ def aggregator(lock: pathlib.Path) -> int:
 
 
 def write(name: str, what: Any) -> None:
-    """Write a file at once."""
+    """Write a file atomically."""
     draft = pathlib.Path(f".{name}-{os.getpid()}")
     draft.write_text(json.dumps(what))
     draft.replace(name)
 
 
 def read(path: pathlib.Path) -> Any:
-    """Return what `write` wrote; ``None`` if it has not."""
+    """Return what `write` wrote, or ``None`` if there is no such file."""
     with contextlib.suppress(FileNotFoundError):
         return json.loads(path.read_text())
     return None
 
 
 def counts(snapshot: tapes.Snapshot) -> Iterator[tuple[str, float]]:
-    """Yield what must not decrease: counts, and the negative of when a series began."""
+    """Yield values that must not decrease: counts, and the negative of the time at which a series began."""
     for family in snapshot:
         if family.name not in _OWN and family.kind != "gauge":
             for series in family.series:
@@ -142,7 +143,7 @@ def counts(snapshot: tapes.Snapshot) -> Iterator[tuple[str, float]]:
 
 
 def watch() -> None:
-    """Read in a loop until there is no more load, and write down whatever should not be."""
+    """Read in a loop until the load is over, and write down every wrong result."""
     seen: dict[str, float] = {}
     wrong, reads, unavailable, longest, last = [], 0, 0, 0.0, time.monotonic()
     turns = tapes.counter("turns")
@@ -167,7 +168,7 @@ def watch() -> None:
 
 
 def show_until_end() -> None:
-    """Write down what this process reads, again and again, with when it asked."""
+    """Write down what this process reads, with the time of the read, again and again until ``end`` exists."""
     while not pathlib.Path("end").exists():
         asked = time.monotonic()
         try:
@@ -182,7 +183,7 @@ def show_until_end() -> None:
 
 
 def connect(form: str) -> None:
-    """Start an aggregator, or join the one of this service."""
+    """Join a service, start an aggregator by hand, or only make sure that the service has one."""
     if form == "joined":
         tapes.join()
     elif form == "by hand":
@@ -193,7 +194,7 @@ def connect(form: str) -> None:
 
 
 def spawn(work: Any, *arguments: Any) -> int:
-    """Return the pid of a child that does ``work``."""
+    """Return the pid of a child that runs ``work``."""
     pid = os.fork()
     if pid == 0:
         work(*arguments)
@@ -201,8 +202,8 @@ def spawn(work: Any, *arguments: Any) -> int:
     return pid
 
 
-def come_and_go(began: float, number: int, many: int) -> None:
-    """Be a worker for about a second; every fourth one for milliseconds."""
+def work_for_a_while(began: float, number: int, many: int) -> None:
+    """Be a worker for about a second; every fourth worker runs for milliseconds."""
     source = random.Random(number)
     recorder = Recorder(number, began, number=number % 7)
     for turn in range(many):
@@ -212,7 +213,7 @@ def come_and_go(began: float, number: int, many: int) -> None:
 
 
 def load(form: str, workers: int, children: int, many: int) -> None:
-    """Many children record ``many`` events each, some of them at a time; one reads; then the parent shows."""
+    """Let children record ``many`` events each while one process reads; then show what the parent reads."""
     connect(form)
     began = time.monotonic()
     recorder = Recorder("parent", began, number="parent")
@@ -223,10 +224,10 @@ def load(form: str, workers: int, children: int, many: int) -> None:
     started = ended = 0
     while ended < children:
         while len(alive) < workers and started < children:
-            alive.add(spawn(come_and_go, began, started, many))
+            alive.add(spawn(work_for_a_while, began, started, many))
             started += 1
         pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid in alive:  # and not what started another aggregator
+        if pid in alive:  # another child may have started an aggregator
             assert status == 0, status
             alive.remove(pid)
             ended += 1
@@ -240,8 +241,8 @@ def load(form: str, workers: int, children: int, many: int) -> None:
     show_until_end()
 
 
-def steady(began: float, number: int) -> None:
-    """Be a worker that records until the end."""
+def work_until_stop(began: float, number: int) -> None:
+    """Be a worker that records until ``stop`` exists."""
     recorder = Recorder(number, began, number=number)
     while not pathlib.Path("stop").exists():
         recorder.record(0.25)
@@ -249,10 +250,10 @@ def steady(began: float, number: int) -> None:
 
 
 def victims(form: str, workers: int) -> None:
-    """Some children record until they are told to stop, or killed; the parent shows."""
+    """Let children record until they are stopped or killed, and show what the parent reads."""
     connect(form)
     began = time.monotonic()
-    pids = [spawn(steady, began, number) for number in range(workers)]
+    pids = [spawn(work_until_stop, began, number) for number in range(workers)]
     write("pids", pids)
     show_until_end()
     for pid in pids:
@@ -260,13 +261,13 @@ def victims(form: str, workers: int) -> None:
 
 
 def supervise() -> None:
-    """The parent only starts workers: four that leave, and one that comes when it is asked for."""
+    """Let the parent only start workers: four that exit, and one that starts when ``come`` exists."""
     connect("supervised")
     began = time.monotonic()
 
     def work(number: int) -> None:
         tapes.connect()
-        come_and_go(began, number, 100)
+        work_for_a_while(began, number, 100)
 
     def late() -> None:
         tapes.connect()
@@ -281,22 +282,22 @@ def supervise() -> None:
     assert os.waitpid(spawn(late), 0)[1] == 0
 
 
-def _count_starts() -> None:
-    """Have every start of another aggregator by a worker written down."""
+def _log_starts() -> None:
+    """Log every start of another aggregator by a worker."""
     launch = restart.launch
 
-    def launch_and_tell(*arguments: Any, **more: Any) -> None:
+    def launch_and_log(*arguments: Any, **more: Any) -> None:
         with open("starts", "a") as file:
             file.write(f"{os.getpid()}\n")
         launch(*arguments, **more)
 
-    restart.launch = launch_and_tell
+    restart.launch = launch_and_log
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="[%(process)d] %(message)s")
-    _count_starts()
-    sys.setswitchinterval(5.0)  # so an event at the beginning of a tick meets no fold that began before that
+    _log_starts()
+    sys.setswitchinterval(5.0)  # so no fold that began before a tick takes an event of that tick
     tapes.default_registry.clock = _clock
     scenario, *given = sys.argv[1:]
     if scenario == "load":

@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 from tests.processes import free_port, get, running, wait_for
 
 ALL = "[1h]"
-"""A range that reaches back beyond the start of any test."""
+"""A range that begins before the start of any test."""
 
 Samples = list[tuple[int, float]]
 """Times in whole milliseconds, as Prometheus keeps them, and values."""
@@ -42,11 +42,11 @@ class Prometheus:
         wait_for(lambda: get(self.port, "/-/ready")[0] == 200, "Prometheus is ready", 30)
 
     def output(self) -> str:
-        """Return what it complained of."""
+        """Return the warnings and errors that it logged."""
         return (self.directory / "output.log").read_text(errors="replace")
 
     def query(self, expression: str, at: int | None = None) -> list[dict[str, Any]]:
-        """Return what an expression is, as of a time in milliseconds, or now."""
+        """Return the result of an expression, as of a time in milliseconds, or now."""
         asked = {"query": expression} if at is None else {"query": expression, "time": f"{at / 1000:.3f}"}
         status, _, body = get(self.port, "/api/v1/query?" + urlencode(asked))
         answer = json.loads(body)
@@ -54,7 +54,7 @@ class Prometheus:
         return answer["data"]["result"]
 
     def value(self, expression: str, at: int | None = None) -> float | None:
-        """Return the value of the only series that an expression is; ``None`` if there is none yet."""
+        """Return the value of an expression's only series, or ``None`` if there is no series yet."""
         result = self.query(expression, at)
         assert len(result) < 2, (expression, result)
         return float(result[0]["value"][1]) if result else None
@@ -65,7 +65,7 @@ class Prometheus:
         return {_key(series["metric"]): float(series["value"][1]) for series in found}
 
     def history(self, job: str) -> dict[str, Samples]:
-        """Return all that a job scraped, by series."""
+        """Return all samples that a job scraped, by series."""
         found = self.query(f'{{job="{job}"}}{ALL}')
         return {
             _key(series["metric"]): [(round(when * 1000), float(value)) for when, value in series["values"]]
@@ -73,13 +73,13 @@ class Prometheus:
         }
 
     def scrapes(self, job: str) -> list[int]:
-        """Return when a job scraped."""
+        """Return the times at which a job scraped."""
         found = self.query(f'up{{job="{job}"}}{ALL}')
         return [round(when * 1000) for series in found for when, _ in series["values"]]
 
 
 def _key(metric: dict[str, str]) -> str:
-    """Write a series as a selector, without what Prometheus adds."""
+    """Return a series as a selector, without the labels that Prometheus adds."""
     labels = sorted(metric.keys() - {"__name__", "job", "instance"})
     return metric["__name__"] + "{" + ",".join(f'{label}="{metric[label]}"' for label in labels) + "}"
 
@@ -99,12 +99,13 @@ def _configuration(target: int, jobs: dict[str, str]) -> dict[str, Any]:
 
 
 class Client:
-    """Asks for paths at a steady pace, on a connection for each, and logs when; who is late catches up.
+    """Sends requests at a steady pace, each on a connection of its own, and logs them. A late request is
+    caught up.
 
     Attributes:
-        started, answered: When requests were about to be sent, and when their answers were there; in
+        started, answered: The times before a request was sent and after its answer had arrived, in
             milliseconds of the clock that Prometheus reads too.
-        refused: The paths that got another answer than 200, and what became of them.
+        refused: The paths that got another answer than 200, with that answer or the exception.
     """
 
     def __init__(self, port: int, paths: Sequence[str], per_second: float, clients: int = 4) -> None:
@@ -115,7 +116,7 @@ class Client:
         self._todo = ((number / per_second, path) for number, path in enumerate(paths))
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask_all) for _ in range(clients)]
+        self._threads = [threading.Thread(target=self._send_all) for _ in range(clients)]
 
     def __enter__(self) -> Client:
         self._begin = time.monotonic()
@@ -129,7 +130,7 @@ class Client:
         for thread in self._threads:
             thread.join()
 
-    def _ask_all(self) -> None:
+    def _send_all(self) -> None:
         while True:
             with self._lock:
                 due, path = next(self._todo, (0.0, None))
@@ -146,24 +147,25 @@ class Client:
 
 
 def bucket_counts(values: Sequence[float], bounds: Sequence[float]) -> list[int]:
-    """Return how many values are at or below each bound, and how many there are."""
+    """Return how many values are at or below each bound, and how many values there are."""
     ordered = sorted(values)
     return [bisect.bisect_right(ordered, bound) for bound in bounds] + [len(ordered)]
 
 
 def bucket_of(value: float, bounds: Sequence[float]) -> tuple[float, float]:
-    """Return the bounds between which a value is; the upper one is in the bucket."""
+    """Return the bounds of a value's bucket; the upper bound belongs to the bucket."""
     edges = [-math.inf, *bounds, math.inf]
     place = bisect.bisect_left(edges, value)
     return edges[place - 1], edges[place]
 
 
 def interpolated(q: float, counts: Sequence[float], bounds: Sequence[float]) -> float:
-    """Return what ``histogram_quantile`` makes of cumulative counts, of which the last is that of +Inf.
+    """Return the result of ``histogram_quantile`` for cumulative counts, whose last one is that of +Inf.
 
-    A quantile's rank is ``q`` times the number of values. The first bucket that reaches it has the quantile,
-    and its values are taken to be spread evenly from its lower to its upper bound. The lower bound of the
-    first one is 0, unless its upper one is that already; beyond the last bound the answer is that bound.
+    The rank of a quantile is ``q`` times the number of values. The first bucket that reaches the rank has the
+    quantile, and its values are assumed to be spread evenly between its bounds. The lower bound of the first
+    bucket is 0, unless its upper bound is at most 0, in which case the answer is that bound. Beyond the last
+    bound the answer is the last bound.
     """
     rank = q * counts[-1]
     place = bisect.bisect_left(counts, rank)

@@ -25,17 +25,17 @@ _STARTING_SECONDS = 30.0
 
 
 def stats_js() -> pathlib.Path:
-    """Return where statsd is; skip the test if it is not installed, or fail where parts are required."""
+    """Return the path of statsd; skip the test if it is not installed, or fail if parts are required."""
     default = ROOT / ".parts" / "node_modules" / "statsd" / "stats.js"
     path = pathlib.Path(os.environ.get("TAPES_STATSD_JS") or default)
     if not path.is_file():
         absent = pytest.fail if os.environ.get("TAPES_REQUIRE_REAL") else pytest.skip
-        absent(f"statsd is not installed at {path} (TAPES_STATSD_JS says where it is)")
+        absent(f"statsd is not installed at {path} (TAPES_STATSD_JS is another path)")
     return path
 
 
 class _Daemon:
-    """A program on ports that it keeps over restarts; ended by pid, or with its ``with`` block."""
+    """A program whose ports stay the same over restarts. It is ended by pid, or with its ``with`` block."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.directory = directory
@@ -57,7 +57,7 @@ class _Daemon:
         self._running.__exit__(*exception)
 
     def start(self) -> None:
-        """Start it, and wait until it can be used."""
+        """Start the program and wait until it can be used."""
         self._starts += 1
         cwd = self.directory / f"run-{self._starts}"
         cwd.mkdir()
@@ -67,7 +67,7 @@ class _Daemon:
             self._running = starting.pop_all()
 
     def stop(self) -> None:
-        """End it, and wait for its end; it must have lived until then."""
+        """End the program and wait for its exit; it must have been running until then."""
         assert self._process is not None
         assert self._process.poll() is None, f"{type(self).__name__} ended by itself"
         self._running.close()
@@ -79,11 +79,11 @@ class _Daemon:
 
 
 class Statsd(_Daemon):
-    """``stats.js``, listening by UDP and TCP; ``options`` are added to its configuration.
+    """``stats.js``, which listens by UDP and TCP; ``options`` are added to its configuration.
 
-    Counters are sums since its start, as it doesn't flush; with a ``graphite_port`` it flushes there once a
-    second. Names are taken as they come unless ``keyNameSanitize`` says otherwise: what a sender has to
-    replace would not be seen if the daemon did it.
+    Without a flush its counters are sums since its start; with a ``graphite_port`` it flushes there once a
+    second. Names stay as they are unless ``keyNameSanitize`` is set, because a test could not see what a
+    sender has failed to replace if the daemon replaced it.
     """
 
     def __init__(self, directory: pathlib.Path, *, graphite_port: int | None = None, **options: Any) -> None:
@@ -113,7 +113,7 @@ class Statsd(_Daemon):
         return self.ask("health", until=b"\n") == "health: up"
 
     def ask(self, command: str, until: bytes = b"END\n\n") -> str:
-        """Return what the management port says, without the line that ends it."""
+        """Return the management port's answer to a command, without the line that ends it."""
         with socket.create_connection((LOOPBACK, self.management_port), timeout=10) as connection:
             connection.sendall(command.encode() + b"\n")
             answer = b""
@@ -129,21 +129,21 @@ class Statsd(_Daemon):
         return self._recorded("counters")
 
     def totals(self) -> dict[str, float]:
-        """Return the sums since the first start, if it was ended by `restart` or `down`; no zeros."""
+        """Return the sums since the first start, over ends by `restart` and `down`, without zeros."""
         counted = self.counters()
         sums = {name: self._before.get(name, 0) + counted.get(name, 0) for name in {*self._before, *counted}}
         return {name: value for name, value in sums.items() if value}
 
     @contextlib.contextmanager
     def down(self) -> Iterator[None]:
-        """End it, and start another on the same ports when the block is over; that one knows nothing."""
+        """Stop statsd, and start another one on the same ports at the end of the block."""
         self._before = self.totals()
         self.stop()
         yield
         self.start()
 
     def restart(self) -> None:
-        """End it, and start another on the same ports."""
+        """Stop statsd, and start another one on the same ports."""
         with self.down():
             pass
 
@@ -155,22 +155,22 @@ class Statsd(_Daemon):
         return self._recorded("timers")
 
     def bad_lines(self) -> int:
-        """Return how many lines were refused since the start, flushes or not."""
+        """Return how many lines were refused since the start, over flushes too."""
         found = re.search(r"^messages\.bad_lines_seen: (\d+)$", self.ask("stats"), re.MULTILINE)
         assert found is not None
         return int(found[1])
 
     def packets(self) -> float:
-        """Return how many packets it got since the last flush."""
+        """Return how many packets were received since the last flush."""
         return parse_object(self.ask("counters"))["statsd.packets_received"]
 
     def send(self, *lines: str) -> None:
-        """Send a packet, as a client would."""
+        """Send a packet."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
             client.sendto("\n".join(lines).encode(), (LOOPBACK, self.port))
 
     def settle(self) -> None:
-        """Wait until all is taken in that was sent by UDP before: packets are read in their order."""
+        """Wait until all earlier UDP packets are processed: statsd reads packets in their order."""
         self._settled += 1
         self.send(f"settled:{self._settled}|g")
         settled = f"settled: {self._settled}"
@@ -184,9 +184,9 @@ class Statsd(_Daemon):
 def _flushing(port: int) -> dict[str, Any]:
     """Return the options for Graphite.
 
-    statsd flushes on the grid of seconds that its start is on, rounded, and stamps a flush with the rounded
-    second. So no two flushes have the same stamp, late ones and those before and after a restart included,
-    and none hides another in an archive of one point a second.
+    statsd flushes on the grid of seconds of its start, rounded, and stamps a flush with the rounded second.
+    So no two flushes have the same stamp, also late ones and those before and after a restart, and none hides
+    another one in an archive of one point a second.
     """
     return {
         "flushInterval": 1000,
@@ -253,9 +253,10 @@ _PAIR = re.compile(rf"(?P<name>{_STRING}|[A-Za-z_$][\w$]*): (?P<value>{_NUMBER}|
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """Read what ``util.inspect`` wrote: an object of numbers, or of lists of them.
+    """Parse what ``util.inspect`` wrote: an object of numbers, or of lists of numbers.
 
-    Lists are cut after a hundred items by who writes them; that is an error, as is all that isn't understood.
+    The writer cuts lists after a hundred items. That is an error here, as is everything else that can't be
+    parsed.
     """
     left = _PAIR.sub("", text)
     if set(left) - set("{}, \n"):

@@ -1,8 +1,8 @@
 """A real Prometheus scrapes four gunicorn workers under load, while each of them is replaced by a new one.
 
-One run, whose claims are tests of their own. All that is sent is known here to the last value, so what
-Prometheus ends with is compared for equality. Two jobs scrape the service once a second: one gets what
-Prometheus asks for, which is OpenMetrics, the other one the text format.
+There is one run, and each claim about it is a test. The test knows all values that it sent, so what
+Prometheus has in the end is compared for equality. Two jobs scrape the service once a second: one gets what
+Prometheus requests, which is OpenMetrics, and the other one the text format.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def parcel(carrier):
 """
 ACCESS_LOG = "%(m)s|%(U)s|%(q)s|%(s)s|%(p)s|%({accept}i)s|%({content-type}o)s|%({user-agent}i)s"
 
-FORMS = {"asked for": "", "text": "prometheus"}
-"""The jobs, and which ``format`` they ask for."""
+FORMS = {"preferred": "", "text": "prometheus"}
+"""The jobs, and the ``format`` that each requests."""
 
 DISTRIBUTIONS = {"parcel_size_bytes": HISTOGRAM_BUCKETS, "parcel_handling_seconds": TIMER_BUCKETS}
 QUANTILES = (0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
@@ -70,7 +70,7 @@ CARRIERS = ("bike", "ship", "train")
 
 
 class Parcel(NamedTuple):
-    """What one request tells the service to record."""
+    """The values that one request makes the service record."""
 
     carrier: str
     items: int
@@ -84,7 +84,7 @@ class Parcel(NamedTuple):
 
 
 def values_of(name: str, parcels: Sequence[Parcel]) -> list[float]:
-    """Return what was sent of a distribution."""
+    """Return the values that were sent for a distribution."""
     return [parcel.size if name == "parcel_size_bytes" else parcel.seconds for parcel in parcels]
 
 
@@ -93,7 +93,7 @@ def parcel(number: int, size: float, seconds: float) -> Parcel:
 
 
 def every_bucket() -> list[Parcel]:
-    """Sixty parcels with something of each bucket, and each bound itself, which is in the bucket below it."""
+    """Return sixty parcels with a value in each bucket, and each bound, which is in the bucket below."""
     sizes, times = (
         [*bounds, *((a + b) / 2 for a, b in itertools.pairwise(bounds)), bounds[-1] * 1.5]
         for bounds in (HISTOGRAM_BUCKETS, TIMER_BUCKETS)
@@ -102,7 +102,7 @@ def every_bucket() -> list[Parcel]:
 
 
 def many(count: int) -> list[Parcel]:
-    """Parcels of skewed distributions, the same ones in every run."""
+    """Return parcels of skewed distributions, the same ones in every run."""
     source = random.Random(count)
     return [
         parcel(i, skewed(source, 180.0, 1.7, HISTOGRAM_BUCKETS), skewed(source, 0.08, 1.2, TIMER_BUCKETS))
@@ -119,12 +119,12 @@ def skewed(source: random.Random, median: float, spread: float, bounds: Sequence
 
 
 def series(name: str, **labels: str) -> str:
-    """Write a series as a selector."""
+    """Return a series as a selector."""
     return name + "{" + ",".join(f'{label}="{labels[label]}"' for label in sorted(labels)) + "}"
 
 
 def of_job(job: str, key: str) -> str:
-    """Select a series among those of one job."""
+    """Return the selector of a series of one job."""
     return key.replace("{", f'{{job="{job}",', 1)
 
 
@@ -166,23 +166,23 @@ class Service:
         )  # fmt: skip
 
     def wait_until_up(self) -> None:
-        """Ask until all workers have joined, as each of them does when it is asked first."""
+        """Wait until all workers have joined, which each of them does at its first request."""
         all_live = f'tapes_workers{{state="live"}} {WORKERS}\n'.encode()
         wait_for(lambda: all_live in get(self.port, "/metrics", Accept="text/plain")[2], "all are up", 60)
 
     def scrapes(self) -> list[list[str]]:
-        """Return query, status, worker, what was accepted and what was answered of all of Prometheus's."""
+        """Return query, status, worker, accepted and answered format of each request of Prometheus."""
         log = (self.home.directory / "access.log").read_text().splitlines()
         lines = [line.split("|") for line in log]
         return [line[2:7] for line in lines if line[1] == "/metrics" and line[7].startswith("Prometheus/")]
 
 
 class Run(NamedTuple):
-    """What happened, and who can still be asked.
+    """What was sent and scraped, and the running programs.
 
     Attributes:
-        few, parcels: What was sent at first, and after that while workers were replaced.
-        client: Sent ``parcels``.
+        few, parcels: What was sent first, and what was sent while workers were replaced.
+        client: The client that sent ``parcels``.
         before, after: For each job, the time of a scrape before the first of them and of one after the last.
     """
 
@@ -197,7 +197,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
-    """Few parcels, and many of them while all workers are replaced; Prometheus has seen the last one."""
+    """Send a few parcels, and many while all workers are replaced; Prometheus has scraped the last one."""
     with tempfile.TemporaryDirectory(prefix="tt", dir="/tmp") as path:
         service = Service(pathlib.Path(path))
         prometheus = Prometheus(pathlib.Path(path, "prometheus"), service.port, FORMS)
@@ -214,33 +214,33 @@ def drive(service: Service, prometheus: Prometheus, master: int) -> Run:
     with Client(service.port, [one.path for one in few], PER_SECOND) as client:
         pass
     assert client.refused == []
-    before = seen(prometheus, recorded(few))
+    before = wait_until_scraped(prometheus, recorded(few))
     with Client(service.port, [one.path for one in parcels], PER_SECOND) as client:
         replace_all(master, client, len(parcels))
     assert client.refused == []
-    after = seen(prometheus, recorded([*few, *parcels]))
+    after = wait_until_scraped(prometheus, recorded([*few, *parcels]))
     for job in FORMS:
         known = len(prometheus.scrapes(job))
         wait_for(lambda j=job, k=known: len(prometheus.scrapes(j)) >= k + 2, "it scrapes on", 30)
     return Run(service, prometheus, few, parcels, client, before, after)
 
 
-def seen(prometheus: Prometheus, expected: dict[str, float]) -> dict[str, int]:
-    """Wait until both jobs have scraped just that; return when they scraped last."""
+def wait_until_scraped(prometheus: Prometheus, expected: dict[str, float]) -> dict[str, int]:
+    """Wait until both jobs have scraped exactly this; return the time of each job's last scrape."""
     for job in FORMS:
-        with contextlib.suppress(AssertionError):  # which says less than the next one
-            wait_for(lambda j=job: not lacking(prometheus.now(j), expected), "all is scraped", 30)
-        assert lacking(prometheus.now(job), expected) == {}, job
+        with contextlib.suppress(AssertionError):  # the next assertion shows more
+            wait_for(lambda j=job: not differences(prometheus.now(j), expected), "all is scraped", 30)
+        assert differences(prometheus.now(job), expected) == {}, job
     return {job: prometheus.scrapes(job)[-1] for job in FORMS}
 
 
-def lacking(found: dict[str, float], expected: dict[str, float]) -> dict[str, tuple[float | None, float]]:
-    """Return what was found, and what should have been, where that is not the same."""
+def differences(found: dict[str, float], expected: dict[str, float]) -> dict[str, tuple[float | None, float]]:
+    """Return found and expected values where they differ."""
     return {key: (found.get(key), value) for key, value in expected.items() if found.get(key) != value}
 
 
 def replace_all(master: int, client: Client, requests: int) -> None:
-    """End one worker after the other while the client sends; gunicorn starts others."""
+    """Terminate one worker after the other while the client sends; gunicorn starts others."""
     workers = sorted(children(master))
     assert len(workers) == WORKERS
     for place, worker in enumerate(workers, 1):
@@ -252,7 +252,7 @@ def replace_all(master: int, client: Client, requests: int) -> None:
 
 
 def test_counts_and_sums_are_exact(run):
-    """Counters, meters, and counts, sums and buckets of distributions, for both jobs; and they stay so."""
+    """Prometheus ends with the exact counters, counts, sums and buckets, in both formats, and keeps them."""
     expected = recorded([*run.few, *run.parcels])
     for job in FORMS:
         history = run.prometheus.history(job)
@@ -263,7 +263,7 @@ def test_counts_and_sums_are_exact(run):
 
 
 def test_no_scrape_fails_or_lacks_a_series(run):
-    """Every scrape is answered, workers come and go, and Prometheus has nothing to warn of."""
+    """While workers are replaced, every scrape succeeds with all series; Prometheus warns of nothing."""
     for job in FORMS:
         history = run.prometheus.history(job)
         scrapes = [when for when, _ in history[series("up")]]
@@ -277,7 +277,7 @@ def test_no_scrape_fails_or_lacks_a_series(run):
 
 
 def test_nothing_that_counts_ever_decreases(run):
-    """Not what the service recorded, and not what tapes tells of itself, though all workers were replaced."""
+    """No count of the application or of tapes itself decreases while all workers are replaced."""
     for job in FORMS:
         counting = f'{{job="{job}",__name__=~".+_(total|count|sum|bucket)"}}'
         names = {one["metric"]["__name__"] for one in run.prometheus.query(counting)}
@@ -290,11 +290,11 @@ def test_nothing_that_counts_ever_decreases(run):
 
 
 def test_every_scrape_is_up_to_date(run):
-    """No scrape has what was not sent yet, and most have all that was answered half a second before.
+    """No scrape has events that were not sent yet, and most have all events of half a second before.
 
-    A scrape's time is that of its start: moved by 2 ms at most, to keep the interval even, and cut to whole
-    milliseconds. What it has was asked for before it ended. A busy machine may keep the thread waiting that
-    publishes, so some scrapes may be later than the half second that is promised, by seconds.
+    The time of a scrape is that of its start, moved by at most 2 ms to keep the interval even, and cut to
+    whole milliseconds. Its values are those of its end. A busy machine may delay the publishing thread, so
+    some scrapes may be later than the half second that tapes promises, by seconds.
     """
     started, answered = sorted(run.client.started), sorted(run.client.answered)
     for job in FORMS:
@@ -311,13 +311,13 @@ def test_every_scrape_is_up_to_date(run):
 
 
 def test_rates_are_what_was_sent(run):
-    """``rate()`` and ``increase()`` of each counter, count, sum and bucket from before the load to its end.
+    """``rate()`` and ``increase()`` of each counter, count, sum and bucket over the load equal what was sent.
 
-    Prometheus takes the first and the last sample of a range, divides by the time between them, and supposes
-    that it went on like that up to the ends of the range, if these are no further away than the next sample
-    would be. So over ``[s]`` an increase of ``d`` between samples ``t`` apart is ``d·s/t``, and its rate
-    ``d/t``. Here nothing was sent when either sample was taken, hence ``d`` is known. The range begins 1 ms
-    before the first sample, as versions differ in whether a range has its beginning.
+    Prometheus takes the first and the last sample of a range, divides by the time between them, and
+    extrapolates to the ends of the range if these are no further away than the next sample would be. So over
+    ``[s]`` an increase of ``d`` between samples ``t`` apart is ``d·s/t``, and its rate ``d/t``. Nothing was
+    sent when either sample was taken, hence ``d`` is known. The range begins 1 ms before the first sample,
+    because versions differ in whether a range includes its beginning.
     """
     few, everything = recorded(run.few), recorded([*run.few, *run.parcels])
     for job in FORMS:
@@ -334,7 +334,7 @@ def test_rates_are_what_was_sent(run):
 @pytest.mark.parametrize("q", QUANTILES)
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_quantiles_are_in_their_buckets(run, name, q):
-    """``histogram_quantile`` over the lifetime and over the load: what follows from the values' buckets."""
+    """``histogram_quantile``, over the lifetime and the load, follows from the sent values' buckets."""
     for job in FORMS:
         buckets = of_job(job, series(name + "_bucket"))
         window = f"[{run.after[job] - run.before[job] + 1}ms]"
@@ -343,18 +343,18 @@ def test_quantiles_are_in_their_buckets(run, name, q):
             (f"sum by (le) (rate({buckets}{window}))", run.parcels),
         ):
             found = run.prometheus.value(f"histogram_quantile({q}, {expression})", run.after[job])
-            check_quantile(found, q, values_of(name, parcels), DISTRIBUTIONS[name])
+            assert_quantile(found, q, values_of(name, parcels), DISTRIBUTIONS[name])
 
 
-def check_quantile(found: float, q: float, values: list[float], bounds: Sequence[float]) -> None:
+def assert_quantile(found: float, q: float, values: list[float], bounds: Sequence[float]) -> None:
     assert found == pytest.approx(interpolated(q, bucket_counts(values, bounds), bounds), rel=1e-9)
     true = sorted(values)[math.ceil(q * len(values)) - 1]
     low, high = bucket_of(true, bounds)
     assert found == low if high == math.inf else low < found <= high
 
 
-def test_prometheus_gets_what_it_asks_for(run):
-    """OpenMetrics, which it names first; and the text format, where the address says so. From any worker."""
+def test_prometheus_gets_the_format_that_it_requests(run):
+    """Prometheus gets OpenMetrics, which it prefers, or the text format if the address requests it."""
     forms, workers = defaultdict(set), set()
     for query, status, worker, accepted, answered in run.service.scrapes():
         assert accepted.startswith("application/openmetrics-text")
@@ -367,8 +367,8 @@ def test_prometheus_gets_what_it_asks_for(run):
     assert len(workers) > 1
 
 
-def test_promtool_finds_nothing_to_complain_of(run):
-    """``curl -H 'Accept: text/plain' …/metrics | promtool check metrics`` says nothing."""
+def test_promtool_reports_no_problem(run):
+    """promtool reports no problem in the text format."""
     status, headers, text = get(run.service.port, "/metrics", Accept="text/plain")
     assert (status, headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
     assert all(name.encode() + b"_bucket{" in text for name in DISTRIBUTIONS)

@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes two gunicorn workers under load, while their aggregator is killed, twice."""
+"""A real Prometheus scrapes two gunicorn workers under load, while their aggregator is killed twice."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def hit():
 
 COUNTS = ("hits_total", "hits_metered_total", "size_count", "handling_seconds_count")
 BEGIN_ANEW = {"tapes_messages_total", "tapes_publish_lag_seconds"}
-"""What each aggregator counts for itself."""
+"""Metrics of the aggregator, which start from zero with each aggregator."""
 
 
 def test_prometheus_sees_no_reset_and_no_spike(short_dir):
-    """Nothing decreases, no rate is above what was sent, and the end is exact; also from ``TAPES_HTTP``."""
+    """Over two kills Prometheus sees no decrease and no rate above what was sent; the end is exact."""
     home = Home(short_dir)
     (short_dir / "hits.py").write_text(APPLICATION)
     port, own_port = free_port(), free_port()
@@ -70,8 +70,8 @@ def test_prometheus_sees_no_reset_and_no_spike(short_dir):
             wait_for(lambda n=name: last(prometheus, n) == REQUESTS, f"the end of {name} is exact", 10)
         scrapes = prometheus.scrapes("workers")
         wait_for(lambda: len(prometheus.scrapes("workers")) >= len(scrapes) + 2, "it scrapes on", 10)
-        check_resets(prometheus)
-        check_rates(prometheus, client)
+        assert_no_resets(prometheus)
+        assert_rates_follow_the_load(prometheus, client)
         assert f"hits_total {REQUESTS}\n" in get(own_port, "/metrics", Accept="text/plain")[2].decode()
     wait_for(home.nothing_left, "nothing is left", 6)
     assert "tapes can't" not in (short_dir / "output.log").read_text()
@@ -82,8 +82,8 @@ def last(prometheus: Prometheus, name: str) -> float | None:
     return prometheus.value(f'{name}{{job="workers"}}')
 
 
-def check_resets(prometheus: Prometheus) -> None:
-    """Nothing that counts ever decreased, but for what begins anew."""
+def assert_no_resets(prometheus: Prometheus) -> None:
+    """Assert that no count decreased, except those that start anew with each aggregator."""
     for found in prometheus.query(f'{{job="workers",__name__=~".+_(total|count|sum|bucket)"}}{ALL}'):
         name = found["metric"]["__name__"]
         if not name.startswith(tuple(BEGIN_ANEW)):
@@ -93,11 +93,11 @@ def check_resets(prometheus: Prometheus) -> None:
         assert prometheus.value(f'resets({name}{{job="workers"}}{ALL})') == 0
 
 
-def check_rates(prometheus: Prometheus, client: Client) -> None:
-    """No sample is ahead of what was sent, and no rate over five seconds above it, but for scrapes' noise.
+def assert_rates_follow_the_load(prometheus: Prometheus, client: Client) -> None:
+    """Assert that no sample is ahead of what was sent, and no 5 s rate above it, except for scrape noise.
 
-    A sample has the time at which its scrape began, and the value of its end: up to a second later, if the
-    aggregator was killed meanwhile.
+    A sample has the time at which its scrape began and the value of its end. The end is up to a second later
+    if the aggregator was killed meanwhile.
     """
     started = sorted(client.started)
     fastest = max(bisect_right(started, when + 5000) - place for place, when in enumerate(started)) / 5

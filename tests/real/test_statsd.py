@@ -1,4 +1,4 @@
-"""A real statsd, and a real Graphite behind it, show what was recorded."""
+"""A real statsd, and a real Graphite behind it, show exactly what was recorded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BALANCES = (3, -5, -4, 0, -0.25, 1e9, -1e9, 7, -7, 1e-7, -1e-7, 0.1 + 0.2)
 
 @pytest.fixture
 def statsd(short_dir):
-    """A daemon that keeps its counters; it understood every line when the test is over."""
+    """A statsd that keeps its counters; it has refused no line at the end of the test."""
     with Statsd(short_dir) as daemon:
         yield daemon
         assert daemon.bad_lines() == 0
@@ -33,7 +33,7 @@ def statsd(short_dir):
 
 @contextlib.contextmanager
 def reporting(statsd, registry, interval=HOUR, protocol="udp", host=LOOPBACK, **options):
-    """A reporter that reports when it is told to."""
+    """Make a reporter that reports when `report` is called; stop it at the end of the block."""
     port = statsd.port if protocol == "udp" else statsd.tcp_port
     reporter = StatsdReporter(interval, host, port, registry=registry, protocol=protocol, **options)
     try:
@@ -49,7 +49,7 @@ def reporter(request, statsd, registry):
 
 
 def to_be_shown(registry):
-    """Return the counters and the gauges that statsd has to show for what a registry holds."""
+    """Return the counters and gauges that statsd has to show for the contents of a registry."""
     counters, gauges = {}, {}
     for family in registry.snapshot():
         for series in family.series:
@@ -68,7 +68,7 @@ def to_be_shown(registry):
 
 
 def assert_shown(statsd, counters, gauges):
-    """All of it, once, and nothing else."""
+    """Assert that statsd shows exactly these counters and gauges."""
     gauges = pytest.approx(gauges, rel=1e-9)
     statsd.settle()
     with contextlib.suppress(AssertionError):
@@ -78,7 +78,7 @@ def assert_shown(statsd, counters, gauges):
 
 
 def record(registry, turn, *label_sets):
-    """Record into every kind of metric, something else in every turn."""
+    """Record into every kind of metric, other values in every turn."""
     for labels in label_sets or ({}, {"queue": "mail"}, {"queue": "sms", "region": "eu"}):
         registry.counter("jobs.waiting", **labels).increment(2 * turn + 1)
         registry.counter("jobs.waiting", **labels).decrement(3 * (turn % 4))
@@ -90,7 +90,10 @@ def record(registry, turn, *label_sets):
 
 
 def test_statsd_itself_shows_what_it_is_sent(statsd):
-    """What the others rely on: values in one packet or several, odd names, and that a sign means a change."""
+    """statsd adds up values of several packets, keeps odd names, and takes a sign on a gauge as a change.
+
+    The other tests rely on this.
+    """
     statsd.send("jobs:3|c", "jobs:-1|c", "render:20|ms", "render:0.5|ms", "up:5|g", "up:-2|g")
     statsd.send("it's:1|g", "`'\":1|g", "down:0|g", "down:-5|g")
     statsd.send("large:1e22|c", "small:1e-7|c", "tagged:1|c|#queue:mail,b:c")
@@ -102,7 +105,7 @@ def test_statsd_itself_shows_what_it_is_sent(statsd):
 
 
 def test_twenty_reports_with_a_restart_between_show_what_was_recorded(statsd, registry, reporter, clock):
-    """Counts add up exactly; gauges, rates and durations are as they are read; after every report."""
+    """After each of twenty reports, with a restart of statsd between, counts and gauges are exact."""
     for turn in range(20):
         if turn == 10:
             statsd.restart()
@@ -114,15 +117,15 @@ def test_twenty_reports_with_a_restart_between_show_what_was_recorded(statsd, re
 
 
 def test_a_report_of_nothing_new_adds_nothing(statsd, registry, reporter):
-    """Counts are told as differences: the same totals, three times, are told once."""
+    """Three reports without a new event between them count each event once."""
     record(registry, 5)
     for _ in range(3):
         reporter.report()
         assert_shown(statsd, *to_be_shown(registry))
 
 
-def test_what_is_recorded_while_statsd_is_down_is_told_when_it_is_up(statsd, registry, reporter):
-    """A send that fails is an error, counted, and tells nothing; all of it is told by the next report."""
+def test_events_from_while_statsd_was_down_are_in_the_next_report(statsd, registry, reporter):
+    """Events whose report failed while statsd was down are in the next report; failures are counted."""
     record(registry, 3)
     reporter.report()
     assert_shown(statsd, *to_be_shown(registry))
@@ -137,8 +140,8 @@ def test_what_is_recorded_while_statsd_is_down_is_told_when_it_is_up(statsd, reg
 
 
 @pytest.mark.parametrize("protocol", ["udp", "tcp"])
-def test_reporters_that_follow_each_other_tell_nothing_twice(statsd, registry, protocol):
-    """What was told is known to the next one; what was recorded between them is told by it."""
+def test_reporters_one_after_another_report_each_event_once(statsd, registry, protocol):
+    """A later reporter of a registry reports only the events that earlier ones have not reported."""
     for turn in range(3):
         record(registry, turn)
         with reporting(statsd, registry, protocol=protocol) as reporter:
@@ -147,7 +150,7 @@ def test_reporters_that_follow_each_other_tell_nothing_twice(statsd, registry, p
 
 
 def test_a_gauge_is_set_whatever_its_sign_was(statsd, registry, reporter):
-    """To statsd a leading sign means a change: none of these may be taken for one."""
+    """A gauge is set to its value, though statsd takes a leading sign as a change."""
     gauge = registry.gauge("balance")
     for value in (*BALANCES, -0.0, *BALANCES[::-1]):
         gauge.set(value)
@@ -164,14 +167,14 @@ def count_a_thousand(registry):
 
 
 def test_a_thousand_series_arrive(statsd, registry, reporter):
-    """In several packets, of which none is cut."""
+    """A report of a thousand series arrives complete, in several packets."""
     expected = count_a_thousand(registry)
     reporter.report()
     assert_shown(statsd, expected, {})
 
 
 def test_datagrams_are_full_and_fit_into_a_frame(statsd, registry):
-    """As many as there must be if each is to fit into a frame of Ethernet, and hardly one more."""
+    """Datagrams fit into an Ethernet frame, and there are hardly more of them than necessary."""
     size = sum(len(f"{name}:{value}|c\n") for name, value in count_a_thousand(registry).items())
     with reporting(statsd, registry) as reporter:
         reporter.report()
@@ -180,7 +183,7 @@ def test_datagrams_are_full_and_fit_into_a_frame(statsd, registry):
 
 
 def test_localhost_is_where_statsd_listens(statsd, registry):
-    """By its name, which may stand for an IPv6 address as well."""
+    """The host name ``localhost`` works, although it may also stand for an IPv6 address."""
     registry.counter("jobs").increment(3)
     with reporting(statsd, registry, host="localhost") as reporter:
         reporter.report()
@@ -189,7 +192,7 @@ def test_localhost_is_where_statsd_listens(statsd, registry):
 
 @pytest.mark.parametrize("protocol", ["udp", "tcp"])
 def test_a_schedule_misses_nothing_and_doubles_nothing(statsd, registry, protocol):
-    """Threads count while a thread reports; the last report is made by stop()."""
+    """Scheduled reports and the one of stop() count each event of several threads exactly once."""
     counter, timer = registry.counter("jobs"), registry.timer("render")
 
     def work():
@@ -233,7 +236,7 @@ def folded(text):
 
 @pytest.mark.parametrize("sanitize", [False, True], ids=["as sent", "as usual"])
 def test_hostile_names_and_labels_arrive_as_segments(short_dir, registry, sanitize):
-    """What means something to statsd or Graphite is replaced; statsd finds nothing to replace itself."""
+    """Characters in names and labels that statsd or Graphite would interpret arrive replaced."""
     expected = {}
     for number, text in enumerate(HOSTILE):
         registry.counter(f"{text}.n{number}").increment(number + 1)
@@ -248,7 +251,7 @@ def test_hostile_names_and_labels_arrive_as_segments(short_dir, registry, saniti
 
 
 def test_labels_arrive_as_tags(statsd, registry):
-    """In the shape of DogStatsD, hostile values too; statsd appends them to the name, as Graphite's tags."""
+    """With ``tags=True`` labels arrive as tags, hostile values included."""
     expected = {}
     for number, text in enumerate(HOSTILE + LINES):
         registry.counter(f"jobs.n{number}", queue=text, region="eu").increment(number + 1)
@@ -263,7 +266,7 @@ def test_labels_arrive_as_tags(statsd, registry):
 
 
 def test_a_prefix_comes_before_every_name(statsd, registry):
-    """Of counters, gauges and what is made of the others."""
+    """A prefix is before every name that a report contains."""
     record(registry, 3)
     with reporting(statsd, registry, prefix="shop.web") as reporter:
         reporter.report()
@@ -285,7 +288,7 @@ jobs.increment(7)
 reporter = StatsdReporter(timedelta(milliseconds=50), "127.0.0.1", int(sys.argv[1]))
 aggregator = RegistryAggregator([reporter], address)
 aggregator.start()
-told, tell = os.pipe()
+receiver, sender = os.pipe()
 
 
 def work():
@@ -300,11 +303,11 @@ def worker(leaves_early):
     pid = os.fork()
     if pid:
         return pid
-    os.close(tell)
+    os.close(sender)
     registry.connect()
     work()
     if not leaves_early:
-        os.read(told, 1)  # until nobody can write
+        os.read(receiver, 1)  # until no process has the sender
         work()
     registry.close()
     os._exit(0)
@@ -314,22 +317,22 @@ workers = [worker(leaves_early=number == 0) for number in range(4)]
 assert os.waitpid(workers.pop(0), 0)[1] == 0
 with open("go_on") as go_on:
     go_on.read()
-os.close(tell)
+os.close(sender)
 for pid in workers:
     assert os.waitpid(pid, 0)[1] == 0
 aggregator.stop()
 """
 
 
-def test_a_service_of_four_processes_is_told_once(statsd, short_dir):
-    """Its aggregator reports: what was counted before the fork, by who leaves early, and by who stays."""
+def test_a_service_of_four_processes_is_reported_once(statsd, short_dir):
+    """An aggregator reports each event of four processes once, whenever they exit, and of before the fork."""
     (short_dir / "service").mkdir()
     os.mkfifo(short_dir / "service" / "go_on")
     command = [sys.executable, "-W", "error", "-c", SERVICE, str(statsd.port)]
     with running(command, cwd=short_dir / "service") as service:
         early = {"jobs.queue.mail": 8007, "render.count": 4000}
-        wait_for(lambda: ours(statsd.totals()) == early, "the first half of their work is told", 30)
-        wait_for(lambda: statsd.gauges().get("balance") == -4.5, "the gauge of who left has left too")
+        wait_for(lambda: ours(statsd.totals()) == early, "the first half of their work is reported", 30)
+        wait_for(lambda: statsd.gauges().get("balance") == -4.5, "the gauge of the exited worker is removed")
         flags = os.O_WRONLY | os.O_NONBLOCK
         os.close(wait_for(lambda: os.open(short_dir / "service" / "go_on", flags), "it listens"))
         assert service.wait(30) == 0
@@ -359,8 +362,8 @@ with StatsdReporter(timedelta(milliseconds=50), "127.0.0.1", int(sys.argv[1])):
 """
 
 
-def test_workers_that_report_by_themselves_add_up(statsd, short_dir):
-    """The reporter is started before the fork: each process tells what it counted, and nobody the same."""
+def test_workers_with_their_own_reporters_add_up(statsd, short_dir):
+    """If each process of a service reports on its own, statsd's counts add up to the total."""
     with running([sys.executable, "-W", "error", "-c", WORKERS, str(statsd.port)], cwd=short_dir) as service:
         assert service.wait(30) == 0
     statsd.settle()
@@ -368,13 +371,13 @@ def test_workers_that_report_by_themselves_add_up(statsd, short_dir):
 
 
 def ours(shown):
-    """What tapes tells about itself has no place in these comparisons."""
+    """Return the metrics without those of tapes itself."""
     return {name: value for name, value in shown.items() if not name.startswith("tapes.")}
 
 
 @pytest.mark.needs("carbon-cache", "whisper-fetch")
 def test_graphite_shows_what_was_recorded(short_dir, registry, clock):
-    """Twenty reports, of which Graphite gets every flush, with a restart of statsd between two flushes."""
+    """Graphite's points add up to the exact counts, with a restart of statsd between two flushes."""
     with contextlib.ExitStack() as stack:
         carbon = stack.enter_context(Carbon(short_dir))
         statsd = stack.enter_context(Statsd(short_dir, graphite_port=carbon.port))
@@ -394,7 +397,7 @@ def test_graphite_shows_what_was_recorded(short_dir, registry, clock):
 
 
 def assert_stored(carbon, counters):
-    """What was flushed adds up to it, with the first flush that had nothing to add."""
+    """Wait until the flushed values add up to the counters, and a flush has nothing to add."""
     for name, value in counters.items():
         wait_for(partial(is_stored, carbon, name, value), f"{value} of {name} are stored", every=0.1)
 

@@ -1,4 +1,4 @@
-"""What is mistyped, a line each; never run. A type checker reports the marked lines, and no others."""
+"""Mistakes in calls of tapes, a line each; never run. Type checkers report the marked lines and no others."""
 
 from __future__ import annotations
 

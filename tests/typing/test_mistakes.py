@@ -1,4 +1,4 @@
-"""Type checkers report what is mistyped, at its line."""
+"""Type checkers report mistakes in calls of tapes at their lines."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CHECKERS = [
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("lines_of", CHECKERS)
 def test_each_mistake_is_reported_at_its_line(lines_of, short_dir):
-    """Each line marked as a mistake is reported, and no other line."""
+    """mypy and pyright report each line of mistakes.py that is marked as a mistake, and no other line."""
     program = shutil.copy(PROGRAM, short_dir)
     marked = {n for n, line in enumerate(PROGRAM.read_text().splitlines(), 1) if "# mistake" in line}
     assert len(marked) > 20
@@ -59,7 +59,7 @@ def test_each_mistake_is_reported_at_its_line(lines_of, short_dir):
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("lines_of", CHECKERS)
-def test_the_public_face_has_the_types_that_it_promises(lines_of, short_dir):
-    """The program of `make check` that uses the whole public face has no errors for either type checker."""
+def test_the_public_interface_has_no_type_errors(lines_of, short_dir):
+    """The program that uses the whole public interface has no errors for mypy and pyright."""
     program = shutil.copy(ROOT / "typing_tests" / "api.py", short_dir)
     assert lines_of(program, short_dir) == set()
