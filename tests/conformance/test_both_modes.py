@@ -112,7 +112,7 @@ def test_a_producer_may_read_the_registry(registry):
 
 
 def test_extreme_values_keep_every_read_alive(registry):
-    """The largest numbers and larger ones, recorded twice with a read between, break neither a read nor JSON."""
+    """The largest numbers and larger ones, recorded twice, break neither a read nor its JSON."""
     for _ in range(2):
         registry.histogram("h").update(1.7e308)
         registry.gauge("g").set(1.7e308)
