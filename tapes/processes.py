@@ -1,11 +1,10 @@
-"""Processes: what distinguishes them, and whether they still live, whatever becomes of their pids.
+"""Processes: how to identify one, and whether it still lives, even if its pid is used again.
 
-A pidfd reports every kind of death at once. Where there are none (macOS), the pid is asked for.
+A pidfd reports every kind of death at once. Systems without pidfds (macOS) check the pid.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
@@ -17,56 +16,66 @@ from typing import NamedTuple
 
 __all__ = [
     "Process", "ProcessWatch", "host_id", "is_same_boot", "lives", "namespace_seconds", "process_of",
-    "program_of", "reaps",
+    "program_of", "reaps", "stat_fields",
 ]  # fmt: skip
 
 
 _MAX_PROGRAM = (1 << 62) - 1
 _PROGRAM_SECONDS = 1.0
-"""Seconds from one look at what a process runs to the next: no event reports an ``exec``."""
+"""Seconds between two checks of the program of a process: no event reports an ``exec``."""
 
 
 class Process(NamedTuple):
-    """A process of this host, told from a later one with the same pid.
+    """A process of this host; differs from a later one with the same pid.
 
     Attributes:
         pid: The pid.
-        started: When it started, in the kernel's clock ticks since boot; 0 if that is not known.
+        started: When it started, in the kernel's clock ticks since boot; 0 if not known.
     """
 
     pid: int
     started: int
 
 
-def process_of(pid: int) -> Process:
-    """Return the process that has ``pid`` now."""
+def stat_fields(pid: int, *numbers: int) -> list[int]:
+    """Return fields of ``/proc/PID/stat`` by their numbers in proc(5); zeros if they can't be read."""
+    fields = _stat(pid)
+    try:
+        return [int(fields[number - 3]) for number in numbers]
+    except (IndexError, ValueError):
+        return [0] * len(numbers)
+
+
+def _stat(pid: int) -> list[bytes]:
+    """Return the fields of ``/proc/PID/stat`` from the third one: they follow the command's name."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            return Process(pid, int(file.read().rpartition(b")")[2].split()[19]))
-    except (OSError, IndexError, ValueError):
-        return Process(pid, 0)
+            return file.read().rpartition(b")")[2].split()
+    except OSError:
+        return []
+
+
+def process_of(pid: int) -> Process:
+    """Return the process that has ``pid`` now."""
+    return Process(pid, *stat_fields(pid, 22))
 
 
 def program_of(pid: int) -> int:
-    """Return a number of the program that a process runs; 0 if that can't be seen.
+    """Return a number that identifies the program of a process; 0 if it can't be seen.
 
-    A fork does not change it, and ``exec`` does: a process that becomes another program, or itself again, is
-    another worker, although its pid and its start stay the same.
+    A fork keeps the number, and ``exec`` changes it. A process that executes a program, even the same one, is
+    another worker, although its pid and its start time stay the same.
 
-    Theory. ``exec`` gives a process a new stack, at a random address, and a new text. The kernel shows where
-    they are (``/proc/PID/stat``, fields 26 to 28) to the process itself and to others of its user.
+    Theory. ``exec`` gives a process a new stack, at a random address, and a new text. The kernel shows their
+    addresses (``/proc/PID/stat``, fields 26 to 28) to the process itself and to others of its user.
     """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            code, end, stack = map(int, file.read().rpartition(b")")[2].split()[23:26])
-    except (OSError, IndexError, ValueError):
-        return 0
+    code, end, stack = stat_fields(pid, 26, 27, 28)
     return (stack ^ code << 13 ^ end << 29) & _MAX_PROGRAM if stack else 0
 
 
 @lru_cache(maxsize=1)
 def host_id() -> str:
-    """Return what pids mean here: the running system, and the namespace that pids are counted in."""
+    """Return a text for the scope of pids: the running system, and the pid namespace."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
@@ -75,41 +84,40 @@ def host_id() -> str:
 
 
 class ProcessWatch:
-    """Tells when a process has ended, or has become another program.
+    """Detects that a process has ended, or has executed another program.
 
     Args:
         process: The process.
-        program: What it runs; see `tapes.forks.program_of`. 0 if that does not matter.
+        program: Its program, as `program_of` returns it; 0 if that does not matter.
     """
 
     def __init__(self, process: Process, program: int = 0) -> None:
         self._process = process
         self._program = program
-        self._looked = 0.0
+        self._checked = 0.0
         self._fd = -1
-        self._over = False
+        self._has_ended = False
         try:
             self._fd = os.pidfd_open(process.pid)
         except ProcessLookupError:
-            self._over = True
+            self._has_ended = True
         except (AttributeError, OSError):
-            pass  # no pidfds on this system, or no descriptors left: ended() asks for the pid
-        if not self._over and not _is_still(process):  # the pid is another process's by now
-            self._over = True
+            pass  # no pidfds on this system, or no descriptors left: ended() checks the pid
+        self._has_ended = self._has_ended or not _is_still(process)  # another process may have the pid now
 
     def ended(self) -> bool:
         """Return whether it has ended."""
-        if not self._over:
+        if not self._has_ended:
             if self._fd >= 0:
                 poll = select.poll()
                 poll.register(self._fd, select.POLLIN)
-                self._over = bool(poll.poll(0))
+                self._has_ended = bool(poll.poll(0))
             else:
-                self._over = not lives(self._process)
-        if not self._over and self._program and time.monotonic() - self._looked >= _PROGRAM_SECONDS:
-            self._looked = time.monotonic()
-            self._over = program_of(self._process.pid) not in (0, self._program)
-        return self._over
+                self._has_ended = not lives(self._process)
+        if not self._has_ended and self._program and time.monotonic() - self._checked >= _PROGRAM_SECONDS:
+            self._checked = time.monotonic()
+            self._has_ended = program_of(self._process.pid) not in (0, self._program)
+        return self._has_ended
 
     def close(self) -> None:
         """Stop watching."""
@@ -119,7 +127,7 @@ class ProcessWatch:
 
 
 def lives(process: Process) -> bool:
-    """Return whether ``process`` lives; not if another one has its pid, or it has only to be reaped."""
+    """Return whether ``process`` lives; a zombie does not, nor a process whose pid another one has."""
     try:
         os.kill(process.pid, 0)
     except ProcessLookupError:
@@ -130,11 +138,11 @@ def lives(process: Process) -> bool:
 
 
 def reaps(pid: int) -> bool:
-    """Return whether process ``pid`` may be one that reaps children which it has not started.
+    """Return whether process ``pid`` may reap children that it has not started.
 
-    The kernel gives it the children of processes that have ended. It learns of their end by SIGCHLD: it
-    handles that, or blocks it and waits for it, or ignores it, and then the kernel reaps them. One that has
-    several threads may wait in one of them.
+    The kernel gives it the children of processes that have ended. SIGCHLD informs it of their end: it handles
+    the signal, or blocks it and waits for it, or ignores it, and then the kernel reaps the children. A
+    process with several threads may wait in one of them.
     """
     handles = 1 << (signal.SIGCHLD - 1)
     try:
@@ -147,15 +155,15 @@ def reaps(pid: int) -> bool:
 
 
 def is_same_boot(host: str, other: str) -> bool:
-    """Return whether two hosts (`tapes.forks.host`) are pid namespaces of one running system."""
+    """Return whether two values of `host_id` are of one running system."""
     return host.partition("/")[0] == other.partition("/")[0]
 
 
 def namespace_seconds() -> float:
-    """Return how long ago this pid namespace began, which is when its process 1 did; infinite if not known.
+    """Return the seconds since process 1 of this pid namespace started; infinite if not known.
 
-    The kernel gives the number of a namespace that has ended to the next one: `tapes.forks.host` of a
-    container that was restarted may be what it was before.
+    The kernel reuses the number of a namespace that has ended: `host_id` may be the same before and after the
+    restart of a container.
     """
     started = process_of(1).started
     if not started:
@@ -164,8 +172,7 @@ def namespace_seconds() -> float:
 
 
 def _is_still(process: Process) -> bool:
-    with contextlib.suppress(OSError, IndexError), open(f"/proc/{process.pid}/stat", "rb") as file:
-        if file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X"):
-            return False
+    if _stat(process.pid)[:1] in ([b"Z"], [b"X"]):
+        return False
     started = process_of(process.pid).started
     return not (started and process.started) or started == process.started

@@ -1,18 +1,18 @@
-"""Which service this process belongs to, and where its processes meet.
+"""Which service this process belongs to, and where the processes of a service meet.
 
-A service is known by its *supervisor*: the process that all of its workers descend from, such as gunicorn's
-master, or the parent of a pool. Every process finds it by itself, so that all come to the same answer: it
-goes from parent to parent for as long as a process was made by its parent without becoming another program.
+A service is identified by its *supervisor*: the process that all of its workers descend from, such as
+gunicorn's master, or the parent of a pool. Every process finds the same supervisor: it goes from parent to
+parent as long as a process was forked by its parent and has not executed another program.
 
-The service meets in a private directory that is named after its supervisor. The environment decides where
-that directory can be made, and it differs between processes and changes with time (a login session ends and
-takes ``XDG_RUNTIME_DIR`` with it). So the first process decides and hands the address down in
-``TAPES_ADDR``, and every process looks in all `places` for an aggregator before one is started.
+The service meets in a private directory that is named after its supervisor. The environment determines where
+that directory can be. It differs between processes and changes with time: the end of a login session removes
+``XDG_RUNTIME_DIR``. So the first process decides and hands the address down in ``TAPES_ADDR``, and every
+process looks for an aggregator in all `places` before it starts one.
 
-Several of these places are directories that all users share. A user who knew the name of a private directory
-could take it first. So the name ends with a number that other users can't know: it is computed from where the
-program of the supervisor is in memory, which the kernel chooses at random and shows to the same user only.
-What another user made is no place of the service, whatever its name is.
+All users share several of these places. A user who knew the name of a private directory could create it
+first. So the name ends with a number that other users can't know: it is computed from the addresses of the
+supervisor's program in memory, which the kernel chooses at random and shows to the same user only. A
+directory of another user is never a place of the service, whatever its name is.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ SOCKET = "metrics.ipc"
 _NAME = re.compile(r"tapes-(\d+)-(\d+)(?:-[0-9a-f]{12})?")
 _MAX_GENERATIONS = 32
 _GUNICORN = b"gunicorn: master"
-"""How the command of gunicorn's master begins where the package setproctitle is installed."""
+"""Start of the command line of gunicorn's master where the package setproctitle is installed."""
 _SETTLED_NANOSECONDS = 1_000_000_000
+"""Age after which the modification time of a directory is reliable."""
 _LISTING_SHARE = 20
-"""A directory is listed again after so many times the seconds that it takes."""
+"""Listing a directory takes at most 1/20 of the time."""
 _ROUNDS = 2000
-"""Number of times that a key is hashed, 2 ms in all: trying out what it was made of takes too long."""
+"""Number of times that a key is hashed, 2 ms in all: that makes guessing the addresses too slow."""
 
 
 class Service(NamedTuple):
@@ -56,7 +57,7 @@ class Service(NamedTuple):
 
     Attributes:
         root: Its supervisor: the process that all of its workers descend from.
-        description: What that process is, for the log.
+        description: A description of that process, for the log.
     """
 
     root: Process
@@ -64,7 +65,7 @@ class Service(NamedTuple):
 
 
 def this_service() -> Service:
-    """Return the process that all workers of this service have in common, as far as can be seen."""
+    """Return the service that this process belongs to, as far as it can see."""
     forks.detect_fork()
     return _service_of(os.getpid())
 
@@ -93,10 +94,10 @@ def _service_of(pid: int) -> Service:
 
 
 def _made_by(pid: int) -> int:
-    """Return the parent of ``pid`` if that made it as a part of itself; otherwise 0.
+    """Return the parent of ``pid`` if both belong to one service; otherwise 0.
 
-    A fork changes no command line, and multiprocessing starts its processes by commands of its own. A
-    gunicorn that replaces another one (USR2) is a service of its own, although that one started it.
+    A fork keeps the command line, and multiprocessing starts processes with special commands. A gunicorn that
+    replaces another one (USR2) is a service of its own, although the other one started it.
     """
     parent = _parent(pid)
     if not parent or os.environ.get("GUNICORN_PID") == str(parent):
@@ -107,15 +108,11 @@ def _made_by(pid: int) -> int:
 
 
 def _parent(pid: int) -> int:
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return int(file.read().rpartition(b")")[2].split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0
+    return processes.stat_fields(pid, 4)[0]
 
 
 def _command(pid: int) -> bytes:
-    """Return what a process was started by; nothing where that can't be seen."""
+    """Return the command line of a process; empty if it can't be seen."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             return file.read()
@@ -131,10 +128,10 @@ def directory_name(process: Process, parent: str) -> str:
 
 @lru_cache(maxsize=1)
 def _key(process: Process) -> bytes:
-    """Return what all processes of the service of ``process`` know and no other user does; empty if nothing.
+    """Return a key that only the processes of the service of ``process`` know; empty if there is none.
 
-    A process reads it of the supervisor, if it may. One that was forked from the supervisor has its program
-    in the same place in memory, and can read that also if it has changed its user since.
+    A process reads the key from the supervisor, if it may. A process that was forked from the supervisor has
+    the same addresses, and can read its own, even after it has changed its user.
     """
     key = _layout(process.pid) if processes.process_of(process.pid) == process else b""
     if not key:
@@ -152,26 +149,21 @@ def _hash(data: bytes) -> bytes:
 
 
 def _layout(pid: int) -> bytes:
-    """Return where in memory code, stack and heap of a process begin; empty if that can't be seen."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-        found = (fields[23], fields[25], fields[44])  # proc(5) counts from the pid: 26, 28 and 47
-    except (OSError, IndexError):
-        return b""
-    return b" ".join(found) if b"0" not in found else b""
+    """Return the addresses of code, stack and heap of a process; empty if they can't be seen."""
+    found = processes.stat_fields(pid, 26, 28, 47)
+    return b"%d %d %d" % tuple(found) if all(found) else b""
 
 
 def supervisor_of(name: str) -> Process | None:
-    """Return whose directory has ``name``; ``None`` if it is none of ours."""
+    """Return the supervisor whose directory has ``name``; ``None`` if it is not such a name."""
     match = _NAME.fullmatch(name)
     return Process(int(match[1]), int(match[2])) if match else None
 
 
 def parents() -> list[str]:
-    """Return the directories in which a private directory may be, the best first, whether they exist or not.
+    """Return the directories that may contain a private directory, the best first; they may not exist.
 
-    What the environment says comes first, and then what is the same for every process of this user.
+    Those that the environment names come first, then those that are the same for all processes of this user.
     """
     given = (
         os.environ.get("XDG_RUNTIME_DIR"),
@@ -185,15 +177,15 @@ def parents() -> list[str]:
 
 
 def places(process: Process) -> Iterator[str]:
-    """Yield the paths of the sockets at which the service of ``process`` may meet, the best first."""
+    """Yield the possible paths of the aggregator's socket for the service of ``process``, the best first."""
     for parent in parents():
         yield os.path.join(parent, directory_name(process, parent), SOCKET)
 
 
 def directories(process: Process, uid: int) -> Iterator[str]:
-    """Yield the private directories of the service of ``process`` that are there and belong to ``uid``.
+    """Yield the existing private directories of the service of ``process`` that belong to user ``uid``.
 
-    One has another name where a process made it that knew another key, or none.
+    Their names differ if the processes that made them knew another key, or none.
     """
     for parent in parents():
         for name in _names_in(parent):
@@ -203,32 +195,32 @@ def directories(process: Process, uid: int) -> Iterator[str]:
 
 
 class _Listing(NamedTuple):
-    """Which names of private directories a directory had.
+    """The names of private directories in a directory.
 
     Attributes:
         names: The names.
-        changed: When the directory was last changed, in nanoseconds.
-        is_settled: Whether that was long before; a change at the same moment could have the same time.
-        stays_until: Until when it is not listed again, as that takes long.
+        changed: Modification time of the directory, in nanoseconds.
+        is_settled: Whether that time was old; otherwise a later change may have the same time.
+        valid_until: When the directory may be listed again: listing a large one is slow.
     """
 
     names: list[str]
     changed: int
     is_settled: bool
-    stays_until: float
+    valid_until: float
 
 
 _listings: dict[str, _Listing] = {}
 
 
 def _names_in(parent: str) -> list[str]:
-    """Return the names in ``parent`` that a private directory may have; reads may ask all the time."""
+    """Return the names of private directories in ``parent``; fast, because every read needs them."""
     try:
         changed, started = os.stat(parent).st_mtime_ns, time.monotonic()
         known = _listings.get(parent)
         if known is not None:
             is_unchanged = known.is_settled and known.changed == changed
-            if is_unchanged or started < known.stays_until:
+            if is_unchanged or started < known.valid_until:
                 return known.names
         names = list(filter(_NAME.fullmatch, os.listdir(parent)))
     except OSError:
@@ -240,7 +232,7 @@ def _names_in(parent: str) -> list[str]:
 
 
 def address() -> str:
-    """Return where an aggregator of this service is, or was a moment ago; empty if nowhere."""
+    """Return the address of this service's aggregator, or of one that has just died; empty if none."""
     process, uid = this_service().root, os.geteuid()
     named = (os.path.dirname(path) for path in places(process))
     for directory in itertools.chain(filter(is_private, named), directories(process, uid)):
@@ -251,7 +243,7 @@ def address() -> str:
 
 
 def is_private(directory: str, uid: int | None = None) -> bool:
-    """Return whether only user ``uid`` can use ``directory``; by default the user of this process."""
+    """Return whether only user ``uid`` can use ``directory``; by default, the user of this process."""
     try:
         return is_private_to(os.lstat(directory), os.geteuid() if uid is None else uid)
     except OSError:
@@ -259,5 +251,5 @@ def is_private(directory: str, uid: int | None = None) -> bool:
 
 
 def is_private_to(found: os.stat_result, uid: int) -> bool:
-    """Return whether what was ``found`` is a directory that only user ``uid`` can use."""
+    """Return whether ``found`` describes a directory that only user ``uid`` can use."""
     return stat.S_ISDIR(found.st_mode) and found.st_uid == uid and not found.st_mode & 0o077

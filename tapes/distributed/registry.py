@@ -1,4 +1,4 @@
-"""The two public faces: the registry of a worker, and the aggregator of a service.
+"""The public classes: the registry of a worker, and the aggregator of a service.
 
 RegistryAggregator(HTTPReporter(8889)).start()   # before the fork
 …
@@ -36,17 +36,18 @@ from tapes.session import LazySession
 __all__ = ["DistributedRegistry", "RegistryAggregator"]
 
 _STOP_SECONDS = 3.0
+"""Maximum seconds that `RegistryAggregator.stop` takes."""
 
 
 class DistributedRegistry(Registry):
-    """A registry that, once connected, publishes what it holds and answers for the whole service.
+    """A registry that publishes its metrics, once connected, and answers for the whole service.
 
     Before `connect`, and after `close`, it is a plain `Registry`.
 
     Args:
-        socket_addr: Where the aggregator listens: ``ipc://PATH``, or ``tcp://HOST:PORT``, beyond loopback
-            with ``TAPES_CURVE_KEY`` only. The default stands for ``TAPES_ADDR`` from the environment, if that
-            is set. A relative path is taken from the working directory of now.
+        socket_addr: Where the aggregator listens: ``ipc://PATH``, or ``tcp://HOST:PORT``; a host beyond
+            loopback needs ``TAPES_CURVE_KEY``. The default means ``TAPES_ADDR`` from the environment, if that
+            is set. A relative path is resolved now, in the working directory.
         prefix, labels, clock, max_series: As `Registry`.
 
     Raises:
@@ -70,25 +71,25 @@ class DistributedRegistry(Registry):
     def connect(self) -> None:
         """Connect to the aggregator; call it in every worker, after the fork.
 
-        Returns at once, also if the aggregator isn't there yet. Nothing if connected already. Processes that
-        this one forks or spawns connect by themselves.
+        Returns at once, also if the aggregator does not run yet. Does nothing if connected already. Processes
+        that this one forks or spawns connect automatically.
         """
         connection.connect(self, self.socket_addr)
 
     def close(self) -> None:
-        """Hand the last values to the aggregator and disconnect; nothing if not connected.
+        """Send the last values to the aggregator and disconnect; do nothing if not connected.
 
-        What was handed over is counted there, so this registry starts again from zero; gauges stay. Takes
-        1 s at most, if the aggregator doesn't answer.
+        The aggregator keeps these counts, so this registry starts again from zero; gauges keep their values.
+        Takes at most 1 s, if the aggregator doesn't answer.
         """
         self.session.close()
 
 
 class RegistryAggregator:
-    """Adds up what all connected registries publish, and lets reporters report the sum.
+    """Merges the metrics of all connected registries, and runs reporters that report the result.
 
     Args:
-        reporter: One reporter or several, or ``[]``; each gets the merged view as its registry.
+        reporter: One reporter, several, or ``[]``; each one's registry is the merged view.
         socket_addr: Where to listen; see `DistributedRegistry`.
 
     Raises:
@@ -104,7 +105,7 @@ class RegistryAggregator:
                     "the aggregator's reporter",
                     got=given,
                     expected="a Reporter, or a list of them",
-                    remedy="give [] for none: connected registries can be read without one",
+                    remedy="pass [] for none: connected registries can be read without one",
                 )
         self.socket_addr = resolve(socket_addr).publish
         self._pid = self._owner_pid = 0
@@ -113,22 +114,22 @@ class RegistryAggregator:
     def start(self, fork: bool = True) -> None:
         """Start to listen and to report; call it before workers are forked.
 
-        The forked aggregator ignores the terminal's interrupts and ends with the process that started it. If
-        it dies before that, another one takes its place, which knows what it knew.
+        The forked aggregator ignores the terminal's interrupts, and exits with the process that started it.
+        If it dies earlier, another one replaces it, with the same totals.
 
         Args:
-            fork: Run in a child process and return when that is ready. If ``False``, run in this process
-                and return when it is interrupted, terminated, or stopped from another thread; whoever runs
-                the process has to start it again if it dies.
+            fork: Run in a child process and return when that is ready. If ``False``, run in this process, and
+                return when it is interrupted, terminated, or stopped from another thread. Such an aggregator
+                is not restarted if it dies.
 
         Raises:
-            AddressInUse, AddressError: If it can't bind its address, or a reporter can't bind its own.
-            AggregatorUnavailable: If it can't be started for another reason.
+            AddressInUse, AddressError: If its address, or that of a reporter, can't be bound.
+            AggregatorUnavailable: If it can't start for another reason.
         """
         if is_disabled():
             return
         if self._pid or self._aggregator:
-            raise InvalidArgument("start() was called before", expected="one start() for each stop()")
+            raise InvalidArgument("start() was called twice", expected="a stop() before the next start()")
         if not fork:
             self._aggregator = Aggregator(resolve(self.socket_addr), self.reporters, Lifetime())
             try:
@@ -151,27 +152,27 @@ class RegistryAggregator:
             raise
 
     def stop(self) -> None:
-        """End the aggregator, after it has taken in what workers still have to say; nothing if not started.
+        """End the aggregator after it has received the last messages of workers; do nothing if not started.
 
-        Takes 3 s at most.
+        Takes at most 3 s.
         """
         if self._aggregator is not None:
             self._aggregator.stop()
         if not self._pid or self._owner_pid != os.getpid():
-            return  # not started, or started by a process that this one was forked from
+            return  # not started, or this process is a fork of the one that did
         pid, self._pid = self._pid, 0
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.killpg(pid, signal.SIGTERM)  # the aggregator too, should its keeper have died
+            os.killpg(pid, signal.SIGTERM)  # the aggregator too: its supervisor may have died
             deadline = time.monotonic() + _STOP_SECONDS
             while os.waitpid(pid, os.WNOHANG) == (0, 0):
                 if time.monotonic() > deadline:
                     os.killpg(pid, signal.SIGKILL)
                 time.sleep(0.01)
             while is_served(resolve(self.socket_addr)) and time.monotonic() < deadline:
-                time.sleep(0.01)  # had its keeper died before
+                time.sleep(0.01)  # its supervisor had died before
 
     def _run_in_child(self, owner: processes.Process, readiness: Readiness) -> None:
-        """Never returns: the child must not run what belongs to its parent."""
+        """Run the supervisor, and end the process: the child must not run the code of its parent."""
 
         def run(readiness: Readiness, ends: bool) -> int:
             aggregator = Aggregator(resolve(self.socket_addr), self.reporters, Lifetime(owner))

@@ -424,14 +424,14 @@ def test_the_way_that_errors_tell_makes_a_key_file(short_dir):
     assert program == "-c"
     done = run_python(argument, cwd=short_dir)
     assert (done.returncode, done.stderr) == (0, "")
-    assert len(KeyFile(str(short_dir / "tapes.key_secret")).pair().secret) == 40
+    assert len(KeyFile(str(short_dir / "tapes.key_secret")).pair.secret) == 40
 
 
 def test_a_key_is_in_no_text(key):
     """Of an error or a log."""
     file = KeyFile(key)
     assert file == KeyFile(key) != KeyFile(key + "2")
-    assert file.pair().secret.decode() not in f"{file!r}{file.pair()!r}{resolve('tcp://127.0.0.1:5555')!r}"
+    assert file.pair.secret.decode() not in f"{file!r}{file.pair!r}{resolve('tcp://127.0.0.1:5555')!r}"
 
 
 def checkers():
@@ -453,7 +453,7 @@ def test_where_nobody_checks_nobody_is_admitted(key, monkeypatch):
     with zmq_context() as ours, zmq_context() as theirs:
         bound = sockets.bind(ours, endpoints)
         worker = theirs.socket(zmq.DEALER)
-        curve.as_client(worker, endpoints.key.pair())
+        curve.as_client(worker, endpoints.key.pair)
         monitor = worker.get_monitor_socket()
         worker.connect(endpoints.read)
         assert handshake(monitor) in FAILED

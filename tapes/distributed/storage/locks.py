@@ -153,15 +153,14 @@ class Lock:
             self.predecessor_crashed = _Holder.read(self._fd).restartable
             self._remove_sockets()
             _Holder(b"%d" % os.getpid(), self._restartable, self._supervised).write(self._fd)
-        except OSError as error:
+        except (OSError, AddressError) as error:
             self.release(keep_file=self.predecessor_crashed)
+            if isinstance(error, AddressError):
+                raise
             raise AddressError(
                 f"the aggregator can't bind {self._endpoints.publish} ({error.strerror or error})",
                 remedy="choose an existing directory that only this user can write to",
             ) from None
-        except AddressError:
-            self.release(keep_file=self.predecessor_crashed)
-            raise
 
     @property
     def is_lost(self) -> bool:

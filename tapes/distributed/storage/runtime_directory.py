@@ -9,6 +9,7 @@ removed with them. `tapes.distributed.storage.sweeping` removes the directories 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -56,14 +57,13 @@ def choose_place(endpoints: Endpoints, user: User) -> Endpoints:
     directory = private_directory(endpoints)
     if directory is None:
         return endpoints
-    places = [endpoints, *other_places(endpoints, user.uid)]
+    places, reasons = [endpoints, *other_places(endpoints, user.uid)], []
     for place in places:
         if has_aggregator(place, user.uid):
             return place
     for place in places:
         if service.is_private(os.path.dirname(place.path or ""), user.uid):
             return place
-    reasons = []
     for place in places:
         why_not = _make_private(os.path.dirname(place.path or ""), user)
         if not why_not:
@@ -105,11 +105,7 @@ def is_removed(endpoints: Endpoints) -> bool:
 
 
 def place_of(supervisor: Process) -> Endpoints:
-    """Return where the service of ``supervisor`` meets, as far as this process can see.
-
-    Raises:
-        AggregatorUnavailable: If all paths are too long.
-    """
+    """Return where the service of ``supervisor`` meets, as far as this process can see."""
     found = _resolved(service.places(supervisor))
     if not found:
         raise AggregatorUnavailable(
@@ -117,9 +113,8 @@ def place_of(supervisor: Process) -> Endpoints:
             remedy="set TMPDIR to a shorter path, or TAPES_ADDR to an address",
         )
     existing = _existing(supervisor, os.geteuid())
-    usable = (place for place in found if _is_usable(os.path.dirname(os.path.dirname(place.path or ""))))
     served = filter(has_aggregator, [*found, *existing])
-    return next(served, next(iter(existing), next(usable, found[0])))
+    return next(itertools.chain(served, existing, filter(_is_usable, found), found))
 
 
 def other_places(endpoints: Endpoints, uid: int | None = None) -> list[Endpoints]:
@@ -152,7 +147,8 @@ def _resolved(paths: Iterable[str]) -> list[Endpoints]:
     return found
 
 
-def _is_usable(parent: str) -> bool:
+def _is_usable(place: Endpoints) -> bool:
+    parent = os.path.dirname(os.path.dirname(place.path or ""))
     return os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK)
 
 
@@ -191,11 +187,7 @@ def private_directory(endpoints: Endpoints) -> str | None:
 
 
 def restore(endpoints: Endpoints, user: User) -> None:
-    """Make the private directory of ``endpoints`` again, if it has one and that was removed.
-
-    Raises:
-        AddressError: If that fails, or another user has made it.
-    """
+    """Make the private directory of ``endpoints`` again, if that was removed, or raise AddressError."""
     directory = private_directory(endpoints)
     if directory is not None:
         try:
@@ -218,11 +210,7 @@ def _make(directory: str, user: User) -> None:
 
 
 def _check_room(directory: str) -> None:
-    """Check that a file with content can be written to a new directory; remove the directory if not.
-
-    Raises:
-        OSError: If it can't, as on a full file system.
-    """
+    """Check that a file can be written to a new directory; if not, remove it and raise OSError."""
     path = os.path.join(directory, _PROBE)
     try:
         with open(path, "xb") as file:
@@ -238,11 +226,7 @@ def _check_room(directory: str) -> None:
 
 @contextlib.contextmanager
 def open_private(directory: str, uid: int) -> Iterator[int]:
-    """Yield a descriptor of a directory that is private to user ``uid``.
-
-    Raises:
-        OSError: If it can't be opened, or is not private.
-    """
+    """Yield a descriptor of a directory; raises OSError if it is not private to user ``uid``."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if not service.is_private_to(os.fstat(fd), uid):

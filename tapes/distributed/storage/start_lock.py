@@ -96,26 +96,23 @@ class _StartLock:
 
     def _open(self, makes_directory: bool) -> bool:
         """Open the file; return ``False`` if another user's file can't be opened."""
-        while True:
-            try:
-                self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            except FileNotFoundError:  # an aggregator that exited has removed the directory
-                if not makes_directory or private_directory(self._endpoints) is None:
-                    raise AddressError(
-                        f"there is no directory for {self._endpoints.publish}",
-                        remedy="choose a directory that exists and can be written to",
-                    ) from None
-                restore(self._endpoints, self._user)
-            except OSError as error:
-                if self._is_foreign(os.lstat(self.path)):
-                    return False
+        remedy = "choose a directory that exists and can be written to"
+        try:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError:  # an aggregator that exited has removed the directory
+            if not makes_directory or private_directory(self._endpoints) is None:
                 raise AddressError(
-                    f"no aggregator can start at {self._endpoints.publish} ({error.strerror or error})",
-                    remedy="choose a directory that exists and can be written to",
+                    f"there is no directory for {self._endpoints.publish}", remedy=remedy
                 ) from None
-            else:
-                _open_locks.add(self._fd)
-                return True
+            restore(self._endpoints, self._user)
+            return self._open(makes_directory)
+        except OSError as error:
+            if self._is_foreign(os.lstat(self.path)):
+                return False
+            what = f"no aggregator can start at {self._endpoints.publish} ({error.strerror or error})"
+            raise AddressError(what, remedy=remedy) from None
+        _open_locks.add(self._fd)
+        return True
 
     def _is_foreign(self, found: os.stat_result) -> bool:
         return found.st_uid not in (os.geteuid(), self._user.uid)

@@ -1,8 +1,8 @@
-"""Removing the private directories of services that have ended with no process left to clean up.
+"""Removing the private directories of services whose processes were all killed.
 
-The next service to start does it: at once if all processes of the one that ended were of this pid namespace.
-A directory for temporary files may be on a volume that several containers share, where pids mean different
-processes; so what another namespace may use is removed by its age.
+The next aggregator to start removes them: at once if all processes of the service were in this pid namespace.
+A directory for temporary files may be on a volume that several containers share, where the same pid means
+different processes. So a directory that another namespace may use is removed by its age.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from tapes.service import SOCKET
 __all__ = ["sweep"]
 
 _LEFT_SECONDS = 3600.0
-"""Seconds after which an untouched directory is swept if its service may be one of another pid namespace.
+"""Minimum age of a directory that is removed although its service may run in another pid namespace.
 
-Its aggregator sets the time of a file every 10 s while it lives. When that has died, a worker starts another
-one; that may take a while, as where the end of a request does it.
+A living aggregator sets the time of a file every 10 s. After its death a worker starts another one; that can
+take long, for example where only the end of a request does it.
 """
 
 _SKEW_SECONDS = 2.0
-"""Seconds that the time of a file may be ahead, as file systems have clocks and rounding of their own."""
+"""Seconds that the time of a file may be ahead: file systems have their own clocks and rounding."""
 
 
 def sweep() -> None:
-    """Remove what is left of services of this user that have ended without a clean-up."""
+    """Remove the directories of this user's services that ended without cleaning up."""
     for parent in service.parents():
         with contextlib.suppress(OSError):
             for entry in list(os.scandir(parent)):
@@ -62,19 +62,19 @@ def _sweep(directory: str) -> None:
 
 
 def _may_be_used(directory: str) -> bool:
-    """Return whether a service may still use a private directory, whose supervisor does not live here."""
+    """Return whether a service may still use a directory whose supervisor does not live in this namespace."""
     living = None
     with contextlib.suppress(WireError):
         saved = read_journal(os.path.join(directory, SOCKET))
-        # Workers that outlive their supervisor are about to start another aggregator.
+        # Workers that outlive their supervisor start another aggregator.
         living = None if saved is None else saved.lives(processes.host_id())
     return _age_of(directory) < _LEFT_SECONDS if living is None else living
 
 
 def _age_of(directory: str) -> float:
-    """Return the seconds since anything in a private directory was written.
+    """Return the seconds since any file in a private directory was written.
 
-    What is from the future, as the clock was set back since, is from now on as old as if it were written now.
+    A file with a time in the future, left by a clock that was set back, gets the current time.
     """
     with open_private(directory, os.geteuid()) as fd:
         now, ages = time.time(), []

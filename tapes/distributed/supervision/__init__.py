@@ -1,1 +1,1 @@
-"""Starting an aggregator, finding it, and starting it again."""
+"""Finding an aggregator, starting it, and restarting it."""

@@ -1,8 +1,8 @@
-"""A detached aggregator as a fork of the process that starts it.
+"""Starting an aggregator as a fork of the process that starts it.
 
-For an application that is frozen into one program, as by PyInstaller: there is no interpreter to start. The
-child keeps nothing of the application but its memory: it closes every descriptor, among them the sockets that
-the application listens on, takes the default action for every signal, and logs to standard error.
+This is for an application that is frozen into one program, as by PyInstaller: it has no interpreter to start.
+The child shares only its memory with the application. It closes every descriptor, also the sockets that the
+application listens on, resets every signal handler, and logs to standard error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAX_DESCRIPTORS = 1 << 16
 
 
 def is_frozen() -> bool:
-    """Return whether ``sys.executable`` is the application and no interpreter."""
+    """Return whether ``sys.executable`` is the application instead of an interpreter."""
     return bool(getattr(sys, "frozen", False))
 
 
@@ -32,19 +32,21 @@ def fork(run: Callable[[], None], environment: dict[str, str], fd: int) -> None:
     """Run ``run`` in a child with nothing open but ``fd`` and standard error; wait for the child's end.
 
     Args:
-        run: Ends its own process and goes on in a child of that.
-        environment: What the child has in its environment.
+        run: Forks, and ends the process that called it.
+        environment: The environment of the child.
         fd: The descriptor that stays open.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the child uses no lock that a thread may hold
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # the child uses no lock that another thread may hold
         pid = forks.fork_helper()
     if pid:
         os.waitpid(pid, 0)
         return
     try:
         os.setsid()
-        gc.freeze()  # what the application has would close descriptors that are the aggregator's by then
+        gc.freeze()  # finalizers of the application's objects would close descriptors of the aggregator
         _reset_signals()
         close_all_but(fd)
         _reset_streams()
@@ -67,18 +69,18 @@ def close_all_but(fd: int) -> None:
 def _reset_signals() -> None:
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
-        with contextlib.suppress(OSError, ValueError):  # KILL and STOP; those that Python keeps to itself
+        with contextlib.suppress(OSError, ValueError):  # KILL, STOP, and those that Python reserves
             if signal.getsignal(number) not in (signal.SIG_DFL, signal.SIG_IGN):
                 signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
 def _reset_streams() -> None:
-    nothing = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1) if has_standard_error() else (0, 1, 2):
-        os.dup2(nothing, fd)
-    if nothing > 2:
-        os.close(nothing)
+        os.dup2(null, fd)
+    if null > 2:
+        os.close(null)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     for logger in (logging.root, *map(logging.getLogger, ("tapes", "tapes.distributed"))):
         logger.handlers.clear()
@@ -86,5 +88,5 @@ def _reset_streams() -> None:
 
 
 def has_standard_error() -> bool:
-    """Return whether this process was started with a standard error."""
+    """Return whether this process was started with a standard error stream."""
     return sys.__stderr__ is not None

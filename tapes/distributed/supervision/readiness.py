@@ -1,4 +1,4 @@
-"""The pipe on which an aggregator that is being started reports that it is ready, or why it can't be."""
+"""The pipe on which a starting aggregator reports that it is ready, or why it can't start."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _END = b"\0"
 
 
 class Readiness:
-    """A pipe on which an aggregator that is being started reports that it is ready, or why it can't be.
+    """The pipe on which a starting aggregator reports that it is ready, or why it can't start.
 
     Args:
-        fds: Its two ends, -1 for one that this process does not have; a new pipe if not given.
+        fds: The two ends, -1 for one that this process does not have; by default those of a new pipe.
 
     Attributes:
-        has_reported: Whether this process has reported on it.
+        has_reported: Whether this process has sent a report.
     """
 
     NOT_READY, CRASHED = 1, 2
-    """Exit statuses of an aggregator: it could not be started; it failed later."""
+    """Exit statuses of an aggregator: it could not start; it failed later."""
 
     def __init__(self, fds: tuple[int, int] | None = None) -> None:
         self._receiver, self._sender = _pipe() if fds is None else fds
@@ -40,20 +40,20 @@ class Readiness:
         return self._sender
 
     def wait(self) -> None:
-        """Return when the aggregator is ready.
+        """Wait until the aggregator is ready.
 
         Raises:
-            AddressError, AggregatorUnavailable, InvalidArgument: With the reason why it can't be started.
+            AddressError, AggregatorUnavailable, InvalidArgument: With the reason if it can't start.
         """
         self.close_writer()
         text = b""
-        # select() knows no descriptors above 1023. In a thread of ours gevent's poll() would leave a loop
-        # behind; eventlet has none.
-        is_real = threads.in_native_thread() or not hasattr(select, "poll")
-        poll = threads.unpatched("select", "poll")() if is_real else select.poll()
+        # select() supports no descriptors above 1023. gevent's poll() would leave an event loop behind in a
+        # native thread; eventlet has no poll().
+        is_native = threads.in_native_thread() or not hasattr(select, "poll")
+        poll = threads.unpatched("select", "poll")() if is_native else select.poll()
         poll.register(self._receiver, select.POLLIN)
         try:
-            # A child that was forked meanwhile may hold the other end open, so the end is marked.
+            # Don't wait for the end of the pipe: a child that was forked meanwhile may hold it open.
             while not text.endswith(_END) and poll.poll(_READY_SECONDS * 1000):
                 piece = os.read(self._receiver, 65536)
                 text += piece
@@ -62,10 +62,9 @@ class Readiness:
                     break
         finally:
             self.close_reader()
-        kind, _, sentence = text.rstrip(_END).decode(errors="replace").partition("\n")
+        kind, _, message = text.rstrip(_END).decode(errors="replace").partition("\n")
         if kind != "ready":
-            failure = _FAILURES.get(kind, AggregatorUnavailable)
-            raise failure(sentence or self._failure)
+            raise _FAILURES.get(kind, AggregatorUnavailable)(message or self._failure)
 
     def close_reader(self) -> None:
         """Close the end that the starting process reads."""
@@ -74,7 +73,7 @@ class Readiness:
             self._receiver = -1
 
     def close_writer(self) -> None:
-        """Close the end that the aggregator has too, so that its death ends the pipe."""
+        """Close this process's copy of the aggregator's end: the pipe ends when the aggregator dies."""
         if self._sender >= 0:
             os.close(self._sender)
             self._sender = -1
@@ -95,7 +94,7 @@ class Readiness:
 
 
 def _pipe() -> tuple[int, int]:
-    """Return the ends of a new pipe; neither has the number of a standard stream, which may be closed."""
+    """Return the ends of a new pipe, numbered above the standard streams, which may be closed."""
     receiver, sender = os.pipe()
     return _above_standard_streams(receiver), _above_standard_streams(sender)
 

@@ -39,10 +39,7 @@ class Attachment(enum.Enum):
 
 
 def ensure_aggregator(
-    service: Service,
-    addr: str | None = None,
-    *,
-    user: runtime_directory.User | None = None,
+    service: Service, addr: str | None = None, *, user: runtime_directory.User | None = None
 ) -> Endpoints:
     """Have an aggregator that lives as long as ``service`` and this process; return its endpoints.
 
@@ -82,10 +79,7 @@ def ensure_aggregator(
 def choose_address(service: Service, addr: str | None = None) -> Endpoints:
     """Return the endpoints of a service, and hand them down to the processes that this one starts.
 
-    It is fast: it creates no file and starts no process.
-
-    Raises:
-        AddressError, AggregatorUnavailable: If there is no usable place.
+    It is fast: it creates no file and starts no process. Raises as `ensure_aggregator`.
     """
     if addr is None and not os.environ.get("TAPES_ADDR"):
         endpoints = runtime_directory.place_of(service.root)

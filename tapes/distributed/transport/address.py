@@ -63,13 +63,8 @@ class Endpoints(NamedTuple):
         return self.path + ".lock" if self.path else None
 
     def check_key(self) -> None:
-        """Read the key file, if there is one.
-
-        Raises:
-            AddressError: If it can't be used.
-        """
-        if self.key is not None:
-            self.key.pair()
+        """Read the key file, if there is one; raises AddressError if it can't be used."""
+        _ = self.key and self.key.pair
 
 
 def resolve(addr: str | None) -> Endpoints:

@@ -19,6 +19,8 @@ from __future__ import annotations
 import logging
 import os
 import stat
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import zmq
@@ -54,6 +56,7 @@ class Pair(NamedTuple):
         return f"<the key pair of {self.public.decode('ascii', 'replace')}>"
 
 
+@dataclass(frozen=True)
 class KeyFile:
     """The file of the service's key pair, as ``zmq.auth.create_certificates`` writes it.
 
@@ -61,9 +64,7 @@ class KeyFile:
     the file: it may be removed by then, or not readable any more.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._pair: Pair | None = None
+    path: str
 
     @classmethod
     def from_environment(cls) -> KeyFile | None:
@@ -71,26 +72,9 @@ class KeyFile:
         path = os.environ.get(VARIABLE)
         return cls(path) if path else None
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, KeyFile) and self.path == other.path
-
-    def __hash__(self) -> int:
-        return hash(self.path)
-
-    def __repr__(self) -> str:
-        return f"KeyFile({self.path!r})"
-
+    @cached_property
     def pair(self) -> Pair:
-        """Return the key pair.
-
-        Raises:
-            AddressError: If the file can't be used, or users other than its owner may read it.
-        """
-        if self._pair is None:
-            self._pair = self._read()
-        return self._pair
-
-    def _read(self) -> Pair:
+        """The key pair; raises AddressError if the file can't be used, or other users may read it."""
         if not zmq.has("curve"):
             raise AddressError(
                 f"the installed libzmq ({zmq.zmq_version()}) does not support CURVE",
@@ -163,8 +147,7 @@ def as_server(socket: zmq.Socket[bytes], pair: Pair) -> None:
 def start_zap_handler(context: zmq.Context[Any], pair: Pair) -> None:
     """Have the servers of ``context`` accept only clients that have ``pair``, until the context ends.
 
-    Raises:
-        AggregatorUnavailable: If its thread can't be started.
+    Raises AggregatorUnavailable if its thread can't be started.
     """
     # A shadow's socket: context.destroy() does not close it while the thread uses it.
     handler: zmq.Socket[bytes] = zmq.Context.shadow(context.underlying).socket(zmq.REP)

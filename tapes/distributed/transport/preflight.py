@@ -30,11 +30,7 @@ _PAUSE_SECONDS = 0.0005
 
 
 def new_context() -> zmq.Context[Any]:
-    """Return a context whose threads run.
-
-    Raises:
-        AggregatorUnavailable: If a resource is missing.
-    """
+    """Return a context whose threads run, or raise `AggregatorUnavailable`."""
     check_descriptors()
     check_memory(_BYTES)
     _check_threads()

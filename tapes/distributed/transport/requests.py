@@ -73,11 +73,7 @@ def request(endpoints: Endpoints, socket: Socket, message: Request, deadline: fl
 
 
 def request_all(endpoints: Endpoints, messages: Iterable[Request]) -> bool:
-    """Send messages on a socket of their own, each after the reply to the last; return whether all succeed.
-
-    Raises:
-        TapesError, zmq.ZMQError: As `request` and `new_request_socket`.
-    """
+    """Send messages on a new socket, each after the reply to the last; return whether all succeed."""
     context = new_context()
     try:
         with contextlib.closing(new_request_socket(context, endpoints)) as socket:
@@ -90,11 +86,7 @@ def request_all(endpoints: Endpoints, messages: Iterable[Request]) -> bool:
 
 
 def keep_alive_for(endpoints: Endpoints, *clients: Process) -> bool:
-    """Ask the aggregator to live as long as the processes ``clients``; return whether it agreed.
-
-    Raises:
-        OlderAggregator: If it can't read the request.
-    """
+    """Ask the aggregator to live as long as ``clients``; return whether it agreed, or raise OlderAggregator."""
     return _request_once(endpoints, Attach(1, host_id(), clients))
 
 

@@ -46,7 +46,7 @@ def bind(context: zmq.Context[Any], endpoints: Endpoints) -> tuple[Socket, Socke
         AddressInUse, AddressError: If an address can't be bound, or its key can't be used.
         AggregatorUnavailable: If the thread that checks keys can't be started.
     """
-    pair = endpoints.key.pair() if endpoints.key else None
+    pair = endpoints.key.pair if endpoints.key else None
     if pair:
         curve.start_zap_handler(context, pair)
     updates, requests = context.socket(zmq.SUB), context.socket(zmq.ROUTER)
@@ -76,10 +76,9 @@ def bind(context: zmq.Context[Any], endpoints: Endpoints) -> tuple[Socket, Socke
 
 
 def bind_again(updates: Socket, requests: Socket, before: Endpoints, endpoints: Endpoints) -> None:
-    """Bind the aggregator's sockets, whose files were removed, at ``endpoints``; connections stay open.
+    """Bind the aggregator's sockets, whose files were removed, at ``endpoints``, or raise AddressError.
 
-    Raises:
-        AddressError: If an address can't be bound.
+    Connections stay open.
     """
     umask = os.umask(0o077)
     try:
@@ -99,16 +98,11 @@ def bind_again(updates: Socket, requests: Socket, before: Endpoints, endpoints: 
 
 def new_publisher(context: zmq.Context[Any], endpoints: Endpoints) -> Socket:
     """Return a worker's socket for its updates; raises as `new_request_socket`."""
-    check_descriptors()
-    publisher: Socket = context.socket(zmq.XPUB)
-    for option, value in (
-        (zmq.IMMEDIATE, 1), (zmq.XPUB_NODROP, 1), (zmq.XPUB_VERBOSE, 1),
-        (zmq.SNDHWM, _QUEUE), (zmq.LINGER, 0),
-        (zmq.HEARTBEAT_IVL, _HEARTBEAT_MILLISECONDS), (zmq.HEARTBEAT_TIMEOUT, 30 * _HEARTBEAT_MILLISECONDS),
-    ):  # fmt: skip
-        publisher.setsockopt(option, value)
-    _connect(publisher, endpoints, endpoints.publish)
-    return publisher
+    options = {
+        zmq.XPUB_NODROP: 1, zmq.XPUB_VERBOSE: 1, zmq.SNDHWM: _QUEUE,
+        zmq.HEARTBEAT_IVL: _HEARTBEAT_MILLISECONDS, zmq.HEARTBEAT_TIMEOUT: 30 * _HEARTBEAT_MILLISECONDS,
+    }  # fmt: skip
+    return _connected(context, zmq.XPUB, options, endpoints, endpoints.publish)
 
 
 def new_request_socket(context: zmq.Context[Any], endpoints: Endpoints) -> Socket:
@@ -118,24 +112,26 @@ def new_request_socket(context: zmq.Context[Any], endpoints: Endpoints) -> Socke
         AddressError: If the address can't be used.
         AggregatorUnavailable: If there are no file descriptors left.
     """
+    return _connected(context, zmq.DEALER, {zmq.MAXMSGSIZE: MAX_BYTES}, endpoints, endpoints.read)
+
+
+def _connected(
+    context: zmq.Context[Any], kind: int, options: dict[Any, int], endpoints: Endpoints, endpoint: str
+) -> Socket:
     check_descriptors()
-    requests: Socket = context.socket(zmq.DEALER)
-    for option, value in ((zmq.IMMEDIATE, 1), (zmq.LINGER, 0), (zmq.MAXMSGSIZE, MAX_BYTES)):
-        requests.setsockopt(option, value)
-    _connect(requests, endpoints, endpoints.read)
-    return requests
-
-
-def _connect(connecting: Socket, endpoints: Endpoints, endpoint: str) -> None:
-    connecting.setsockopt(zmq.IPV6, int("[" in endpoint))
+    connecting: Socket = context.socket(kind)
+    options |= {zmq.IMMEDIATE: 1, zmq.LINGER: 0, zmq.IPV6: int("[" in endpoint)}
+    for option, value in options.items():
+        connecting.setsockopt(option, value)
     if endpoints.key:
-        curve.as_client(connecting, endpoints.key.pair())
+        curve.as_client(connecting, endpoints.key.pair)
     try:
         connecting.connect(endpoint)
     except zmq.ZMQError as error:
         raise AddressError(
             f"can't connect to {endpoint} ({error.strerror})", remedy="use another address"
         ) from None
+    return connecting
 
 
 def announced_version(topic: bytes) -> int | None:
