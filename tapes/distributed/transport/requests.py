@@ -86,7 +86,7 @@ def request_all(endpoints: Endpoints, messages: Iterable[Request]) -> bool:
 
 
 def keep_alive_for(endpoints: Endpoints, *clients: Process) -> bool:
-    """Ask the aggregator to live as long as ``clients``; return whether it agreed, or raise OlderAggregator."""
+    """Ask the aggregator to live as long as ``clients``; return whether it agreed. Raises OlderAggregator."""
     return _request_once(endpoints, Attach(1, host_id(), clients))
 
 
