@@ -132,7 +132,7 @@ class Adapter(Setup):
             if timer is None:
                 timer = self.registry.timer(self._duration, labels={**more, **series})
         except Exception as error:
-            self.complain("tapes records requests without further labels", error)
+            self.log_once("tapes records requests without further labels", error)
             return self.registry.timer(self._duration, labels=series)
         # 3. Keep it for the next request, unless clients can invent any number of such keys.
         if exchange.method in METHODS and dict(timer.labels).get("overflow") is None:
@@ -158,7 +158,7 @@ class Adapter(Setup):
         try:
             return function(source)
         except Exception as error:
-            self.complain(f"tapes: {what} failed", error)
+            self.log_once(f"tapes: {what} failed", error)
             return None
 
     def publish(self) -> None:
@@ -170,20 +170,20 @@ class Adapter(Setup):
             if session.is_connected and not self.registry.session.is_connected:  # no aggregator answered
                 self.service.join_again()
         except Exception as error:
-            self.complain("tapes could not publish at the end of a request", error)
+            self.log_once("tapes could not publish at the end of a request", error)
 
 
 async def check_guard(
-    guard: Guard, source: Any, complain: Callable[[str, Exception], None], *, may_await: bool = True
+    guard: Guard, source: Any, log: Callable[[str, Exception], None], *, may_await: bool = True
 ) -> bool | None:
     """Return whether a guard, asynchronous or not, lets a client read the metrics; ``None`` without a guard.
 
-    A guard that fails lets nobody read them.
+    A guard that fails refuses every client.
 
     Args:
         guard: The option.
         source: The request that the guard gets.
-        complain: Logs what failed, and the exception.
+        log: Logs what failed, and the exception.
         may_await: Whether there is an event loop. Without one, this never waits, and an asynchronous guard
             fails.
     """
@@ -199,7 +199,7 @@ async def check_guard(
             allowed = await allowed
         return bool(allowed)
     except Exception as error:
-        complain("tapes: the guard of the metrics failed, so the client may not read them", error)
+        log("tapes: the guard of the metrics failed, so the client may not read them", error)
         return False
 
 
@@ -261,7 +261,7 @@ class Exchange:
             if adapter.body_sizes:
                 adapter.record_sizes(self)
         except Exception as error:
-            adapter.complain("tapes could not record a request", error)
+            adapter.log_once("tapes could not record a request", error)
         self.source = None  # it may refer to this exchange: no cycle is left
         if adapter.registry.session.flush_per_request:
             adapter.publish()

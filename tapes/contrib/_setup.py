@@ -65,7 +65,7 @@ class Setup:
                 exchange.source[exchange.adapter.key] = exchange
             frame = frame.f_back
 
-    def complain(self, what: str, error: Exception) -> None:
+    def log_once(self, what: str, error: Exception) -> None:
         """Log ``what``, once for each kind of ``error``."""
         self._once.warning((what, type(error)), "%s (logged once): %r", what, error, exc_info=error)
 

@@ -7,9 +7,9 @@ timed from the call to the end of its last message, so background tasks are not 
 recorded and raised again. A websocket's handshake is a request with status 101; its connection has metrics of
 its own.
 
-A worker joins its service when the lifespan starts, and leaves it when the lifespan ends. If the application
-does not support the lifespan, and there is a service to leave, the middleware answers the lifespan: right
-after it a server may end its process by a signal that runs no other hook, as uvicorn does.
+A worker joins its service at the latest when the lifespan starts, and leaves it when the lifespan ends. If the
+application does not support the lifespan, and there is a service to leave, the middleware answers the
+lifespan: right after it a server may end its process by a signal that runs no other hook, as uvicorn does.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class TapesMiddleware:
         adapter = self._adapter
         adapter.look_for_own_route()
         headers = list(islice(scope.get("headers", ()), _MAX_HEADER_LINES))
-        allowed = await check_guard(adapter.guard, scope, adapter.complain)
+        allowed = await check_guard(adapter.guard, scope, adapter.log_once)
         answer = refusal(scope.get("method", ""), _field(headers, b"authorization"), allowed)
         if answer is None:
             accept = _field(headers, b"accept", MAX_CHARACTERS + 1)  # one more shows that it is cut

@@ -86,7 +86,7 @@ class MetricsHandler(RequestHandler):
     async def get(self) -> None:
         """Answer with the metrics, or refuse."""
         service, headers = _joined(self._registry), self.request.headers
-        allowed = await check_guard(self._guard, self.request, _complain)
+        allowed = await check_guard(self._guard, self.request, _log_error)
         answer = refusal("GET", headers.get("Authorization", ""), allowed)
         if answer is None:
             arguments = headers.get("Accept", ""), self.request.query
@@ -120,7 +120,7 @@ class MetricsHandler(RequestHandler):
         self.finish(body)
 
 
-def _complain(what: str, error: Exception) -> None:
+def _log_error(what: str, error: Exception) -> None:
     _log.error("%s", what, exc_info=error)
 
 
@@ -189,14 +189,14 @@ class _Instrument:
             is_inner = isinstance(outer, _Request) and outer.active is adapter.active
             watch: Any = outer if is_inner else _Request(request, adapter)
         except Exception as error:
-            adapter.complain("tapes can't measure requests on such a connection", error)
+            adapter.log_once("tapes can't measure requests on such a connection", error)
             return self._find_handler(request, **kwargs)
         delegate = self._find_handler(request, **kwargs)  # if it fails the connection is closed
         try:
             watch.route = self._routes.of(request, delegate)
             watch.hook(delegate, "on_connection_close", *(["data_received"] if adapter.body_sizes else []))
         except Exception as error:
-            adapter.complain("tapes could not see where a request goes", error)
+            adapter.log_once("tapes could not see where a request goes", error)
         return delegate
 
 

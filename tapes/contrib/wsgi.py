@@ -35,8 +35,8 @@ Environ = dict[str, Any]
 StartResponse = Callable[..., Any]
 App = Callable[[Environ, StartResponse], Iterable[bytes]]
 
-_LEFT_OUT = object()
-_MAX_DIGITS = 19
+_LEFT_OUT = object()  # the route of a request that is not measured
+_MAX_DIGITS = 19  # maximum number of digits of a Content-Length
 _modules: dict[str, Any] = sys.modules
 _RAW = (bytes, str)  # an application must not return these: whether to send them is the server's decision
 _SERVER = "SERVER_SOFTWARE"
@@ -157,7 +157,7 @@ class TapesMiddleware:
 
     def _answer(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         method = environ.get("REQUEST_METHOD", "")
-        allowed = _run(check_guard(self._adapter.guard, environ, self._adapter.complain, may_await=False))
+        allowed = _run(check_guard(self._adapter.guard, environ, self._adapter.log_once, may_await=False))
         status, headers, body = refusal(
             method, environ.get("HTTP_AUTHORIZATION", ""), allowed
         ) or self._adapter.service.answer(environ.get("HTTP_ACCEPT", ""), environ.get("QUERY_STRING", ""))
@@ -237,7 +237,7 @@ class _Exchange(Exchange):
                 mounted = request.environ.get("SCRIPT_NAME", "")[len(self._script) :]
                 self.route = middleware.route_of(request.url_rule, mounted)
         except Exception as error:
-            middleware._adapter.complain("tapes could not see how an answer starts", error)
+            middleware._adapter.log_once("tapes could not see how an answer starts", error)
 
         def counting(data: bytes) -> Any:
             self.sent = max(0, self.sent) + len(data)

@@ -83,7 +83,7 @@ class Harness:
             self.ask(app, path, method)
 
     def ask(self, app, path, method="GET", body=b"", **headers) -> Reply:
-        """Send a request and read its answer. Underscores in names of headers stand for hyphens."""
+        """Send a request and read its answer. In names of headers, underscores become hyphens."""
         raise NotImplementedError
 
     def leave(self, app, registry):
@@ -253,7 +253,7 @@ class ASGI(Harness):
                 raise BrokenPipeError
             sent.append(message)
 
-        with contextlib.suppress(Exception):  # what Starlette makes of it
+        with contextlib.suppress(Exception):  # Starlette raises an error of its own
             receive = asgi_server.receiving({"type": "http.request"})
             anyio.run(app, asgi_server.scope_of("/endless"), receive, send, backend=self.backend)
         assert sent[1]["body"] == b"x"

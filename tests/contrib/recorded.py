@@ -9,7 +9,7 @@ ACTIVE = "http.server.active_requests"
 
 
 def counts(registry: tapes.Registry) -> dict[tuple[str, str, str], int]:
-    """Counts of requests by (method, route, status)."""
+    """Return the counts of requests by (method, route, status)."""
     found = {}
     for series in registry.snapshot().series(DURATION):
         labels = dict(series.labels)
@@ -18,5 +18,5 @@ def counts(registry: tapes.Registry) -> dict[tuple[str, str, str], int]:
 
 
 def active(registry: tapes.Registry) -> float:
-    """How many requests are being answered."""
+    """Return the number of active requests."""
     return registry.snapshot().get(ACTIVE).value

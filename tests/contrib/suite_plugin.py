@@ -1,12 +1,12 @@
-"""A plugin of pytest for the suites of other projects: puts the adapter round every application.
+"""A plugin of pytest for the suites of other projects: puts the adapter around every application.
 
-And it writes down what came of it. It is copied into the environment of `suites` under a name of its own.
-These variables tell it what to do:
+It also writes the outcomes to a file. It is copied into the environment of `suites` under a name of its own.
+These variables configure it:
 
 * ``TAPES_SUITE_OUTCOMES``: The file for the outcomes of the tests, as JSON.
 * ``TAPES_SUITE_WRAPS``: The project whose applications are wrapped; none if it is absent.
-* ``TAPES_SUITE_CHILDREN``: A directory; processes that the tests start leave their counts there.
-* ``TAPES_SUITE_CHILD``: Set by this plugin; processes that the tests start wrap too.
+* ``TAPES_SUITE_CHILDREN``: A directory in which processes that the tests start leave their counts.
+* ``TAPES_SUITE_CHILD``: Set by this plugin: processes that the tests start wrap too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ outcomes: dict[str, str] = {}
 
 
 def fresh() -> Any:
-    """A registry for one application, whose requests are counted in the end."""
+    """Return a registry for one application, whose requests are counted at the end."""
     import tapes
 
     registries.append(tapes.Registry())
@@ -39,17 +39,17 @@ def fresh() -> Any:
 
 
 def measured() -> int:
-    """How many requests were measured."""
+    """Return the number of measured requests."""
     return sum(series.count for registry in registries for series in registry.snapshot().series(DURATION))
 
 
 def active() -> float:
-    """How many requests are still active."""
+    """Return the number of requests that are still active."""
     return sum(series.value for registry in registries for series in registry.snapshot().series(ACTIVE))
 
 
 class _Weakly:
-    """Flask's own ``wsgi_app`` without a reference cycle: a test wants an application to be freed at once."""
+    """Flask's own ``wsgi_app`` without a reference cycle: a test needs applications to be freed at once."""
 
     def __init__(self, app: Any) -> None:
         self._of = weakref.ref(app)
@@ -103,7 +103,7 @@ def wrap_werkzeug() -> None:
 def wrap_starlette() -> None:
     """Wrap what the test client calls, and every application of Starlette's classes that is called directly.
 
-    What is called within an application that is wrapped is left alone, so a request is counted once.
+    Applications within a wrapped one are not wrapped, so a request is counted once.
     """
     import starlette
     import starlette.testclient
@@ -181,7 +181,7 @@ def wrap() -> None:
 
 
 def wrap_in_child() -> None:
-    """Wrap in a process that a test has started; it may be killed, so it says after each request how many."""
+    """Wrap in a process that a test has started. It may be killed, so it writes its count at each request."""
     from tapes.contrib._http import Exchange
 
     end = Exchange.end
@@ -196,7 +196,7 @@ def wrap_in_child() -> None:
 
 
 def pytest_configure() -> None:
-    """Wrap before any test is imported."""
+    """Wrap before a test is imported."""
     logging.getLogger("tornado.access").setLevel(logging.CRITICAL)  # as Tornado's own runner does
     if "TAPES_SUITE_WRAPS" in os.environ:
         wrap()
@@ -205,25 +205,25 @@ def pytest_configure() -> None:
 
 
 def pytest_collectreport(report: Any) -> None:
-    """Note a file that can't be imported."""
+    """Record a file that can't be imported as failed."""
     if report.failed:
         outcomes[report.nodeid] = "failed"
 
 
 def pytest_collection_modifyitems(items: Any) -> None:
-    """Note all that was collected."""
+    """Record the collected tests."""
     outcomes.update((item.nodeid, "collected") for item in items)
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """Note what became of a test: it failed if any part of it did."""
+    """Record the outcome of a test: it failed if any part of it failed."""
     outcome = "passed" if hasattr(report, "wasxfail") and report.skipped else report.outcome
     if (report.when == "call" or outcome != "passed") and outcomes.get(report.nodeid) != "failed":
         outcomes[report.nodeid] = outcome
 
 
 def pytest_sessionfinish() -> None:
-    """Write it all down."""
+    """Write the outcomes and the counts."""
     counts = pathlib.Path(os.environ["TAPES_SUITE_CHILDREN"]).iterdir()
     found = {
         "outcomes": outcomes,

@@ -1,10 +1,10 @@
-"""Runs the public test suites of the frameworks, bare and with the adapter round every application.
+"""Runs the public test suites of the frameworks, bare and with the adapter around every application.
 
     python -m tests.contrib.suites [flask] [werkzeug] [starlette] [tornado]
 
-No test may fail with the adapter that passes without. The tests are those of the version that is installed:
-its source distribution is fetched from the package index, and what the tests need is installed into an
-environment of its own that sees the packages of this one. Both are thrown away afterwards.
+A test that passes without the adapter must pass with it. The tests are those of the installed version: its
+source distribution is fetched from the package index. The requirements of the tests are installed into a new
+environment that sees the packages of this one. Both are deleted afterwards.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import Any
 from tests.processes import clean_environment, running
 
 PLUGIN = "tapes_suite_plugin"
-# For tests that are installed, as a configuration in a directory above them is not theirs. The warnings that
-# count are those of Tornado's own runner.
+# For tests that are part of the installed package: a configuration in a directory above them is not theirs.
+# The filters are those of Tornado's own runner.
 INI = """[pytest]
 filterwarnings =
     error
@@ -44,8 +44,8 @@ class Suite:
     """A project's suite.
 
     Attributes:
-        needs: What its tests need and may not be installed, besides pytest.
-        measured: How many requests are measured at least; two thirds of what it was when this was written.
+        needs: Requirements of its tests that may not be installed.
+        measured: Minimum number of measured requests; two thirds of the number when this was written.
         options: Further arguments of pytest.
         is_installed: Whether the tests are part of the installed package.
     """
@@ -59,7 +59,7 @@ class Suite:
 SUITES = {
     # Flask's tests use a private name that pytest 9.1 dropped.
     "flask": Suite("pytest<9.1 asgiref greenlet python-dotenv", 300),
-    # Without watchdog: the suite's test of it waits for ever, as 7.1 tells of no change.
+    # Without watchdog: the suite's test of it waits for ever, as watchdog 7.1 reports no change.
     "werkzeug": Suite("pytest cffi cryptography ephemeral-port-reserve", 200),
     "starlette": Suite(
         "pytest blockbuster httpx<0.29 httpx2[zstd] importlib-metadata itsdangerous jinja2 opentelemetry-sdk "
@@ -69,11 +69,11 @@ SUITES = {
     "tornado": Suite("pytest", 800, ("-c", "pytest.ini", "-o", "python_files=*_test.py"), is_installed=True),
 }
 
-EXCLUDED: dict[str, dict[str, str]] = {}  # of a suite, tests that run in neither mode, and why
+EXCLUDED: dict[str, dict[str, str]] = {}  # by suite: tests that run in neither mode, with the reason
 
 
 class Unavailable(Exception):
-    """What a suite needs can't be fetched."""
+    """The tests of a suite, or their requirements, can't be fetched."""
 
 
 @dataclasses.dataclass
@@ -81,11 +81,11 @@ class Ran:
     """One run of a suite.
 
     Attributes:
-        outcomes: What became of each test: passed, failed, skipped, or collected if it never ran.
-        measured: How many requests were measured.
-        active: How many were still active at its end.
-        output: What pytest printed.
-        seconds: How long it took.
+        outcomes: The outcome of each test: passed, failed, skipped, or collected if it never ran.
+        measured: Number of measured requests.
+        active: Number of requests that were still active at its end.
+        output: The output of pytest.
+        seconds: Its duration.
     """
 
     outcomes: dict[str, str]
@@ -96,7 +96,7 @@ class Ran:
 
     def those(self, outcome: str) -> set[str]:
         """Return the tests with this outcome."""
-        return {test for test, came in self.outcomes.items() if came == outcome}
+        return {test for test, found in self.outcomes.items() if found == outcome}
 
     def __str__(self) -> str:
         counts = [f"{len(self.those(outcome))} {outcome}" for outcome in ("passed", "failed", "skipped")]
@@ -108,10 +108,10 @@ class Compared:
     """A suite's run with the adapter beside its bare run.
 
     Attributes:
-        worse: Tests that were worse with the adapter, each time.
-        once: Those that were so only once.
-        faults: What else speaks against the adapter, or against the comparison.
-        output: What pytest printed with the adapter, the last time.
+        worse: Tests that were worse with the adapter in every run.
+        once: Tests that were worse in one run only.
+        faults: Other problems of the adapter, or of the comparison.
+        output: The output of pytest in the last run with the adapter.
     """
 
     bare: Ran
@@ -122,8 +122,8 @@ class Compared:
     output: str
 
     def __str__(self) -> str:
-        asked = f"{self.wrapped.measured} requests measured, {self.wrapped.active:.0f} still active"
-        lines = [f"  bare     {self.bare}", f"  adapter  {self.wrapped}; {asked}"]
+        requests = f"{self.wrapped.measured} requests measured, {self.wrapped.active:.0f} still active"
+        lines = [f"  bare     {self.bare}", f"  adapter  {self.wrapped}; {requests}"]
         lines += [f"  failed in both: {test}" for test in sorted(self.bare.those("failed"))]
         lines += [f"  WORSE WITH THE ADAPTER: {test}" for test in sorted(self.worse)]
         lines += [f"  worse with the adapter, but not again: {test}" for test in sorted(self.once)]
@@ -131,7 +131,7 @@ class Compared:
 
 
 class Workplace:
-    """A suite's tests and their environment, in a directory that is empty before.
+    """A suite's tests and their environment, in a directory that was empty.
 
     Raises:
         Unavailable: If something can't be fetched.
@@ -180,7 +180,7 @@ class Workplace:
         with tarfile.open(archive) as file:
             file.extractall(self.directory / "source", **_SAFELY)
         (root,) = (self.directory / "source").iterdir()
-        for sources in ("src", self.name):  # what is tested is installed
+        for sources in ("src", self.name):  # the tests have to import the installed package
             shutil.rmtree(root / sources, ignore_errors=True)
         return root
 
@@ -209,7 +209,7 @@ class Workplace:
 
 
 def compare(name: str, directory: pathlib.Path) -> Compared:
-    """Run a suite bare and with the adapter; what differs runs once more, in both modes."""
+    """Run a suite bare and with the adapter; run the files that differ once more, in both modes."""
     workplace = Workplace(name, directory)
     bare, wrapped = workplace.run(wraps=False), workplace.run(wraps=True)
     first = worse = _worse(bare, wrapped)

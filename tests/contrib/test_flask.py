@@ -17,7 +17,7 @@ from tests.contrib.wsgi.shop import ask, small_app
 
 
 def test_one_extension_for_many_applications(registry):
-    """Factories call init_app; a second call changes nothing, and each application has its options once."""
+    """One extension serves several applications by init_app(); a second call for one changes nothing."""
     extension = Tapes(registry=registry, metrics_path="/m")
     one, two = small_app(), small_app()
     for app in (one, two, one):
@@ -29,7 +29,7 @@ def test_one_extension_for_many_applications(registry):
 
 
 def test_two_applications_with_registries_of_their_own():
-    """They don't see each other."""
+    """Two applications with a registry each record their own requests only."""
     registries = tapes.Registry(), tapes.Registry()
     apps = [small_app() for _ in registries]
     for app, registry in zip(apps, registries):
@@ -39,7 +39,7 @@ def test_two_applications_with_registries_of_their_own():
 
 
 def test_views_are_left_out_by_a_decorator(registry):
-    """Above or below the route, in blueprints, classes of views; they are active while they run."""
+    """An excluded view, in a blueprint or a class of views too, is active while it runs and not timed."""
     app, blueprint = small_app(), flask.Blueprint("b", "b")
     extension = Tapes(app, registry)
 
@@ -103,7 +103,7 @@ def test_both_import_paths_are_the_same():
 
 
 def test_templates_of_nested_blueprints_and_hosts(registry):
-    """Full, whatever the host."""
+    """Nested blueprints have their full template, for every host that matches."""
     app = flask.Flask("shop", host_matching=True, static_host="static.example")
     outer, inner = flask.Blueprint("outer", "outer"), flask.Blueprint("inner", "inner")
     inner.add_url_rule("/<int:number>", "n", lambda shop, number: "x", host="<shop>.example")
@@ -120,7 +120,7 @@ def test_templates_of_nested_blueprints_and_hosts(registry):
 
 
 def test_templates_below_a_dispatcher(registry):
-    """Where an application is mounted is part of its templates; what a client wrote is not."""
+    """The mount of an application is part of its templates; a raw path is not."""
     app = TapesMiddleware(DispatcherMiddleware(small_app(), {"/api": small_app("api")}), registry)
     for path in ("/users/7", "/api/users/7", "/api/nothing"):
         ask(app, path)
@@ -133,7 +133,7 @@ def test_templates_below_a_dispatcher(registry):
 
 @pytest.mark.parametrize("wrap", ["extension", "middleware"])
 def test_exceptions_that_leave_flask_keep_their_route(registry, wrap):
-    """In debug mode and in tests the server gets them; Flask has dropped its request by then."""
+    """An exception that leaves Flask, as in debug mode, is recorded with its route."""
     app = small_app()
     app.testing = True
 
@@ -161,11 +161,11 @@ def test_exceptions_that_leave_flask_keep_their_route(registry, wrap):
 
 
 def test_labels_are_made_in_the_context_of_the_request(registry):
-    """flask.g and flask.request are there."""
+    """The callable for labels can use flask.g and flask.request."""
     app = small_app()
 
     @app.before_request
-    def who():
+    def identify():
         flask.g.tenant = flask.request.headers["X-Tenant"]
 
     Tapes(app, registry, labels=lambda environ: {"tenant": flask.g.tenant})
@@ -175,7 +175,7 @@ def test_labels_are_made_in_the_context_of_the_request(registry):
 
 
 def test_files_are_sent_by_the_server(registry, tmp_path):
-    """send_file() gives what the server's file wrapper made, and it is closed."""
+    """send_file() returns what the server's file wrapper made, and the server closes it."""
     (tmp_path / "file.txt").write_text("text")
     app = small_app()
     app.add_url_rule("/file", "file", lambda: flask.send_file(tmp_path / "file.txt"))
@@ -195,6 +195,6 @@ def test_files_are_sent_by_the_server(registry, tmp_path):
 
 
 def test_what_is_no_flask_application_says_so():
-    """With what to do."""
+    """The extension refuses other applications than those of Flask, and names TapesMiddleware."""
     with pytest.raises(InvalidArgument, match=r"flask\.Flask.*TapesMiddleware"):
         Tapes(lambda environ, start_response: [])

@@ -19,7 +19,7 @@ def workers_answered(service):
 
 
 def test_all_workers_and_all_formats_show_the_labels_of_the_environment(short_dir):
-    """TAPES_LABELS: on every series of the service, in JSON and in Prometheus text, from three workers."""
+    """Every series of three workers has the labels of TAPES_LABELS, in JSON and in Prometheus text."""
     service = Service(short_dir, ["-w", "3"], TAPES_LABELS="region=eu,service=shop")
     with service.running():
         service.wait_until_up()
@@ -39,7 +39,7 @@ def test_all_workers_and_all_formats_show_the_labels_of_the_environment(short_di
 
 
 def test_labels_that_cannot_be_read_are_a_warning_and_no_fault(short_dir):
-    """The service answers without them; each process logs it once, and the aggregator does not."""
+    """A service answers without labels that it cannot read; each worker logs that once."""
     service = Service(short_dir, ["-w", "2"], TAPES_LABELS="region")
     with service.running():
         service.wait_until_up()
@@ -65,7 +65,7 @@ AGENTS = 2100
 
 
 def test_two_thousand_agents_of_2_kb_as_labels_are_a_right_answer(home):
-    """What clients send is cut at 1,024 characters, and what has no place is counted together."""
+    """Label values are cut at 1,024 characters, and values beyond the maximum of series count together."""
     (home.directory / "app.py").write_text(BY_AGENT)
     port = free_port()
     gunicorn = str(pathlib.Path(sys.executable).with_name("gunicorn"))

@@ -45,7 +45,7 @@ WRAPS = {
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("path", TEMPLATES)
 def test_templates_behind_a_copy_of_the_scope(registry, tmp_path, wrap, path):
-    """They are those that an application has without the copy."""
+    """Behind a copy of the scope, requests have the same templates as without it."""
     (tmp_path / "file.txt").write_text("text")
     ask(TapesMiddleware(WRAPS[wrap](shop(tmp_path)), registry), path)
     ((method, route, _),) = counts(registry)
@@ -54,13 +54,13 @@ def test_templates_behind_a_copy_of_the_scope(registry, tmp_path, wrap, path):
 
 @pytest.mark.parametrize("root_path", ["", "/v1"])
 def test_a_copy_below_a_root_path(registry, root_path):
-    """The root path is not part of the template."""
+    """Behind a copy of the scope, the root path is not part of the template."""
     ask(TapesMiddleware(Copying(shop()), registry), root_path + "/shop/items/7", root_path=root_path)
     assert counts(registry) == {("GET", "/shop/items/{item}", "200"): 1}
 
 
 def test_methods_that_do_not_match_and_hosts(registry):
-    """A 405 has the route that matches but for its method; the host decides between routers."""
+    """A 405 has the route that matches except for its method; the host decides between routers."""
     one = Router([Route("/{one}", hello)])
     two = Router([Route("/{two}", hello)])
     app = Starlette(
@@ -103,7 +103,7 @@ def fastapi_app():
 
 @pytest.mark.parametrize("place", ["around", "inside"])
 def test_templates_of_fastapi_behind_a_copy(registry, place):
-    """Those of included routers and mounted applications too, wherever the adapter is."""
+    """Included routers and mounted applications of FastAPI keep their templates, wherever the adapter is."""
     app = fastapi_app()
     if place == "inside":
         app.add_middleware(Copying)
@@ -121,7 +121,7 @@ def test_templates_of_fastapi_behind_a_copy(registry, place):
 
 
 def test_a_copy_within_a_mount(registry):
-    """The scope that the adapter sees ends at the mount; the rest of the template is found."""
+    """If a mount passes on a copy of the scope, the adapter finds the part of the template below it."""
     inner = Starlette(routes=[Route("/items/{item}", hello)], middleware=[Middleware(Copying)])
     app = TapesMiddleware(Starlette(routes=[Mount("/a/{b}", Copying(inner))]), registry)
     for path in ("/a/1/items/2", "/a/1/nothing"):
@@ -130,7 +130,7 @@ def test_a_copy_within_a_mount(registry):
 
 
 def test_base_http_middleware(registry):
-    """It passes on the scope, so nothing has to be looked for."""
+    """Behind BaseHTTPMiddleware, which passes on the scope, a request has its template."""
 
     class Passing(BaseHTTPMiddleware):
         async def dispatch(self, request, call_next):
@@ -145,7 +145,7 @@ def test_base_http_middleware(registry):
 
 
 def test_a_middleware_that_answers_itself(registry):
-    """It has the template of the route that would have answered."""
+    """An answer of a middleware has the template of the route that would have answered."""
 
     def refusing(app):
         async def call(scope, receive, send):
@@ -163,7 +163,7 @@ def test_a_middleware_that_answers_itself(registry):
 
 
 def test_a_router_that_found_nothing_is_not_asked_again(registry, monkeypatch):
-    """What no route matches costs no second search where the adapter sees the router's scope."""
+    """An unmatched request costs no second search, unless the router got a copy of the scope."""
     searched = []
     monkeypatch.setattr("tapes.contrib._applications.template_of", lambda *_: searched.append(1))
     ask(TapesMiddleware(shop(), registry), "/nothing/here")
@@ -175,7 +175,7 @@ def test_a_router_that_found_nothing_is_not_asked_again(registry, monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("wrap", [lambda app: app, Copying])
 def test_litestar_needs_no_callable(registry, wrap):
-    """Its template is in the scope; behind a copy its router is asked."""
+    """Litestar leaves its template in the scope; behind a copy the adapter asks its router."""
 
     @litestar_get("/hello/{name:str}")
     async def greet(name: str) -> str:
@@ -227,7 +227,7 @@ print(counts(registry) == {
 
 @pytest.mark.parametrize("protocol", ["wsgi", "asgi"])
 def test_django_needs_no_middleware(protocol):
-    """Its resolver is asked where no middleware has left the template."""
+    """Django's templates are found without a middleware, under WSGI and ASGI."""
     done = run_python(DJANGO, cwd=EXAMPLES.parent, PROTOCOL=protocol)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
@@ -273,7 +273,7 @@ WSGI_WRAPS = {
 @pytest.mark.parametrize("options", [{}, {"body_sizes": True}, {"labels": lambda environ: {}}])
 @pytest.mark.parametrize("wrap", WSGI_WRAPS)
 def test_flask_behind_middleware(registry, wrap, options):
-    """A copy of the environ, a request that is built again, and an answer that starts late keep the route."""
+    """The route survives a copy of the environ, a request that is built again, and a late start."""
     app = small_app()
     app.add_url_rule("/gone/<n>", "gone", lambda n: flask.abort(410))
     app.wsgi_app = WSGIMiddleware(WSGI_WRAPS[wrap](app.wsgi_app), registry, **options)
@@ -287,7 +287,7 @@ def test_flask_behind_middleware(registry, wrap, options):
 
 
 def test_a_view_that_builds_a_request_from_its_environ(registry):
-    """The route is that of Flask's own request."""
+    """A view that builds another request from its environ keeps the route of Flask's own request."""
     app = small_app()
     app.add_url_rule("/again/<n>", "again", lambda n: Request(flask.request.environ).method)
     Tapes(app, registry)
@@ -297,7 +297,7 @@ def test_a_view_that_builds_a_request_from_its_environ(registry):
 
 @pytest.mark.parametrize("wrap", ["copy", "late", "late copy"])
 def test_views_and_exceptions_behind_middleware(registry, wrap):
-    """Views that are left out stay so, and an exception that leaves Flask has its route."""
+    """Behind middleware, excluded views stay excluded, and an exception that leaves Flask has its route."""
     app = small_app()
     app.testing = True
 
@@ -320,7 +320,7 @@ def test_views_and_exceptions_behind_middleware(registry, wrap):
 
 
 def test_templates_below_a_dispatcher_behind_a_copy(registry):
-    """Where the application is mounted is part of the template."""
+    """Behind a copy of the environ, the mount of an application is part of its template."""
     inner = DispatcherMiddleware(copied(small_app()), {"/api": copied(small_app("api"))})
     app = WSGIMiddleware(inner, registry)
     for path in ("/users/7", "/api/nothing"):
@@ -334,7 +334,7 @@ def unmatched_lines(caplog):
 
 @pytest.mark.parametrize("kind", ["wsgi", "asgi"])
 def test_answers_without_a_route_are_logged_once(registry, caplog, kind):
-    """When 100 of status 200 in a row have none; the line names what to do."""
+    """100 answers of status 200 in a row without a route are logged once, with what to do."""
     if kind == "wsgi":
         app, once = WSGIMiddleware(answers, registry), lambda: ask_flask(app, "/200")
     else:
@@ -351,7 +351,7 @@ def test_answers_without_a_route_are_logged_once(registry, caplog, kind):
 
 
 def test_answers_that_are_no_reason_to_log(registry, caplog):
-    """Other statuses, rows that a request with a route interrupts, and adapters with a ``route`` argument."""
+    """Other statuses, interrupted rows, and adapters with a ``route`` callable are not logged."""
 
     def some(environ, start_response):
         if environ["PATH_INFO"].endswith("201"):

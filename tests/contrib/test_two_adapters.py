@@ -63,7 +63,7 @@ WSGI = {
 
 @pytest.mark.parametrize("kind", WSGI)
 def test_two_adapters_around_a_wsgi_application(registry, caplog, kind):
-    """The outer one records each request once, with its route; the log has one line for each inner one."""
+    """The outer adapter records each request once, with its route; each inner one logs one line."""
     app = WSGI[kind](registry)
     for path in ("/users/7", "/users/8", "/nothing"):
         ask_flask(app, path)
@@ -87,7 +87,7 @@ ASGI = {
 
 @pytest.mark.parametrize("kind", ASGI)
 def test_two_adapters_around_an_asgi_application(registry, caplog, kind):
-    """The outer one records each request once, with its route; the log has one line for each inner one."""
+    """The outer adapter records each request once, with its route; each inner one logs one line."""
     app = ASGI[kind](registry)
     for path in ("/users/7", "/shop/items/8", "/nothing"):
         ask(app, path)
@@ -101,7 +101,7 @@ def test_two_adapters_around_an_asgi_application(registry, caplog, kind):
 
 
 def test_two_adapters_around_a_websocket(registry):
-    """Its handshake, its messages and its connection count once."""
+    """With two adapters, the handshake, the messages and the connection of a websocket count once."""
 
     async def echo(websocket):
         await websocket.accept()
@@ -126,7 +126,7 @@ def test_two_adapters_around_a_websocket(registry):
 @pytest.mark.parametrize("inner", ["prefix", "registry"])
 @pytest.mark.parametrize("protocol", ["wsgi", "asgi"])
 def test_adapters_with_metrics_of_their_own_both_record(registry, caplog, protocol, inner):
-    """A mounted application may have an adapter with another prefix or another registry."""
+    """The adapter of a mounted application records too if its prefix or its registry is another one."""
     other = registry if inner == "prefix" else tapes.Registry()
     options = {"prefix": "sub"} if inner == "prefix" else {}
     if protocol == "wsgi":
@@ -148,7 +148,7 @@ def test_adapters_with_metrics_of_their_own_both_record(registry, caplog, protoc
 
 @pytest.mark.parametrize("protocol", ["wsgi", "asgi"])
 def test_applications_beside_each_other_and_requests_in_a_row(registry, caplog, protocol):
-    """Adapters with the same metrics that are not within each other all record."""
+    """Adapters with the same metrics that are not within each other all record, and log nothing."""
     if protocol == "wsgi":
         one, two = (WSGIMiddleware(answers, registry) for _ in range(2))
         environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/200"}
@@ -168,14 +168,14 @@ def test_applications_beside_each_other_and_requests_in_a_row(registry, caplog, 
 
 
 def test_an_inner_adapter_answers_at_a_path_of_its_own(registry):
-    """The outer one has no path for the metrics; the request for them counts as one."""
+    """If the outer adapter has no path for the metrics, the inner one answers, and the request counts."""
     app = WSGIMiddleware(WSGIMiddleware(answers, registry), registry, metrics_path=None)
     assert ask_flask(app, "/metrics") == 200
     assert counts(registry) == {("GET", "<unmatched>", "200"): 1}
 
 
 def test_a_lone_adapter_leaves_nothing_in_the_scope(registry):
-    """Only adapters that share their metrics have to know of each other."""
+    """An adapter that shares its metrics with no other one leaves the scope as it is."""
     seen = []
 
     async def app(scope, receive, send):
@@ -244,7 +244,7 @@ NOT_HIDDEN = {
 @pytest.mark.parametrize("path", ["/users/7", "/metrics"])
 @pytest.mark.parametrize("kind", HIDDEN)
 def test_a_route_that_the_adapter_hides_is_logged_once(registry, caplog, kind, path):
-    """At the first request, whatever it asks for; the line names the argument that changes it."""
+    """The first request, for any path, logs a hidden route once, and names the option to change."""
     app = HIDDEN[kind](registry)
     asks = ask if isinstance(app, TapesMiddleware) else ask_flask
     for _ in range(3):
@@ -255,7 +255,7 @@ def test_a_route_that_the_adapter_hides_is_logged_once(registry, caplog, kind, p
 
 @pytest.mark.parametrize("kind", NOT_HIDDEN)
 def test_nothing_is_logged_where_nothing_is_hidden(registry, caplog, kind):
-    """A route for any path is not one for the metrics, and another ``metrics_path`` hides nothing."""
+    """A route for any path is not hidden, and another ``metrics_path`` hides nothing."""
     app = NOT_HIDDEN[kind](registry)
     asks = ask if isinstance(app, TapesMiddleware) else ask_flask
     asks(app, "/metrics")
@@ -264,7 +264,7 @@ def test_nothing_is_logged_where_nothing_is_hidden(registry, caplog, kind):
 
 
 def test_the_extension_of_flask_sees_routes_that_are_added_later(registry, caplog):
-    """It is usually made before the routes."""
+    """The extension of Flask sees hidden routes that are added after it is made."""
     app = flask.Flask("shop")
     Tapes(app, registry)
     app.add_url_rule("/metrics", "own", lambda: "own")
@@ -274,7 +274,7 @@ def test_the_extension_of_flask_sees_routes_that_are_added_later(registry, caplo
 
 
 def test_routes_that_the_lifespan_adds(registry, caplog):
-    """They are seen when the application has started."""
+    """A hidden route that is added in the lifespan is logged when the application has started."""
     app = Starlette()
 
     async def starting(scope, receive, send):
@@ -293,7 +293,7 @@ def test_routes_that_the_lifespan_adds(registry, caplog):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_hidden_route_of_litestar(registry, caplog):
-    """It is found among the routes that Litestar has made."""
+    """A hidden route of Litestar is logged once."""
 
     @litestar_get("/metrics")
     async def metrics() -> str:
@@ -321,14 +321,14 @@ class Own(web.RequestHandler):
     ],
 )
 def test_a_hidden_rule_of_tornado(registry, caplog, rules, number):
-    """A rule for exactly that path that leads to a handler of the application is logged once."""
+    """A rule of Tornado for exactly the path of the metrics is logged once, unless tapes answers there."""
     application = instrument(web.Application(rules), registry)
     fetching(application, ("GET", "/nothing"), ("GET", "/metrics"))
     assert len(lines(caplog, "metrics_path")) == number
 
 
 def test_requests_that_an_application_makes_to_another_one_of_the_process_count_too(registry, caplog):
-    """A batch: each part is a request of its own, also with a copy of the environ of the whole."""
+    """Each part of a batch counts as a request, also if it gets a copy of the environ of the whole."""
     items = flask.Flask("items")
     items.add_url_rule("/item/<int:n>", view_func=lambda n: str(n), endpoint="item")
     items.wsgi_app = WSGIMiddleware(items.wsgi_app, registry)
@@ -348,7 +348,7 @@ def test_requests_that_an_application_makes_to_another_one_of_the_process_count_
 
 
 class Unready:
-    """Raises for whatever it is asked."""
+    """Raises an error for every attribute."""
 
     def __init__(self, app):
         self._app = app
@@ -379,6 +379,7 @@ def holding(app, other):
     ids=["own __getattr__", "current_app", "LocalProxy", "ServerProxy"],
 )
 def test_objects_that_raise_for_any_attribute_do_not_keep_an_adapter_from_being_made(registry, wrap):
+    """An adapter can be made around objects that raise an error for every attribute."""
     app = small_app()
     app.wsgi_app = WSGIMiddleware(wrap(app.wsgi_app), registry)
     assert app.test_client().get("/").status_code in (200, 404)

@@ -66,7 +66,7 @@ class FinishingLater(web.RequestHandler):
 class Gone(web.RequestHandler):
     def get(self):
         self.request.connection.stream.close()
-        self.write("to nobody")
+        self.write("no client reads this")
 
 
 class BrokenLater(web.RequestHandler):

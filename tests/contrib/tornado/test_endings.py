@@ -59,7 +59,7 @@ def test_a_hundred_requests_on_one_connection(registry):
 
 def test_a_client_that_goes_away_is_a_499(registry):
     """A client that goes away is counted once and at once, and the handler's own callback is called."""
-    told = []
+    seen = []
 
     class Endless(web.RequestHandler):
         async def get(self):
@@ -67,10 +67,10 @@ def test_a_client_that_goes_away_is_a_499(registry):
             self.write("x")
             await self.flush()
             await self.gone.wait()
-            told.append((active(registry), counts(registry)))
+            seen.append((active(registry), counts(registry)))
 
         def on_connection_close(self):
-            told.append("closed")
+            seen.append("closed")
             asyncio.get_running_loop().call_soon(self.gone.set)
 
     async def scenario(client):
@@ -78,11 +78,11 @@ def test_a_client_that_goes_away_is_a_499(registry):
         await reader.readuntil(b"x")
         assert active(registry) == 1
         writer.close()
-        await until(lambda: len(told) == 2, "the handler has seen it")
+        await until(lambda: len(seen) == 2, "the handler has noticed it")
 
     serving(app(registry, [("/", Endless)]), scenario)
     expected = {("GET", "/", "499"): 1}
-    assert told == ["closed", (0, expected)]
+    assert seen == ["closed", (0, expected)]
     assert counts(registry) == expected  # and not once more when the handler finished
 
 
@@ -149,7 +149,7 @@ def test_a_client_that_goes_away_while_it_sends(registry, handler):
         writer.close()
         await until(lambda: active(registry) == 0, "it has ended")
 
-    gc.disable()  # which would end it, too, but at any time
+    gc.disable()  # it would end the request too, but at any time
     try:
         serving(app(registry, [("/", handler)]), scenario)
     finally:

@@ -103,7 +103,7 @@ def test_metered_requests_end_with_the_last_byte_or_the_client(monkeypatch):
         assert await connection.read_message() is None
         _, writer = await client.connect(b"POST /up HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nhalf")
         writer.close()
-        await until(lambda: UploadEndpoint.closed, "the handler is told")
+        await until(lambda: UploadEndpoint.closed, "the handler notices it")
         assert endpoint("UploadEndpoint") == (1, 0)
 
     serving(

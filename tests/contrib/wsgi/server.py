@@ -1,4 +1,4 @@
-"""A WSGI server for tests: it calls an application as PEP 3333 says, and keeps the answer."""
+"""A WSGI server for tests: it calls an application by PEP 3333, and keeps the answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the metrics of a WSGI application answer where the server says more about its processes."""
+"""How the metrics of a WSGI application depend on what the server reports, and on TAPES_DISABLED."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def reads(environ, start_response):
     return [body]
 
 
-ANSWERS_HEAD = ("no_content", "reads")  # the others would break the protocol by themselves
+ANSWERS_HEAD = ("no_content", "reads")  # the others break the protocol without the adapter
 
 
 @pytest.mark.parametrize(
