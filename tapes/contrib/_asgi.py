@@ -12,8 +12,8 @@ from tapes.contrib.options import Options
 from tapes.registry import Registry
 
 __all__ = [
-    "NOT_STARTED", "SENDING", "ASGIAdapter", "ASGIExchange", "App", "Message", "Receive", "Request", "Scope",
-    "Send", "WebSocket",
+    "NOT_STARTED", "SENDING", "ASGIAdapter", "App", "Message", "Receive", "Request", "Scope", "Send",
+    "WebSocket",
 ]  # fmt: skip
 
 Scope = MutableMapping[str, Any]
@@ -43,17 +43,13 @@ class ASGIAdapter(Adapter):
         self.websockets = WebSocketMetrics(self.registry, options.get("prefix", ""))
 
 
-class ASGIExchange(Exchange):
+class _Exchange(Exchange):
     """One request, or the handshake of a websocket.
 
     Attributes:
-        answer: The message that started the answer.
-        inner_path: The path below ``root_path``.
-        root_path: The scope's ``root_path``, as the server had set it.
-        server_receive: The server's ``receive``.
-        server_send: The server's ``send``.
-        stage: How far the answer is.
-        status: Its status, as far as it is known.
+        answer: The message that started the answer; ``stage`` is how far the answer is.
+        root_path: As the server had set it; ``inner_path`` is the path below it.
+        server_receive, server_send: The server's ``receive`` and ``send``.
     """
 
     __slots__ = ("answer", "inner_path", "root_path", "server_receive", "server_send", "stage", "status")
@@ -65,12 +61,6 @@ class ASGIExchange(Exchange):
     server_send: Send
     stage: int
     status: int
-
-    async def receive(self) -> Message:
-        raise NotImplementedError
-
-    def send(self, message: Message) -> Awaitable[None]:
-        raise NotImplementedError
 
     def disconnected(self) -> None:
         """Note that the server reports the end of the exchange, which may come while it still writes."""
@@ -116,7 +106,7 @@ class ASGIExchange(Exchange):
         return route or UNMATCHED
 
 
-class Request(ASGIExchange):
+class Request(_Exchange):
     """One HTTP request."""
 
     __slots__ = ()
@@ -164,7 +154,7 @@ class Request(ASGIExchange):
             self.stage = _BODY_SENT
 
 
-class WebSocket(ASGIExchange):
+class WebSocket(_Exchange):
     """One handshake of a websocket, and the connection after it."""
 
     __slots__ = ("_connection",)

@@ -20,17 +20,7 @@ from tapes.metrics.gauge import DOWN_ONE, UP_ONE
 from tapes.naming import canonical_labels, label_text
 from tapes.registry import Registry, default_registry
 
-__all__ = [
-    "METHODS",
-    "ROUTE",
-    "UNMATCHED",
-    "UP_ONE",
-    "Adapter",
-    "Exchange",
-    "check_guard",
-    "is_complete",
-    "status_of",
-]
+__all__ = ["ROUTE", "UNMATCHED", "UP_ONE", "Adapter", "Exchange", "is_complete", "may_read", "status_of"]
 
 UNMATCHED = "<unmatched>"
 """The route of requests that match no route."""
@@ -38,7 +28,9 @@ UNMATCHED = "<unmatched>"
 ROUTE = "tapes.route"
 """Key of the environ or the scope under which any application can leave the template of its route."""
 
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"})
+_METHODS = frozenset(
+    ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"]
+)
 """Methods that are recorded by name. All others are ``_OTHER``, as a client can invent any number of them."""
 
 _DURATION = "http.server.request.duration"
@@ -51,15 +43,6 @@ class Adapter(Setup):
     """The request metrics of one application, for any protocol.
 
     A *source* is what the protocol knows of a request: the environ, the scope, the request object.
-
-    Args:
-        registry: Where to record; the default registry if ``None``.
-        application: What is measured, if it is a WSGI or ASGI application.
-        options: See `tapes.contrib.options.Options`.
-
-    Raises:
-        InvalidArgument: If an option is out of its range.
-        InvalidCall: If an option does not exist.
     """
 
     def __init__(self, registry: Registry | None, application: Any, options: Options) -> None:
@@ -135,7 +118,7 @@ class Adapter(Setup):
             self.log_once("tapes records requests without further labels", error)
             return self.registry.timer(self._duration, labels=series)
         # 3. Keep it for the next request, unless clients can invent any number of such keys.
-        if exchange.method in METHODS and dict(timer.labels).get("overflow") is None:
+        if exchange.method in _METHODS and dict(timer.labels).get("overflow") is None:
             self._labelled[key] = timer
             if self._route_of is None and self.labels_of is None:
                 self.timers[key[:3]] = timer
@@ -173,19 +156,13 @@ class Adapter(Setup):
             self.log_once("tapes could not publish at the end of a request", error)
 
 
-async def check_guard(
+async def may_read(
     guard: Guard, source: Any, log: Callable[[str, Exception], None], *, may_await: bool = True
 ) -> bool | None:
     """Return whether a guard, asynchronous or not, lets a client read the metrics; ``None`` without a guard.
 
-    A guard that fails refuses every client.
-
-    Args:
-        guard: The option.
-        source: The request that the guard gets.
-        log: Logs what failed, and the exception.
-        may_await: Whether there is an event loop. Without one, this never waits, and an asynchronous guard
-            fails.
+    A guard that fails refuses the client, and ``log`` gets the reason. With ``may_await=False``, for WSGI,
+    this never waits, and an asynchronous guard fails.
     """
     if guard is None:
         return None
@@ -287,17 +264,13 @@ def status_of(error: BaseException) -> str:
 def is_complete(method: str, status: str | int, lengths: Iterable[str], sent: int) -> bool:
     """Return whether no byte of an answer is missing, though its end was not sent.
 
-    Args:
-        method: The request's method.
-        status: The answer's status.
-        lengths: The values of its ``Content-Length``.
-        sent: Number of bytes of its body that were sent.
+    ``lengths`` are the values of its ``Content-Length``; ``sent`` is the number of bytes of its body.
     """
     return method == "HEAD" or str(status) in ("204", "304") or str(sent) in lengths
 
 
 def _known(method: str) -> str:
-    return method if method in METHODS else "_OTHER"
+    return method if method in _METHODS else "_OTHER"
 
 
 def _is_below(path: Any) -> bool:

@@ -68,13 +68,7 @@ _MAX_UNKNOWN = 1000
 
 
 class _Leaf(NamedTuple):
-    """A route that has an endpoint.
-
-    Attributes:
-        endpoint: The callable that answers.
-        template: The full template.
-        patterns: The regular expressions of the mounts around it, and its own.
-    """
+    """A route with an endpoint, its full template, and the patterns of the mounts around it and its own."""
 
     endpoint: Any
     template: str
@@ -94,12 +88,8 @@ def template_of(routes: Iterable[Any], scope: Mapping[str, Any], path: str) -> s
     """Return the template of the route that Starlette or FastAPI would choose; ``None`` if none matches.
 
     As a router does, it takes the first route that matches fully, or else the first that matches except for
-    the method. A mounted application answers for every path below it.
-
-    Args:
-        routes: The routes of the application.
-        scope: The scope that the application got, or a copy.
-        path: The path below ``root_path``.
+    the method. A mounted application answers for every path below it. ``path`` is the path of the scope below
+    its ``root_path``.
     """
     own = {**scope, "path": path, "root_path": "", "path_params": {}}
     own.pop("fastapi", None)

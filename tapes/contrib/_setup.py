@@ -53,10 +53,8 @@ class Setup:
     def mark_requests_above(self, call: Any) -> None:
         """Leave the exchanges of outer adapters, if a request that they measure makes this inner one.
 
-        Starlette makes its middleware at the first request if there was no lifespan before.
-
-        Args:
-            call: The method of outer adapters that answers requests. Its local variable ``exchange`` is read.
+        Starlette makes its middleware at the first request if there was no lifespan before. ``call`` is the
+        method of outer adapters that answers requests, with a local variable ``exchange``.
         """
         frame: Any = sys._getframe() if self.is_shared else None
         while frame is not None:

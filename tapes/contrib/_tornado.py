@@ -155,13 +155,7 @@ def _uncaught() -> BaseException | None:
 
 
 class _Rule(NamedTuple):
-    """One rule: what has to match, the pattern of the path, and the name of the route.
-
-    Attributes:
-        matchers: All that have to match, from the outermost router to the rule.
-        regex: The last pattern of a path among them.
-        name: Name of the route.
-    """
+    """The matchers from the outermost router to a rule, the last pattern of a path, and the route's name."""
 
     matchers: tuple[Any, ...]
     regex: Any

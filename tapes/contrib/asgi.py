@@ -7,9 +7,9 @@ timed from the call to the end of its last message, so background tasks are not 
 recorded and raised again. A websocket's handshake is a request with status 101; its connection has metrics of
 its own.
 
-A worker joins its service at the latest when the lifespan starts, and leaves it when the lifespan ends. If the
-application does not support the lifespan, and there is a service to leave, the middleware answers the
-lifespan: right after it a server may end its process by a signal that runs no other hook, as uvicorn does.
+A worker joins its service at the latest when the lifespan starts, and leaves it when the lifespan ends. If
+the application does not support the lifespan, and there is a service to leave, the middleware answers it:
+right after the lifespan a server may end its process by a signal that runs no other hook, as uvicorn does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from tapes.contrib._asgi import (
     SENDING,
     App,
     ASGIAdapter,
-    ASGIExchange,
     Message,
     Receive,
     Request,
@@ -31,7 +30,7 @@ from tapes.contrib._asgi import (
     Send,
     WebSocket,
 )
-from tapes.contrib._http import ROUTE, UNMATCHED, UP_ONE, check_guard
+from tapes.contrib._http import ROUTE, UNMATCHED, UP_ONE, may_read
 from tapes.contrib._routes import path_below
 from tapes.contrib.options import Options, with_options
 from tapes.errors import MissingExtra
@@ -73,8 +72,7 @@ class TapesMiddleware:
             `tapes.contrib.options.Options` describes them.
 
     Raises:
-        InvalidArgument: If an option is out of its range.
-        InvalidCall: If an option does not exist.
+        InvalidArgument, InvalidCall: If an option is out of its range, or does not exist.
     """
 
     @with_options
@@ -101,7 +99,7 @@ class TapesMiddleware:
             is_reader = path in adapter.metrics_paths and kind == "http"
             await (self._answer(scope, send) if is_reader else self.app(scope, receive, send))
             return
-        exchange: ASGIExchange = Request() if kind == "http" else WebSocket()
+        exchange: Request | WebSocket = Request() if kind == "http" else WebSocket()
         if self._is_off or (adapter.is_shared and adapter.is_within(scope, exchange)):
             await self.app(scope, receive, send)
             return
@@ -165,7 +163,7 @@ class TapesMiddleware:
         adapter = self._adapter
         adapter.look_for_own_route()
         headers = list(islice(scope.get("headers", ()), _MAX_HEADER_LINES))
-        allowed = await check_guard(adapter.guard, scope, adapter.log_once)
+        allowed = await may_read(adapter.guard, scope, adapter.log_once)
         answer = refusal(scope.get("method", ""), _field(headers, b"authorization"), allowed)
         if answer is None:
             accept = _field(headers, b"accept", MAX_CHARACTERS + 1)  # one more shows that it is cut
@@ -183,10 +181,7 @@ class TapesMiddleware:
             await send(message)
 
     async def _read(self, accept: str, query: str) -> Answer:
-        """Return the metrics. May wait for a thread, and for the aggregator about as long again.
-
-        The limit on threads is not the one that the application's own threads share.
-        """
+        """Return the metrics. May wait for a thread, of which tapes has its own, and for the aggregator."""
         limiter = _readers.get(None)
         if limiter is None:  # each event loop has one
             limiter = CapacityLimiter(MAX_READERS)

@@ -6,7 +6,7 @@ app.wsgi_app = TapesMiddleware(app.wsgi_app)           # the same, as any WSGI a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, Unpack
 
 from tapes.contrib.options import Options, complete, with_options
@@ -40,8 +40,7 @@ class Tapes:
             `tapes.contrib.options.Options` describes them.
 
     Raises:
-        InvalidArgument: If an option is out of its range.
-        InvalidCall: If an option does not exist.
+        InvalidArgument, InvalidCall: If an option is out of its range, or does not exist.
 
     Example:
         >>> import flask, tapes
@@ -80,7 +79,7 @@ class Tapes:
             return
         middleware = TapesMiddleware(app.wsgi_app, self._registry, **self._options)
         app.wsgi_app = middleware  # type: ignore[method-assign]
-        middleware.leave_out(_Marks(app))
+        middleware.leave_out(partial(_is_marked, app.view_functions))
         app.extensions["tapes"] = self
 
     @staticmethod
@@ -90,17 +89,7 @@ class Tapes:
         return view
 
 
-class _Marks:
-    """Whether the view of an endpoint has the mark of `Tapes.exclude`."""
-
-    def __init__(self, app: Flask) -> None:
-        self._views = app.view_functions
-        self._known: dict[str, tuple[Callable[..., Any] | None, bool]] = {}
-
-    def __call__(self, endpoint: str) -> bool:
-        view = self._views.get(endpoint)
-        known = self._known.get(endpoint)
-        if known is None or known[0] is not view:
-            marked = getattr(view, _MARK, False) or getattr(getattr(view, "view_class", None), _MARK, False)
-            known = self._known[endpoint] = (view, bool(marked))
-        return known[1]
+def _is_marked(views: dict[str, Any], endpoint: str) -> bool:
+    """Return whether the view of an endpoint, or its class, has the mark of `Tapes.exclude`."""
+    view = views.get(endpoint)
+    return bool(getattr(view, _MARK, False) or getattr(getattr(view, "view_class", None), _MARK, False))

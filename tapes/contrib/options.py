@@ -48,14 +48,9 @@ class Options(TypedDict, total=False):
 
 
 DEFAULTS: Options = {
-    "metrics_path": "/metrics",
-    "exclude": (),
-    "labels": None,
-    "body_sizes": False,
-    "guard": None,
-    "prefix": "",
-    "route": None,
-}
+    "metrics_path": "/metrics", "exclude": (), "labels": None, "body_sizes": False,
+    "guard": None, "prefix": "", "route": None,
+}  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -13,7 +13,7 @@ import logging
 from typing import Any, ClassVar, Unpack
 
 import tapes
-from tapes.contrib._http import UNMATCHED, Adapter, Exchange, check_guard
+from tapes.contrib._http import UNMATCHED, Adapter, Exchange, may_read
 from tapes.contrib._membership import Membership
 from tapes.contrib.options import Guard, Options, complete, with_options
 from tapes.errors import MissingExtra
@@ -58,8 +58,7 @@ def instrument(
             `tapes.contrib.options.Options` describes them.
 
     Raises:
-        InvalidArgument: If an option is out of its range.
-        InvalidCall: If an option does not exist.
+        InvalidArgument, InvalidCall: If an option is out of its range, or does not exist.
     """
     options = complete(options)
     if not isinstance(getattr(application.find_handler, "__self__", None), _Instrument):
@@ -86,7 +85,7 @@ class MetricsHandler(RequestHandler):
     async def get(self) -> None:
         """Answer with the metrics, or refuse."""
         service, headers = _joined(self._registry), self.request.headers
-        allowed = await check_guard(self._guard, self.request, _log_error)
+        allowed = await may_read(self._guard, self.request, _log_error)
         answer = refusal("GET", headers.get("Authorization", ""), allowed)
         if answer is None:
             arguments = headers.get("Accept", ""), self.request.query

@@ -15,16 +15,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from http import HTTPStatus
 from typing import Any, Unpack, cast
 
-from tapes.contrib._http import (
-    ROUTE,
-    UNMATCHED,
-    UP_ONE,
-    Adapter,
-    Exchange,
-    check_guard,
-    is_complete,
-    status_of,
-)
+from tapes.contrib._http import ROUTE, UNMATCHED, UP_ONE, Adapter, Exchange, is_complete, may_read, status_of
 from tapes.contrib.options import Options, with_options
 from tapes.exposition.endpoint import refusal
 from tapes.registry import Registry
@@ -58,8 +49,7 @@ class TapesMiddleware:
             `tapes.contrib.options.Options` describes them.
 
     Raises:
-        InvalidArgument: If an option is out of its range.
-        InvalidCall: If an option does not exist.
+        InvalidArgument, InvalidCall: If an option is out of its range, or does not exist.
     """
 
     @with_options
@@ -73,7 +63,9 @@ class TapesMiddleware:
         self._mounts = mounts if isinstance(mounts, dict) else {}
         has_labels = self._adapter.labels_of is not None
         self._has_more = has_labels or self._adapter.body_sizes or bool(self._mounts)
-        self._connect_to_flask()
+        app, flask = self._adapter.application.flask, _modules.get("flask")
+        if app is not None and flask is not None:
+            flask.got_request_exception.connect(self._note_route, app)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Answer a request, as PEP 3333 defines it."""
@@ -143,12 +135,6 @@ class TapesMiddleware:
             return None
         return (mounted if mounted in self._mounts else "") + str(rule.rule)
 
-    def _connect_to_flask(self) -> None:
-        """Have Flask call `_note_route`."""
-        app, flask = self._adapter.application.flask, _modules.get("flask")
-        if app is not None and flask is not None:
-            flask.got_request_exception.connect(self._note_route, app)
-
     def _note_route(self, sender: Any, **_: Any) -> None:
         """Keep the route of an exception that leaves Flask, which drops its request before that."""
         request: Any = sys.modules["flask"].request
@@ -157,7 +143,7 @@ class TapesMiddleware:
 
     def _answer(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         method = environ.get("REQUEST_METHOD", "")
-        allowed = _run(check_guard(self._adapter.guard, environ, self._adapter.log_once, may_await=False))
+        allowed = _run(may_read(self._adapter.guard, environ, self._adapter.log_once, may_await=False))
         status, headers, body = refusal(
             method, environ.get("HTTP_AUTHORIZATION", ""), allowed
         ) or self._adapter.service.answer(environ.get("HTTP_ACCEPT", ""), environ.get("QUERY_STRING", ""))
@@ -320,7 +306,8 @@ class _Exchange(Exchange):
         # Ask the framework, which finds the route a second time.
         rule = application.rule_of(environ)
         if rule is None:
-            return application.django_route_of(_path_info(environ)) or UNMATCHED
+            path = str(environ.get("PATH_INFO") or "/").encode("latin-1").decode("utf-8", "replace")
+            return application.django_route_of(path) or UNMATCHED
         is_left_out = adapter.is_left_out is not None and adapter.is_left_out(rule.endpoint)
         return None if is_left_out else str(rule.rule)
 
@@ -332,10 +319,6 @@ class _SizedExchange(_Exchange):
 
     def __len__(self) -> int:
         return len(cast("list[bytes]", self.body))
-
-
-def _path_info(environ: Environ) -> str:
-    return str(environ.get("PATH_INFO") or "/").encode("latin-1").decode("utf-8", "replace")
 
 
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
