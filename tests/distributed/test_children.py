@@ -86,11 +86,20 @@ def test_pool_processes_older_than_the_join_are_counted(home, method):
 def job(_):
     work(10)
 
+def probe(_):
+    tapes.counter("probes").increment()
+    time.sleep(0.01)  # so that each process gets one of the probes
+
+def live():
+    return tapes.get_stats().tapes.workers['{{state="live"}}'].value
+
 if __name__ == "__main__":
     pool = multiprocessing.get_context({method!r}).Pool(2)
     pool.map(job, range(4))
     tapes.join()
-    time.sleep(1.1)  # the children look for a service once a second
+    until = time.monotonic() + 10
+    while live() < 3 and time.monotonic() < until:
+        pool.map(probe, range(4))  # a process that records looks for a service once a second
     pool.map(job, range(4))
     pool.close()
     pool.join()
