@@ -1,4 +1,4 @@
-"""Files of tests are named after what they test, have one claim, and are found by the documents that name them."""
+"""Test files are named after what they test, stay short, and are where the documents say that they are."""
 
 from __future__ import annotations
 
@@ -41,17 +41,15 @@ CLAIMS = {
 
 
 def test_each_file_of_unit_tests_is_named_after_its_module():
-    """A file in tests/unit has the name of a module of tapes, or of a claim that `CLAIMS` assigns to a module."""
+    """A file in tests/unit is named after a module of tapes, or after a claim in `CLAIMS` about one."""
     found = {path.stem.removeprefix("test_") for path in (TESTS / "unit").glob("test_*.py")}
-    assert found - MODULES == set(CLAIMS), "rename the file after its module, or correct CLAIMS"
+    assert found - MODULES <= set(CLAIMS), "rename the file after its module, or correct CLAIMS"
     assert set(CLAIMS.values()) <= MODULES
 
 
 def test_a_test_file_has_at_most_500_lines():
     """A file of tests has at most 500 lines; a longer one is split by claim."""
-    lengths = {
-        str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in TESTS.rglob("*.py")
-    }
+    lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in TESTS.rglob("*.py")}
     assert {path: lines for path, lines in lengths.items() if lines > 500} == {}
 
 
