@@ -1,4 +1,4 @@
-"""A service starts where little is there: no writable root, no /proc, no standard streams, no interpreter."""
+"""A service starts on bare machines: a read-only root, no /proc, no standard streams, or no interpreter."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 
 
 def started(writable: str, user: int, environment: dict[str, str]) -> subprocess.Popen[str]:
-    """Start the service as ``user`` where nothing but ``writable`` is writable, in ``environment`` alone."""
+    """Start the service as ``user``, with only ``writable`` writable, and only ``environment`` set."""
     python, path = python_for_any_user("zmq", "msgpack", "addict")
     return subprocess.Popen(
         ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", writable, str(user),
@@ -74,7 +74,7 @@ def started(writable: str, user: int, environment: dict[str, str]) -> subprocess
 
 
 def outputs(writable: str, **environment: str) -> list[str]:
-    """Return what the service prints as each of `USERS`; it has ended by then, its aggregator too."""
+    """Return what the service prints as each of `USERS`, after it and its aggregator have ended."""
     services = [started(writable, user, environment) for user in USERS]
     found = []
     try:
@@ -109,7 +109,7 @@ def outputs(writable: str, **environment: str) -> list[str]:
     ids=["tmp", "shm", "run", "XDG_RUNTIME_DIR", "TMPDIR", "TAPES_ADDR", "fall through"],
 )
 def test_a_service_with_a_read_only_root_meets_where_it_can_write(writable, environment, meets):
-    """Each directory alone is enough, for root and for a user without an entry in passwd and a home."""
+    """One writable directory is enough, for root and for a user without a passwd entry and a home."""
     for user, output in zip(USERS, outputs(writable, **environment)):
         address, counted = output.split()
         assert address.startswith("ipc://" + meets.replace("{user}", str(user)))
@@ -118,8 +118,8 @@ def test_a_service_with_a_read_only_root_meets_where_it_can_write(writable, envi
 
 @needs_root
 @pytest.mark.needs("unshare")
-def test_where_nothing_is_writable_one_sentence_says_what_to_do():
-    """The error names what was tried, and both remedies; none of the processes knows more."""
+def test_without_a_writable_directory_one_sentence_explains_what_to_do():
+    """Without a writable directory the error names the tried ones and both remedies, in every process."""
     for user, output in zip(USERS, outputs("nothing")):
         (line,) = set(output.splitlines())  # each of the processes has the same error
         assert line.startswith("AggregatorUnavailable(")
@@ -132,7 +132,7 @@ def test_where_nothing_is_writable_one_sentence_says_what_to_do():
 @needs_root
 @pytest.mark.needs("unshare")
 def test_a_service_counts_without_proc(home):
-    """Neither a process's start nor its descriptors can be looked up there."""
+    """A service counts exactly without /proc, where start times and descriptors can't be looked up."""
     without = 'mount --make-rprivate / && umount -l /proc || exit 77; exec "$@"'
     command = ["unshare", "--mount", "sh", "-c", without, "sh", sys.executable, "-c", SERVICE]
     status, output, errors = home.run(command)
@@ -164,7 +164,7 @@ with open("result", "w") as file:
 
 @pytest.mark.parametrize("closed", ["0", "1", "2", "01", "02", "12", "012"])
 def test_a_process_without_standard_streams_joins(home, closed):
-    """Whichever of the descriptors 0, 1 and 2 are closed when it starts, and 0MQ takes their numbers."""
+    """A process joins, whichever of descriptors 0, 1 and 2 are closed at its start and used by 0MQ then."""
     status, _, errors = home.run([sys.executable, "-c", CLOSING, closed, "-c", WITHOUT_STREAMS])
     assert status == 0, errors
     assert (home.directory / "result").read_text() == "10"
@@ -174,14 +174,14 @@ def long_path(directories: int) -> str:
     return f"import sys; sys.path += [f'/nowhere/{{number:0100}}' for number in range({directories})]\n"
 
 
-def test_a_path_of_200_kib_is_handed_to_the_aggregator(home):
-    """Linux limits one argument of a program to 128 KiB."""
+def test_a_module_path_of_200_kib_reaches_the_aggregator(home):
+    """The aggregator gets a sys.path of 200 KiB, although Linux limits one argument to 128 KiB."""
     status, output, errors = home.run([sys.executable, "-c", long_path(2000) + SERVICE])
     assert (status, output.split()[1:]) == (0, ["40"]), errors
 
 
-def test_a_path_that_no_process_can_be_given_is_an_error_with_a_remedy(home):
-    """It is an error of tapes, not one of the operating system."""
+def test_a_module_path_that_is_too_long_is_an_error_with_a_remedy(home):
+    """A sys.path that is too long for any process is an AggregatorUnavailable, not an OSError."""
     status, output, errors = home.run([sys.executable, "-c", long_path(40000) + SERVICE])
     assert status == 0, errors
     assert output.startswith("AggregatorUnavailable(")
@@ -211,14 +211,14 @@ for line in sys.stdin:
 """A frozen application: joins, and reads for each line of its input."""
 
 
-def test_a_frozen_application_starts_its_aggregator_and_starts_it_again(home):
-    """``sys.executable`` is the application. The aggregator is a fork that keeps nothing of it but memory."""
+def test_a_frozen_application_starts_and_restarts_its_aggregator(home):
+    """Where ``sys.executable`` is the application, the aggregator is a fork that shares only its memory."""
     with (home.directory / "errors.log").open("w") as log, subprocess.Popen(
         [sys.executable, "-W", "error", "-c", FROZEN], cwd=home.directory, stderr=log, text=True, bufsize=1,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=clean_environment(**home.environment),
     ) as application:  # fmt: skip
-        words, answers = application.stdin, application.stdout
-        assert words is not None
+        commands, answers = application.stdin, application.stdout
+        assert commands is not None
         assert answers is not None
         counted, path, port = answers.readline().split()
         assert counted == "10"
@@ -229,18 +229,18 @@ def test_a_frozen_application_starts_its_aggregator_and_starts_it_again(home):
         asked = itertools.count(1)
 
         def read() -> bool:
-            words.write("\n")
+            commands.write("\n")
             return answers.readline().strip() == str(10 + next(asked))
 
         wait_for(read, "the next aggregator answers", every=0.1)
-        words.close()
+        commands.close()
         assert application.wait(30) == 0
     assert not (home.directory / "handled").exists()
     assert (home.directory / "errors.log").read_text().count("listens at") == 2
 
 
-def test_programs_that_freeze_applications_find_what_tapes_imports_when_it_is_used():
-    """They read the import statements of the code: of ``import tapes`` alone."""
+def test_programs_that_freeze_applications_find_late_imports():
+    """Freezers read import statements: those of ``import tapes`` name every module that it uses later."""
     finder = modulefinder.ModuleFinder(excludes=["zmq", "msgpack", "addict", "multiprocessing", "asyncio"])
     finder.load_file(tapes.__file__)
     assert {f"tapes.distributed.{name}" for name in ("aggregator.main", "connection")} <= {*finder.modules}

@@ -1,4 +1,4 @@
-"""CURVE on TCP: whoever holds the service's key is served, and nobody else."""
+"""CURVE on TCP: only processes that have the service's key are served."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make_key(directory, name="service"):
 
 
 def free_address(host="127.0.0.1"):
-    """Return an address of which the next port is free too."""
+    """Return an address whose next port is free too."""
     while True:
         port = free_port()
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port + 1)):
@@ -65,7 +65,7 @@ def key(short_dir, monkeypatch):
 
 @contextlib.contextmanager
 def serving(address, key, cwd):
-    """An aggregator with a key in a process of its own."""
+    """An aggregator with a key, in a process of its own."""
     with running([sys.executable, "-c", FOREGROUND, address], cwd=cwd, **{VARIABLE: key}) as process:
         host, _, port = resolve(address).read.removeprefix("tcp://").rpartition(":")
         wait_for(lambda: not socket.create_connection((host, int(port)), 5).close(), "the aggregator listens")
@@ -73,7 +73,7 @@ def serving(address, key, cwd):
 
 
 def handshake(monitor):
-    """Return how the first handshake of a socket ends."""
+    """Return the result of a socket's first handshake."""
     while True:
         assert monitor.poll(10_000), "no handshake"
         event = recv_monitor_message(monitor)["event"]
@@ -116,15 +116,15 @@ aggregator.stop()
 """
 
 
-def test_processes_that_hold_the_key_are_counted_exactly(short_dir):
-    """Forked before and after the connection; the latter when the file is gone. The end takes no force."""
+def test_processes_with_the_key_are_counted_exactly(short_dir):
+    """Children forked before and after connect() count, the latter without the key file; all exit well."""
     environment = {"ADDRESS": free_address(), VARIABLE: make_key(short_dir)}
     done = run_python(SERVICE, cwd=short_dir, **environment)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def tells(value):
-    """Return what a client says that counted ``value``: a publication, a read, a goodbye."""
+def messages_of(value):
+    """Return the messages of a client that counted ``value``: a publication, a read and a goodbye."""
     outboxes = []
     for _ in range(3):
         outboxes.append(Outbox(Registry()))
@@ -155,7 +155,7 @@ KEYS_OF_STRANGERS = (no_key, another_pair, the_public_key_and_a_pair_of_its_own,
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    """An aggregator for strangers to try, its key file, and its pid."""
+    """An aggregator for strangers to attack, its key file, and its pid."""
     directory = tmp_path_factory.mktemp("service")
     address, key = free_address(), make_key(directory)
     with pytest.MonkeyPatch.context() as patch:
@@ -165,8 +165,8 @@ def service(tmp_path_factory):
 
 
 @pytest.mark.parametrize("keys", KEYS_OF_STRANGERS)
-def test_a_strange_socket_neither_tells_nor_learns_anything(service, keys, monkeypatch):
-    """Its handshake fails, what it had queued changes nothing, and the right ones are served on."""
+def test_a_socket_without_the_key_neither_sends_nor_receives_a_message(service, keys, monkeypatch):
+    """A stranger's handshake fails, its queued messages change nothing, and workers are still served."""
     address, key, aggregator = service
     monkeypatch.setenv(VARIABLE, key)
     with connected(address) as worker, zmq_context() as strange:
@@ -175,7 +175,7 @@ def test_a_strange_socket_neither_tells_nor_learns_anything(service, keys, monke
         given = keys(zmq.auth.load_certificate(key)[0])
         publisher, reader = strange.socket(zmq.XPUB), strange.socket(zmq.DEALER)
         monitors = []
-        publication, read, goodbye = tells(1000)
+        publication, read, goodbye = messages_of(1000)
         ends = ((publisher, resolve(address).publish), (reader, resolve(address).read))
         with stopped(aggregator):  # after a failed handshake there is no queue, and a send would wait for one
             for connecting, endpoint in ends:
@@ -196,8 +196,8 @@ def test_a_strange_socket_neither_tells_nor_learns_anything(service, keys, monke
         assert "rejected" not in stats.tapes
 
 
-def test_what_strangers_say_would_have_counted(service, monkeypatch):
-    """The same messages under the right key: so it was the key that kept them out."""
+def test_the_messages_of_a_stranger_count_with_the_right_key(service, monkeypatch):
+    """The stranger's messages are accepted with the right key, so it was the key that kept them out."""
     address, key, _ = service
     monkeypatch.setenv(VARIABLE, key)
     with connected(address) as worker, zmq_context() as right:
@@ -205,7 +205,7 @@ def test_what_strangers_say_would_have_counted(service, monkeypatch):
         publisher, reader = (
             make(right, resolve(address)) for make in (sockets.new_publisher, sockets.new_request_socket)
         )
-        publication, read, goodbye = tells(1000)
+        publication, read, goodbye = messages_of(1000)
         assert publisher.poll(5000)  # its subscription
         publisher.send(publication)
         reader.send(goodbye)
@@ -216,7 +216,7 @@ def test_what_strangers_say_would_have_counted(service, monkeypatch):
 
 @pytest.mark.parametrize("its_key", ["", "another"])
 def test_a_worker_without_the_key_is_not_served(service, its_key, short_dir, monkeypatch):
-    """It is told so as by any aggregator that doesn't answer, and what it counted goes nowhere."""
+    """A worker without the key gets the error for an aggregator that does not answer; its counts are lost."""
     address, key, _ = service
     monkeypatch.setenv(VARIABLE, its_key and make_key(short_dir, its_key))
     monkeypatch.setattr("tapes.distributed.worker.connected.TIMEOUT_SECONDS", 0.3)
@@ -234,16 +234,16 @@ def test_a_worker_without_the_key_is_not_served(service, its_key, short_dir, mon
 
 
 @pytest.mark.parametrize("its_key", [None, "another"])
-def test_a_worker_tells_nothing_to_who_does_not_hold_the_key(short_dir, key, its_key, monkeypatch):
-    """Whoever took the port; the aggregator that has it next hears everything, once."""
+def test_a_worker_sends_nothing_to_a_server_without_the_key(short_dir, key, its_key, monkeypatch):
+    """A program that took the port gets no message; the next aggregator with the key gets every count."""
     address = free_address()
     endpoints = resolve(address)
     with zmq_context() as strange:
         public, secret = zmq.curve_keypair()
-        updates, questions = strange.socket(zmq.SUB), strange.socket(zmq.ROUTER)
+        updates, requests = strange.socket(zmq.SUB), strange.socket(zmq.ROUTER)
         updates.subscribe(b"")
         monitors = []
-        for bound, endpoint in ((updates, endpoints.publish), (questions, endpoints.read)):
+        for bound, endpoint in ((updates, endpoints.publish), (requests, endpoints.read)):
             if its_key:
                 bound.curve_server, bound.curve_publickey, bound.curve_secretkey = True, public, secret
             monitors.append(bound.get_monitor_socket())
@@ -257,7 +257,7 @@ def test_a_worker_tells_nothing_to_who_does_not_hold_the_key(short_dir, key, its
                 worker.get_stats()
         assert [handshake(monitor) in FAILED for monitor in monitors] == [True, True]
         assert not updates.poll(0)
-        assert not questions.poll(0)
+        assert not requests.poll(0)
     with serving(address, key, short_dir), connected(address) as reader:
         worker.counter("c").increment(2)
         worker.close()
@@ -265,7 +265,7 @@ def test_a_worker_tells_nothing_to_who_does_not_hold_the_key(short_dir, key, its
 
 
 def test_workers_come_back_to_a_new_aggregator(short_dir, key):
-    """The one before was killed: they tell it everything by themselves."""
+    """After the aggregator was killed, workers send their whole state to the next one."""
     address = free_address()
     worker = DistributedRegistry(address)
     with serving(address, key, short_dir) as process:
@@ -280,8 +280,8 @@ def test_workers_come_back_to_a_new_aggregator(short_dir, key):
         worker.close()
 
 
-def test_an_aggregator_with_a_key_ends_cleanly(short_dir, key):
-    """Also while strangers are connected that say nothing, or nonsense, or are refused."""
+def test_an_aggregator_with_a_key_exits_cleanly(short_dir, key):
+    """It exits normally while strangers are connected that send nothing, send garbage, or are refused."""
     address = free_address()
     with (
         serving(address, key, short_dir) as process,
@@ -305,13 +305,13 @@ def test_an_aggregator_with_a_key_ends_cleanly(short_dir, key):
             assert worker.get_stats().c.value == 5
         process.send_signal(signal.SIGTERM)
         assert process.wait(4) == 0
-    said = (short_dir / "output.log").read_text()
-    assert "refused a client at 127.0.0.1" in said
-    assert len(said.splitlines()) == 1
+    log = (short_dir / "output.log").read_text()
+    assert "refused a client at 127.0.0.1" in log
+    assert len(log.splitlines()) == 1
 
 
 def test_joining_starts_an_aggregator_that_has_the_key(home):
-    """By its environment: workers that have one speak to no other."""
+    """An aggregator that a worker starts inherits the key, and workers accept no other aggregator."""
     program = """
 import os, sys, tapes
 address = sys.argv[1]
@@ -333,7 +333,7 @@ print(tapes.get_stats().c.value)
 
 
 def test_beyond_loopback(short_dir, key):
-    """On this machine's own address, where it has one."""
+    """Workers connect to this machine's own address, where it has one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("198.51.100.1", 9))  # sends nothing
@@ -375,7 +375,7 @@ UNUSABLE = {
 
 
 def assert_refused(match, forks=(False,)):
-    """By all who need the key; the address alone is in order, and nothing stays open."""
+    """Assert that connect() and start() fail with an error that matches, and leave no socket open."""
     address = "tcp://127.0.0.1:5555"
     registry = DistributedRegistry(address)
     with pytest.raises(AddressError, match=match):
@@ -388,16 +388,16 @@ def assert_refused(match, forks=(False,)):
 
 
 @pytest.mark.parametrize("case", UNUSABLE)
-def test_a_key_file_that_cannot_be_used_is_told(short_dir, monkeypatch, case):
-    """At connect() and at start(), in one sentence."""
+def test_a_key_file_that_cannot_be_used_is_an_error(short_dir, monkeypatch, case):
+    """connect() and start() raise one sentence about the key file."""
     make, match = UNUSABLE[case]
     make(short_dir / "key")
     monkeypatch.setenv(VARIABLE, str(short_dir / "key"))
     assert_refused(match)
 
 
-def test_a_key_file_of_somebody_else_is_told(key, monkeypatch):
-    """Not a traceback."""
+def test_an_unreadable_key_file_is_an_error(key, monkeypatch):
+    """A key file without permission to read is an AddressError, not a PermissionError."""
 
     def refuse(path):
         raise PermissionError(13, "Permission denied")
@@ -406,20 +406,20 @@ def test_a_key_file_of_somebody_else_is_told(key, monkeypatch):
     assert_refused(r"can't be read \(Permission denied\)")
 
 
-def test_a_relative_key_file_is_told(key, monkeypatch):
-    """The aggregator would look for it elsewhere."""
+def test_a_relative_key_file_is_an_error(key, monkeypatch):
+    """A relative path is refused: the aggregator has another working directory."""
     monkeypatch.setenv(VARIABLE, os.path.relpath(key))
     assert_refused("absolute path", forks=(False, True))
 
 
-def test_a_libzmq_without_curve_is_told(key, monkeypatch):
-    """With what to do."""
+def test_a_libzmq_without_curve_is_an_error(key, monkeypatch):
+    """The error for a libzmq without CURVE says how to install one that has it."""
     monkeypatch.setattr(zmq, "has", lambda feature: feature != "curve")
     assert_refused(r"does not support CURVE.*install pyzmq")
 
 
-def test_the_way_that_errors_tell_makes_a_key_file(short_dir):
-    """Under any umask."""
+def test_the_command_in_errors_makes_a_key_file(short_dir):
+    """The command that errors suggest makes a usable key file, under any umask."""
     _, program, argument = shlex.split(HOW_TO_MAKE_ONE.partition(": ")[2].partition(" and set ")[0])
     assert program == "-c"
     done = run_python(argument, cwd=short_dir)
@@ -427,8 +427,8 @@ def test_the_way_that_errors_tell_makes_a_key_file(short_dir):
     assert len(KeyFile(str(short_dir / "tapes.key_secret")).pair.secret) == 40
 
 
-def test_a_key_is_in_no_text(key):
-    """Of an error or a log."""
+def test_a_secret_key_is_in_no_text(key):
+    """No repr that an error or the log could contain has the secret key."""
     file = KeyFile(key)
     assert file == KeyFile(key) != KeyFile(key + "2")
     assert file.pair.secret.decode() not in f"{file!r}{file.pair!r}{resolve('tcp://127.0.0.1:5555')!r}"
@@ -438,16 +438,16 @@ def checkers():
     return [thread for thread in threading.enumerate() if thread.name == "tapes-curve"]
 
 
-def test_the_thread_that_checks_ends_with_its_context(key):
-    """By itself."""
+def test_the_zap_handler_ends_with_its_context(key):
+    """The thread that checks keys ends when its context is destroyed."""
     with zmq_context() as made:
         bound = sockets.bind(made, resolve(free_address()))
         assert len(checkers()) == len(bound) - 1 == 1
     wait_for(lambda: not checkers(), "the thread ends")
 
 
-def test_where_nobody_checks_nobody_is_admitted(key, monkeypatch):
-    """Rather than everybody."""
+def test_without_a_zap_handler_no_client_is_accepted(key, monkeypatch):
+    """If the handler does not run, 0MQ refuses every client; it does not accept every client."""
     monkeypatch.setattr(curve, "start_zap_handler", lambda context, pair: None)
     endpoints = resolve(free_address())
     with zmq_context() as ours, zmq_context() as theirs:
@@ -460,8 +460,8 @@ def test_where_nobody_checks_nobody_is_admitted(key, monkeypatch):
         assert not any(one.closed for one in bound)
 
 
-def test_where_no_thread_can_be_started_there_is_no_aggregator(key, monkeypatch):
-    """And its context ends all the same."""
+def test_without_a_thread_for_the_zap_handler_bind_fails(key, monkeypatch):
+    """bind() raises if the handler's thread can't start, and the context still ends."""
 
     def refuse(self):
         raise RuntimeError("can't start new thread")

@@ -1,4 +1,4 @@
-"""Children that close all descriptors, as daemons, shells and terminals do: 0MQ aborts none of them."""
+"""Children that close all descriptors, like daemons, shells and terminals, are not aborted by 0MQ."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def run(home, program: str) -> str:
 
 
 @pytest.mark.parametrize("has_producer", [False, True])
-def test_a_child_that_closes_everything_and_becomes_another_program(home, has_producer):
-    """None of 100 children is aborted, with and without a gauge whose producer they inherit."""
+def test_a_child_that_closes_everything_and_executes_another_program(home, has_producer):
+    """None of 100 children is aborted, whether or not it inherits a gauge with a producer."""
     program = f"""
 import os, tapes
 tapes.counter("n").increment()
@@ -65,13 +65,13 @@ os.write(200, b"done")
 """
 
 
-def test_a_daemon_that_closes_everything_after_the_join_counts_on(home):
-    """It forks twice and closes all descriptors; each step counts, and no file of its own is closed."""
+def test_a_daemon_that_closes_everything_after_joining_keeps_counting(home):
+    """A daemon that forks twice and closes all descriptors counts in each step; its own files stay open."""
     assert run(home, DAEMON) == "51\n"
 
 
 def test_a_child_that_closes_everything_with_a_reporter_of_its_parent(home):
-    """The connection that a StatsD reporter had in the parent is not closed a second time in the child."""
+    """A child does not close a second time the connection that its parent's StatsD reporter had."""
     program = """
 import os, socket, sys, time, tapes
 from datetime import timedelta
@@ -94,7 +94,7 @@ print("fine")
 
 
 def test_a_fork_while_other_threads_connect(home):
-    """No child waits for a lock that only its parent has: each of 300 ends, and can connect itself."""
+    """No child waits for a lock that only its parent can release: each of 300 ends, and can connect."""
     program = """
 import os, threading, time, tapes
 os.environ["TAPES_ADDR"] = f"ipc://{os.getcwd()}/none.ipc"

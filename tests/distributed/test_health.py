@@ -1,4 +1,4 @@
-"""Gauges of workers that come and go, and what tapes tells about itself."""
+"""Gauges of workers that start and exit, and the metrics of tapes about itself."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def worker(reader, value):
 
 @pytest.mark.alone
 def test_every_merge_mode_over_workers_of_which_one_is_killed(reader):
-    """The gauges of the dead leave at once, but for ``last``; ``each`` has the living, by pid."""
+    """A killed worker's gauges vanish at once, except with ``last``; ``each`` has the living workers."""
     workers = [worker(reader, value) for value in (2, 3, 7)]
     try:
         stats = reader.get_stats()
@@ -64,7 +64,7 @@ def test_every_merge_mode_over_workers_of_which_one_is_killed(reader):
 
 @pytest.mark.alone
 def test_producers_run_once_a_second_and_in_no_request(reader):
-    """However often somebody reads."""
+    """Producers of gauges run once a second, however often the metrics are read."""
     threads = []
 
     def produce():
@@ -80,7 +80,7 @@ def test_producers_run_once_a_second_and_in_no_request(reader):
 
 
 def test_neither_reads_nor_publications_wait_for_a_slow_producer(reader):
-    """It is without that gauge for now; what is counted is published as ever, and forks don't mind."""
+    """While a producer hangs, only its gauge is missing: counts are published, reads and forks work."""
     release = threading.Event()
     reader.gauge("slow", lambda: release.wait(60) and 5)
     started = time.monotonic()
@@ -101,8 +101,8 @@ def test_neither_reads_nor_publications_wait_for_a_slow_producer(reader):
 
 
 @pytest.mark.alone
-def test_tapes_tells_about_itself(reader):
-    """Workers, messages, what publishing costs, how late it arrives, memory; and an idle worker is silent."""
+def test_metrics_about_tapes_itself(reader):
+    """tapes.* has workers, messages, cost and lag of publishing, and memory; idle workers publish nothing."""
     reader.counter("c").increment()
     wait_for(lambda: reader.get_stats().tapes.publish.get("duration"), "something is published")
     own = reader.get_stats().tapes
@@ -115,8 +115,8 @@ def test_tapes_tells_about_itself(reader):
     assert reader.get_stats().tapes.messages.value <= before + 2  # the read itself, and one on its way
 
 
-def test_descriptors_of_a_parent_that_forks_on_and_on(reader):
-    """Nothing of its connection is left behind by a fork."""
+def test_a_parent_that_forks_repeatedly_leaks_no_descriptor(reader):
+    """A fork leaves no descriptor of the parent's connection open."""
     program = f"""
 import os, tapes
 tapes.connect({reader.socket_addr!r})
@@ -140,7 +140,7 @@ assert fork(50) + 25 > fork(50)  # 0MQ opens some by itself
 
 
 def test_a_signal_that_kills_is_like_sigkill(reader):
-    """SIGTERM without a handler: the last interval at most."""
+    """SIGTERM without a handler loses at most the last interval, like SIGKILL."""
     process = worker(reader, 1)
     process.terminate()
     assert process.wait() == -signal.SIGTERM

@@ -1,4 +1,4 @@
-"""A service that starts its own aggregator: one of them, as long as it is needed, and nothing after."""
+"""A service that starts its own aggregator has exactly one, as long as it runs, and leaves no files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.processes import free_port, get, wait_for
 
 
 def run(home, program: str, *, status: int = 0, **environment: str) -> tuple[str, str]:
-    """Run a program to its end; return what it and its aggregator said."""
+    """Run a program to its end; return its output, and the log of the program and its aggregator."""
     (home.directory / "program.py").write_text(program)
     ended, output, errors = home.run([sys.executable, "-W", "error", "program.py"], **environment)
     assert ended == status, errors
@@ -21,7 +21,7 @@ def run(home, program: str, *, status: int = 0, **environment: str) -> tuple[str
 
 @contextlib.contextmanager
 def waiting(home, address: str | None = None, **environment: str):
-    """A service of one process that waits to be ended."""
+    """A service of one process that waits for a signal."""
     (home.directory / "waiting.py").write_text(WAIT.format(address=address))
     with home.running([sys.executable, "-W", "error", "waiting.py"], **environment) as process:
         log = home.directory / "output.log"
@@ -48,8 +48,8 @@ print(stats.c.value, *(stats.tapes.workers[f'{{state="{state}"}}'].value for sta
 """
 
 
-def test_whoever_comes_first_starts_the_aggregator(home):
-    """Eight children race for it, their parent joins last: one aggregator, one line of log."""
+def test_the_first_process_that_joins_starts_the_aggregator(home):
+    """Of eight children and their parent that join at once, one starts the aggregator; it logs one line."""
     done = run(home, JOIN)
     assert done[0] == "83 1 8\n"
     (line,) = done[1].splitlines()
@@ -58,7 +58,7 @@ def test_whoever_comes_first_starts_the_aggregator(home):
 
 
 def test_spawned_children_and_their_parent_meet(home):
-    """Whoever of them joins first: they find each other by their parent."""
+    """Spawned children and their parent have one aggregator, whichever of them joins first."""
     done = run(
         home,
         """
@@ -84,7 +84,7 @@ if __name__ == "__main__":
 
 
 def test_programs_that_a_service_starts_join_it(home):
-    """By TAPES_ADDR, which they inherit; joining again is nothing."""
+    """A program that a service starts finds it by the inherited TAPES_ADDR; joining twice is harmless."""
     done = run(
         home,
         """
@@ -111,8 +111,8 @@ signal.pause()
 """
 
 
-def test_an_aggregator_does_not_mind_signals_while_it_is_needed(home):
-    """Service managers signal the whole group; it goes when the last of the service has gone."""
+def test_an_aggregator_ignores_signals_while_its_service_runs(home):
+    """A service manager signals the whole process group: the aggregator exits only after the service."""
     with waiting(home) as process:
         (service,) = home.services()
         pid = int((service / "metrics.ipc.lock").read_text().split()[0])
@@ -124,8 +124,8 @@ def test_an_aggregator_does_not_mind_signals_while_it_is_needed(home):
         process.kill()
 
 
-def test_what_was_killed_outright_is_swept_by_the_next_start(home):
-    """The whole service at once; the next one starts from zero, and finds its own."""
+def test_the_next_service_removes_the_files_of_a_killed_one(home):
+    """After a whole service was killed, the next one removes its directory and starts from zero."""
     with waiting(home) as process:
         (service,) = home.services()
         for pid in (int((service / "metrics.ipc.lock").read_text().split()[0]), process.pid):
@@ -141,8 +141,8 @@ print(tapes.get_stats().c.value)
     assert not service.exists()
 
 
-def test_a_directory_that_is_in_use_is_not_swept(home):
-    """Two services side by side: the second leaves the first alone, and neither sees the other."""
+def test_the_directory_of_a_running_service_is_not_removed(home):
+    """A second service keeps the directory of the first one, and neither sees the other's counts."""
     with waiting(home):
         (service,) = home.services()
         other = (
@@ -152,8 +152,8 @@ def test_a_directory_that_is_in_use_is_not_swept(home):
         assert (service / "metrics.ipc").exists()
 
 
-def test_a_service_may_be_told_where_to_meet(home):
-    """An explicit address; processes with nothing in common but that."""
+def test_unrelated_processes_meet_at_an_explicit_address(home):
+    """Processes that have only an address in common share one aggregator there."""
     address = f"ipc://{home.directory}/here.ipc"
     program = f"""
 import tapes
@@ -166,8 +166,8 @@ print(tapes.get_stats().c.value)
     wait_for(lambda: not list(home.directory.glob("here*")), "no file is left", 4)
 
 
-def test_starting_one_can_be_forbidden_and_tapes_turned_off(home):
-    """TAPES_AUTOSTART=0: reads say what is missing. TAPES_DISABLED=1: a registry of one process."""
+def test_TAPES_AUTOSTART_and_TAPES_DISABLED(home):
+    """With TAPES_AUTOSTART=0 reads fail with a reason; with TAPES_DISABLED=1 they show this process only."""
     program = """
 import tapes
 tapes.join()
@@ -177,14 +177,14 @@ tapes.close()
 """
     done = run(home, program, status=1, TAPES_AUTOSTART="0", TAPES_ADDR=f"ipc://{home.directory}/m.ipc")
     assert "did not answer" in done[1]
-    (will,) = home.directory.glob("m.ipc.spool-*")
-    will.unlink()
+    (spooled,) = home.directory.glob("m.ipc.spool-*")
+    spooled.unlink()
     done = run(home, program, TAPES_DISABLED="1", TAPES_ADDR=f"ipc://{home.directory}/m.ipc")
     assert done == ("5\n", "")
 
 
 def test_reporters_come_from_the_environment(home):
-    """TAPES_HTTP answers for the whole service; what can't be understood is an error that says so."""
+    """TAPES_HTTP answers for the whole service; a malformed setting is an error with the expected form."""
     port = free_port()
     with waiting(home, TAPES_HTTP=str(port)):
         assert b'"c": {"value": 1}' in get(port, "/metrics")[2]
@@ -195,20 +195,20 @@ def test_reporters_come_from_the_environment(home):
     assert "TAPES_STATSD: got 'localhost?intervall=5', expected [tcp://]HOST[:PORT]" in done[1]
 
 
-def test_a_port_that_is_taken_is_an_error(home):
-    """And not an aggregator that is there already."""
+def test_a_TAPES_HTTP_port_in_use_is_an_error(home):
+    """join() raises if another program uses the port of TAPES_HTTP."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = run(home, "import tapes; tapes.join()", status=1, TAPES_HTTP=port)
     assert f"HTTPReporter can't listen on 127.0.0.1:{port}" in done[1]
 
 
-def test_what_can_not_be_started_says_why(home):
-    """A typed error, and nothing left."""
-    for address, words in (("ipc:///nowhere/m.ipc", "a directory that exists"), ("here", "ipc://PATH")):
+def test_an_aggregator_that_cannot_start_is_an_error_with_the_reason(home):
+    """join() raises AddressError with the reason if no aggregator can start, and leaves no file."""
+    for address, remedy in (("ipc:///nowhere/m.ipc", "a directory that exists"), ("here", "ipc://PATH")):
         done = run(home, f"import tapes; tapes.join({address!r})", status=1)
         assert "AddressError" in done[1]
-        assert words in done[1]
+        assert remedy in done[1]
     (home.directory / "plain").write_text("precious")
     done = run(home, "import tapes; tapes.join('ipc://plain')", status=1)
     assert "is not a socket" in done[1]
@@ -216,7 +216,7 @@ def test_what_can_not_be_started_says_why(home):
 
 
 def test_forks_while_another_thread_joins(home):
-    """The children hold no lock and no pipe of the join: it returns, and so does that of others."""
+    """Children that are forked during a join hold none of its locks and pipes, so it returns."""
     program = """
 import os, subprocess, sys, threading, time, tapes
 joining = threading.Thread(target=tapes.join)
@@ -243,16 +243,16 @@ for pid in children:
     assert (status, output) == (0, "6\n"), errors  # in less time than the children live
 
 
-def test_turned_off_it_needs_nothing(home):
-    """TAPES_DISABLED=1 works without pyzmq."""
+def test_with_TAPES_DISABLED_pyzmq_is_not_needed(home):
+    """With TAPES_DISABLED=1 the package works without pyzmq."""
     (home.directory / "zmq.py").write_text("raise ModuleNotFoundError('zmq')\n")
     program = "import tapes; tapes.join(); tapes.connect('ipc://m'); tapes.counter('c'); tapes.close()"
     assert run(home, program, TAPES_DISABLED="1", TAPES_ADDR="here") == ("", "")
     assert "pip install 'tapes[distributed]'" in run(home, program, status=1)[1]
 
 
-def test_a_directory_that_went_away(home):
-    """TAPES_ADDR of a private directory that is gone, with its parent: the service meets elsewhere."""
+def test_a_service_whose_TAPES_ADDR_is_gone_meets_elsewhere(home):
+    """If TAPES_ADDR is a private directory that was removed with its parent, the service meets elsewhere."""
     given = {"TAPES_ADDR": "ipc:///gone/tapes-1-2/metrics.ipc"}
     program = "import os, tapes; tapes.join(); print(os.environ['TAPES_ADDR'])"
     assert run(home, program, **given)[0] == f"ipc://{home.private}/tapes-1-2/metrics.ipc\n"

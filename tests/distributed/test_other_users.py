@@ -1,6 +1,6 @@
-"""Two users of one machine, one of them hostile: the other's service starts, counts and is started again.
+"""A service starts, counts and restarts on a machine with a hostile user.
 
-The hostile user knows the pid of the service's supervisor and when that started, as every user does.
+Like every user, the hostile one knows the pid and the start time of the service's supervisor.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SHARED = ("/tmp", "/dev/shm")
 
 
 def hostile(program: str, *arguments: str) -> None:
-    """Run a program of the shell as the hostile user."""
+    """Run a shell program as the hostile user."""
     subprocess.run(
         ["sh", "-ec", program, "sh", *arguments],
         check=True, user=HOSTILE, group=HOSTILE, extra_groups=[], cwd="/", umask=0,
@@ -43,7 +43,7 @@ def hostile(program: str, *arguments: str) -> None:
 
 @pytest.fixture
 def shared(short_dir):
-    """A directory in which every user can make files, as /tmp is."""
+    """A directory where every user can create files, like /tmp."""
     place = short_dir / "tmp"
     place.mkdir()
     place.chmod(0o1777)
@@ -53,7 +53,7 @@ def shared(short_dir):
 
 @pytest.fixture
 def started(short_dir, shared):
-    """Return what starts the service of the victim, which meets in the shared directory."""
+    """Return a function that starts the victim's service, which meets in the shared directory."""
     python, path = python_for_any_user("zmq", "msgpack", "addict")
     services = []
 
@@ -74,14 +74,14 @@ def started(short_dir, shared):
 
 
 def kill_aggregator(path: pathlib.Path) -> None:
-    """Kill the aggregator whose socket is at ``path``; it is dead when this returns."""
+    """Kill the aggregator whose socket is at ``path``, and wait for its end."""
     pid = int((path.parent / (path.name + ".lock")).read_text().split()[0])
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not lives(processes.Process(pid, 0)), "the aggregator is dead")
 
 
 def path_of(address: str) -> pathlib.Path:
-    """Return the path of a socket that belongs to the victim alone."""
+    """Return the path of a socket that belongs only to the victim."""
     path = pathlib.Path(address.partition("://")[2])
     assert path.lstat().st_uid == VICTIM
     return path
@@ -99,7 +99,7 @@ TAKEN = {
 
 @pytest.mark.parametrize("how", TAKEN)
 def test_names_that_another_user_has_taken_are_ignored(started, shared, short_dir, how):
-    """All that can be known of the name is taken, everywhere: the service starts, and its workers meet."""
+    """A service starts, and its workers meet, although another user has taken all guessable names."""
     private = short_dir / "private"
     private.mkdir(mode=0o700)
     os.chown(private, VICTIM, VICTIM)
@@ -135,8 +135,8 @@ def test_names_that_another_user_has_taken_are_ignored(started, shared, short_di
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def test_a_name_that_is_taken_while_the_directory_is_gone(started, shared):
-    """As by a cleaner. By then the name is known, but not that of the next place; everything counts."""
+def test_a_name_that_another_user_takes_after_its_directory_was_removed(started, shared):
+    """If another user takes the name of a removed directory, the service moves and keeps counting."""
     service = started()
     first, second = service.worker(), service.worker()
     path = path_of(first("join"))
@@ -172,7 +172,7 @@ done
 @pytest.mark.parametrize("when", ["before the start", "before a kill"])
 @pytest.mark.parametrize("what", ["files", "links", "fifos"])
 def test_files_of_another_user_beside_an_address_are_ignored(started, shared, what, when):
-    """The aggregator starts, is started again, and has everything that was counted."""
+    """The aggregator starts and restarts beside another user's files, and has every count."""
     address = shared / "m.ipc"
     if when == "before the start":
         hostile(BESIDE, str(address), what)
@@ -210,7 +210,7 @@ def test_files_of_another_user_beside_an_address_are_ignored(started, shared, wh
 
 @pytest.mark.parametrize("end", ["lock", "read", ""])
 def test_an_address_that_another_user_has_taken_is_an_error_at_once(started, shared, end):
-    """There is no other place for an address that was given; the error says which one to choose."""
+    """An explicit address that another user has taken is an error at once; it says what to choose."""
     address = shared / "m.ipc"
     hostile('mkfifo -m 666 "$1"', f"{address}.{end}".rstrip("."))
     worker = started(TAPES_ADDR=f"ipc://{address}").worker()
@@ -220,8 +220,8 @@ def test_an_address_that_another_user_has_taken_is_an_error_at_once(started, sha
     assert time.monotonic() - began < 15
 
 
-def test_a_lock_that_is_a_fifo_holds_nobody_up(short_dir):
-    """To open one for reading takes until another process writes to it."""
+def test_a_fifo_in_place_of_a_lock_blocks_no_process(short_dir):
+    """A FIFO with the name of the lock does not block: opening one for reading waits for a writer."""
     endpoints = resolve(f"ipc://{short_dir}/m.ipc")
     os.mkfifo(endpoints.lock)
     assert not is_served(endpoints)
@@ -230,8 +230,8 @@ def test_a_lock_that_is_a_fifo_holds_nobody_up(short_dir):
         Lock(endpoints).acquire()
 
 
-def test_a_socket_of_another_user_is_not_connected_to(started, shared):
-    """It is where the service was to meet by the environment: a worker starts an aggregator elsewhere."""
+def test_a_worker_does_not_connect_to_another_users_socket(started, shared):
+    """If another user serves the place that TAPES_ADDR names, a worker starts an aggregator elsewhere."""
     service = started()
     name = "tapes-{}-{}".format(*processes.process_of(service.pid))
     given = shared / name / "metrics.ipc"

@@ -1,4 +1,4 @@
-"""One decision for the whole service: whatever becomes of its directory, it has one aggregator, one sum."""
+"""All processes of a service choose one place: there is one aggregator, whatever happens to its directory."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ while True:  # a master, which forks a worker for each line
 
 
 class Service:
-    """A master that forks workers, each of which does what it is told; run by ``user``, if that is given."""
+    """A master whose forked workers execute commands of the test; run as ``user``, if that is given."""
 
     def __init__(
         self, home: Home, *, python: str = sys.executable, user: int | None = None, **environment: str
@@ -81,7 +81,7 @@ class Service:
         self._listener.settimeout(30)
 
     def worker(self):
-        """Fork a worker; return a function that has it do something."""
+        """Fork a worker; return a function that sends it a command."""
         assert self._master.stdin is not None
         self._master.stdin.write(str(self.home.directory / "workers") + "\n")
         connection = self._listener.accept()[0]
@@ -119,7 +119,7 @@ class Service:
 
 @pytest.fixture
 def places(short_dir):
-    """Two directories in which a private one may be made: that of the session, and that for all."""
+    """Two directories that may contain a private one: that of the session, and one for all users."""
     session, temporary = short_dir / "session", short_dir / "tmp"
     for directory in (session, temporary):
         directory.mkdir()
@@ -141,7 +141,7 @@ def service(short_dir, places):
 
 
 def agree(number: int, *workers) -> None:
-    """Each worker reads ``number``, or nothing for a while, and then again and again."""
+    """Wait until each worker reads ``number``, with no other result in between."""
 
     def all_agree() -> bool:
         answers = [worker("read") for worker in workers]
@@ -157,8 +157,8 @@ def aggregators(service: Service) -> int:
     return service.log.count("listens at")
 
 
-def test_the_directory_of_the_session_goes(service, places):
-    """A worker that comes after that finds the aggregator where it is now; a worker's exit is counted."""
+def test_the_directory_of_the_session_is_removed(service, places):
+    """A worker that starts later finds the aggregator in its new place; a worker that exits is counted."""
     session, temporary = places
     first, second = service.worker(), service.worker()
     assert first("join") == second("join")
@@ -181,8 +181,8 @@ def test_the_directory_of_the_session_goes(service, places):
     agree(126, third, fourth)
 
 
-def test_the_directory_goes_and_the_aggregator_is_killed(service, places):
-    """Workers start another one elsewhere, and it has everything that those who live have counted."""
+def test_the_directory_is_removed_and_the_aggregator_killed(service, places):
+    """Workers start another aggregator in another place; it has every count of the living workers."""
     session, _ = places
     first, second = service.worker(), service.worker()
     assert first("join") == second("join")
@@ -201,7 +201,7 @@ def test_the_directory_goes_and_the_aggregator_is_killed(service, places):
 
 
 def test_a_better_directory_appears(service, places):
-    """A worker that could use it meets the others where they are."""
+    """A worker that could use a better directory joins the others in theirs."""
     session, temporary = places
     shutil.rmtree(session)
     first = service.worker()
@@ -215,7 +215,7 @@ def test_a_better_directory_appears(service, places):
 
 
 def test_a_worker_whose_environment_has_changed(service, places):
-    """It looks in the same places as the others, whatever its own environment says."""
+    """A worker looks in the same places as the others, whatever its own environment contains."""
     session, temporary = places
     first = service.worker()
     first("join")
@@ -227,7 +227,7 @@ def test_a_worker_whose_environment_has_changed(service, places):
 
 
 def fill(path: pathlib.Path) -> None:
-    """Write into a file until there is no more room."""
+    """Fill a file until the file system is full."""
     with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
         while True:
             file.write(b"x" * 4096)
@@ -235,7 +235,7 @@ def fill(path: pathlib.Path) -> None:
 
 @pytest.fixture
 def mounted(places, request):
-    """The directory of the session as a file system of its own; returns what mounts it in another way."""
+    """The directory of the session as a file system of its own; yields a function that remounts it."""
     session = str(places[0])
 
     def mount(*arguments: str) -> bool:
@@ -248,7 +248,7 @@ def mounted(places, request):
 
 
 def test_a_directory_that_is_full(service, places, mounted):
-    """The aggregator that is there serves on, and workers that come later find it."""
+    """On a full file system the aggregator keeps serving, and later workers find it."""
     session, _ = places
     first = service.worker()
     assert str(session) in first("join")
@@ -263,8 +263,8 @@ def test_a_directory_that_is_full(service, places, mounted):
 
 
 @pytest.mark.parametrize("how", ["full", "read-only"])
-def test_a_directory_that_takes_files_later(service, places, mounted, how):
-    """The first worker could not use it, the second could: they meet where the first has decided."""
+def test_a_directory_that_becomes_writable_later(service, places, mounted, how):
+    """If only the second worker can use a directory, both meet where the first one has decided."""
     session, temporary = places
     fill(session / "big")
     if how == "read-only":
@@ -283,7 +283,7 @@ def test_a_directory_that_takes_files_later(service, places, mounted, how):
 
 
 def test_two_aggregators_become_one(service, places):
-    """If another one was started meanwhile, the one whose files are gone hands everything over to it."""
+    """An aggregator whose files were removed hands everything over to one that was started meanwhile."""
     session, temporary = places
     first, second = service.worker(), service.worker()
     assert first("join") == second("join")

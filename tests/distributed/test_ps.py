@@ -1,4 +1,4 @@
-"""An operator recognises an aggregator, and the service that it belongs to, in ps."""
+"""ps shows an operator which processes are aggregators, and of which service."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def shown(home, program):
 
 
 def test_an_aggregator_that_a_service_starts_is_shown_with_its_address(home):
-    """The one that join() starts."""
+    """The command line of an aggregator that join() starts contains its address."""
     (line,) = shown(home, JOINED)
     assert line == "tapes-aggr tapes aggregator ADDRESS, started for the process itself"
 
 
-def test_an_aggregator_by_hand_and_its_supervisor_are_shown_with_their_address(home):
-    """Both processes of RegistryAggregator.start(), whose arguments are those of a short command."""
+def test_a_forked_aggregator_and_its_supervisor_are_shown_with_their_address(home):
+    """Both processes of RegistryAggregator.start() show the address, after a fork of a short command."""
     assert shown(home, BY_HAND) == [
         "tapes-aggr tapes aggregator supervisor ipc://HERE/m.ipc",
         "tapes-aggr tapes aggregator ipc://HERE/m.ipc",

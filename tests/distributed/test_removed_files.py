@@ -1,4 +1,4 @@
-"""Files of a running aggregator are removed, in any combination: it makes them again, with right counts."""
+"""A running aggregator whose files are removed, in any combination, makes them again; counts stay right."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMBINATIONS = [few for many in range(1, len(KINDS) + 1) for few in itertools.co
 
 @pytest.fixture(params=["a private directory", "an address"])
 def service(short_dir, request):
-    """A service, and where it meets."""
+    """A service, and the path of its socket."""
     home = Home(short_dir)
     given = {"TAPES_ADDR": f"ipc://{short_dir}/m.ipc"} if request.param == "an address" else {}
     service = Service(home, **home.environment, **given)
@@ -37,7 +37,7 @@ def service(short_dir, request):
 
 
 def files(path: str, *kinds: str) -> list[pathlib.Path]:
-    """Return the files of an aggregator at ``path`` that are there."""
+    """Return the existing files of the aggregator at ``path``."""
     return [
         found for kind in kinds for found in pathlib.Path(path).parent.glob(pathlib.Path(path).name + kind)
     ]
@@ -48,13 +48,13 @@ def aggregator(path: str) -> int:
 
 
 def is_whole(path: str) -> bool:
-    """Whether all files are there that a next aggregator and new workers need."""
+    """Return whether all files exist that a next aggregator and new workers need."""
     return is_served(resolve(f"ipc://{path}")) and len(files(path, *KINDS[:4])) == 4
 
 
 @pytest.mark.timeout(300)
 def test_files_are_removed_in_any_combination(service):
-    """A worker that leaves after that, and one that comes, are counted, also by the next aggregator."""
+    """Workers that exit or start after any files were removed are counted, also by the next aggregator."""
     first = service.worker()
     path = first("join").partition("://")[2]
     counted = 0
@@ -78,8 +78,8 @@ def test_files_are_removed_in_any_combination(service):
             agree(counted, first)
 
 
-def test_a_tail_is_removed_while_nothing_is_recorded(service):
-    """What a worker that has left had counted is in the journal soon, without another event."""
+def test_a_journal_tail_is_removed_while_nothing_is_recorded(service):
+    """The counts of an exited worker are soon in the journal again, without another event."""
     first, leaves = service.worker(), service.worker()
     path = first("join").partition("://")[2]
     leaves("join")

@@ -1,4 +1,4 @@
-"""Where 0MQ gets no thread, memory or descriptor, the process goes on without it; libzmq would end it."""
+"""A process where 0MQ can't get a thread, memory or a descriptor continues; libzmq would abort it."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ else:
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user who has no other process")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user without other processes")
 @pytest.mark.parametrize("threads", range(6))
 def test_a_context_is_made_only_where_its_threads_can_be_started(tmp_path, threads):
+    """Under a limit of processes, new_context() succeeds or raises, and never aborts the process."""
     uid = 40_000 + os.getpid() % 20_000  # the limit counts all processes of a user
     done = run_python(UNDER_A_LIMIT.format(uid=uid, threads=threads), cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -53,8 +54,8 @@ def test_a_context_is_made_only_where_its_threads_can_be_started(tmp_path, threa
 
 
 @pytest.mark.parametrize("megabytes", [60, 90, 120, 160, 220, 300])
-def test_a_worker_that_has_little_memory_answers_every_request(home, megabytes):
-    """Whether or not it can join: what it can't do, it says at its ``/metrics``."""
+def test_a_worker_with_little_memory_answers_every_request(home, megabytes):
+    """A worker with little address space serves every request; ``/metrics`` explains why it can't join."""
     (home.directory / "app.py").write_text(APPLICATION)
     port = free_port()
     command = [
@@ -73,7 +74,8 @@ def test_a_worker_that_has_little_memory_answers_every_request(home, megabytes):
         assert "src/" not in log, log
 
 
-def test_memory_is_looked_for_before_it_is_taken(tmp_path):
+def test_missing_memory_is_an_error_and_not_an_abort(tmp_path):
+    """check_memory() raises if that much address space is not free."""
     source = """
 import resource
 from tapes.distributed.transport.preflight import check_memory

@@ -1,4 +1,4 @@
-"""The labels that the environment gives to the default registry."""
+"""tapes.environment: the labels that the default registry gets from TAPES_LABELS."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ print(sorted(tapes.get_stats().a), sorted(tapes.get_stats().b))
         (" region = eu , service=a=b ", {"region": "eu", "service": "a=b"}),
     ],
 )
-def test_labels_are_pairs_with_commas_between(monkeypatch, text, labels):
-    """Blanks around them do not count; a value may have a '=' in it."""
+def test_labels_are_pairs_separated_by_commas(monkeypatch, text, labels):
+    """Blanks around keys and values are ignored; a value may contain '='."""
     monkeypatch.setenv("TAPES_LABELS", text)
     assert configured_labels() == labels
 
 
 @pytest.mark.parametrize("text", ["region", "region=", "=eu", "region=eu,", "a=1,a=2", ",", "region:eu"])
-def test_what_is_no_pair_is_refused(monkeypatch, text):
-    """A key and a value are needed, each key once."""
+def test_a_malformed_pair_is_an_error(monkeypatch, text):
+    """Each pair needs a key and a value, and each key may occur once."""
     monkeypatch.setenv("TAPES_LABELS", text)
     with pytest.raises(InvalidArgument, match=r"TAPES_LABELS: got .*expected KEY=VALUE,KEY=VALUE"):
         configured_labels()
 
 
-def test_the_default_registry_has_them(tmp_path):
-    """Every series of the default registry; a label of the metric's own wins."""
+def test_the_default_registry_has_the_labels(tmp_path):
+    """Every series of the default registry has the labels; a metric's own label of the same name wins."""
     done = run_python(PROGRAM, cwd=tmp_path, TAPES_LABELS="region=eu,service=shop")
     assert done.stderr == ""
     assert done.stdout == """['{region="eu",service="shop"}'] ['{region="us",service="shop"}']\n"""
 
 
 @pytest.mark.parametrize("text", ["region", "__region=eu", "9=eu"])
-def test_labels_that_cannot_be_used_are_one_warning(tmp_path, text):
-    """One line that says what was given and what is expected; the application records without labels."""
+def test_unusable_labels_are_logged_once(tmp_path, text):
+    """Unusable labels cause one line of log, with what was set and what is expected, and are ignored."""
     done = run_python(PROGRAM, cwd=tmp_path, TAPES_LABELS=text)
     assert done.stdout == """['value'] ['{region="us"}']\n"""
     (line,) = done.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""How processes of tapes appear in ps."""
+"""tapes.distributed.supervision.process_title: the command line of a process in ps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ print("done")
 @pytest.mark.needs("ps")
 @pytest.mark.parametrize("texts", [["tapes aggregator"], ["x" * 3000], ["x" * 3000, "short", "y" * 2500]])
 def test_ps_shows_the_title_and_the_environment_stays(texts, tmp_path):
-    """A title shorter than the command line, and one longer; one after another."""
+    """ps shows titles shorter and longer than the command line; the environment variables stay the same."""
     program = tmp_path / "p.py"
     program.write_text(PROGRAM)
     padding = {f"PADDING_{n}": "p" * 1000 for n in range(8)}  # what a long title overwrites
@@ -55,7 +55,7 @@ def test_ps_shows_the_title_and_the_environment_stays(texts, tmp_path):
 
 
 def test_a_system_without_proc_is_no_error(monkeypatch):
-    """Where the files of Linux are not there, the title stays as it is."""
+    """Where /proc does not exist, setting the title does nothing."""
 
     def fail(path, mode):
         raise FileNotFoundError(path)

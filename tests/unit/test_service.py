@@ -1,4 +1,4 @@
-"""Which service a process belongs to: all of its processes come to the same answer."""
+"""tapes.service: all processes of a service find the same supervisor, and the same places to meet."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def supervisors(short_dir, program: str, *, name: str = "program.py", **environm
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_children_and_grandchildren_of_multiprocessing_have_one_supervisor(short_dir, method):
-    """Children of children come to the process that the first of them descends from, by each start method."""
+    """By each start method, children of children find the process that the first of them descends from."""
     program = f"""
 import multiprocessing, subprocess, sys
 def report():
@@ -53,8 +53,8 @@ if __name__ == "__main__":
     assert others == [first, first], done.stdout
 
 
-def test_a_child_of_a_fork_belongs_to_who_forked_first(short_dir):
-    """A fork of a fork has the supervisor of the first, also when that has ended before it looks."""
+def test_a_child_of_a_fork_has_the_supervisor_of_the_first_fork(short_dir):
+    """The fork of a fork has the supervisor of the first, even if the first has ended before it looks."""
     found = supervisors(
         short_dir,
         f"""
@@ -71,7 +71,7 @@ for _ in range(2):
 
 
 def test_a_gunicorn_that_replaces_another_is_a_service_of_its_own(monkeypatch):
-    """GUNICORN_PID names the master that started this one, with the same command line."""
+    """A gunicorn master that another one started (GUNICORN_PID) is a supervisor of its own."""
     commands = {10: b"gunicorn app", 20: b"gunicorn app", 30: b"gunicorn app"}
     parents = {30: 20, 20: 10, 10: 1}
     monkeypatch.setattr(service, "_command", lambda pid: commands.get(pid, b"init"))
@@ -83,8 +83,8 @@ def test_a_gunicorn_that_replaces_another_is_a_service_of_its_own(monkeypatch):
     assert service._made_by(20) == 0
 
 
-def test_gunicorn_with_process_titles(monkeypatch):
-    """Where setproctitle changes the command lines, a worker still finds its master."""
+def test_a_gunicorn_worker_with_a_process_title_finds_its_master(monkeypatch):
+    """A worker finds its gunicorn master although setproctitle changes the command lines."""
     commands = {10: b"gunicorn: master [app]\0", 20: b"gunicorn: worker [app]\0"}
     monkeypatch.setattr(service, "_command", lambda pid: commands.get(pid, b"init"))
     monkeypatch.setattr(service, "_parent", {20: 10, 10: 1}.get)
@@ -92,8 +92,8 @@ def test_gunicorn_with_process_titles(monkeypatch):
     assert service._made_by(10) == 0
 
 
-def test_names_of_directories():
-    """A private directory names its supervisor; other names are none of ours."""
+def test_the_name_of_a_private_directory_identifies_its_supervisor():
+    """A private directory's name contains its supervisor; other names are not recognised."""
     for process in (Process(12, 345), forks.this_process()):
         assert service.supervisor_of(service.directory_name(process, "/tmp")) == process
     for name in ("tapes", "tapes-1", "tapes-1-2-3", "tapes-1-2-0123456789abc", "tapes-a-b", "xtapes-1-2"):
@@ -101,7 +101,7 @@ def test_names_of_directories():
 
 
 def test_places_do_not_depend_on_the_state_of_a_directory(monkeypatch, tmp_path):
-    """A directory is a candidate whether it is there or not: processes that look later see the same list."""
+    """Processes list a directory as a place whether it exists or not, so all see the same list."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "gone"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
@@ -112,6 +112,7 @@ def test_places_do_not_depend_on_the_state_of_a_directory(monkeypatch, tmp_path)
 
 
 def test_a_large_directory_is_not_listed_for_each_read(tmp_path, monkeypatch):
+    """A directory that has not changed is listed once for 100 lookups."""
     listed = []
     real = os.listdir
     monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or real(path))
@@ -124,6 +125,7 @@ def test_a_large_directory_is_not_listed_for_each_read(tmp_path, monkeypatch):
 
 
 def test_a_directory_that_appears_is_found_by_the_next_look(tmp_path, monkeypatch):
+    """A private directory that appears is found at the next look, although listings are cached."""
     monkeypatch.setattr(service, "_listings", {})
     monkeypatch.setattr(service, "_LISTING_SHARE", 0)
     for number in range(20):
