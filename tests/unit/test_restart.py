@@ -22,7 +22,7 @@ def endpoints(short_dir):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The module's clock, which the test moves; attempts run in the calling thread, without a random share."""
+    """The module's clock, which the test moves; attempts run in the calling thread without a random share."""
     made = SimpleNamespace(now=100.0, monotonic=lambda: made.now)
     monkeypatch.setattr(restart, "time", made)
     monkeypatch.setattr(restart.random, "uniform", lambda low, high: low)
