@@ -8,7 +8,8 @@ import pytest
 
 from tests.processes import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
+NAMED = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/README.md")
+PAGES = [*(ROOT / name for name in NAMED), *sorted(ROOT.glob("docs/*.md"))]
 FENCES = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -20,7 +21,7 @@ def anchors(text):
     return slugs | set(re.findall(r"^\(([\w-]+)\)=$", text, re.MULTILINE))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page):
     """A link to a page that was moved, or to a heading that was renamed, is found here."""
     text = page.read_text()
