@@ -23,7 +23,7 @@ def test_a_read_waits_for_a_producer_that_was_made_while_another_one_ran():
     producers = Producers(registry)
     runs, goes_on, was_read = threading.Event(), threading.Event(), threading.Event()
     registry.gauge("first", lambda: (runs.set(), goes_on.wait(10), 1)[-1])
-    producers.tend()
+    producers.ensure_running()
     assert runs.wait(10)
     newest = registry.gauge("newest", lambda: (was_read.wait(0.1), 2)[-1])
     values = []

@@ -140,7 +140,7 @@ class ConnectedSession(Session):
             if self._publisher is None:
                 self._start_opening()
             else:
-                self._publisher.hurry()
+                self._publisher.publish_soon()
         return True
 
     def has_aggregator(self) -> bool:

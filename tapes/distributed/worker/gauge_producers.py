@@ -20,7 +20,7 @@ _FIRST_WAIT_SECONDS = 0.5
 
 
 class Producers:
-    """Runs the producers of a registry once a second, in a thread that begins with the first of them."""
+    """Runs the producers of a registry once a second, in a thread that the first of them starts."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
@@ -31,12 +31,12 @@ class Producers:
         self._wake: Any = threads.unpatched("_thread", "allocate_lock")()
         self._wake.acquire()
 
-    def tend(self) -> None:
-        """Begin, if there is a producer and it has not begun; run them here where no thread can."""
+    def ensure_running(self) -> None:
+        """Start the thread, if a gauge has a producer; where no thread can run, run them here."""
         if self._thread is None and not self._stopped and any(self._gauges()):
             if not threads.can_run():
                 self._registry.refresh(_INTERVAL_SECONDS)
-            elif self._starting.acquire(False):  # for good: one thread is enough
+            elif self._starting.acquire(False):  # never released: one thread is enough
                 thread = threads.NativeThread(self._run, "tapes-producers")
                 try:
                     thread.start()
@@ -53,13 +53,13 @@ class Producers:
             if not any(gauge.awaits_producer for gauge in self._gauges()):
                 return
             self._ran.clear()
-            self.tend()
+            self.ensure_running()
             self._signal()
             if self._thread is not None:
                 self._ran.wait(max(deadline - time.monotonic(), 0.0))
 
     def stop(self, timeout_seconds: float) -> bool:
-        """End the thread; return whether it has ended. One that is held up ends as soon as it can."""
+        """End the thread; return whether it has ended. A thread in a slow producer ends later."""
         self._stopped = True
         thread = self._thread
         if thread is None or thread.is_me():
@@ -71,7 +71,7 @@ class Producers:
         return [gauge for gauge in self._registry.gauges() if gauge.has_producer]
 
     def _signal(self) -> None:
-        with contextlib.suppress(RuntimeError):  # it was signalled already
+        with contextlib.suppress(RuntimeError):  # it is released already
             self._wake.release()
 
     def _run(self) -> None:

@@ -1,10 +1,10 @@
-"""The thread that sends what a worker has to say.
+"""The thread that publishes what a worker recorded.
 
-It sends an update at most every 0.1 s, and a keyframe whenever a subscription arrives, so at every start or
-restart of an aggregator; while nobody listens, it sees to it that there is one again. It limits itself to a
-twentieth of its time. It never blocks the application: a full queue means that what changed is sent next
-time, with what changed since. Where no thread can be relied on (uWSGI without ``enable-threads``, or with
-``threads``) the end of every request sends.
+It sends an update at most every 0.1 s, and a keyframe for each subscription, which arrives at every start
+or restart of an aggregator. While no aggregator subscribes, it ensures that one runs. It limits itself to a
+twentieth of its time. It never blocks the application: if the queue is full, the next update also carries
+what this one would have. Where no thread runs in time (uWSGI without ``enable-threads``, or with
+``threads``), the end of every request publishes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tapes.distributed.supervision.restart import Restarter
 from tapes.distributed.transport.socket_pool import SocketPool
 from tapes.distributed.transport.sockets import Socket, announced_version, new_publisher
 from tapes.distributed.worker.gauge_producers import Producers
+from tapes.once import OnceLogger
 
 if TYPE_CHECKING:
     from tapes.distributed.transport.address import Endpoints
@@ -33,50 +34,99 @@ if TYPE_CHECKING:
 __all__ = ["Publisher"]
 
 INTERVAL_SECONDS = 0.1
+"""Minimum seconds between two updates."""
 _SHARE = 20
+"""The next update waits at least this many times the duration of the last one."""
 _LONELY_SECONDS = 5.0
-"""So long without an aggregator is worth a warning, once."""
+"""Seconds without an aggregator after which this is logged, once."""
 _SUBSCRIPTION_MILLISECONDS = 100
+"""Maximum milliseconds that the end of the first request waits for a subscription."""
 _RETRY_SECONDS = 1.0
-"""So long after no socket could be opened another one is tried."""
+"""Seconds from one attempt to open a socket to the next."""
 
 _log = logging.getLogger("tapes.distributed")
 
 
+class _Channel:
+    """The socket that publishes, and a pipe that wakes the thread which waits on both.
+
+    Attributes:
+        socket: The socket, ``None`` while there is none.
+        receiver: The end of the pipe that the thread polls; -1 while there is none.
+    """
+
+    def __init__(self, sockets: SocketPool, endpoints: Endpoints) -> None:
+        self._sockets = sockets
+        self._endpoints = endpoints
+        self._context: zmq.Context[Socket] | None = None
+        self._sender = -1
+        self.lock = threads.RLock()
+        self.receiver = -1
+        self.socket: Socket | None = None
+
+    def open(self) -> None:
+        """Open both; raises whatever prevents it, as no descriptor may be left."""
+        try:
+            self.receiver, self._sender = os.pipe()
+            self._context = self._sockets.context
+            self.socket = new_publisher(self._context, self._endpoints)
+        except Exception:
+            self._close_pipe()
+            raise
+
+    def wake(self) -> None:
+        """Wake the thread, if it waits."""
+        if self._sender >= 0:
+            os.write(self._sender, b"w")
+
+    def close(self) -> None:
+        """Close both."""
+        with self.lock:
+            if self.socket is not None:
+                self.socket.close()
+                self.socket = None
+            self._close_pipe()
+
+    def destroy_context(self) -> None:
+        """Destroy the context with all of its sockets."""
+        if self._context is not None:
+            self._context.destroy(linger=0)
+
+    def _close_pipe(self) -> None:
+        for fd in {self.receiver, self._sender} - {-1}:
+            os.close(fd)
+        self.receiver = self._sender = -1
+
+
 class Publisher:
-    """Publishes an outbox: a daemon thread of its own does, or the end of every request.
+    """Publishes an outbox, in a daemon thread or at the end of every request.
 
     Args:
-        readers, endpoints, outbox: Who has the context, where to publish, and what.
-        follow: Called with where the aggregator is by now, if it has moved.
+        sockets: The pool that owns the 0MQ context.
+        endpoints: Where to publish.
+        outbox: What to publish.
+        follow: Called with the new address, if the aggregator has moved.
     """
 
     def __init__(
         self,
-        readers: SocketPool,
+        sockets: SocketPool,
         endpoints: Endpoints,
         outbox: Outbox,
         follow: Callable[[Endpoints], None],
     ) -> None:
-        self._readers = readers
-        self._context: zmq.Context[Socket] | None = None
-        self._outbox = outbox
+        self._channel = _Channel(sockets, endpoints)
         self._endpoints = endpoints
-        self._reviver = Restarter(endpoints, follow)
-        self._socket: Socket | None = None
-        self._receiver = self._sender = -1
-        self._has_waited = self._was_lonely = False
-        self._subscribed = self._is_older = False
-        self._keyframe_due = False
-        self._failed = False
-        self._abandoned = False
+        self._outbox = outbox
+        self._restarter = Restarter(endpoints, follow)
         self._producers = Producers(outbox.registry)
+        self._once = OnceLogger(_log)
         self._thread: threads.NativeThread | None = None
         self._at_request_end = not (threads.can_run() and threads.ends_with_a_hook())
-        self._alone = threading.Lock()
-        self._request_ended = self._is_urgent = False
-        self._stopping = threads.RLock()
-        self._stopped = False
+        self._publishing = threading.Lock()
+        self._is_subscribed = self._is_older = self._keyframe_due = False
+        self._has_waited = self._request_ended = self._is_urgent = False
+        self._is_stopped = self._is_abandoned = False
         self._end: Any = threads.unpatched("_thread", "allocate_lock")()
         self._end.acquire()
 
@@ -93,216 +143,197 @@ class Publisher:
         if self._at_request_end:
             self._outbox.registry.session.flush_per_request = True
 
-    def hurry(self) -> None:
+    def publish_soon(self) -> None:
         """Have the thread publish at once; waits for nothing."""
         self._is_urgent = True
-        if self._stopping.acquire(False):
+        if self._channel.lock.acquire(False):
             try:
-                if self._sender >= 0:
-                    os.write(self._sender, b"h")
+                self._channel.wake()
             finally:
-                self._stopping.release()
+                self._channel.lock.release()
 
     @property
     def is_subscribed(self) -> bool:
-        """Whether an aggregator listens, as far as is known."""
-        return self._subscribed
+        """Whether an aggregator subscribes, as far as is known."""
+        return self._is_subscribed
 
     def is_me(self) -> bool:
-        """Return whether it is the publisher's thread that asks."""
+        """Return whether the calling thread is the publisher's."""
         return self._thread is not None and self._thread.is_me()
 
     def stop(self, timeout_seconds: float) -> bool:
-        """End the thread; return whether it has ended.
+        """End the thread; return whether it has ended. Further calls do nothing.
 
-        If it is held up it is left to itself, and destroys the context at its end. Once is enough.
+        A thread that does not end in time is abandoned: it destroys the context when it ends.
         """
-        with self._stopping:
-            if self._stopped:
-                return not self._abandoned
-            self._stopped = True
+        with self._channel.lock:
+            if self._is_stopped:
+                return not self._is_abandoned
+            self._is_stopped = True
             self._end.release()
-            if self._sender >= 0:
-                os.write(self._sender, b"s")
+            self._channel.wake()
         self._producers.stop(timeout_seconds / 4)
-        if self._thread is not None and self._at_request_end:
-            self._thread.join(timeout_seconds)
         if self._at_request_end:
-            if self._alone.acquire(timeout=timeout_seconds):  # nobody is at the end of a request
+            if self._thread is not None:
+                self._thread.join(timeout_seconds)
+            if self._publishing.acquire(timeout=timeout_seconds):  # no request is at its end
                 self._close()
-                self._alone.release()
+                self._publishing.release()
                 return True
-            self._abandoned = True
+            self._is_abandoned = True
             return False
         assert self._thread is not None
         if not self._thread.join(timeout_seconds):
-            self._abandoned = True
+            self._is_abandoned = True
             if not self._thread.join(0.0):
                 return False
-            self._abandoned = False
+            self._is_abandoned = False
         return True
 
     def request_ended(self) -> None:
-        """Publish what changed, where no thread can be relied on."""
+        """Publish what changed, where no thread does it in time."""
         if not self._at_request_end:
             return
         self._request_ended = True
         # If another thread is here already, it publishes this too.
-        while self._request_ended and self._alone.acquire(False):
+        while self._request_ended and self._publishing.acquire(False):
             try:
                 self._request_ended = False
-                if self._stopped or not self._open():
+                socket = None if self._is_stopped else self._open()
+                if socket is None:
                     return
-                assert self._socket is not None
-                if not (self._subscribed or self._has_waited):
-                    self._socket.poll(_SUBSCRIPTION_MILLISECONDS)
+                if not (self._is_subscribed or self._has_waited):
+                    socket.poll(_SUBSCRIPTION_MILLISECONDS)
                     self._has_waited = True  # once is enough
-                self._note_subscriptions(self._socket)
-                self._see_to_the_aggregator()
-                if self._subscribed:
-                    self._producers.tend()
-                    self._keyframe_due = not self._publish() and self._keyframe_due
+                self._receive_subscriptions(socket)
+                self._ensure_aggregator()
+                if self._is_subscribed:
+                    self._producers.ensure_running()
+                    self._publish()
             finally:
-                self._alone.release()
+                self._publishing.release()
 
     def await_producers(self) -> None:
         """Wait for producers of gauges that have not run yet; 0.5 s at most."""
         self._producers.await_first()
 
-    def _open(self) -> bool:
-        """Open the socket, if it isn't; return whether there is one, as descriptors may have run out."""
-        with self._stopping:
-            if self._socket is None and not self._stopped:
+    def _open(self) -> Socket | None:
+        """Return the socket, opened if need be; ``None`` if that is impossible now."""
+        with self._channel.lock:
+            if self._channel.socket is None and not self._is_stopped:
                 try:
-                    self._receiver, self._sender = os.pipe()
-                    self._context = self._readers.context
-                    self._socket = new_publisher(self._context, self._endpoints)
+                    self._channel.open()
                 except Exception as error:
-                    self._close_pipe()
-                    self._warn(
-                        "tapes can't publish yet (%s); it keeps trying, and logs this only once", error
-                    )
-            return self._socket is not None
+                    self._warn("tapes can't publish yet (%s); it will retry, and logs this only once", error)
+            return self._channel.socket
 
     def _close(self) -> None:
-        self._close_socket()
-        if self._abandoned and self._context is not None:  # the thread that stopped it did not wait
-            self._context.destroy(linger=0)
-
-    def _close_socket(self) -> None:
-        with self._stopping:
-            if self._socket is not None:
-                self._socket.close()
-                self._socket = None
-            self._close_pipe()
-
-    def _close_pipe(self) -> None:
-        for fd in {self._receiver, self._sender} - {-1}:
-            os.close(fd)
-        self._receiver = self._sender = -1
+        self._channel.close()
+        if self._is_abandoned:  # the thread that stopped it did not wait
+            self._channel.destroy_context()
 
     def _run(self) -> None:
         try:
-            while not self._stopped:
-                if self._open():
-                    assert self._socket is not None
-                    self._publish_while_heard(self._socket)
+            while not self._is_stopped:
+                socket = self._open()
+                if socket is not None:
+                    self._publish_while_subscribed(socket)
                 else:
                     self._end.acquire(timeout=_RETRY_SECONDS)
         finally:
             self._close()
 
     def _run_beside_requests(self) -> None:
-        """Do what the end of a request does, for a process that may have none for long."""
-        while not self._stopped:
+        """Do what the end of a request does, for a process that has no request for a while."""
+        while not self._is_stopped:
             self.request_ended()
             self._end.acquire(timeout=INTERVAL_SECONDS)
 
-    def _publish_while_heard(self, publisher: Socket) -> None:
-        """Publish until this is stopped, or nobody has listened for long.
+    def _publish_while_subscribed(self, socket: Socket) -> None:
+        """Publish until this is stopped, or no aggregator has subscribed for a while.
 
-        Another socket is tried then: one that has met a stranger, such as an aggregator with another key,
+        Then another socket is tried: one that has met a stranger, such as an aggregator with another key,
         never connects again.
         """
         poller = zmq.Poller()
-        poller.register(publisher, zmq.POLLIN)
-        poller.register(self._receiver, zmq.POLLIN)
+        poller.register(socket, zmq.POLLIN)
+        poller.register(self._channel.receiver, zmq.POLLIN)
         due = time.monotonic()
         patience_ends = due + _LONELY_SECONDS
-        while self._subscribed or time.monotonic() < patience_ends:
+        while self._is_subscribed or time.monotonic() < patience_ends:
+            # 1. Wait until the next update is due, a subscription arrives, or the pipe wakes this thread.
             wait_seconds = max(0.0, due - time.monotonic())
             events = dict(poller.poll(int(wait_seconds * 1000) + 1))
-            if self._receiver in events:
-                os.read(self._receiver, 4096)
-                if self._stopped:
+            if self._channel.receiver in events:
+                os.read(self._channel.receiver, 4096)
+                if self._is_stopped:
                     return
-            if publisher in events:
-                self._note_subscriptions(publisher)
+            if socket in events:
+                self._receive_subscriptions(socket)
+            # 2. See what is due.
             started = time.monotonic()
             if self._is_urgent:
                 self._is_urgent, due = False, min(due, started)
-            if self._subscribed:
+            if self._is_subscribed:
                 patience_ends = started + _LONELY_SECONDS
+            # 3. Publish.
             if started >= due:
-                self._producers.tend()
-            if self._subscribed and (self._keyframe_due or started >= due):
-                sent = self._publish()
-                self._keyframe_due = self._keyframe_due and not sent
+                self._producers.ensure_running()
+            if self._is_subscribed and (self._keyframe_due or started >= due):
+                self._publish()
+            # 4. Look after the aggregator, and limit the share of time that all this takes.
             if started >= due:
-                self._see_to_the_aggregator()
+                self._ensure_aggregator()
                 now = time.monotonic()
                 due = now + max(INTERVAL_SECONDS, _SHARE * (now - started))
-        self._close_socket()
-        if not self._was_lonely:
-            self._was_lonely = True
-            _log.warning(
-                "tapes has found no aggregator at %s yet; it goes on looking", self._endpoints.publish
-            )
+        self._channel.close()
+        self._once.warning(
+            "lonely", "tapes has found no aggregator at %s yet; it keeps looking", self._endpoints.publish
+        )
 
-    def _see_to_the_aggregator(self) -> None:
+    def _ensure_aggregator(self) -> None:
         try:
             if self._is_older:
-                self._reviver.replace_older()
-            elif not self._subscribed:
-                self._reviver.ensure_running()
+                self._restarter.replace_older()
+            elif not self._is_subscribed:
+                self._restarter.ensure_running()
         except Exception as error:  # a look at the file system can fail in many ways
             self._warn(
-                "tapes can't look for its aggregator (%r); it keeps trying, and logs this only once", error
+                "tapes can't look for its aggregator (%r); it will retry, and logs this only once", error
             )
 
-    def _publish(self) -> bool:
+    def _publish(self) -> None:
         try:
-            return self._outbox.publish(self._send, keyframe=self._keyframe_due)
+            if self._outbox.publish(self._send, keyframe=self._keyframe_due):
+                self._keyframe_due = False
         except Exception as error:
-            self._warn("tapes could not publish (%r); it keeps trying, and logs this only once", error)
-            return False
+            self._warn("tapes could not publish (%r); it will retry, and logs this only once", error)
 
-    def _warn(self, what: str, error: Exception) -> None:
-        if not self._failed:
-            self._failed = True
-            _log.warning(what, error, exc_info=error)
+    def _warn(self, message: str, error: Exception) -> None:
+        self._once.warning("failed", message, error, exc_info=error)
 
-    def _note_subscriptions(self, publisher: Socket) -> None:
+    def _receive_subscriptions(self, socket: Socket) -> None:
         while True:
             try:
-                message = publisher.recv(zmq.NOBLOCK)
+                message = socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
             subscribes, topic = message[:1] == b"\x01", message[1:]
             version = announced_version(topic)
             if not topic:
-                self._subscribed = self._keyframe_due = subscribes
+                self._is_subscribed = self._keyframe_due = subscribes
                 if subscribes:
-                    self._was_lonely = False
-                    self._reviver.note_subscription()
+                    self._once.forget("lonely")
+                    self._restarter.note_subscription()
                     self._outbox.begin_anew()
             elif version is not None:
                 self._is_older = subscribes and version < VERSION
 
     def _send(self, update: Update) -> bool:
+        socket = self._channel.socket
+        assert socket is not None
         try:
-            assert self._socket is not None
-            self._socket.send(encode(update), zmq.NOBLOCK)
+            socket.send(encode(update), zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True
