@@ -8,17 +8,20 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import sys
 from typing import Any
 
 from tapes import forks, processes, service, threads
 from tapes.errors import InvalidArgument
 
 __all__ = [
-    "LABELS", "configured_address", "configured_labels", "is_disabled", "is_spawned", "may_start",
-    "service_address", "warn_if_unused",
+    "LABELS", "configured_address", "configured_labels", "connected_parent", "hand_down", "is_disabled",
+    "is_spawned", "may_start", "service_address", "warn_if_unused",
 ]  # fmt: skip
 
 LABELS = "TAPES_LABELS"
+_CONNECTED = "TAPES_CONNECTED"
+"""Where the process that started this one has connected its registries: its pid, and the addresses."""
 
 _REPORTERS = ("TAPES_HTTP", "TAPES_STATSD")
 _JOIN_SECONDS = 5.0
@@ -64,7 +67,33 @@ def configured_address() -> str:
     """
     if is_disabled():
         return ""
-    return os.environ.get("TAPES_ADDR") or next(iter(forks.connected_parent()), "")
+    return os.environ.get("TAPES_ADDR") or next(iter(connected_parent()), "")
+
+
+def connected_parent() -> list[str]:
+    """Return the addresses to which the process that started this one has connected its registries.
+
+    The address of its default registry comes first; empty if that was not connected.
+    """
+    multiprocessing: Any = sys.modules.get("multiprocessing.process")
+    inherited = getattr(multiprocessing and multiprocessing.current_process(), "_config", {})
+    pid, *addresses = (inherited.get(_CONNECTED) or os.environ.get(_CONNECTED, "")).split("\n")
+    return [] if pid == str(os.getpid()) else addresses
+
+
+def hand_down(addresses: list[str]) -> None:
+    """Hand the addresses of the registries of this process down to the processes that it will start.
+
+    They travel in the environment, and to children of multiprocessing in what these inherit from their
+    parent: the fork server that makes them may have been started earlier, with an older environment.
+    """
+    text = "\n".join([str(os.getpid()), *addresses]) if addresses else ""
+    if text:
+        os.environ[_CONNECTED] = text
+    else:
+        os.environ.pop(_CONNECTED, None)
+    multiprocessing: Any = sys.modules.get("multiprocessing.process")
+    getattr(multiprocessing and multiprocessing.current_process(), "_config", {})[_CONNECTED] = text
 
 
 def service_address() -> str:

@@ -46,9 +46,8 @@ class Lineage:
                 unpublished.append(aside)
         if unpublished:
             base = session.published_version()
-            self.ancestors += (
-                Ancestor(self.identity, parent, version, base, unpublished, speaks=session.is_connected),
-            )
+            ancestor = Ancestor(self.identity, parent, version, base, unpublished, session.is_connected)
+            self.ancestors += (ancestor,)
         self.identity = os.urandom(16)
 
     def drain(self) -> Iterator[tuple[str, str, Labels, State]]:

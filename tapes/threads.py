@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from tapes import under_uwsgi
+
 __all__ = [
     "Delayed", "Monitor", "NativeThread", "RLock", "can_run", "ends_with_a_hook", "in_greenlets",
     "in_native_thread", "is_patched", "run_in_hub_pool", "run_in_thread", "unpatched",
@@ -264,17 +266,9 @@ class Delayed:
             self._action()
 
 
-def _uwsgi_options() -> set[str] | None:
-    """Return the names of uWSGI's options, ``None`` outside of it."""
-    uwsgi: Any = sys.modules.get("uwsgi")
-    if uwsgi is None:
-        return None
-    return {name.decode() if isinstance(name, bytes) else name for name in getattr(uwsgi, "opt", ())}
-
-
 def can_run() -> bool:
     """Return whether threads run here; uWSGI without ``enable-threads`` stops them between requests."""
-    options = _uwsgi_options()
+    options = under_uwsgi.options()
     return options is None or not options.isdisjoint({"enable-threads", "threads"})
 
 
@@ -283,5 +277,5 @@ def ends_with_a_hook() -> bool:
 
     With several ``threads``, uWSGI runs none in a worker of which one thread is in a request.
     """
-    options = _uwsgi_options()
+    options = under_uwsgi.options()
     return options is None or "threads" not in options

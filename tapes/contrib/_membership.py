@@ -26,6 +26,7 @@ from tapes import forks, processes, shutdown, threads
 from tapes.environment import configured_address, is_disabled, is_spawned, may_start, service_address
 from tapes.errors import AggregatorUnavailable, TapesError
 from tapes.exposition.endpoint import Answer, answer, plain
+from tapes.fork_flag import fork_flag
 from tapes.registry import Registry
 from tapes.service import this_service
 from tapes.session import SHORTLY_SECONDS
@@ -43,12 +44,12 @@ class Membership:
 
     Attributes:
         mark: Its byte 0 says whether this process has. Look at it at the start of every request, as servers
-            that fork in C run no hook, and call `begin` if it is 0; see `tapes.forks.fork_flag`.
+            that fork in C run no hook, and call `begin` if it is 0; see `tapes.fork_flag`.
         is_off: Whether tapes is turned off (``TAPES_DISABLED=1``).
     """
 
     def __init__(self, registry: Registry) -> None:
-        self.mark = forks.fork_flag()
+        self.mark = fork_flag()
         self.is_off = is_disabled()
         self._registry = registry
         self._of_process: dict[int, _Here] = {}

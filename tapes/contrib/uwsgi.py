@@ -2,10 +2,10 @@
 
     import tapes.contrib.uwsgi
 
-Workers join when they have been forked, or at once where uWSGI loads the application after the fork
-(``lazy-apps``), and say goodbye when uWSGI ends them. The aggregator lives as long as uWSGI's master, through
-reloads. Works with and without ``enable-threads``: where no Python thread runs, the end of every request
-publishes. Nothing happens outside uWSGI.
+Workers join when uWSGI has forked them, or at once where it loads the application after the fork
+(``lazy-apps``). They flush when uWSGI ends them. The aggregator lives as long as uWSGI's master, through
+reloads. All of this works with and without ``enable-threads``: where no Python thread runs, the end of every
+request publishes. Outside of uWSGI this module does nothing.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import tapes
-from tapes import forks, threads
+from tapes import forks, threads, under_uwsgi
 from tapes.session import LocalSession
 
 __all__: list[str] = []
@@ -28,28 +27,13 @@ _log = logging.getLogger("tapes.contrib.uwsgi")
 
 
 def _join() -> None:
+    forks.detect_fork()  # uWSGI forks in C, where no hook of Python runs
     try:
         tapes.join()
         if not threads.can_run():  # nothing else publishes before the first request
             tapes.default_registry.session.request_ended(may_be_the_last=True)
     except tapes.TapesError as error:
         _log.error("tapes: this worker can't join: %s", error)
-
-
-def _leave() -> None:
-    """Send the last values; other threads of this worker answer requests until the process has exited."""
-    tapes.default_registry.session.leave()
-
-
-def _after(before: Callable[[], Any] | None, ours: Callable[[], None]) -> Callable[[], None]:
-    def both() -> None:
-        # uWSGI forks in C and runs no hook of Python: what ``before`` counts belongs to the child.
-        forks.detect_fork()
-        if before is not None:
-            before()
-        ours()
-
-    return both
 
 
 class _MasterSession(LocalSession):
@@ -75,16 +59,29 @@ class _MasterSession(LocalSession):
         return True
 
 
+def _leave_at_exit(uwsgi: Any) -> None:
+    former = getattr(uwsgi, "atexit", None)
+
+    def leave() -> None:
+        forks.detect_fork()
+        if former is not None:
+            former()
+        # Other threads of this worker answer requests until the process has exited.
+        tapes.default_registry.session.leave()
+
+    uwsgi.atexit = leave
+
+
 def _install(uwsgi: Any) -> None:
     # The import takes the hook for itself, so it comes first. Without uWSGI's master it raises Exception.
     with contextlib.suppress(Exception):
         importlib.import_module("uwsgidecorators")
-    uwsgi.atexit = _after(getattr(uwsgi, "atexit", None), _leave)
+    _leave_at_exit(uwsgi)
     if uwsgi.worker_id():
         _join()
     else:
         tapes.default_registry.use(_MasterSession(uwsgi))  # the master is no worker
-        uwsgi.post_fork_hook = _after(getattr(uwsgi, "post_fork_hook", None), _join)
+        under_uwsgi.after_worker_fork(_join)
 
 
 if "uwsgi" in sys.modules:

@@ -27,7 +27,7 @@ from tapes.distributed.supervision.process_title import set_title
 from tapes.distributed.supervision.readiness import Readiness
 from tapes.distributed.supervision.supervisor import Supervisor
 from tapes.distributed.transport.address import DEFAULT_ADDR, resolve
-from tapes.environment import is_disabled
+from tapes.environment import connected_parent, is_disabled
 from tapes.errors import InvalidArgument, TapesError
 from tapes.registry import Registry
 from tapes.reporting import Reporter
@@ -65,7 +65,7 @@ class DistributedRegistry(Registry):
     ) -> None:
         super().__init__(prefix=prefix, labels=labels, clock=clock, max_series=max_series)
         self.socket_addr = resolve(socket_addr).publish
-        if self.socket_addr in forks.connected_parent():
+        if self.socket_addr in connected_parent():
             self.use(LazySession(self, None, self.connect))  # the process that spawned this one was
 
     def connect(self) -> None:

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 
-from tapes import forks, processes, shutdown
+from tapes import forks, processes, shutdown, under_uwsgi
 from tapes.clock import monotonic
 from tapes.errors import InvalidArgument
 from tapes.registry import Registry
@@ -221,12 +221,13 @@ class _ThreadRun(Run):
         forks.register_user(self)
 
     def start(self) -> None:
-        if forks.is_uwsgi_master():
-            forks.when_uwsgi_forks(self._start_in_worker)
+        if under_uwsgi.is_master():
+            under_uwsgi.after_worker_fork(self._start_in_worker)
         else:
             self._thread.start()
 
     def _start_in_worker(self) -> None:
+        forks.detect_fork()
         if self._told_at is None and self._thread.ident is None:
             self._thread.start()
 

@@ -61,11 +61,12 @@ def test_a_mark_is_of_one_process_alone(tmp_path, fork, has_pages):
         pytest.skip("needs a call into C that keeps the GIL, and an madvise() that may be refused")
     program = f"""
 import ctypes, os
-from tapes import forks, processes
+import tapes.fork_flag
+from tapes.fork_flag import fork_flag
 if not {has_pages}:
-    forks._WIPE_ON_FORK = 12345  # refused
-one, other = forks.fork_flag(), forks.fork_flag()
-assert isinstance(one, forks._PidMark) is not {has_pages}
+    tapes.fork_flag._WIPE_ON_FORK = 12345  # refused
+one, other = fork_flag(), fork_flag()
+assert isinstance(one, tapes.fork_flag._PidFlag) is not {has_pages}
 assert not one[0] and not other[0]
 one[0] = 1
 assert one[0] and not other[0]

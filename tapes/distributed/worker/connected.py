@@ -36,7 +36,7 @@ from tapes.distributed.transport.sockets import Socket
 from tapes.distributed.worker.late_flush import LateSession
 from tapes.distributed.worker.outbox import Outbox
 from tapes.distributed.worker.publisher import Publisher
-from tapes.environment import may_start
+from tapes.environment import hand_down, may_start
 from tapes.errors import AggregatorUnavailable, WireError
 from tapes.metrics import State
 from tapes.naming import Labels
@@ -66,7 +66,7 @@ def _hand_down() -> None:
     alive = [session for session in _attached if session.is_of_this_process]
     default = [c.endpoints.publish for c in alive if c.registry is default_registry]
     others = [c.endpoints.publish for c in alive if c.registry is not default_registry]
-    forks.hand_down([*(default or [""]), *others] if alive else [])
+    hand_down([*(default or [""]), *others] if alive else [])
 
 
 def _leave_all() -> None:

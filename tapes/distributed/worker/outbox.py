@@ -112,7 +112,7 @@ class Outbox:
         lives, what it says itself stands.
         """
         for ancestor in self.registry.lineage.ancestors:
-            if ancestor.speaks and (is_another_aggregator or lives(ancestor.process)):
+            if ancestor.is_connected and (is_another_aggregator or lives(ancestor.process)):
                 _note_told(ancestor)
 
     def drain(self) -> Update:
