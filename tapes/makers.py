@@ -1,6 +1,6 @@
-"""The makers of a registry: from a name and labels, as words of a call, to a metric.
+"""The makers of a registry: from a name and labels, as a call spells them, to a metric.
 
-Theory. A metric that was asked for before is found by one look-up of its kind, its name and its labels in
+Theory. A metric that was asked for before is found by one look-up of its kind, its name, and its labels in
 the order of the call. Everything else is the slow path: to check, to make, and to explain a wrong call.
 Each maker is written as its slow path, and `_maker` puts the look-up before it. The function that is called
 accepts any arguments, so that the slow path can explain what is wrong; Python's own error would only count
@@ -27,7 +27,7 @@ M = TypeVar("M", bound=Metric)
 _OWN = "tapes."
 """How the names of metrics about tapes itself begin."""
 _NO_NAME: Any = object()
-_Words = tuple[Any, ...]
+_Key = tuple[Any, ...]
 
 
 def _maker(kind: type[Metric]) -> Callable[[F], F]:
@@ -36,9 +36,9 @@ def _maker(kind: type[Metric]) -> Callable[[F], F]:
             self: Makers, name: Any = _NO_NAME, /, *misplaced: Any, labels: Any = None, **more_labels: Any
         ) -> Any:
             if labels is None and not misplaced:
-                words = (kind, name, *more_labels, *more_labels.values()) if more_labels else (kind, name)
+                key = (kind, name, *more_labels, *more_labels.values()) if more_labels else (kind, name)
                 try:
-                    return self._found[words]
+                    return self._found[key]
                 except (KeyError, TypeError):
                     pass
             name = _checked_call(kind, name, misplaced, more_labels)
@@ -62,9 +62,9 @@ def _gauge_maker(slow: F) -> F:
         **more_labels: Any,
     ) -> Any:
         if labels is None and producer is None and merge == "sum" and weak is False and not misplaced:
-            words = (Gauge, name, *more_labels, *more_labels.values()) if more_labels else (Gauge, name)
+            key = (Gauge, name, *more_labels, *more_labels.values()) if more_labels else (Gauge, name)
             try:
-                return self._found[words]
+                return self._found[key]
             except (KeyError, TypeError):
                 pass
         name = _checked_call(Gauge, name, misplaced, more_labels)
@@ -79,7 +79,7 @@ class Makers(Faced):
     _prefix: str
 
     def __init__(self) -> None:
-        self._found: dict[_Words, Metric] = {}
+        self._found: dict[_Key, Metric] = {}
 
     @_maker(Counter)
     def counter(
@@ -174,23 +174,23 @@ class Makers(Faced):
         more_labels: dict[str, Any],
         **options: Any,
     ) -> M:
-        """Return a metric; remembered under its name and its labels, as words in given order."""
-        words = None
+        """Return a metric; remembered under its name and its labels, as key in given order."""
+        key = None
         if labels is None and type(name) is str:
-            words = (kind, name, *more_labels, *map(label_text, more_labels.values()))
-            if words in self._found:
-                return cast("M", self._found[words])
+            key = (kind, name, *more_labels, *map(label_text, more_labels.values()))
+            if key in self._found:
+                return cast("M", self._found[key])
         all_labels = self._all_labels(labels, more_labels)
         metric = self._make(kind, self._full_name(name), all_labels, options)
-        if words is not None and metric.labels == all_labels:
-            self._found[words] = metric
+        if key is not None and metric.labels == all_labels:
+            self._found[key] = metric
             if not self._is_there(metric, all_labels):  # removed meanwhile
-                self._found.pop(words, None)
+                self._found.pop(key, None)
         return metric
 
     def _forget(self, metric: Metric) -> None:
-        for words in [words for words, kept in self._found.copy().items() if kept is metric]:
-            self._found.pop(words, None)
+        for key in [key for key, kept in self._found.copy().items() if kept is metric]:
+            self._found.pop(key, None)
 
     def _full_name(self, name: str) -> str:
         full_name = check_name(self._prefix + check_name(name)) if self._prefix else check_name(name)

@@ -1,14 +1,13 @@
-"""Joining by itself: an adapter finds out whether its process is one of a service's several, and joins them.
+"""How an adapter finds out that its process is one of several of a service, and joins them.
 
-What tells: an address from the environment, uWSGI, gunicorn, Tornado's ``fork_processes``, a parent of
+Signs of that are an address in the environment, uWSGI, gunicorn, Tornado's ``fork_processes``, a parent of
 multiprocessing (uvicorn, hypercorn and granian have one), and ``wsgi.multiprocess``. A development server, a
-test client and a notebook are none of these: there nothing is started, and the process answers for itself.
+test client and a notebook show none of them: there nothing is started, and the process answers for itself.
 
-A process joins when its adapter is made, so that it counts before its first request. That is done by a
-thread, and delays nothing. An adapter that is made in a server's master, which is no worker, only decides
-where the service meets; the master's children join shortly after they are forked, and the master itself if it
-records something after that. If only ``wsgi.multiprocess`` shows that there are several processes, a process
-joins with its first request.
+A process joins when its adapter is made, so that it counts before its first request. A thread does that, and
+delays nothing. An adapter that is made in a server's master, which is no worker, only chooses the address of
+the service. The master's children join shortly after they are forked, and the master itself if it records
+something after that. If ``wsgi.multiprocess`` is the only sign, a process joins with its first request.
 """
 
 from __future__ import annotations
@@ -34,17 +33,20 @@ from tapes.session import SHORTLY_SECONDS
 __all__ = ["Membership", "is_one_of_several"]
 
 _RETRY_SECONDS = 5.0
+"""Seconds from one attempt to join to the next."""
 _JOINING_SECONDS = 1.0
+"""Maximum seconds that a reader, and the end of the process, wait for a thread that joins."""
 
 _log = logging.getLogger("tapes.contrib")
 
 
 class Membership:
-    """Whether this process has found its place in the service. Safe from any thread, and across forks.
+    """The membership of this process in its service. Safe from any thread, and across forks.
 
     Attributes:
-        mark: Its byte 0 says whether this process has. Look at it at the start of every request, as servers
-            that fork in C run no hook, and call `begin` if it is 0; see `tapes.fork_flag`.
+        mark: Its byte 0 is set once this process has called `begin`. Look at it at the start of every
+            request, as servers that fork in C run no hook, and call `begin` if it is 0; see
+            `tapes.fork_flag`.
         is_off: Whether tapes is turned off (``TAPES_DISABLED=1``).
     """
 
@@ -52,7 +54,7 @@ class Membership:
         self.mark = fork_flag()
         self.is_off = is_disabled()
         self._registry = registry
-        self._of_process: dict[int, _Here] = {}
+        self._states: dict[int, _ProcessState] = {}
         self._delayed = self._new_delayed()
         if self.is_off:
             return
@@ -65,57 +67,57 @@ class Membership:
     @property
     def is_member(self) -> bool:
         """Whether this process is one of several, as far as is known yet."""
-        return self._here().is_member
+        return self._state().is_member
 
     @property
     def may_end_after_a_request(self) -> bool:
-        """Whether the server may end this process after a request, by no hook: it forks for each of them."""
-        return self._here().may_end
+        """Whether the server may end this process after a request without a hook, as it forks for each."""
+        return self._state().may_end
 
-    def begin(self, says_several: bool = False, is_development: bool = False) -> bool:
+    def begin(self, multiprocess_hint: bool = False, is_development: bool = False) -> bool:
         """Notice that this is another process than before; return whether it has to `join`.
 
         Args:
-            says_several: Whether the server says that there are several.
-            is_development: Whether it is known for a development server.
+            multiprocess_hint: Whether the server states that it has several processes.
+            is_development: Whether the server is known for a development server.
         """
         forks.detect_fork()
-        here = self._here()
-        if not (self.is_off or here.is_member):
+        state = self._state()
+        if not (self.is_off or state.is_member):
             known = bool(configured_address()) if is_development else is_one_of_several()
-            here.is_member, here.is_claim = known or says_several, not known
-        here.may_end = says_several and not _is_of_a_known_server()
-        if here.may_end:
+            state.is_member, state.is_hint = known or multiprocess_hint, not known
+        state.may_end = multiprocess_hint and not _is_of_a_known_server()
+        if state.may_end:
             self._registry.session.flush_per_request = True
         self.mark[0] = 1
-        return here.is_member and here.joining is None and not _has_joined(self._registry)
+        return state.is_member and state.joining is None and not _has_joined(self._registry)
 
     def join(self) -> None:
-        """Join the other processes, once; if that can't be done, say so in the log and in every answer.
+        """Join the other processes, once; if that fails, log the reason, and give it in every answer.
 
-        Whoever comes while another thread joins does not wait: what it records is told when that is done.
+        While one thread joins, others do not wait: what they record is published afterwards.
         """
-        here = self._here()
-        if not here.turn.acquire(False):
+        state = self._state()
+        if not state.join_lock.acquire(False):
             return
-        here.joining = here.joining or threading.Event()
+        state.joining = state.joining or threading.Event()
         try:
-            _join(self._registry, here.is_claim)
-            here.problem = ""
+            _join(self._registry, state.is_hint)
+            state.problem = ""
         except TapesError as error:
-            if str(error) != here.problem:
-                here.problem = str(error)
+            if str(error) != state.problem:
+                state.problem = str(error)
                 _log.warning("tapes: this process can't join the others of its service: %s", error)
         except Exception as error:
-            here.problem = f"an unexpected error ({error!r})"
+            state.problem = f"an unexpected error ({error!r})"
             _log.exception("tapes: this process can't join the others of its service")
         finally:
-            here.tried = time.monotonic()
-            here.joining.set()
-            here.turn.release()
+            state.tried = time.monotonic()
+            state.joining.set()
+            state.join_lock.release()
 
     def leave(self) -> None:
-        """Hand over the last values; the next request, if there is one, joins again."""
+        """Flush and disconnect; the next request, if there is one, joins again."""
         self._await_joining()
         self.join_again()
         try:
@@ -126,7 +128,7 @@ class Membership:
     def join_again(self) -> None:
         """Have the next request, if there is one, join."""
         self.mark[0] = 0
-        self._of_process.clear()
+        self._states.clear()
 
     def before_fork(self) -> None:
         """Called before this process forks."""
@@ -135,42 +137,42 @@ class Membership:
     def after_in_parent(self) -> None:
         """Called in the parent after a fork."""
         self._delayed.resume()
-        if not self._here().is_member and _makes_workers():
+        if not self._state().is_member and _makes_workers():
             self._registry.session.become_master(lambda: _connect(self._registry))
 
     def after_in_child(self, parent: processes.Process, version: int) -> None:
         """Called in a forked child: a server's worker joins shortly."""
-        self._of_process.clear()
+        self._states.clear()
         self._delayed = self._new_delayed()
         if _makes_workers():
             self._delayed.start()
 
     def after_in_helper(self) -> None:
-        """Nothing: a child that is no worker does not join."""
+        """Called in a child that is no worker; it does not join."""
 
     def answer(self, accept: str = "", query: str = "") -> Answer:
-        """Return the metrics of the whole service, or a 503 that says what is wrong; may wait a second."""
+        """Return the metrics of the whole service, or a 503 with the reason; may wait a second."""
         if self.is_off:
             return plain(503, "tapes is turned off (TAPES_DISABLED).")
-        here = self._here()
-        if here.is_member:
+        state = self._state()
+        if state.is_member:
             self._await_joining()
             is_connected = self._registry.session.resolved().is_connected
-            if not is_connected and time.monotonic() - here.tried > _RETRY_SECONDS:
+            if not is_connected and time.monotonic() - state.tried > _RETRY_SECONDS:
                 self.join()
             if not self._registry.session.is_connected:
                 return plain(
                     503,
                     "This process is one of several and has not joined the others, so it can't answer for "
-                    f"the service: {here.problem or 'it is about to'}.",
+                    f"the service: {state.problem or 'it is about to'}.",
                 )
         return answer(self._registry, accept, query)
 
-    def _here(self) -> _Here:
-        return self._of_process.setdefault(os.getpid(), _Here())
+    def _state(self) -> _ProcessState:
+        return self._states.setdefault(os.getpid(), _ProcessState())
 
     def _await_joining(self) -> None:
-        joining = self._here().joining
+        joining = self._state().joining
         if joining is not None:
             joining.wait(_JOINING_SECONDS)
 
@@ -178,57 +180,64 @@ class Membership:
         return threads.Delayed(self._join_from_the_start, SHORTLY_SECONDS, "tapes-join")
 
     def _join_from_the_start(self) -> None:
-        """Join, in a thread, if this process is known for one of several; a master only decides where."""
+        """Join in a thread, if this process is one of several; a master only chooses the address."""
         try:
             if is_spawned() and multiprocessing.parent_process() is None:
                 self._delayed.start()  # its main module is still being imported
                 return
             if not is_one_of_several() or _is_of_a_pool():
                 return
-            _decide(self._registry)
+            _choose_address(self._registry)
             if _is_master():
                 return
-            here = self._here()
-            here.joining = threading.Event()
-            here.is_member = True
+            state = self._state()
+            state.joining = threading.Event()
+            state.is_member = True
             worker = threads.NativeThread(self._keep_joining, "tapes-join", is_bare=True)
             try:
                 worker.start()
                 shutdown.register(self._await_joining, shutdown.Phase.CONNECT)
             except RuntimeError:  # no thread can be started: the first request joins
-                here.joining = None
+                state.joining = None
         except Exception as error:
             _log.warning("tapes: this process can't join the others of its service yet: %s", error)
 
     def _keep_joining(self) -> None:
         """Join; if that fails, try again, as this process counts with or without requests."""
-        here = self._here()
-        if _has_joined(self._registry) and here.joining is not None:
+        state = self._state()
+        if _has_joined(self._registry) and state.joining is not None:
             self._registry.session.open()  # inherited from its master, it sleeps until something is recorded
-            here.joining.set()
+            state.joining.set()
             return
-        while here is self._of_process.get(os.getpid()) and is_one_of_several():
+        while state is self._states.get(os.getpid()) and is_one_of_several():
             self.join()
-            if not here.problem:
+            if not state.problem:
                 return
             threads.unpatched("time", "sleep")(_RETRY_SECONDS)
 
 
-class _Here:
-    """What is known of one process."""
+class _ProcessState:
+    """What is known of one process.
+
+    Attributes:
+        is_hint: Whether the server's statement is the only sign of several processes.
+        joining: Set when an attempt to join has ended; ``None`` before the first one.
+        tried: When the last attempt ended.
+        problem: Why it failed.
+    """
 
     def __init__(self) -> None:
         self.is_member = False
-        self.is_claim = False  # as nobody but the server says so
+        self.is_hint = False
         self.may_end = False
-        self.turn = threading.Lock()
+        self.join_lock = threading.Lock()
         self.joining: threading.Event | None = None
         self.tried = 0.0
         self.problem = ""
 
 
 def is_one_of_several() -> bool:
-    """Return whether this process belongs to a service of many processes, as far as can be seen from here."""
+    """Return whether this process belongs to a service of many processes, as far as it can see."""
     return bool(configured_address()) or _is_of_a_known_server()
 
 
@@ -281,7 +290,7 @@ def _is_of_a_pool() -> bool:
 
 def _is_only_child() -> bool:
     """Return whether the parent of multiprocessing is a reloader, or a server with one worker alone."""
-    # Where uvicorn and hypercorn keep what they were told.
+    # Where uvicorn and hypercorn keep their configuration.
     config: Any = getattr(multiprocessing.current_process(), "_kwargs", {}).get("config")
     reloads = getattr(config, "should_reload", False) or getattr(config, "use_reloader", False)
     return bool(reloads) or getattr(config, "workers", 2) == 1 or "--reload" in sys.argv
@@ -291,19 +300,19 @@ def _has_joined(registry: Registry) -> bool:
     return registry.session.resolved().has_aggregator()
 
 
-def _decide(registry: Registry) -> None:
-    """Decide where the service meets, for this process and for all that it starts."""
+def _choose_address(registry: Registry) -> None:
+    """Choose the address of the service, for this process and for all that it starts."""
     if may_start() and not configured_address() and not hasattr(registry, "socket_addr"):
         forks.import_module("tapes.distributed.supervision.rendezvous").choose_address(this_service())
 
 
-def _join(registry: Registry, is_claim: bool) -> None:
+def _join(registry: Registry, is_hint: bool) -> None:
     if not may_start() and not configured_address() and not hasattr(registry, "socket_addr"):
         raise AggregatorUnavailable(
             "TAPES_AUTOSTART=0 forbids to start an aggregator",
             remedy="set TAPES_ADDR to the address of one, or start the server by tapes run -- COMMAND",
         )
-    if is_claim and this_service().root == forks.this_process():
+    if is_hint and this_service().root == forks.this_process():
         raise AggregatorUnavailable(
             "the server says that there are several processes, but what they have in common can't be seen",
             remedy="start it by tapes run -- COMMAND, or set TAPES_ADDR to where they are to meet",

@@ -2,12 +2,13 @@
 
     gunicorn -w 4 -c python:tapes.contrib.gunicorn_conf app:app
 
-It starts an aggregator for gunicorn's master, connects every worker to it, and says goodbye when a worker
-exits. The master connects if it records something itself, as in a hook of your own. One that exits waits for
-the aggregator's reporters, as in a container its end ends the aggregator too; elsewhere that leaves by itself
-when masters and workers are gone. As root with ``--user`` it runs as that user. To have settings of your
-own, write a configuration that imports these hooks; a hook of your own with the name of one of these goes
-beside it by `with_tapes`::
+It starts an aggregator for gunicorn's master, connects every worker to it, and flushes when a worker exits.
+The master connects if it records something itself, as in a hook of your own. A master that exits waits for
+the aggregator's reporters, because in a container its end also ends the aggregator; elsewhere the aggregator
+exits when masters and workers have. With root and ``--user`` it runs as that user.
+
+For settings of your own, write a configuration that imports these hooks. A hook of your own with the name of
+one of these runs beside it with `with_tapes`::
 
     from tapes.contrib.gunicorn_conf import *
 
@@ -17,8 +18,8 @@ beside it by `with_tapes`::
     def post_fork(server, worker):
         server.log.info("worker %s is ready", worker.pid)
 
-gunicorn takes every public global of this module that is named like a setting as a setting: so helpers
-start with an underscore.
+gunicorn takes every public global of this module that has the name of a setting for one, so other names
+begin with an underscore.
 """
 
 import functools as _functools
@@ -40,7 +41,7 @@ _registry.use(_LocalSession(_registry, _registry.session.connect, looks=True))
 def on_starting(server: _Any) -> None:
     """Start the aggregator, or join the one of the master that this one replaces.
 
-    If that can't be done, end gunicorn with a sentence that says why.
+    If that fails, end gunicorn with a sentence that gives the reason.
     """
     try:
         from tapes.environment import is_disabled, may_start
@@ -72,15 +73,15 @@ def post_fork(server: _Any, worker: _Any) -> None:
 
 
 def worker_exit(server: _Any, worker: _Any) -> None:
-    """Hand the worker's last counts to the aggregator."""
+    """Flush the worker's last values to the aggregator."""
     _registry.session.leave()
 
 
 def on_exit(server: _Any) -> None:
-    """Wait until the aggregator has reported what killed workers left; 1 s at most.
+    """Wait until the aggregator has reported the last values of killed workers; 1 s at most.
 
-    Workers that exit have waited for that themselves. The aggregator goes on: other processes may use it. In
-    the middle of an upgrade (USR2), when there is another master, nothing is done.
+    Workers that exit have waited for that themselves. The aggregator runs on, as other processes may use it.
+    During an upgrade (USR2), while there is another master, this does nothing.
     """
     if server.reexec_pid or (server.master_pid and server.master_pid == _os.getppid()):
         return
@@ -103,10 +104,11 @@ def on_exit(server: _Any) -> None:
 def with_tapes(hook: _Callable[..., None]) -> _Callable[..., None]:
     """Return ``hook`` together with the hook of tapes of the same name; as a decorator.
 
-    At a start tapes comes first, at an end last, so that what ``hook`` records is counted.
+    When something starts, the hook of tapes runs first; when something ends, it runs last. So what ``hook``
+    records is counted.
 
     Raises:
-        InvalidArgument: If tapes has no hook of that name, so that ``hook`` can stand alone.
+        InvalidArgument: If tapes has no hook of that name; then ``hook`` needs no decorator.
     """
     name = getattr(hook, "__name__", "")
     hooks: _Any = {h.__name__: h for h in (on_exit, on_starting, post_fork, worker_exit)}

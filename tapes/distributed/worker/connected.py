@@ -47,7 +47,8 @@ from tapes.snapshot import Snapshot
 
 __all__ = ["ConnectedSession", "attach"]
 
-_HOLD_SECONDS = 0.25
+_PAUSE_SECONDS = 0.25
+"""Maximum seconds that a fork waits for requests and for the publisher, each."""
 
 _log = logging.getLogger("tapes.distributed")
 
@@ -104,10 +105,10 @@ class ConnectedSession(Session):
         self._pid = os.getpid()
         self._changed = threads.Monitor()
         self._in_flight = 0
-        self._closing = False
-        self._held = self._stopped = False
+        self._is_closing = False
+        self._is_paused = self._was_open = False
         self._correlations = itertools.count(1)
-        self._readers = SocketPool(endpoints)
+        self._sockets = SocketPool(endpoints)
         self._outbox = Outbox(registry)
         self._shared: Shared[Reply] = Shared(MAX_WAIT_SECONDS)
         self._publisher: Publisher | None = None
@@ -122,15 +123,15 @@ class ConnectedSession(Session):
     def _open(self) -> Publisher:
         with self._opening:
             if self._publisher is None:
-                self._outbox.begin(is_another_aggregator=self._meets_another)
-                publisher = Publisher(self._readers, self.endpoints, self._outbox, self.move)
+                self._outbox.begin(is_another_aggregator=self._meets_another_aggregator)
+                publisher = Publisher(self._sockets, self.endpoints, self._outbox, self.move)
                 publisher.start()
                 self._publisher = publisher
             return self._publisher
 
     @property
-    def _meets_another(self) -> bool:
-        """Whether the aggregator is another one than when this connection was made."""
+    def _meets_another_aggregator(self) -> bool:
+        """Whether the aggregator is another one than when this session was made."""
         return self._aggregator not in (None, incarnation(self.endpoints))
 
     def woken(self) -> bool:
@@ -154,7 +155,7 @@ class ConnectedSession(Session):
 
     @property
     def is_of_this_process(self) -> bool:
-        """Whether this process made it, and not one that this one was forked from."""
+        """Whether this process made the session, and not one that it was forked from."""
         return self._pid == os.getpid()
 
     def published(self, series: tuple[str, Labels]) -> State | None:
@@ -166,12 +167,12 @@ class ConnectedSession(Session):
         return self._outbox.published_seq
 
     def request_ended(self, *, may_be_the_last: bool = False) -> None:
-        """Publish at the end of a request, where no thread can do it, or in time."""
+        """Publish at the end of a request, where no thread can do it in time."""
         if may_be_the_last:
             try:
                 self.flush()
             except AggregatorUnavailable:
-                self.leave()  # into a file
+                self.leave()  # which spools
             return
         self.open()
         if self._publisher is not None:
@@ -197,7 +198,7 @@ class ConnectedSession(Session):
         return self._request(form).payload
 
     def flush(self) -> None:
-        """Hand over what was recorded, and wait until the aggregator has it; raises as `snapshot`."""
+        """Send what was recorded, and wait until the aggregator acknowledges it; raises as `snapshot`."""
         self._request(NOTHING)
 
     def close(self) -> None:
@@ -226,16 +227,19 @@ class ConnectedSession(Session):
             return
         self._follow()
         deadline = time.monotonic() + TIMEOUT_SECONDS
+        # 1. Let no request begin, and wait for those in flight.
         with self._changed:
-            if self._closing:
+            if self._is_closing:
                 return
-            self._changed.wait_for(lambda: not self._held, TIMEOUT_SECONDS)
-            self._closing = True
+            self._changed.wait_for(lambda: not self._is_paused, TIMEOUT_SECONDS)
+            self._is_closing = True
             idle = self._changed.wait_for(lambda: not self._in_flight, TIMEOUT_SECONDS)
+        # 2. Stop publishing.
         publisher = self._publisher
         if publisher is None:
-            self._outbox.begin(is_another_aggregator=self._meets_another)
+            self._outbox.begin(is_another_aggregator=self._meets_another_aggregator)
         ended = publisher is None or publisher.stop(max(0.0, deadline - time.monotonic()))
+        # 3. Take everything out of the registry.
         last = self._outbox.drain()
         if publisher is None or not publisher.is_subscribed:
             last = self._outbox.for_another(last)
@@ -244,45 +248,44 @@ class ConnectedSession(Session):
             pending.append(last)
         if not pending:
             return
+        # 4. Send it.
         try:
-            with self._readers.borrow() as reader:
-                self._send_goodbyes(reader, deadline)
+            with self._sockets.borrow() as socket:
+                self._send_goodbyes(socket, deadline)
         except AggregatorUnavailable:
-            pending[:] = [
-                self._outbox.for_another(update) if update is last else update for update in pending
-            ]
-        # The sockets close first, as a file needs a descriptor.
-        self._readers.close(is_unused=ended and (idle or not self._in_flight))
+            pending[:] = [self._outbox.for_another(one) if one is last else one for one in pending]
+        # 5. Close the sockets, as a file needs a descriptor, and spool what no aggregator acknowledged.
+        self._sockets.close(is_unused=ended and (idle or not self._in_flight))
         spool.write_all(self.endpoints, [Goodbye(0, update) for update in pending])
 
     def before_fork(self) -> None:
         """End the thread and close the sockets, unless a thread is using them."""
         super().before_fork()
         with self._changed:
-            if self._may_hold():
-                self._hold(_HOLD_SECONDS)
+            if self._may_pause():
+                self._pause(_PAUSE_SECONDS)
 
-    def _may_hold(self) -> bool:
+    def _may_pause(self) -> bool:
         is_me = self._publisher is not None and self._publisher.is_me()
-        return self.is_of_this_process and not (self._closing or self._held or is_me)
+        return self.is_of_this_process and not (self._is_closing or self._is_paused or is_me)
 
-    def _hold(self, wait_seconds: float) -> bool:
-        """Hold still; return whether nothing of it is under way any more."""
-        self._held = True
+    def _pause(self, wait_seconds: float) -> bool:
+        """End the thread and close the sockets; return whether nothing is under way any more."""
+        self._is_paused = True
         if self._changed.wait_for(lambda: not self._in_flight, wait_seconds):
-            self._stopped = self._publisher is not None
-            self._readers.close(is_unused=self._publisher is None or self._publisher.stop(wait_seconds))
+            self._was_open = self._publisher is not None
+            self._sockets.close(is_unused=self._publisher is None or self._publisher.stop(wait_seconds))
             return True
         return False
 
     def move(self, endpoints: Endpoints) -> None:
-        """Go on at ``endpoints``, where the aggregator of this service is by now."""
+        """Go on at ``endpoints``: the aggregator has moved there."""
         before = self.endpoints
         with self._changed:
-            if self.endpoints == endpoints or not self._may_hold():
+            if self.endpoints == endpoints or not self._may_pause():
                 return
-            if self._hold(TIMEOUT_SECONDS):
-                self.endpoints = self._readers.endpoints = endpoints
+            if self._pause(TIMEOUT_SECONDS):
+                self.endpoints = self._sockets.endpoints = endpoints
                 _log.info("tapes follows its aggregator to %s", endpoints.publish)
             self._reopen()
         if os.environ.get("TAPES_ADDR") == before.publish:
@@ -301,10 +304,10 @@ class ConnectedSession(Session):
 
     def _reopen(self) -> None:
         with self._changed:
-            if self._stopped:
+            if self._was_open:
                 self._publisher = None
                 self._open()
-            self._held = self._stopped = False
+            self._is_paused = self._was_open = False
 
     def after_in_child(self) -> None:
         """Give the registry a session of the child's own, at the same address."""
@@ -313,7 +316,7 @@ class ConnectedSession(Session):
         attach(self.registry, self.endpoints)._open_shortly()
 
     def _request(self, form: str) -> Reply:
-        """Return the answer to a question for ``form``; raises as `snapshot`."""
+        """Return the reply to a read in ``form``; raises as `snapshot`."""
         forks.detect_fork()
         if not self.is_of_this_process:
             raise AggregatorUnavailable(
@@ -336,26 +339,26 @@ class ConnectedSession(Session):
         if form != NOTHING:
             self._open().await_producers()
         deadline = time.monotonic() + TIMEOUT_SECONDS
-        with self._readers.borrow() as reader:
-            self._send_goodbyes(reader, deadline)
+        with self._sockets.borrow() as socket:
+            self._send_goodbyes(socket, deadline)
             number = next(self._correlations)
             for keyframe in (False, True):
                 update = self._outbox.update(keyframe=keyframe)
-                reply = request(self.endpoints, reader, Read(number, form, update), deadline)
+                reply = request(self.endpoints, socket, Read(number, form, update), deadline)
                 if reply.status != "behind":
                     break
             return reply
 
     @contextlib.contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Keep it from being held still or closed within the block.
+        """Keep the session from being paused or closed within the block.
 
         Raises:
-            AggregatorUnavailable: If it is being closed, or held still for too long.
+            AggregatorUnavailable: If it is being closed, or was paused for too long.
         """
         with self._changed:
-            self._changed.wait_for(lambda: not self._held, TIMEOUT_SECONDS)
-            if self._closing or self._held:
+            self._changed.wait_for(lambda: not self._is_paused, TIMEOUT_SECONDS)
+            if self._is_closing or self._is_paused:
                 raise AggregatorUnavailable("the connection is being closed")
             self._in_flight += 1
         try:
@@ -364,12 +367,12 @@ class ConnectedSession(Session):
             with self._changed:
                 self._in_flight -= 1
 
-    def _send_goodbyes(self, reader: Socket, deadline: float) -> None:
+    def _send_goodbyes(self, socket: Socket, deadline: float) -> None:
         pending = _unacknowledged.get(self.registry, [])
         while pending:
             update = pending[0]
             goodbye = Goodbye(next(self._correlations), update)
-            if request(self.endpoints, reader, goodbye, deadline).status != "ok":
+            if request(self.endpoints, socket, goodbye, deadline).status != "ok":
                 raise AggregatorUnavailable("the aggregator refused a goodbye")
             spool.discard(self.endpoints, goodbye)
             with contextlib.suppress(ValueError):  # another reader may have sent it too, which is harmless
