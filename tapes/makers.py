@@ -174,7 +174,7 @@ class Makers(Faced):
         more_labels: dict[str, Any],
         **options: Any,
     ) -> M:
-        """Return a metric; remembered under its name and its labels, as key in given order."""
+        """Return a metric; remembered under its kind, name and labels in the order of the call."""
         key = None
         if labels is None and type(name) is str:
             key = (kind, name, *more_labels, *map(label_text, more_labels.values()))

@@ -8,9 +8,7 @@ import types
 
 import pytest
 
-import tapes
 from tapes import forks, processes, threads
-from tapes.session import LazySession
 from tests.processes import run_python
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -144,13 +142,3 @@ def test_a_worker_thread_runs_ends_and_knows_itself():
     assert worker.join(5)
     assert seen == [True]
     assert not worker.is_me()
-
-
-def test_a_lazy_session_connects_once_with_the_first_use():
-    """The first metric, the first read and the first look for the session connect, once."""
-    for use in (lambda r: r.counter("c"), lambda r: r.get_stats(), lambda r: r.session.resolved()):
-        registry, made = tapes.Registry(), []
-        registry.use(LazySession(registry, None, lambda made=made: made.append(1)))
-        use(registry)
-        use(registry)
-        assert made == [1]

@@ -26,3 +26,18 @@ def test_the_goodbye_may_wait_for_a_thread_of_tapes_that_records():
     assert handed_over == [1]
     counter.increment()
     assert handed_over == [1, 2]
+
+
+def test_a_read_during_the_goodbye_is_answered_by_the_session_that_closes():
+    """It may fail, but it does not answer for one process, and does not connect anew."""
+    registry, answers = tapes.Registry(), []
+
+    class Closing(Session):
+        def snapshot(self):
+            return "closing"
+
+        def close(self):
+            answers.append(registry.snapshot())
+
+    LateSession(registry, lambda: answers.append("connected"), lambda: None).begin(Closing(registry))
+    assert answers == ["closing"]
