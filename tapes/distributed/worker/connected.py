@@ -18,14 +18,12 @@ import itertools
 import logging
 import os
 import time
-import weakref
-from collections.abc import Iterator
 from math import inf
 
 from tapes import forks, shutdown, threads
 from tapes.distributed.protocol.messages import NOTHING, Goodbye, Merged, Read, Reply, Update
 from tapes.distributed.protocol.wire import decode
-from tapes.distributed.storage import runtime_directory, spool
+from tapes.distributed.storage import runtime_directory
 from tapes.distributed.storage.locks import is_served
 from tapes.distributed.supervision.rendezvous import Attachment
 from tapes.distributed.supervision.rendezvous import attach as attach_to
@@ -33,6 +31,8 @@ from tapes.distributed.transport.address import Endpoints
 from tapes.distributed.transport.requests import MAX_WAIT_SECONDS, TIMEOUT_SECONDS, incarnation, request
 from tapes.distributed.transport.socket_pool import SocketPool
 from tapes.distributed.transport.sockets import Socket
+from tapes.distributed.worker.gate import Gate
+from tapes.distributed.worker.goodbyes import Goodbyes
 from tapes.distributed.worker.late_flush import LateSession
 from tapes.distributed.worker.outbox import Outbox
 from tapes.distributed.worker.publisher import Publisher
@@ -82,8 +82,6 @@ def _leave_all() -> None:
 _attached: set[ConnectedSession] = set()
 _of_parents: list[ConnectedSession] = []
 """Those of the parent, in a child. They are kept: freeing their sockets would touch what the parent uses."""
-_unacknowledged: weakref.WeakKeyDictionary[Registry, list[Update]] = weakref.WeakKeyDictionary()
-"""Last updates that no aggregator has acknowledged; the next session of the registry sends them."""
 
 shutdown.register(_leave_all, shutdown.Phase.GOODBYE)
 
@@ -103,13 +101,12 @@ class ConnectedSession(Session):
         self.endpoints = endpoints
         self._aggregator = incarnation(endpoints)
         self._pid = os.getpid()
-        self._changed = threads.Monitor()
-        self._in_flight = 0
-        self._is_closing = False
-        self._is_paused = self._was_open = False
+        self._gate = Gate()
+        self._was_open = False
         self._correlations = itertools.count(1)
         self._sockets = SocketPool(endpoints)
         self._outbox = Outbox(registry)
+        self._goodbyes = Goodbyes(registry)
         self._shared: Shared[Reply] = Shared(MAX_WAIT_SECONDS)
         self._publisher: Publisher | None = None
         self._opening = threads.RLock()
@@ -117,7 +114,8 @@ class ConnectedSession(Session):
     def open(self) -> None:
         """Begin to publish, if that has not begun."""
         if self._publisher is None:
-            with contextlib.suppress(AggregatorUnavailable), self._in_use():  # unless it is being closed
+            # It is not opened while it is being closed.
+            with contextlib.suppress(AggregatorUnavailable), self._gate.request():
                 self._open()
 
     def _open(self) -> Publisher:
@@ -131,7 +129,6 @@ class ConnectedSession(Session):
 
     @property
     def _meets_another_aggregator(self) -> bool:
-        """Whether the aggregator is another one than when this session was made."""
         return self._aggregator not in (None, incarnation(self.endpoints))
 
     def woken(self) -> bool:
@@ -170,7 +167,7 @@ class ConnectedSession(Session):
         """Publish at the end of a request, where no thread can do it in time."""
         if may_be_the_last:
             try:
-                self.flush()
+                self._request(NOTHING)
             except AggregatorUnavailable:
                 self.leave()  # which spools
             return
@@ -187,19 +184,15 @@ class ConnectedSession(Session):
         payload = self._request("states").payload
         try:
             merged = decode(payload, most=inf)
+            if not isinstance(merged, Merged):
+                raise WireError("merged states", got=type(merged).__name__, expected="Merged")
         except WireError as error:
-            raise AggregatorUnavailable(f"the aggregator's answer can't be used ({error})") from error
-        if not isinstance(merged, Merged):
-            raise AggregatorUnavailable(f"the aggregator's answer can't be used ({type(merged).__name__})")
+            raise AggregatorUnavailable(f"the aggregator's reply can't be used ({error})") from error
         return merged.snapshot()
 
     def render(self, form: str, write: object = None) -> bytes:
         """Return the merged view, written by the aggregator; raises as `snapshot`."""
         return self._request(form).payload
-
-    def flush(self) -> None:
-        """Send what was recorded, and wait until the aggregator acknowledges it; raises as `snapshot`."""
-        self._request(NOTHING)
 
     def close(self) -> None:
         """Stop publishing, flush, and make the registry a local one; takes 1 s at most without an answer.
@@ -216,10 +209,9 @@ class ConnectedSession(Session):
     def leave(self) -> None:
         """Do the same at the end of the process; what is recorded after that is flushed at once."""
         if self.is_of_this_process:
-            LateSession(self.registry, self.connect, lambda: self._successor().flush_and_stop()).begin(self)
-
-    def _successor(self) -> ConnectedSession:
-        return ConnectedSession(self.registry, self.endpoints)
+            registry, endpoints = self.registry, self.endpoints
+            flush = lambda: ConnectedSession(registry, endpoints).flush_and_stop()  # noqa: E731
+            LateSession(registry, self.connect, flush).begin(self)
 
     def flush_and_stop(self) -> None:
         """Stop publishing, and send the last values, or spool them."""
@@ -228,12 +220,9 @@ class ConnectedSession(Session):
         self._follow()
         deadline = time.monotonic() + TIMEOUT_SECONDS
         # 1. Let no request begin, and wait for those in flight.
-        with self._changed:
-            if self._is_closing:
-                return
-            self._changed.wait_for(lambda: not self._is_paused, TIMEOUT_SECONDS)
-            self._is_closing = True
-            idle = self._changed.wait_for(lambda: not self._in_flight, TIMEOUT_SECONDS)
+        if not self._gate.close():
+            return
+        idle = self._gate.is_idle(TIMEOUT_SECONDS)
         # 2. Stop publishing.
         publisher = self._publisher
         if publisher is None:
@@ -243,36 +232,35 @@ class ConnectedSession(Session):
         last = self._outbox.drain()
         if publisher is None or not publisher.is_subscribed:
             last = self._outbox.for_another(last)
-        pending = _unacknowledged.setdefault(self.registry, [])
         if publisher is not None or last.has_something:
-            pending.append(last)
-        if not pending:
+            self._goodbyes.add(last)
+        if not self._goodbyes:
             return
         # 4. Send it.
         try:
             with self._sockets.borrow() as socket:
                 self._send_goodbyes(socket, deadline)
         except AggregatorUnavailable:
-            pending[:] = [self._outbox.for_another(one) if one is last else one for one in pending]
+            self._goodbyes.replace(last, self._outbox.for_another(last))
         # 5. Close the sockets, as a file needs a descriptor, and spool what no aggregator acknowledged.
-        self._sockets.close(is_unused=ended and (idle or not self._in_flight))
-        spool.write_all(self.endpoints, [Goodbye(0, update) for update in pending])
+        self._sockets.close(is_unused=ended and (idle or self._gate.is_idle()))
+        self._goodbyes.spool(self.endpoints)
 
     def before_fork(self) -> None:
         """End the thread and close the sockets, unless a thread is using them."""
         super().before_fork()
-        with self._changed:
+        with self._gate:
             if self._may_pause():
                 self._pause(_PAUSE_SECONDS)
 
     def _may_pause(self) -> bool:
         is_me = self._publisher is not None and self._publisher.is_me()
-        return self.is_of_this_process and not (self._is_closing or self._is_paused or is_me)
+        return self.is_of_this_process and not (self._gate.is_closed or self._gate.is_paused or is_me)
 
     def _pause(self, wait_seconds: float) -> bool:
         """End the thread and close the sockets; return whether nothing is under way any more."""
-        self._is_paused = True
-        if self._changed.wait_for(lambda: not self._in_flight, wait_seconds):
+        self._gate.is_paused = True
+        if self._gate.is_idle(wait_seconds):
             self._was_open = self._publisher is not None
             self._sockets.close(is_unused=self._publisher is None or self._publisher.stop(wait_seconds))
             return True
@@ -281,7 +269,7 @@ class ConnectedSession(Session):
     def move(self, endpoints: Endpoints) -> None:
         """Go on at ``endpoints``: the aggregator has moved there."""
         before = self.endpoints
-        with self._changed:
+        with self._gate:
             if self.endpoints == endpoints or not self._may_pause():
                 return
             if self._pause(TIMEOUT_SECONDS):
@@ -303,11 +291,11 @@ class ConnectedSession(Session):
         self._reopen()
 
     def _reopen(self) -> None:
-        with self._changed:
+        with self._gate:
             if self._was_open:
                 self._publisher = None
                 self._open()
-            self._is_paused = self._was_open = False
+            self._gate.is_paused = self._was_open = False
 
     def after_in_child(self) -> None:
         """Give the registry a session of the child's own, at the same address."""
@@ -324,7 +312,7 @@ class ConnectedSession(Session):
                 remedy="call connect() after the fork, in every worker",
             )
         self._follow()
-        with self._in_use():
+        with self._gate.request():
             reply = threads.run_in_hub_pool(lambda: self._read_shared(form))
         if reply.status != "ok":
             raise AggregatorUnavailable(
@@ -349,31 +337,8 @@ class ConnectedSession(Session):
                     break
             return reply
 
-    @contextlib.contextmanager
-    def _in_use(self) -> Iterator[None]:
-        """Keep the session from being paused or closed within the block.
-
-        Raises:
-            AggregatorUnavailable: If it is being closed, or was paused for too long.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: not self._is_paused, TIMEOUT_SECONDS)
-            if self._is_closing or self._is_paused:
-                raise AggregatorUnavailable("the connection is being closed")
-            self._in_flight += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._in_flight -= 1
-
     def _send_goodbyes(self, socket: Socket, deadline: float) -> None:
-        pending = _unacknowledged.get(self.registry, [])
-        while pending:
-            update = pending[0]
-            goodbye = Goodbye(next(self._correlations), update)
-            if request(self.endpoints, socket, goodbye, deadline).status != "ok":
-                raise AggregatorUnavailable("the aggregator refused a goodbye")
-            spool.discard(self.endpoints, goodbye)
-            with contextlib.suppress(ValueError):  # another reader may have sent it too, which is harmless
-                pending.remove(update)
+        def send(update: Update) -> Reply:
+            return request(self.endpoints, socket, Goodbye(next(self._correlations), update), deadline)
+
+        self._goodbyes.send(self.endpoints, send)
