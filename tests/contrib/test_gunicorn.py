@@ -53,7 +53,7 @@ def test_every_worker_gives_the_same_exact_counts(short_dir, worker_class):
         assert stats["shop"]["price"]["lookup"]["count"] == REQUESTS["/articles/7"][0]
         process.terminate()
         assert process.wait(10) == 0
-    wait_for(service.nothing_left, "no process and no file is left", 4)
+    wait_for(service.nothing_left, "no process and no file is left")
 
 
 def test_reads_go_to_every_worker(short_dir):
@@ -83,6 +83,7 @@ def test_promtool_accepts_the_metrics_of_gunicorn(short_dir):
         assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("number", "whole_group"),
     [
@@ -142,7 +143,7 @@ def test_gunicorn_exits_with_one_sentence_if_no_aggregator_can_start(short_dir, 
     assert lines[0].startswith("tapes: ")
     assert CANNOT_START[case] in lines[0]
     assert plain.read_text() == "precious"
-    wait_for(service.nothing_left, "nothing is left", 4)
+    wait_for(service.nothing_left, "nothing is left")
 
 
 def test_without_pyzmq_gunicorn_exits_and_shows_what_to_install(short_dir):
@@ -207,6 +208,7 @@ def test_metrics_of_a_worker_that_is_not_connected_are_a_503(short_dir):
         assert b"TAPES_AUTOSTART" in text
 
 
+@pytest.mark.alone
 def test_a_stopped_aggregator_is_a_503_in_time_and_the_application_works(short_dir):
     """While the aggregator is stopped, ``/metrics`` is a 503 within 1.5 s; afterwards all is counted."""
     service = Service(short_dir, ["-w", "2", "--log-level", "warning"])

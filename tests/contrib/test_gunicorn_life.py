@@ -40,7 +40,7 @@ def test_requests_of_recycled_workers_count_exactly(short_dir):
         retired = stats(service)["tapes"]["workers"]['{state="retired"}']["value"]
         assert retired >= 20_000 // 150 - 2
         assert stats(service)["http"]["server"]["active_requests"]["value"] == 0
-    wait_for(service.nothing_left, "nothing is left", 4)
+    wait_for(service.nothing_left, "nothing is left")
 
 
 @pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["", "preload"])
@@ -60,7 +60,7 @@ def test_reloads_under_load_count_exactly(short_dir, preload):
         wait_for(lambda: gone_requests(service.port) == load.answered, f"{load.answered} are counted")
         process.terminate()
         process.wait(10)
-    wait_for(service.nothing_left, "nothing is left", 4)
+    wait_for(service.nothing_left, "nothing is left")
 
 
 def test_an_upgrade_under_load_counts_exactly(short_dir):
@@ -83,7 +83,7 @@ def test_an_upgrade_under_load_counts_exactly(short_dir):
         wait_for(lambda: gone_requests(service.port) == load.answered, f"{load.answered} are counted")
         assert len(list(service.private.glob("tapes-*"))) == 1
         os.kill(master, signal.SIGTERM)
-        wait_for(service.nothing_left, "nothing is left", 6)
+        wait_for(service.nothing_left, "nothing is left")
 
 
 @pytest.mark.alone
@@ -105,7 +105,7 @@ def test_a_killed_worker_loses_at_most_its_last_interval(short_dir):
         late = sum(kill - 0.2 < answered < kill + 0.05 for kill in kills for answered in load.times)
         wait_for(lambda: gone_requests(service.port) >= load.answered - late, f"no more than {late} are lost")
         assert gone_requests(service.port) <= load.sent
-    wait_for(service.nothing_left, "nothing is left", 4)
+    wait_for(service.nothing_left, "nothing is left")
 
 
 def test_counts_of_a_worker_that_gunicorn_aborts_are_kept(short_dir):
@@ -135,7 +135,7 @@ def index():
             with contextlib.suppress(OSError, http.client.HTTPException):  # or it answers 500
                 get(service.port, "/slow")
         wait_for(lambda: stats(service).get("begun", {}).get("value") == 2000, "what it began is counted")
-    wait_for(service.nothing_left, "nothing is left", 4)
+    wait_for(service.nothing_left, "nothing is left")
 
 
 def test_an_application_that_cannot_be_loaded_leaves_nothing(short_dir):
@@ -146,7 +146,7 @@ def test_an_application_that_cannot_be_loaded_leaves_nothing(short_dir):
     service.command[service.command.index("--chdir") + 1] = str(short_dir)
     with service.running() as process:
         assert process.wait(20) != 0
-        wait_for(service.nothing_left, "nothing is left", 4)
+        wait_for(service.nothing_left, "nothing is left")
 
 
 def test_counts_from_preloading_count_once(short_dir):
@@ -176,7 +176,7 @@ app.wsgi_app = TapesMiddleware(app.wsgi_app)
             )  # fmt: skip
             wait_for(lambda: len(children(process.pid)) == 3, "all are there")
         assert stats(service)["seven"]["value"] == 7
-    wait_for(service.nothing_left, "nothing is left", 4)
+    wait_for(service.nothing_left, "nothing is left")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
@@ -221,7 +221,7 @@ def test_an_aggregator_of_root_belongs_to_the_workers_user(short_dir, preload):
         assert gone_requests(service.port) == 0
         process.terminate()
         process.wait(10)
-    wait_for(service.nothing_left, "nothing is left", 4)
+    wait_for(service.nothing_left, "nothing is left")
 
 
 HOOKS = """
@@ -264,7 +264,7 @@ def test_with_tapes_combines_hooks_with_those_of_tapes(short_dir):
         assert process.wait(10) == 0
     assert service.output().count("mine: on_starting") == 1
     assert service.output().count("mine: on_exit") == 1
-    wait_for(service.nothing_left, "nothing is left", 4)
+    wait_for(service.nothing_left, "nothing is left")
 
 
 def test_with_tapes_refuses_a_hook_that_tapes_does_not_have():
@@ -299,4 +299,4 @@ def test_gevent_workers_count_exactly_and_wait_for_no_aggregator(short_dir):
         both = load.answered + load2.answered
         wait_for(lambda: gone_requests(service.port) == both, f"{both} are counted")
         assert counts(service.port)
-    wait_for(service.nothing_left, "nothing is left", 4)
+    wait_for(service.nothing_left, "nothing is left")

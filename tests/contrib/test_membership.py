@@ -70,7 +70,7 @@ print(ask(app, "/metrics")[0])
 """
     address = f"ipc://{home.directory}/m.ipc"
     assert run(home, program, TAPES_ADDR=address) == "200"
-    wait_for(home.nothing_left, "nothing is left", 4)
+    wait_for(home.nothing_left, "nothing is left")
     assert run(home, program, TAPES_ADDR=address, TAPES_AUTOSTART="0") == "503"
 
 

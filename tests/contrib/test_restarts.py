@@ -36,7 +36,7 @@ def test_each_of_five_restarts_in_a_row_serves_on_its_http_port(short_dir):
             wait_for(lambda n=requests: own_count(http) == n, "the port is served by this run", 5)
             process.terminate()
             assert process.wait(10) == 0
-    wait_for(service.nothing_left, "no process and no file is left", 4)
+    wait_for(service.nothing_left, "no process and no file is left")
 
 
 BY_HAND = """
@@ -64,9 +64,10 @@ def test_an_aggregator_by_hand_can_be_restarted_at_its_address(short_dir, addres
             assert json.loads(get(http, "/")[2])["c"]["value"] == n
             process.send_signal(signal.SIGKILL)
             process.wait()
-    wait_for(lambda: not mentions(str(short_dir)), "no process is left", 4)
+    wait_for(lambda: not mentions(str(short_dir)), "no process is left")
 
 
+@pytest.mark.alone  # the process has to join within the 2 s
 def test_an_idle_aggregator_that_another_process_joins_listens_again(short_dir):
     """If a process joins within the 2 s of grace, the aggregator listens again, with all that it counted."""
     home, http = Home(short_dir), free_port()
@@ -77,7 +78,7 @@ def test_an_idle_aggregator_that_another_process_joins_listens_again(short_dir):
     wait_for(lambda: not listens(http), "it does not listen any more", 1)
     with home.running([sys.executable, "-c", f"{command[-1]}; import signal; signal.pause()"], **environment):
         wait_for(lambda: json.loads(get(http, "/")[2])["c"]["value"] == 2, "it listens again", 5)
-    wait_for(home.nothing_left, "nothing is left", 4)
+    wait_for(home.nothing_left, "nothing is left")
 
 
 def listens(port: int) -> bool:
@@ -86,6 +87,7 @@ def listens(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.alone  # the port has to become free within the 4 s
 def test_a_start_waits_for_a_port_that_becomes_free_within_four_seconds(short_dir):
     """A start waits up to 4 s for TAPES_HTTP's port; meanwhile other workers connect and read."""
     home = Home(short_dir)
@@ -108,4 +110,4 @@ def test_a_start_waits_for_a_port_that_becomes_free_within_four_seconds(short_di
         wait_for(lambda: "up" in (short_dir / "output.log").read_text(), "it has started", 10)
         assert json.loads(get(http, "/")[2])["c"]["value"] == 10
         process.terminate()
-    wait_for(home.nothing_left, "nothing is left", 4)
+    wait_for(home.nothing_left, "nothing is left")

@@ -113,7 +113,7 @@ print(r.urlopen('http://127.0.0.1:$PORT/?format=prometheus').read().decode().cou
         arguments = ["run", "--http", str(port), "--statsd", statsd, "--", "sh", "-ec", script]
         done = home.run([TAPES, *arguments], PYTHON=sys.executable, PORT=str(port))
         assert done[:2] == (0, "1\n")
-        wait_for(home.nothing_left, "the aggregator has left", 4)
+        wait_for(home.nothing_left, "the aggregator has left")
         receiver.setblocking(False)
         lines = []
         with contextlib.suppress(BlockingIOError):

@@ -103,7 +103,7 @@ def test_reloads_under_load_count_exactly(short_dir, mode):
         assert service.are_up(3 * imports)  # so is what was counted at import
         process.terminate()
         process.wait(10)
-    wait_for(service.nothing_left, "nothing is left", 4)
+    wait_for(service.nothing_left, "nothing is left")
 
 
 @pytest.mark.parametrize("mode", ["no threads", "lazy, threads"])
@@ -118,7 +118,7 @@ def test_uwsgi_without_a_master_counts_its_requests(short_dir, mode):
         wait_for(lambda: service.counted() == 5, "all requests are counted")
         process.send_signal(signal.SIGINT)
         process.wait(10)
-    wait_for(service.nothing_left, "nothing is left", 10)
+    wait_for(service.nothing_left, "nothing is left")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -134,7 +134,7 @@ def test_requests_of_recycled_workers_count_exactly(short_dir, mode):
         assert [service.counted() for _ in range(12)] == [load.answered] * 12
         process.terminate()
         process.wait(10)
-    wait_for(service.nothing_left, "nothing is left", 4)
+    wait_for(service.nothing_left, "nothing is left")
 
 
 REPORTING = """

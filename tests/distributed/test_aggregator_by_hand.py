@@ -94,6 +94,7 @@ def test_only_the_user_can_access_the_sockets_and_the_lock(service):
         assert stat.S_IMODE((short_dir / name).stat().st_mode) & 0o077 == 0
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_within_four_seconds(service, number):
     """When the parent exits or is killed, its aggregator exits within 4 s and removes its files."""

@@ -7,6 +7,8 @@ import multiprocessing
 import threading
 import time
 
+import pytest
+
 import tapes
 from tapes.exposition import render
 from tests.processes import connected, wait_for
@@ -20,6 +22,7 @@ def record_and_exit(address: str, took: multiprocessing.SimpleQueue) -> None:
     took.put(time.monotonic() - start)
 
 
+@pytest.mark.alone
 def test_goodbyes_do_not_wait_behind_readers(address):
     """While eight readers never pause, workers close within 1 s each and all of them are counted."""
     with connected(address) as registry:

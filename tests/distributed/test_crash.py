@@ -15,6 +15,8 @@ from tests.contrib.services import Service, gone_requests, has_ended
 from tests.distributed import crashing
 from tests.processes import ROOT, children, get, wait_for
 
+pytestmark = pytest.mark.alone  # they measure how soon all values are exact again
+
 WORKERS, CHILDREN, EVENTS = 16, 64, 150
 ANSWERS_SECONDS = 5.0
 """Maximum seconds until all values are exact again."""

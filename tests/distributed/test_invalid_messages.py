@@ -174,6 +174,7 @@ def test_a_client_of_the_same_or_an_older_version_cannot_replace_the_aggregator(
     assert service.aggregator == aggregator
 
 
+@pytest.mark.alone
 def test_connections_that_are_no_zmtp_change_nothing(service):
     """Connections that send no ZMTP, half a greeting or nothing change nothing; a ZMTP 1.0 message counts."""
     aggregator, before = service.aggregator, rejected(service)

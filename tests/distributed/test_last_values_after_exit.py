@@ -92,7 +92,7 @@ def service(short_dir, monkeypatch) -> Iterator[Service]:
             worker.wait()
             for pipe in (worker.stdin, worker.stdout):
                 pipe.close()
-        wait_for(lambda: not list(short_dir.glob("m.ipc*")), "no file is left", 10)
+        wait_for(lambda: not list(short_dir.glob("m.ipc*")), "no file is left")
 
 
 @pytest.mark.parametrize("how", ["return", "kill"])

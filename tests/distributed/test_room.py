@@ -67,8 +67,12 @@ def test_a_worker_with_little_memory_answers_every_request(home, megabytes):
     with running(command, cwd=home.directory, **home.environment):
         wait_for(lambda: get(port, "/")[0] == 200, "it is up")
         assert [get(port, "/")[0] for _ in range(40)] == [200] * 40
-        status, _, body = get(port, "/metrics")
-        assert status == 200 or (status == 503 and b"; " in body)
+
+        def answers_or_explains():
+            status, _, body = get(port, "/metrics")
+            return status == 200 or (status == 503 and b"; " in body)
+
+        wait_for(answers_or_explains, "the worker has joined, or shows why it can't")
         log = (home.directory / "output.log").read_text()
         assert log.count("Booting worker") == 2, log
         assert "src/" not in log, log

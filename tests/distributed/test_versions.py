@@ -283,7 +283,7 @@ def test_connecting_workers_of_a_newer_release_replace_an_older_aggregator(home)
         assert "Traceback" not in errors
         process.terminate()
         process.wait(5)
-    wait_for(lambda: not list(home.directory.glob("m.ipc*")), "no file is left", 6)
+    wait_for(lambda: not list(home.directory.glob("m.ipc*")), "no file is left")
 
 
 def test_reads_of_a_newer_worker_explain_an_older_aggregator_by_hand(home):
@@ -307,4 +307,4 @@ def test_reads_of_a_newer_worker_explain_an_older_aggregator_by_hand(home):
         assert crashing.aggregator(home.directory / "m.ipc.lock") == pid
         process.terminate()
         process.wait(5)
-    wait_for(lambda: not list(home.directory.glob("m.ipc*")), "no file is left", 4)
+    wait_for(lambda: not list(home.directory.glob("m.ipc*")), "no file is left")

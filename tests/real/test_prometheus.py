@@ -206,7 +206,7 @@ def run() -> Iterator[Run]:
             with prometheus.running():
                 prometheus.wait_until_up()
                 yield drive(service, prometheus, master.pid)
-        wait_for(service.home.nothing_left, "no process and no file is left", 6)
+        wait_for(service.home.nothing_left, "no process and no file is left")
 
 
 def drive(service: Service, prometheus: Prometheus, master: int) -> Run:

@@ -18,7 +18,7 @@ SECONDS = 10
 PER_SECOND = 40
 REQUESTS = SECONDS * PER_SECOND
 
-pytestmark = pytest.mark.needs("prometheus")
+pytestmark = [pytest.mark.needs("prometheus"), pytest.mark.alone]  # it scrapes once a second
 
 APPLICATION = """
 import tapes
@@ -73,7 +73,7 @@ def test_prometheus_sees_no_reset_and_no_spike(short_dir):
         assert_no_resets(prometheus)
         assert_rates_follow_the_load(prometheus, client)
         assert f"hits_total {REQUESTS}\n" in get(own_port, "/metrics", Accept="text/plain")[2].decode()
-    wait_for(home.nothing_left, "nothing is left", 6)
+    wait_for(home.nothing_left, "nothing is left")
     assert "tapes can't" not in (short_dir / "output.log").read_text()
 
 
