@@ -57,7 +57,7 @@ def _make(folder: pathlib.Path) -> None:
     partial.mkdir(parents=True)
     packages = ",".join(f"python{version}-venv" for version in NEWEST)
     options = ["--variant=minbase", f"--include={packages}", "sid", str(partial), _MIRROR]
-    # In a namespace too: debootstrap mounts /proc, and leaves it mounted when it is interrupted.
+    # In a mount namespace of its own: debootstrap mounts /proc, and leaves it mounted when it is interrupted.
     done = _run("unshare", "--mount", *_debootstrap(), *options)
     if done.returncode:
         raise Unavailable(f"debootstrap failed:\n{done.stdout[-2000:]}")

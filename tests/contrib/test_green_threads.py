@@ -113,7 +113,7 @@ read(40)
 before = descriptors()
 read(60)
 print("left open", descriptors() - before)
-os._exit(0)  # the producer that hangs
+os._exit(0)  # without waiting for the producer that hangs
 """
 
 

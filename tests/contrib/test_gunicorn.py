@@ -18,7 +18,7 @@ CLASSES = {
     "sync": ["-w", "4"],
     "gthread": ["-w", "4", "-k", "gthread", "--threads", "4"],
 }
-REQUESTS = {  # path: requests, and the series that they are
+REQUESTS = {  # path: number of requests, and their series
     "/": (6000, ("GET", "/", "200")),
     "/articles/7": (3000, ("GET", "/articles/<int:number>", "200")),
     "/articles/901": (4000, ("GET", "/articles/<int:number>", "404")),
@@ -92,7 +92,7 @@ def test_promtool_accepts_the_metrics_of_gunicorn(short_dir):
         (signal.SIGINT, False),
         (signal.SIGINT, True),
         (signal.SIGQUIT, False),
-        (signal.SIGKILL, True),  # of the master alone, gunicorn's idle workers go on for 15 s
+        (signal.SIGKILL, True),  # if only the master is killed, gunicorn's idle workers run for 15 s
     ],
 )
 def test_gunicorn_exits_cleanly_and_leaves_nothing(short_dir, number, whole_group):
@@ -103,7 +103,7 @@ def test_gunicorn_exits_cleanly_and_leaves_nothing(short_dir, number, whole_grou
         get(service.port, "/")
         aggregators = [pid for pid in mentions(str(service.private)) if pid not in session(process.pid)]
         assert len(aggregators) == 1
-        # A worker that is still in its last request would log gunicorn's own SystemExit.
+        # A worker that still handles its last request would log gunicorn's own SystemExit.
         seen = [""]
         wait_for(lambda: seen.append(cpu_times(process.pid)) or seen[-1] == seen[-2], "it is idle")
         for pid in session(process.pid) if whole_group else [process.pid]:

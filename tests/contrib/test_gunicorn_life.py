@@ -169,7 +169,7 @@ app.wsgi_app = TapesMiddleware(app.wsgi_app)
             wait_for(lambda: stats(service).get("seven", {}).get("value") == 7, "seven are seven")
             assert stats(service)["five"]["value"] == 5
             before = children(process.pid)
-            # One that is just being born does not mind the first TERM.
+            # A worker that is just starting ignores the first SIGTERM.
             wait_for(
                 lambda b=before: not [signal_to(p, signal.SIGTERM) for p in b & children(process.pid)],
                 "the workers are new",

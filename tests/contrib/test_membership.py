@@ -11,7 +11,7 @@ from tests.processes import wait_for
 PROLOGUE = """
 import io, json, os, sys, threading
 import tapes
-pid = os.fork()  # what the processes have in common
+pid = os.fork()  # so that the program has a parent, which identifies the service
 if pid:
     os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 from tapes.contrib.wsgi import TapesMiddleware

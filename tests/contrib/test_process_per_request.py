@@ -59,7 +59,7 @@ def test_each_request_of_a_forking_server_is_counted(home, server, has_address):
     if has_address:
         command = [sys.executable, "-m", "tapes", "run", "--", *command]
     with home.running(command):
-        # The first request starts the aggregator, unless that is there; a metrics request counts nothing.
+        # The first request starts the aggregator, unless there is one. A request for metrics is not counted.
         wait_for(lambda: get(port, "/metrics")[0] == 200, "the server is up")
         for _ in range(30):
             assert get(port, "/")[0] == 200

@@ -56,7 +56,7 @@ signal.pause()
 def test_an_aggregator_by_hand_can_be_restarted_at_its_address(short_dir, address):
     """A program that is killed and started at once starts its aggregator at the same address and port."""
     http, port = free_port(), free_port()
-    free_port()  # the one for reads
+    free_port()  # the next port is that for reads
     for n in range(1, 5):
         command = [sys.executable, "-c", BY_HAND, str(http), address.format(port=port), str(n)]
         with running(command, cwd=short_dir) as process:

@@ -52,7 +52,7 @@ SERVERS = {
 }
 KILL_THEIR_WORKERS = {
     "uwsgi": "runs no hook in a worker that it ends while it is busy, as it is for a moment after an answer",
-    "hypercorn": "at TERM, when the first worker has ended, sends TERM to the others, and that is their end",
+    "hypercorn": "at SIGTERM, when the first worker has exited, kills the others by SIGTERM",
 }
 ROUTES = {
     "fastapi_app": "/hello/{name}", "starlette_app": "/hello/{name}", "litestar_app": "/hello/{name}",
@@ -129,9 +129,9 @@ def test_one_line_makes_all_workers_show_exact_counts(home, server):
         wait_for(lambda: counts(port) == expected, f"it is counted: {expected}")
         assert [counts(port) for _ in range(16)] == [expected] * 16
 
-        if server != "tornado":  # which knows no reload
+        if server != "tornado":  # it has no reload
             process.send_signal(signal.SIGHUP)
-            # Not only: new ones answer. An old one that is about to end resets what it has accepted.
+            # New workers answer earlier; but an old one that is about to exit resets its connections.
             wait_for(lambda: all(has_ended(int(pid)) for pid in before), "the old workers have ended")
             assert not workers(port) & before
             wait_for(lambda: counts(port) == expected, "nothing was lost")
@@ -143,7 +143,7 @@ def test_one_line_makes_all_workers_show_exact_counts(home, server):
 
         for _ in range(20):
             assert get(port, "/hello/bob")[0] == 200
-        if server == "tornado":  # of which the parent alone was ended, and its children know no end but this
+        if server == "tornado":  # the signal ends only the parent, so its children get their own
             process.terminate()
             process.wait(15)
             for pid in before:
@@ -163,7 +163,7 @@ import tapes.distributed.worker.publisher
 tapes.distributed.worker.publisher.INTERVAL_SECONDS = 60.0
 app = importlib.import_module(os.environ["APPLICATION"]).app
 """
-# Tornado's processes are ended one by one.
+# Tornado's processes have to be ended one by one.
 LEAVING = [server for server in SERVERS if server != "tornado" and not kills_its_workers(server)]
 
 
@@ -268,11 +268,11 @@ def test_a_stopped_aggregator_makes_metrics_a_503_in_time(home, server):
                     assert get(port, "/hello/bob")[0] == 200
                     answered += 1
                 (status, headers, text), seconds = reader.result()
-                # The best of some: the machine may be busy, the limit is one wait and not two.
+                # The best of three, as the machine may be busy. The limit is one timeout, not two.
                 assert min(seconds, *(timed(get, port, "/metrics")[1] for _ in range(2))) < 1.5
             assert (status, headers["Content-Type"]) == (503, "text/plain; charset=utf-8")
             assert b"did not answer" in text
-            assert answered > 10  # the application does not wait
+            assert answered > 10  # the application did not wait
         finally:
             signal_to(aggregator, signal.SIGCONT)
         wait_for(lambda: get(port, "/metrics")[0] == 200, "it answers again")
@@ -285,8 +285,9 @@ def test_the_tasks_of_celery_are_counted(home):
     http, mailbox = free_port(), home.directory / "mail"
     mailbox.mkdir()
     home.environment["MAILBOX"] = str(mailbox)
+    # The tasks are sent before the worker starts, because kombu reads files that are half written.
     source = "import celery_app; [celery_app.send.delay(n) for n in range(100)]"
-    assert home.run([sys.executable, "-c", source])[0] == 0  # first: kombu reads files that are half written
+    assert home.run([sys.executable, "-c", source])[0] == 0
     celery = "celery -A celery_app worker --concurrency 2 --loglevel WARNING --max-tasks-per-child 20"
     with home.running(command(celery, 0), TAPES_HTTP=str(http)) as process:
 

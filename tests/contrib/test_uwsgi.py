@@ -96,11 +96,11 @@ def test_reloads_under_load_count_exactly(short_dir, mode):
                 wait_for(lambda n=3 * number: service.workers("retired") == n, "the old workers leave")
                 wait_for(lambda n=number + 1: service.are_up(n * imports), "there are new ones")
                 load.wait_for_requests()
-        # Without a thread the last request of a worker may be on its way when uWSGI ends it without a hook.
+        # Without a thread, uWSGI may end a worker without a hook before its last request is published.
         on_their_way = 0 if mode == "threads" else 8
         wait_for(lambda: service.counted() >= load.answered - on_their_way, f"{load.answered} are counted")
         assert service.counted() <= load.sent
-        assert service.are_up(3 * imports)  # so is what was counted at import
+        assert service.are_up(3 * imports)  # events from import are counted too
         process.terminate()
         process.wait(10)
     wait_for(service.nothing_left, "nothing is left")
@@ -146,7 +146,7 @@ class Noting(ScheduledReporter):
         with open("reports", "a") as file:
             file.write(f"{os.getpid()} {self.registry.get_stats().n.value}\\n")
 
-for number in range(300):  # a first report that takes its time
+for number in range(300):  # so that the first report takes long
     tapes.timer("t", number=number).update(1)
 tapes.counter("n").increment(5)
 Noting(datetime.timedelta(milliseconds=50)).start()
@@ -171,7 +171,7 @@ def test_a_reporter_that_is_started_at_import_reports_in_every_worker(short_dir,
 
     with service.running():
         pids = [wait_for(lambda: get(service.port, "/"), "uWSGI is up")[2].decode() for _ in range(20)]
-        if mode:  # without Python threads, a thread runs when a request does
+        if mode:  # without Python threads, a thread runs only during a request
             wait_for(
                 lambda: sum(reported().values()) == 5 * len(reported()) + 20 and len(reported()) == 3,
                 "every worker has reported",

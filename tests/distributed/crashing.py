@@ -75,7 +75,7 @@ class Recorder:
         real = time.monotonic()
         seconds = min(real, self._began - BEFORE_SECONDS + PACE * (real - self._began))
         if tick_at(seconds) > tick_at(_clock.seconds):
-            tapes.histogram("h").collect()  # whose values count as of the moment they are collected
+            tapes.histogram("h").collect()  # a histogram's values count as of their collection
         _clock.seconds = seconds
         os.write(self._log, _LOGGED.pack(real, seconds, value))
         tapes.counter("c").increment()

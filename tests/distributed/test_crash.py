@@ -159,7 +159,10 @@ def test_values_after_kills_equal_those_of_one_undisturbed_registry(service_of, 
         assert 4 <= service.starts() <= 6
     else:
         assert output.count("another one is started") == 4
-    assert output.count("takes the place of one that ended") in (3, 4)  # the second may not have come so far
+    assert output.count("takes the place of one that ended") in (
+        3,
+        4,
+    )  # the second may die before
 
 
 def test_a_worker_after_a_crash_without_workers_finds_all_totals(service_of):
@@ -215,7 +218,7 @@ def test_a_worker_killed_with_the_aggregator_loses_at_most_two_seconds(service_o
     """A worker killed together with the aggregator loses at most its last 2 s; other workers lose nothing."""
     service = service_of("victims", form, 4)
     with service.running() as process:
-        # Longer than what may be lost, so that losing all of it would be noticed.
+        # Longer than the events that may be lost, so that a loss of all of them would be noticed.
         wait_for(
             lambda: (found := service.events("0")) and found[-1].real - found[0].real > LOST_SECONDS + 1,
             "the workers have recorded for a while",

@@ -27,7 +27,7 @@ tapes.gauge("limit", merge="max").set(10 - number)
 tapes.gauge("each", merge="each").set(number)
 tapes.counter("starts").increment()
 tapes.join()
-before = tapes.get_stats()  # with the read it is counted
+before = tapes.get_stats()  # a read publishes this process's events first
 if number < 4:
     os.execv(sys.executable, [sys.executable, *sys.argv, "again"])
 stats = tapes.get_stats()

@@ -84,11 +84,11 @@ def work(how):
         tapes.close()
         os._exit(0)
     if how == "kill":
-        tapes.get_stats()  # the aggregator has it: an interval has passed
+        tapes.get_stats()  # a read publishes the events
         os.kill(os.getpid(), signal.SIGKILL)
 
 ways = ("return", "sys.exit", "close", "kill")
-fork = multiprocessing.get_context("fork")  # others import this program again
+fork = multiprocessing.get_context("fork")  # the other start methods import this program again
 children = [fork.Process(target=work, args=(way,)) for way in ways]
 for child in children:
     child.start()

@@ -60,7 +60,7 @@ def slowest_call(worker):
     return worker.call("report")["slowest"]
 
 
-# Full tables of descriptors.
+# No free descriptors.
 
 
 def test_a_worker_without_free_descriptors_loses_nothing(service):
@@ -254,7 +254,7 @@ def test_a_worker_with_another_monotonic_clock_counts_exactly(service, offset):
     steady.exit()
 
 
-# Sockets that fail.
+# Failing sends.
 
 
 def io_thread(pid):

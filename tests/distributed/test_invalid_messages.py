@@ -66,7 +66,7 @@ def sockets(service, *kinds):
             made.append(context.socket(kind))
             made[-1].connect(service.address + ("" if kind == zmq.XPUB else ".read"))
             if kind == zmq.XPUB:
-                while made[-1].recv() != b"\x01":  # until its subscription is here, what is sent is dropped
+                while made[-1].recv() != b"\x01":  # before the subscription arrives, messages are dropped
                     pass
         yield made
 
@@ -141,7 +141,7 @@ def test_messages_that_are_not_of_the_protocol_are_rejected_and_counted(service,
             assert_rejected(service, before, len(published) + 2 * len(asked))
             memory.append(resident(aggregator))
     print("memory after each round:", memory)
-    assert memory[-1] < memory[0] + 15 * MEGABYTE  # of the 240 that came in large frames
+    assert memory[-1] < memory[0] + 15 * MEGABYTE  # 240 MB came in large frames
     assert not trap.exists()
     assert service.aggregator == aggregator
     assert "foreign" not in service.reader.call("names")
@@ -188,7 +188,7 @@ def test_connections_that_are_no_zmtp_change_nothing(service):
                 client = stack.enter_context(socket.socket(socket.AF_UNIX))
                 client.settimeout(5)
                 client.connect(str(service.directory / path))
-                with contextlib.suppress(OSError):  # it may have hung up
+                with contextlib.suppress(OSError):  # the aggregator may have closed the connection
                     client.sendall(sent)
         assert_rejected(service, before, 2)
         new = service.start_worker()

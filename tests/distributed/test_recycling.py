@@ -62,7 +62,7 @@ def test_overflowing_label_sets_of_live_workers_count_exactly(reader, address, s
         worker.close()
     assert sum(series.value for series in reader.snapshot().series("c")) == 6000
     assert len(reader.snapshot().series("c")) == 2001
-    # More are allowed as soon as one worker allows more.
+    # The limit is the largest one of all workers.
     generous = DistributedRegistry(address, max_series=5000)
     generous.connect()
     for label in range(3000):

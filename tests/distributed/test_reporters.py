@@ -273,7 +273,7 @@ def test_a_faulty_receiver_disturbs_no_other_reporter(short_dir, receiver, conne
 """
         with aggregator(short_dir, reporters) as process:
             worker = connected[0]
-            for number in range(60):  # so few that a report does not overflow the receiver's buffer
+            for number in range(60):  # few enough that a report fits into the receiver's buffer
                 worker.histogram("h", n=number).update(number)
             worker.counter("c").increment(5)
             wait_for(lambda: receiver.counts().get("good.c") == 5, "the other one is reported")

@@ -29,7 +29,7 @@ class Prometheus:
         self.jobs = list(jobs)
         self.port = free_port()
         directory.mkdir()
-        (directory / "prometheus.yml").write_text(json.dumps(_configuration(target, jobs)))  # YAML has JSON
+        (directory / "prometheus.yml").write_text(json.dumps(_configuration(target, jobs)))  # JSON is YAML
 
     def running(self):
         command = [

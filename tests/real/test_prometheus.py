@@ -35,7 +35,7 @@ WORKERS = 4
 pytestmark = [
     pytest.mark.needs("prometheus", "promtool"),
     pytest.mark.timeout(120 + 2 * SECONDS),
-    pytest.mark.alone,  # it scrapes once a second, and may not miss an answer
+    pytest.mark.alone,  # Prometheus scrapes once a second, and no scrape may fail
 ]
 
 APPLICATION = """
@@ -79,7 +79,7 @@ class Parcel(NamedTuple):
 
     @property
     def path(self) -> str:
-        # Floats are read back as what they were.
+        # repr() of a float is parsed to the same float.
         return f"/parcels/{self.carrier}?items={self.items}&size={self.size!r}&seconds={self.seconds!r}"
 
 
