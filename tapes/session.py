@@ -30,7 +30,7 @@ from tapes.metrics import State
 from tapes.naming import Labels
 from tapes.snapshot import Snapshot
 
-__all__ = ["SHORTLY_SECONDS", "Connect", "LazySession", "LocalSession", "Session"]
+__all__ = ["SHORTLY_SECONDS", "Connect", "LazySession", "LocalSession", "Session", "address_for"]
 
 SHORTLY_SECONDS = 0.1
 """Seconds after a fork until a child connects that has something to report without recording anything."""
@@ -42,6 +42,14 @@ Connect = Callable[[], None]
 """Connects a registry to the service that this process belongs to, if there is one; may raise."""
 
 _log = logging.getLogger("tapes.registry")
+
+
+def address_for(registry: Any) -> str:
+    """Return where ``registry`` connects to: its own address or its service's; empty if none is known."""
+    try:
+        return getattr(registry, "socket_addr", None) or service_address()
+    except Exception:  # looking at the file system can fail, and must not break a recording call
+        return ""
 
 
 class Session:
@@ -208,7 +216,7 @@ class LocalSession(Session):
         else:
             child = LazySession(self.registry, self.connect, sleeps=True)
             self.registry.use(child)
-            if child.has_somewhere():
+            if address_for(self.registry):
                 child._open_shortly()
 
 
@@ -254,17 +262,6 @@ class LazySession(LocalSession):
                         self._is_connecting = self.is_pending = False
         return self.registry.session  # type: ignore[no-any-return]
 
-    def has_somewhere(self) -> bool:
-        """Return whether there is an address to connect to."""
-        try:
-            return bool(self.address())
-        except Exception:  # looking at the file system can fail, and must not break a recording call
-            return False
-
-    def address(self) -> str:
-        """Return where the registry connects to: its own address or its service's; empty if none is known."""
-        return getattr(self.registry, "socket_addr", None) or service_address()
-
     def woken(self) -> bool:
         """Connect in a thread, if there is a service; return whether the metric stays awake.
 
@@ -277,7 +274,7 @@ class LazySession(LocalSession):
         if now < self._look_at:
             return False
         shutdown.register(self._connect_now, shutdown.Phase.CONNECT)
-        if not self.has_somewhere():
+        if not address_for(self.registry):
             self._look_at = now + _MAX_PAUSE_SECONDS
             self._has_begun = self._may_search() and threads.can_run()
             if self._has_begun:
@@ -288,12 +285,6 @@ class LazySession(LocalSession):
         self._start_opening()
         return True
 
-    def request_ended(self, *, may_be_the_last: bool = False) -> None:
-        """Connect if that is pending, and publish."""
-        session = self.resolved()
-        if session is not self:
-            session.request_ended(may_be_the_last=may_be_the_last)
-
     def close(self) -> None:
         """Stop connecting; if a value was recorded, connect for the last time."""
         if self._has_begun:
@@ -302,12 +293,6 @@ class LazySession(LocalSession):
             super().close()
         else:
             self.registry.session.close()
-
-    def leave(self) -> None:
-        """Connect if that is pending, and leave."""
-        session = self.resolved()
-        if session is not self:
-            session.leave()
 
     def after_in_parent(self) -> None:
         """Called in the parent after a fork."""
@@ -328,7 +313,7 @@ class LazySession(LocalSession):
         """Look for a service later: a pool may have been made before its parent joined."""
 
         def look() -> None:
-            if self.has_somewhere():
+            if address_for(self.registry):
                 self._open_in_thread()
             else:
                 self._look_later(min(2 * seconds, _MAX_PAUSE_SECONDS))

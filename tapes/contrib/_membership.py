@@ -22,13 +22,13 @@ import time
 from typing import Any
 
 from tapes import forks, processes, shutdown, threads
-from tapes.environment import configured_address, is_disabled, is_spawned, may_start, service_address
+from tapes.environment import configured_address, is_disabled, is_spawned, may_start
 from tapes.errors import AggregatorUnavailable, TapesError
 from tapes.exposition.endpoint import Answer, answer, plain
 from tapes.fork_flag import fork_flag
 from tapes.registry import Registry
 from tapes.service import this_service
-from tapes.session import SHORTLY_SECONDS
+from tapes.session import SHORTLY_SECONDS, address_for
 
 __all__ = ["Membership", "is_one_of_several"]
 
@@ -121,7 +121,7 @@ class Membership:
         self._await_joining()
         self.join_again()
         try:
-            self._registry.session.leave()
+            self._registry.session.resolved().leave()
         except Exception:
             _log.exception("tapes could not send the last values of this process")
 
@@ -323,6 +323,6 @@ def _join(registry: Registry, is_hint: bool) -> None:
 
 def _connect(registry: Registry) -> None:
     """Connect the registry of a master to the aggregator of its workers."""
-    address = getattr(registry, "socket_addr", None) or service_address()
+    address = address_for(registry)
     if address:
         forks.import_module("tapes.distributed.connection").connect(registry, address)

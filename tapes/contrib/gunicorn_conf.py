@@ -74,7 +74,7 @@ def post_fork(server: _Any, worker: _Any) -> None:
 
 def worker_exit(server: _Any, worker: _Any) -> None:
     """Flush the worker's last values to the aggregator."""
-    _registry.session.leave()
+    _registry.session.resolved().leave()
 
 
 def on_exit(server: _Any) -> None:

@@ -67,7 +67,7 @@ def _leave_at_exit(uwsgi: Any) -> None:
         if former is not None:
             former()
         # Other threads of this worker answer requests until the process has exited.
-        tapes.default_registry.session.leave()
+        tapes.default_registry.session.resolved().leave()
 
     uwsgi.atexit = leave
 

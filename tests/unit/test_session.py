@@ -161,16 +161,3 @@ def test_the_flush_at_the_end_of_requests_outlasts_the_session(registry):
     registry.session.flush_per_request = True
     registry.use(Connected(registry))
     assert registry.session.flush_per_request
-
-
-def test_the_end_of_a_request_connects_a_lazy_session(registry):
-    """Where no thread runs, nothing else would publish what was recorded."""
-    ended = []
-
-    class Publishing(Connected):
-        def request_ended(self, *, may_be_the_last=False):
-            ended.append(may_be_the_last)
-
-    registry.use(LazySession(registry, lambda: registry.use(Publishing(registry)), sleeps=True))
-    registry.session.request_ended(may_be_the_last=True)
-    assert ended == [True]
