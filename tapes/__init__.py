@@ -2,11 +2,11 @@
 
 Any worker answers for the whole service, exactly, for little more than a method call.
 
-The functions of this module use one default registry. It is local until `join` or `connect` attaches it to an
-aggregator; from then on `get_stats` answers for every connected process. Where ``TAPES_ADDR`` is set, and in
-processes that a connected one forks or spawns, it connects by itself when its first metric is made or it is
-first read. Everything here is safe from any thread. Adapters, reporters and the aggregator are in modules of
-their own, imported when they are used.
+The functions of this module use one default registry. It is local until `join` or `connect` connects it to an
+aggregator; from then on `get_stats` answers for every connected process. If ``TAPES_ADDR`` is set, and in
+processes that a connected one forks or spawns, the first metric or the first read connects it. Everything
+here is safe from any thread. Adapters, reporters and the aggregator are in modules of their own, which are
+imported when you use them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tapes.session import LazySession, LocalSession
 from tapes.snapshot import Stats
 
 if TYPE_CHECKING:
-    # Programs that freeze applications find here what is imported when it is used.
+    # Tools that freeze applications find here what is imported later.
     from tapes.distributed import connection  # noqa: F401
     from tapes.distributed.aggregator import main  # noqa: F401
     from tapes.distributed.registry import DistributedRegistry as DistributedRegistry
@@ -66,7 +66,7 @@ timer = default_registry.timer
 
 
 def connect(addr: str | None = None) -> None:
-    """Connect the default registry to a running aggregator; children that it is forked into do so too.
+    """Connect the default registry to a running aggregator; forked children connect too.
 
     Args:
         addr: Where the aggregator listens; by default ``TAPES_ADDR`` from the environment, or
@@ -81,18 +81,18 @@ def connect(addr: str | None = None) -> None:
 
 
 def join(addr: str | None = None) -> None:
-    """Connect the default registry to the aggregator of its service, and start one if none is there.
+    """Connect the default registry to the aggregator of its service, and start one if none runs.
 
-    Whoever comes first starts it: a process of its own, which lives as long as any process of the service
-    and leaves 2 s after the last. Sets ``TAPES_ADDR`` for the processes that this one starts.
+    The first process starts it: a process of its own, which lives as long as any process of the service and
+    exits 2 s after the last. Sets ``TAPES_ADDR`` for the processes that this one starts.
 
-    ``TAPES_AUTOSTART=0`` forbids to start one, ``TAPES_DISABLED=1`` makes this do nothing;
-    ``TAPES_HTTP=PORT`` has the aggregator answer over HTTP, ``TAPES_STATSD=HOST:PORT`` report to StatsD.
+    With ``TAPES_AUTOSTART=0`` no aggregator is started; with ``TAPES_DISABLED=1`` this does nothing. With
+    ``TAPES_HTTP=PORT`` the aggregator answers over HTTP; with ``TAPES_STATSD=HOST:PORT`` it sends to StatsD.
 
     Args:
-        addr: Where to meet; by default ``TAPES_ADDR`` from the environment, or else a private directory that
-            all processes of the service find: those of one gunicorn, uWSGI, multiprocessing parent, or forked
-            from one process.
+        addr: The address of the aggregator; by default ``TAPES_ADDR`` from the environment, or else a private
+            directory that all processes of the service find: those of one gunicorn, uWSGI, multiprocessing
+            parent, or forked from one process.
 
     Raises:
         MissingExtra: If pyzmq or msgpack is not installed.
@@ -104,10 +104,10 @@ def join(addr: str | None = None) -> None:
 
 
 def close() -> None:
-    """Hand the default registry's last values to the aggregator and disconnect; nothing if not connected.
+    """Send the default registry's last values to the aggregator and disconnect; nothing if not connected.
 
-    What was handed over is counted there, so the registry starts again from zero; gauges stay. Takes 1 s at
-    most, if the aggregator doesn't answer.
+    They are counted there, so the registry starts again from zero; gauges stay. Takes at most 1 s, if the
+    aggregator doesn't answer.
     """
     default_registry.session.close()
 
@@ -116,7 +116,7 @@ def __dir__() -> list[str]:
     return [*__all__, "DistributedRegistry", "__version__"]
 
 
-if not TYPE_CHECKING:  # for which every name would be there
+if not TYPE_CHECKING:  # a type checker would take every name for one of the module
 
     def __getattr__(name: str) -> Any:
         if name == "DistributedRegistry":
@@ -147,8 +147,8 @@ def _connect_from_environment() -> None:
     if address:
         try:
             connect(address)
-        except Exception as error:  # it may be the import of the user's application that comes here
-            _log.warning("tapes can't connect as the environment says: %s", error)
+        except Exception as error:  # the import of the user's application must not fail
+            _log.warning("tapes can't connect as configured by the environment: %s", error)
 
 
 _log = logging.getLogger("tapes")

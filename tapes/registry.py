@@ -39,13 +39,13 @@ _log = logging.getLogger("tapes.registry")
 class Registry(Makers):
     """Makes metrics, keeps them, and answers for their values.
 
-    The same name and labels give the same metric, whoever asks. All methods are safe from any thread.
+    The same name and labels give the same metric. All methods are safe from any thread.
 
     Args:
         prefix: Put before every name, with a dot.
         labels: Labels of every series of this registry.
         clock: Seconds that never go backwards; for tests.
-        max_series: How many label sets a name may have; what comes after them goes to ``overflow="true"``.
+        max_series: Maximum number of label sets of a name; further ones share ``overflow="true"``.
 
     Example:
         >>> import tapes
@@ -101,10 +101,10 @@ class Registry(Makers):
     def describe(
         self, name: str, text: str, *, unit: str | None = None, buckets: Sequence[float] = ()
     ) -> None:
-        """Say what a metric means, for those who read its exposition.
+        """Set the help text of a metric, and how it is exposed.
 
         Args:
-            name: The metric's name; it need not exist yet.
+            name: The metric's name; the metric need not exist yet.
             text: One sentence.
             unit: The unit of its values, such as ``"bytes"``; timers are always in seconds.
             buckets: Upper bounds for Prometheus, ascending; nothing recorded is lost by changing them.
@@ -113,9 +113,9 @@ class Registry(Makers):
         self.structure_token = object()
 
     def remove(self, name: str, *, labels: Mapping[str, Any] | None = None, **more_labels: Any) -> bool:
-        """Forget one series, and what it counted; return whether it was there.
+        """Remove one series with its count; return whether it existed.
 
-        A metric object that somebody still holds goes on recording, but nobody reads it any more.
+        A metric object that your code still holds can record, but no reader sees its values.
         """
         full_name = self._prefix + check_name(name)
         metrics = self._catalogue.get(full_name)
@@ -139,7 +139,7 @@ class Registry(Makers):
         return self.snapshot().stats()
 
     async def get_stats_async(self) -> Stats:
-        """Return what `get_stats` does, to an event loop that goes on meanwhile (asyncio; trio by anyio)."""
+        """Return what `get_stats` does, without blocking the event loop (asyncio; trio by anyio)."""
         return await threads.run_in_thread(self.get_stats)
 
     def snapshot(self) -> Snapshot:
@@ -157,7 +157,7 @@ class Registry(Makers):
         return Snapshot(families, self._memory)
 
     def metrics(self) -> Iterator[Metric]:
-        """Yield every metric; the counter of bad values last, as those are found when others are folded."""
+        """Yield every metric; the counter of bad values comes last, as folding the others finds them."""
         for _, every in self._by_name():
             yield from every
 
@@ -195,7 +195,7 @@ class Registry(Makers):
         self.session.after_in_child()
 
     def descriptions(self) -> dict[str, Description]:
-        """Return what was said of each name."""
+        """Return the description of each name."""
         return dict(self._described)
 
     def reject(self, name: str, labels: Labels, value: Any, why: str) -> None:
@@ -203,7 +203,7 @@ class Registry(Makers):
         self._rejections.reject(name, labels, value, why)
 
     def own(self, kind: type[M], name: str, **labels: str) -> M:
-        """Return a metric about tapes itself: it has none of the prefix and the labels of this registry."""
+        """Return a metric about tapes itself, without the prefix and the labels of this registry."""
         return self._make(kind, name, canonical_labels(labels, {}), {"mode": "sum"} if kind is Gauge else {})
 
     def _all_labels(self, labels: Mapping[str, Any] | None, more: Mapping[str, Any]) -> Labels:
@@ -238,7 +238,7 @@ class Registry(Makers):
         self.reject(metric.name, metric.labels, value, why)
 
     def recipe(self, metric: Metric | None = None) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Return what gives ``metric``, or this registry, in the process that unpickles it."""
+        """Return what makes ``metric``, or this registry, in the process that unpickles it."""
         if self is not default_registry:
             raise InvalidArgument(
                 "a metric can't be pickled" if metric else "a registry can't be pickled",
@@ -268,7 +268,7 @@ def _of_default_registry(
 def _default_registry() -> Registry:
     try:
         return Registry(labels=configured_labels())
-    except TapesError as error:  # it is the import of the user's application that comes here
+    except TapesError as error:  # the import of the user's application must not fail
         _log.warning("tapes records without the labels of %s: %s", LABELS, error)
         return Registry()
 

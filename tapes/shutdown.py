@@ -1,11 +1,9 @@
-"""The end of a process: what is done while it still can be.
+"""What tapes does when a process exits, in the order of `Phase`.
 
-One list for the ends of the interpreter and of a child of multiprocessing, which runs no ``atexit``, so that
-things are done in their order: reports come before goodbyes.
-
-Both come after the end of the process's threads, for which Python waits: before ``atexit`` in the
-interpreter's own end, and after the finalizers in a child of multiprocessing. The latter has no hook, so the
-function of `threading` that waits is wrapped.
+One list serves the exit of the interpreter and that of a child of multiprocessing, which runs no ``atexit``.
+Both run the list after the process's threads have ended. Python waits for these before ``atexit``, and after
+the finalizers in a child of multiprocessing. The child has no hook at that point, so the function of
+`threading` that waits is wrapped.
 """
 
 from __future__ import annotations
@@ -49,14 +47,14 @@ def unregister(action: Callable[[], object]) -> None:
 
 def _end() -> None:
     interruption: BaseException | None = None
-    while _actions:  # one of them may bring another
+    while _actions:  # an action may register another one
         action, _ = min(_actions.copy().items(), key=itemgetter(1))
         if _actions.pop(action, None) is None:  # another thread was faster
             continue
         try:
             action()
-        except Exception:  # one of them must not keep the others from it
-            _log.exception("tapes could not do what it does at the end of a process")
+        except Exception:  # the others run all the same
+            _log.exception("tapes: an action at the exit of the process failed")
         except BaseException as error:
             interruption = error
     if interruption is not None:
@@ -64,7 +62,7 @@ def _end() -> None:
 
 
 def _end_after_threads() -> None:
-    """Have `_end` called in a child of multiprocessing, when all of its threads have ended."""
+    """Have `_end` called in a child of multiprocessing when all of its threads have ended."""
     waits: Callable[[], None] = threading._shutdown  # type: ignore[attr-defined]
 
     @functools.wraps(waits)

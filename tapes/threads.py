@@ -1,7 +1,8 @@
-"""Locks and threads of the operating system, also where gevent has put its own in their place.
+"""Locks and threads of the operating system, also where gevent or eventlet has replaced them.
 
-The publisher's thread and the application's greenlets share locks that are held for a computation and never
-over a wait. That needs real ones: a greenlet's lock would switch to the hub of whichever thread asks.
+The publisher's thread and the application's greenlets share locks, which are held during a computation and
+never during a wait. These must be locks of the operating system: a greenlet's lock would switch to the hub of
+the calling thread.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def unpatched(module: str, name: str) -> Any:
 
 
 def run_in_hub_pool(function: Callable[[], T]) -> T:
-    """Return what ``function`` returns; its waiting holds up no greenlet."""
+    """Return what ``function`` returns; while it waits, greenlets run on."""
     if not is_patched() or in_native_thread():
         return function()
     if _is_patched_by_eventlet("thread"):
@@ -63,7 +64,7 @@ def run_in_hub_pool(function: Callable[[], T]) -> T:
 
 
 def _beside_eventlet(function: Callable[[], T]) -> T:
-    """Return what ``function`` returns in a thread of its own; eventlet's pool does not survive a fork."""
+    """Return what ``function`` returns in a thread; eventlet's own pool does not survive a fork."""
     hubs: Any = importlib.import_module("eventlet.hubs")
     results: list[T] = []
     errors: list[BaseException] = []
@@ -108,12 +109,12 @@ def in_greenlets(calls: Sequence[Callable[[], object]], seconds: float) -> None:
 
 
 async def run_in_thread(function: Callable[[], T]) -> T:
-    """Return what ``function`` returns; it runs in a thread, and the event loop goes on."""
+    """Return what ``function`` returns in a thread; the event loop runs on."""
     anyio: Any = sys.modules.get("anyio")
     if anyio is None:
         asyncio: Any = importlib.import_module("asyncio")
         result: T = await asyncio.get_running_loop().run_in_executor(None, function)
-    else:  # it knows which loop this is; the application's own threads are not taken
+    else:  # anyio knows which loop this is; a limiter of its own takes no thread of the application
         run: Any = importlib.import_module("anyio.to_thread")
         result = await run.run_sync(function, limiter=anyio.CapacityLimiter(1))
     return result
@@ -128,8 +129,8 @@ def RLock() -> threading.RLock:  # noqa: N802 - it stands for the class
 class Monitor:
     """A re-entrant lock between threads, and waiting for a condition that it guards.
 
-    It looks at the condition again and again. A thread of the operating system can't notify a greenlet of
-    eventlet that waits in another one.
+    It polls the condition: a thread of the operating system can't notify a greenlet of eventlet that waits in
+    another one.
     """
 
     _SHORTEST_SECONDS, _LONGEST_SECONDS = 0.0005, 0.01
@@ -144,7 +145,7 @@ class Monitor:
         self._lock.release()
 
     def wait_for(self, condition: Callable[[], object], seconds: float) -> bool:
-        """Wait until ``condition`` holds; return whether it does. Others may have the lock meanwhile."""
+        """Wait until ``condition`` holds; return whether it does. The lock is free meanwhile."""
         lock: Any = self._lock
         deadline, pause = time.monotonic() + seconds, self._SHORTEST_SECONDS
         while not condition():
@@ -163,7 +164,7 @@ _native: set[int] = set()
 
 
 def in_native_thread() -> bool:
-    """Return whether it is a `NativeThread` that asks, which gevent knows nothing of."""
+    """Return whether the calling thread is a `NativeThread`, which gevent does not know."""
     return unpatched("_thread", "get_ident")() in _native
 
 
@@ -210,7 +211,7 @@ class NativeThread:
         return True
 
     def is_me(self) -> bool:
-        """Return whether it is the one that asks."""
+        """Return whether it is the calling thread."""
         ident: int = unpatched("_thread", "get_ident")()
         return self._ident == ident
 
@@ -226,9 +227,9 @@ class NativeThread:
 
 
 class Delayed:
-    """Calls ``action`` in a thread of its own, ``seconds`` after its start; a fork can pause it until then.
+    """Calls ``action`` in a thread, ``seconds`` after its start; a fork can pause it until then.
 
-    It takes no lock that another thread may hold. A forked child needs another one.
+    It takes no lock that another thread may hold. A forked child needs one of its own.
     """
 
     def __init__(self, action: Callable[[], None], seconds: float, name: str) -> None:
@@ -240,7 +241,7 @@ class Delayed:
         self._waits = False
 
     def start(self) -> None:
-        """Begin to wait; nothing where no thread can be started."""
+        """Begin to wait; does nothing if no thread can be started."""
         self._cancelled = unpatched("_thread", "allocate_lock")()
         self._cancelled.acquire()
         self._worker = NativeThread(self._run, self._name, is_bare=True)
@@ -273,9 +274,9 @@ def can_run() -> bool:
 
 
 def ends_with_a_hook() -> bool:
-    """Return whether a hook runs when this process ends in an orderly way.
+    """Return whether a hook runs when this process exits in an orderly way.
 
-    With several ``threads``, uWSGI runs none in a worker of which one thread is in a request.
+    With several ``threads``, uWSGI runs no hook in a worker while one of its threads is in a request.
     """
     options = under_uwsgi.options()
     return options is None or "threads" not in options
