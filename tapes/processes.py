@@ -26,15 +26,10 @@ _PROGRAM_SECONDS = 1.0
 
 
 class Process(NamedTuple):
-    """A process of this host; differs from a later one with the same pid.
-
-    Attributes:
-        pid: The pid.
-        started: When it started, in the kernel's clock ticks since boot; 0 if not known.
-    """
+    """A process of this host; differs from a later one with the same pid."""
 
     pid: int
-    started: int
+    started: int  # the kernel's clock ticks from boot to its start; 0 if not known
 
 
 def stat_fields(pid: int, *numbers: int) -> list[int]:

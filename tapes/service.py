@@ -53,15 +53,10 @@ _ROUNDS = 2000
 
 
 class Service(NamedTuple):
-    """A service.
+    """A service."""
 
-    Attributes:
-        root: Its supervisor: the process that all of its workers descend from.
-        description: A description of that process, for the log.
-    """
-
-    root: Process
-    description: str
+    root: Process  # its supervisor: the process that all of its workers descend from
+    description: str  # a description of that process, for the log
 
 
 def this_service() -> Service:
@@ -195,19 +190,12 @@ def directories(process: Process, uid: int) -> Iterator[str]:
 
 
 class _Listing(NamedTuple):
-    """The names of private directories in a directory.
-
-    Attributes:
-        names: The names.
-        changed: Modification time of the directory, in nanoseconds.
-        is_settled: Whether that time was old; otherwise a later change may have the same time.
-        valid_until: When the directory may be listed again: listing a large one is slow.
-    """
+    """The names of private directories in a directory."""
 
     names: list[str]
-    changed: int
-    is_settled: bool
-    valid_until: float
+    changed: int  # modification time of the directory, in nanoseconds
+    is_settled: bool  # that time was old; otherwise a later change may have the same time
+    valid_until: float  # when the directory may be listed again: listing a large one is slow
 
 
 _listings: dict[str, _Listing] = {}

@@ -23,17 +23,11 @@ _ATTEMPTS, _PAUSE_SECONDS = 20, 0.005
 
 @dataclass(frozen=True)
 class _Holder:
-    """The aggregator that holds a lock, or held it last, as its file describes it.
+    """The aggregator that holds a lock, or held it last, as its file describes it."""
 
-    Attributes:
-        pid: Its process; empty in a new file.
-        restartable: Whether workers start another aggregator after it dies.
-        supervised: Whether its parent process does so before them.
-    """
-
-    pid: bytes
-    restartable: bool
-    supervised: bool
+    pid: bytes = b""  # empty in a new file
+    restartable: bool = False  # workers start another aggregator after it dies
+    supervised: bool = False  # its parent process does so before them
 
     @classmethod
     def read(cls, fd: int) -> _Holder:
@@ -43,8 +37,7 @@ class _Holder:
 
     def write(self, fd: int) -> None:
         """Write the text of a lock file, in place: a full disk has no room for another file."""
-        words = [self.pid, b"restartable" * self.restartable, b"supervised" * self.supervised]
-        text = b"\n".join(filter(None, words))
+        text = self.pid + b"\nrestartable" * self.restartable + b"\nsupervised" * self.supervised
         os.pwrite(fd, text, 0)
         os.ftruncate(fd, len(text))
 
@@ -67,22 +60,19 @@ def is_supervised(endpoints: Endpoints) -> bool:
 
 def _inspect(endpoints: Endpoints) -> tuple[bool, _Holder]:
     """Return whether a process holds the lock, and which one holds it or held it last."""
-    unknown = _Holder(b"", restartable=False, supervised=False)
-    if endpoints.lock is None:
-        return False, unknown
     try:
-        fd = os.open(endpoints.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(endpoints.lock or "", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
-        return False, unknown
+        return False, _Holder()
     try:
         if not _is_trusted(fd):
-            return False, unknown
+            return False, _Holder()
         holder = _Holder.read(fd)
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True, holder
     except OSError:
-        return False, unknown
+        return False, _Holder()
     finally:
         unlock(fd)
     return False, holder
@@ -117,14 +107,9 @@ def unlock(fd: int) -> None:
 
 
 class Lock:
-    """The lock of the one aggregator that serves ``endpoints``.
+    """The lock of the one aggregator that serves ``endpoints``; `_Holder` describes the options.
 
     An abstract socket or a TCP port has no lock file: there the kernel refuses a second aggregator.
-
-    Args:
-        endpoints: Where the aggregator listens.
-        restartable: Whether workers start another aggregator after this one dies.
-        supervised: Whether its parent process does so before them.
 
     Attributes:
         predecessor_crashed: Whether the last holder died and has to be replaced.

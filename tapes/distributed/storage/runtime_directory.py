@@ -65,10 +65,13 @@ def choose_place(endpoints: Endpoints, user: User) -> Endpoints:
         if service.is_private(os.path.dirname(place.path or ""), user.uid):
             return place
     for place in places:
-        why_not = _make_private(os.path.dirname(place.path or ""), user)
-        if not why_not:
+        directory = os.path.dirname(place.path or "")
+        try:
+            _make_private(directory, user, is_new_place=True)
+        except OSError as error:
+            reasons.append(f"{os.path.dirname(directory)}: {error.strerror or error}")
+        else:
             return place
-        reasons.append(why_not)
     raise AggregatorUnavailable(
         f"there is no directory for the aggregator's sockets ({'; '.join(reasons)})",
         remedy="set XDG_RUNTIME_DIR or TMPDIR to a directory that user "
@@ -152,19 +155,22 @@ def _is_usable(place: Endpoints) -> bool:
     return os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK)
 
 
-def _make_private(directory: str, user: User) -> str:
-    """Make a private directory if it does not exist; return why it can't be used, or an empty text."""
-    parent = os.path.dirname(directory)
-    try:
-        if user.uid != os.geteuid() and not _is_open_to_all(parent):
-            return f"{parent} is closed to user {user.uid}"
-        with contextlib.suppress(FileExistsError):
-            _make(directory, user)
+def _make_private(directory: str, user: User, *, is_new_place: bool = False) -> None:
+    """Make a private directory if it does not exist; raises OSError if it can't be used.
+
+    Of a new place it is not known whether ``user`` can reach it, and whether files can be written to it.
+    """
+    if is_new_place and user.uid != os.geteuid() and not _is_open_to_all(os.path.dirname(directory)):
+        raise PermissionError(f"it is closed to user {user.uid}")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(directory, 0o700)
+        if user != User.ourselves():
+            with open_private(directory, os.geteuid()) as fd:  # no other user has replaced it
+                os.fchown(fd, *user)
+        if is_new_place:
             _check_room(directory)
-        found = os.lstat(directory)
-    except OSError as error:
-        return f"{parent}: {error.strerror or error}"
-    return "" if service.is_private_to(found, user.uid) else f"{directory} is not private to user {user.uid}"
+    if not service.is_private(directory, user.uid):
+        raise PermissionError(f"{directory} is not private to user {user.uid}")
 
 
 def _is_of_another(endpoints: Endpoints) -> bool:
@@ -191,22 +197,12 @@ def restore(endpoints: Endpoints, user: User) -> None:
     directory = private_directory(endpoints)
     if directory is not None:
         try:
-            with contextlib.suppress(FileExistsError):
-                _make(directory, user)
-            if not service.is_private(directory, user.uid):
-                raise PermissionError(f"{directory} is not private to user {user.uid}")
+            _make_private(directory, user)
         except OSError as error:
             raise AddressError(
                 f"the directory of {endpoints.publish} can't be made ({error.strerror or error})",
                 remedy="unset TAPES_ADDR, or set it to an address in a directory that exists",
             ) from None
-
-
-def _make(directory: str, user: User) -> None:
-    os.mkdir(directory, 0o700)
-    if user != User.ourselves():
-        with open_private(directory, os.geteuid()) as fd:  # no other user has replaced it
-            os.fchown(fd, *user)
 
 
 def _check_room(directory: str) -> None:

@@ -37,9 +37,8 @@ def fork(run: Callable[[], None], environment: dict[str, str], fd: int) -> None:
         fd: The descriptor that stays open.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # the child uses no lock that another thread may hold
+        # The child uses no lock that another thread may hold.
+        warnings.simplefilter("ignore", DeprecationWarning)
         pid = forks.fork_helper()
     if pid:
         os.waitpid(pid, 0)

@@ -131,14 +131,12 @@ def _python() -> str:
     name = (
         "pypy3" if sys.implementation.name == "pypy" else f"python{sys.version_info[0]}.{sys.version_info[1]}"
     )
-    for prefix in (sys.exec_prefix, sys.base_exec_prefix):
-        for found in (os.path.join(prefix, "bin", name), os.path.join(prefix, "bin", "python3")):
-            if os.access(found, os.X_OK):
-                return found
-    found_on_path = shutil.which(name)
-    if found_on_path is None:
+    prefixes = (sys.exec_prefix, sys.base_exec_prefix)
+    paths = (os.path.join(prefix, "bin", each) for prefix in prefixes for each in (name, "python3"))
+    found = next((path for path in paths if os.access(path, os.X_OK)), None) or shutil.which(name)
+    if found is None:
         raise AggregatorUnavailable(
             "no Python interpreter was found to run the aggregator",
             remedy=f"put {name} on the PATH, or start the service with: tapes run -- COMMAND",
         )
-    return found_on_path
+    return found

@@ -28,14 +28,10 @@ __all__ = ["Attachment", "Service", "attach", "choose_address", "ensure_aggregat
 class Attachment(enum.Enum):
     """The result of `attach`."""
 
-    ATTACHED = enum.auto()
-    """The aggregator lives as long as this process."""
-    UNANSWERED = enum.auto()
-    """The aggregator refused, or there was no reply in time."""
-    OLDER = enum.auto()
-    """The aggregator is of an older release and can't read the request."""
-    ABSENT = enum.auto()
-    """No aggregator holds the lock."""
+    ATTACHED = "the aggregator lives as long as this process"
+    UNANSWERED = "the aggregator refused, or there was no reply in time"
+    OLDER = "the aggregator is of an older release and can't read the request"
+    ABSENT = "no aggregator holds the lock"
 
 
 def ensure_aggregator(

@@ -78,7 +78,7 @@ class Restarter:
                 self._has_waited = True
                 self._due = time.monotonic() + _SUPERVISED_SECONDS
                 return
-            self._begin(lambda: _start(self._endpoints, needs_restart, "a worker that missed it"))
+            self._begin(lambda: _start(self._endpoints, needs_restart, "a worker whose aggregator died"))
         elif self._was_there and runtime_directory.is_removed(self._endpoints):
             self._begin(lambda: _start_elsewhere(self._endpoints))
 
@@ -103,15 +103,14 @@ class Restarter:
 
         # A random share, so that workers whose attempts fail don't all try again at once.
         self._due = time.monotonic() + self._pause * random.uniform(1.0, 1.5)
-        if not threads.can_run():
-            run()
-            return
-        self._thread = threads.NativeThread(run, "tapes-restarter")
-        try:
-            self._thread.start()
-        except RuntimeError:
-            self._thread = None
-            run()
+        if threads.can_run():
+            self._thread = threads.NativeThread(run, "tapes-restarter")
+            try:
+                self._thread.start()
+                return
+            except RuntimeError:
+                self._thread = None
+        run()
 
 
 def replace(endpoints: Endpoints) -> bool:

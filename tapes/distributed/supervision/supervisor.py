@@ -110,10 +110,8 @@ class Supervisor:
                 os._exit(status)
         readiness.close()
         os.waitid(os.P_PID, self._child, os.WEXITED | os.WNOWAIT)
-        child, self._child = (
-            self._child,
-            0,
-        )  # before it is reaped: after that the pid may be another process's
+        # Forget the pid before the child is reaped: after that it may be another process's.
+        child, self._child = self._child, 0
         _, status = os.waitpid(child, 0)
         return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 

@@ -38,19 +38,12 @@ _NAME = re.compile(r"(?!(.*\.)?(\d+|0x[\da-f]*)\.?$)[\w.-]+", re.ASCII | re.IGNO
 
 
 class Endpoints(NamedTuple):
-    """Where an aggregator listens.
+    """Where an aggregator listens."""
 
-    Attributes:
-        publish: The endpoint for publications; also the address as a whole.
-        read: The endpoint for requests.
-        path: The socket's file, or ``None`` if it has none.
-        key: The file of the key that both ends must have, or ``None``.
-    """
-
-    publish: str
-    read: str
-    path: str | None
-    key: KeyFile | None = None
+    publish: str  # the endpoint for publications; also the address as a whole
+    read: str  # the endpoint for requests
+    path: str | None  # the socket's file, if it has one
+    key: KeyFile | None = None  # the file of the key that both ends must have
 
     @property
     def files(self) -> tuple[str, ...]:
