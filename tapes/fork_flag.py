@@ -7,8 +7,6 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["fork_flag"]
-
 _WIPE_ON_FORK = 18  # Linux's MADV_WIPEONFORK
 
 

@@ -36,12 +36,6 @@ from typing import Any, NamedTuple
 
 from tapes.processes import Process, process_of, program_of
 
-__all__ = [
-    "Ancestor", "detect_fork", "fork_helper", "fork_root", "import_module", "no_fork", "now_ns", "register",
-    "register_user", "renew_in_child", "this_process", "this_program",
-]  # fmt: skip
-
-
 _WAIT_SECONDS = 10.0
 """Maximum seconds that a fork waits for forks and imports of other threads."""
 

@@ -12,8 +12,6 @@ from tapes.naming import Labels
 from tapes.processes import Process
 from tapes.session import Session
 
-__all__ = ["Lineage"]
-
 
 class Lineage:
     """The identity of ``registry`` in this process, and the records of the processes before it.

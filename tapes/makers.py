@@ -19,8 +19,6 @@ from tapes.metrics import Counter, Gauge, Histogram, Meter, Metric, Timer
 from tapes.metrics.gauge import MergeMode, Producer, check_gauge
 from tapes.naming import Labels, canonical_labels, check_name, label_text
 
-__all__ = ["Makers", "check_prefix"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=Metric)
 

@@ -9,14 +9,13 @@ from typing import Any
 from tapes.errors import KindConflict, short_repr
 from tapes.metrics import Counter
 from tapes.naming import MAX_LABEL_CHARACTERS, Labels
-
-__all__ = ["CUT", "REJECTED", "Rejections"]
+from tapes.once import OnceLogger
 
 REJECTED = "tapes.rejected"
 """The counter of values and messages that were dropped."""
 CUT = "tapes.labels.cut"
 """The counter of series with a label value that was cut."""
-_log = logging.getLogger("tapes.registry")
+_MAX_LOGGED = 1 << 16
 
 
 class Rejections:
@@ -24,13 +23,13 @@ class Rejections:
 
     def __init__(self, registry: Any) -> None:
         self._registry = registry
-        self._logged: set[tuple[str, Labels]] = set()
+        self._once = OnceLogger(logging.getLogger("tapes.registry"), _MAX_LOGGED)
 
     def reject(self, name: str, labels: Labels, value: Any, why: str) -> None:
         """Count a dropped ``value`` in `REJECTED`."""
         with contextlib.suppress(KindConflict):
             self._registry.own(Counter, REJECTED).increment()
-        self._log_once(
+        self._once.warning(
             (name, labels),
             "tapes dropped %s for %r: %s (further ones are counted in %s)",
             short_repr(value), name, why, REJECTED,
@@ -39,7 +38,7 @@ class Rejections:
     def note_cut(self, name: str) -> None:
         """Count a series of ``name`` with a cut label value in `CUT`."""
         self._registry.own(Counter, CUT).increment()
-        self._log_once(
+        self._once.warning(
             (CUT, (("name", name),)),
             "tapes cut a label's value of %r at %d characters (further series are counted in %s). "
             "Is it what a client sent, such as a header?",
@@ -47,11 +46,5 @@ class Rejections:
         )  # fmt: skip
 
     def forget(self, name: str, labels: Labels) -> None:
-        """Log the next one of a series, which was removed, again."""
-        self._logged.discard((name, labels))
-
-    def _log_once(self, key: tuple[str, Labels], message: str, *arguments: Any) -> None:
-        if key not in self._logged:
-            self._logged.add(key)
-            with contextlib.suppress(Exception):  # an error of a log handler must not break the request
-                _log.warning(message, *arguments)
+        """Log the next rejection of a series, which was removed, again."""
+        self._once.forget((name, labels))

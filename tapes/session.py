@@ -30,8 +30,6 @@ from tapes.metrics import State
 from tapes.naming import Labels
 from tapes.snapshot import Snapshot
 
-__all__ = ["SHORTLY_SECONDS", "Connect", "LazySession", "LocalSession", "Session", "address_for"]
-
 SHORTLY_SECONDS = 0.1
 """Seconds after a fork until a child connects that has something to report without recording anything."""
 
@@ -136,7 +134,6 @@ class Session:
             self._delayed.pause()
 
     def after_in_parent(self) -> None:
-        """Called in the parent after a fork."""
         if self._delayed is not None:
             self._delayed.resume()
 
@@ -195,12 +192,10 @@ class LocalSession(Session):
         return self.registry.session  # type: ignore[no-any-return]
 
     def snapshot(self) -> Snapshot:
-        """Return what this process recorded."""
         snapshot: Snapshot = self.registry.local_snapshot()
         return snapshot
 
     def close(self) -> None:
-        """Stop looking for a service."""
         self.registry.use(LocalSession(self.registry, self.connect))
 
     def after_in_parent(self) -> None:
@@ -210,7 +205,6 @@ class LocalSession(Session):
             self.become_master(self._connect_in_master)
 
     def after_in_child(self) -> None:
-        """Called in a forked child, which connects when it is first used."""
         if self.connect is None:
             self.registry.use(LocalSession(self.registry))
         else:
@@ -295,11 +289,9 @@ class LazySession(LocalSession):
             self.registry.session.close()
 
     def after_in_parent(self) -> None:
-        """Called in the parent after a fork."""
         Session.after_in_parent(self)
 
     def after_in_child(self) -> None:
-        """Called in a forked child, which connects when it is first used."""
         if self.connect is None and self.is_pending:
             self.registry.use(LazySession(self.registry, None, self._connect_when_used))
         else:

@@ -17,8 +17,6 @@ from collections.abc import Callable
 from enum import IntEnum
 from operator import itemgetter
 
-__all__ = ["Phase", "register", "unregister"]
-
 _log = logging.getLogger("tapes")
 _actions: dict[Callable[[], object], Phase] = {}
 

@@ -18,11 +18,6 @@ from typing import Any, TypeVar
 
 from tapes import under_uwsgi
 
-__all__ = [
-    "Delayed", "Monitor", "NativeThread", "RLock", "can_run", "ends_with_a_hook", "in_greenlets",
-    "in_native_thread", "is_patched", "run_in_hub_pool", "run_in_thread", "unpatched",
-]  # fmt: skip
-
 T = TypeVar("T")
 
 _PAUSE_SECONDS = 0.25

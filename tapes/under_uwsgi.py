@@ -6,8 +6,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["after_worker_fork", "is_master", "options"]
-
 
 def options() -> set[str] | None:
     """Return the names of uWSGI's options, ``None`` outside of uWSGI."""

@@ -30,8 +30,6 @@ from tapes.registry import Registry
 from tapes.service import this_service
 from tapes.session import SHORTLY_SECONDS, address_for
 
-__all__ = ["Membership", "is_one_of_several"]
-
 _RETRY_SECONDS = 5.0
 """Seconds from one attempt to join to the next."""
 _JOINING_SECONDS = 1.0
@@ -131,11 +129,9 @@ class Membership:
         self._states.clear()
 
     def before_fork(self) -> None:
-        """Called before this process forks."""
         self._delayed.pause()
 
     def after_in_parent(self) -> None:
-        """Called in the parent after a fork."""
         self._delayed.resume()
         if not self._state().is_member and _makes_workers():
             self._registry.session.become_master(lambda: _connect(self._registry))

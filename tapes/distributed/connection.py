@@ -15,8 +15,6 @@ from tapes.errors import InvalidArgument
 from tapes.registry import Registry
 from tapes.service import this_service
 
-__all__ = ["connect", "join"]
-
 
 def connect(registry: Registry, addr: str | None) -> None:
     """Connect ``registry`` to the aggregator at ``addr``; nothing if this process has done that already.

@@ -45,8 +45,6 @@ from tapes.session import LocalSession, Session
 from tapes.sharing import Shared
 from tapes.snapshot import Snapshot
 
-__all__ = ["ConnectedSession", "attach"]
-
 _PAUSE_SECONDS = 0.25
 """Maximum seconds that a fork waits for requests and for the publisher, each."""
 
@@ -156,11 +154,9 @@ class ConnectedSession(Session):
         return self._pid == os.getpid()
 
     def published(self, series: tuple[str, Labels]) -> State | None:
-        """Return the state of a series that was published last, ``None`` if none was."""
         return self._outbox.published(series)
 
     def published_version(self) -> int:
-        """Return the number of the last publication."""
         return self._outbox.published_seq
 
     def request_ended(self, *, may_be_the_last: bool = False) -> None:
@@ -286,7 +282,6 @@ class ConnectedSession(Session):
             self.move(place)
 
     def after_in_parent(self) -> None:
-        """Open again what `before_fork` closed."""
         super().after_in_parent()
         self._reopen()
 

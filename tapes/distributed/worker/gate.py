@@ -9,8 +9,6 @@ from tapes import threads
 from tapes.distributed.transport.requests import TIMEOUT_SECONDS
 from tapes.errors import AggregatorUnavailable
 
-__all__ = ["Gate"]
-
 
 class Gate(threads.Monitor):
     """Lets requests pass unless it is paused or closed; its lock guards both.

@@ -11,8 +11,6 @@ from tapes import threads
 from tapes.metrics import Gauge
 from tapes.registry import Registry
 
-__all__ = ["Producers"]
-
 _INTERVAL_SECONDS = 1.0
 """Seconds after which a producer runs again."""
 _FIRST_WAIT_SECONDS = 0.5

@@ -12,8 +12,6 @@ from tapes.distributed.transport.address import Endpoints
 from tapes.errors import AggregatorUnavailable
 from tapes.registry import Registry
 
-__all__ = ["Goodbyes"]
-
 _pending: weakref.WeakKeyDictionary[Registry, list[Update]] = weakref.WeakKeyDictionary()
 
 

@@ -18,8 +18,6 @@ from tapes import threads
 from tapes.registry import Registry
 from tapes.session import Connect, LocalSession, Session
 
-__all__ = ["LateSession"]
-
 _BUDGET_SECONDS = 0.25
 """Maximum seconds in which every value is flushed at once."""
 _SHARE = 20

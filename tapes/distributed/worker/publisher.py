@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from tapes.distributed.transport.address import Endpoints
     from tapes.distributed.worker.outbox import Outbox
 
-__all__ = ["Publisher"]
-
 INTERVAL_SECONDS = 0.1
 """Minimum seconds between two updates."""
 _SHARE = 20
