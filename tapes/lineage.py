@@ -40,7 +40,7 @@ class Lineage:
             aside = metric.detach_inherited()
             published = session.published((metric.name, metric.labels))
             if aside is not None and not aside.is_unchanged_since(published):
-                aside.note_told(published)
+                aside.note_baseline(published)
                 unpublished.append(aside)
         if unpublished:
             base = session.published_version()

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import msgpack
 
 import tapes
+from tapes.distributed.aggregator.entries import Source
 from tapes.distributed.aggregator.ledger import Ledger
 from tapes.distributed.protocol import messages as said
-from tapes.distributed.protocol.messages import NOBODY, Item, Merged, Message, Read, Record, Update
+from tapes.distributed.protocol.messages import Item, Merged, Message, Read, Record, Update
 from tapes.distributed.protocol.wire import VERSION, decode, encode
 from tapes.errors import WireError
 from tapes.exposition import FORMS, write
@@ -95,8 +96,13 @@ class Generator:
             Read(1, rng.choice([*FORMS, "states"]), update),
             said.Goodbye(2, update),
             Merged(TICK, update.items, update.descriptions),
-            Record(update._replace(identity=rng.choice((NOBODY, update.identity))), rng.random() < 0.5,
+            Record(update, rng.random() < 0.5, rng.randint(0, 2),
                    (update.identity,), tuple(range(len(update.items)))),
+            said.Retired(update.items),
+            said.Cursor("statsd udp localhost", tuple(
+                said.SentCount(item.name, item.labels, rng.choice((None, (1, 2.5, 10**25))))
+                for item in update.items
+            )),
         ))  # fmt: skip
         yield rng.choice((
             said.Attach(3, "host", processes), said.HandOver(4, 9), said.Reply(5, "ok", b"payload"),
@@ -315,7 +321,7 @@ def unpacked(data: bytes) -> list[Any]:
 def check_harmless(update: Update, others: list[Update]) -> None:
     """Have a ledger take ``update`` in, twice, with ``others``, and read it; then let it leave."""
     ledger = Ledger()
-    ledger.apply(update, published=False)
+    ledger.apply(update, Source.READ)
     ledger.apply(update)
     for other in others:
         ledger.apply(other)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, cast
 from tapes.clock import Clock
 from tapes.metrics.folding import FULL, Folding, State
 from tapes.metrics.misuse import LabelsOf
-from tapes.metrics.origin import with_told
+from tapes.metrics.origin import with_baseline
 from tapes.metrics.sifting import NEGATIVE, TOO_LARGE, checked_number
 from tapes.naming import Labels
 from tapes.threads import RLock
@@ -50,8 +50,8 @@ class Metric(Folding):
     _most: ClassVar[float] = inf
     _internal = frozenset({
         "after_fork", "awaits_producer", "collect", "detach_inherited", "drain", "has_producer", "is_due",
-        "is_unchanged_since", "note_failure", "note_late", "note_told", "produce", "run_producer", "sleep",
-        "state", "total_state",
+        "is_unchanged_since", "note_baseline", "note_failure", "note_late", "produce", "run_producer",
+        "sleep", "state", "total_state",
     })  # fmt: skip
 
     __slots__ = ("__weakref__", "_inherited", "_owner", "labels", "name")
@@ -126,8 +126,8 @@ class Metric(Folding):
     def _holds_something(self) -> bool:
         return bool(self._pending) or not self._state.is_empty
 
-    def note_told(self, state: Any) -> None:
-        """Note that what ``state`` of this metric counts was told to an aggregator before the present one."""
+    def note_baseline(self, state: Any) -> None:
+        """Make the count of ``state`` the baseline: aggregators before the present one had it."""
         if state is None:
             return
         counted = state.counted
@@ -135,7 +135,7 @@ class Metric(Folding):
         def note() -> None:
             while True:
                 before = self._state
-                noted = with_told(before, counted)
+                noted = with_baseline(before, counted)
                 if self._state is before:
                     self._state = noted
                     return

@@ -280,7 +280,7 @@ class Gauge(Metric):
         self._set = None
         return aside
 
-    def note_told(self, state: Any) -> None:
+    def note_baseline(self, state: Any) -> None:
         """Nothing: it is not a count."""
 
     def drain(self) -> GaugeState:

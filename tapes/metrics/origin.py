@@ -1,8 +1,9 @@
-"""Where a count comes from: when it began, and what of it was told before.
+"""The origin of a count: when it began, and its baseline.
 
-An aggregator that is started anew gets from each worker all that it ever counted, most of which the one
-before had; who adds up differences, as StatsD does, would add that up again. So a worker says how much of a
-count an earlier aggregator was told; both merge by addition.
+An aggregator without a journal gets from each worker everything that it ever counted, most of which an
+earlier aggregator had. A reporter of differences, such as StatsD's, must not send that again. So each count
+has a *baseline*: how much of it earlier aggregators had. Both parts merge, so the total of a service has them
+too.
 """
 
 from __future__ import annotations
@@ -14,39 +15,39 @@ from typing import Any, NamedTuple
 from tapes.clock import wall
 from tapes.sums import Number, Total
 
-__all__ = ["NOWHERE", "Origin", "with_told"]
+__all__ = ["NOWHERE", "Origin", "with_baseline"]
 
 
 class Origin(NamedTuple):
-    """When a count began, and how much of it was told before.
+    """When a count began, and how much of it is its baseline.
 
     Attributes:
-        created: In seconds since 1970; infinite where nobody knows.
-        told: How much of the count aggregators before the present one were told.
+        created: In seconds since 1970; infinite if it is unknown.
+        baseline: How much of the count aggregators before the present one had.
     """
 
     created: float = inf
-    told: Number = 0
+    baseline: Number = 0
 
     @classmethod
     def now(cls) -> Origin:
-        """Return that of a count that begins now."""
+        """Return the origin of a count that begins now."""
         return cls(wall())
 
     @staticmethod
     def merge(origins: Iterable[Origin]) -> Origin:
-        """Return that of all counts together."""
+        """Return the origin of the sum of all counts."""
         every = list(origins)
-        told = [origin.told for origin in every if origin.told]
+        baselines = [origin.baseline for origin in every if origin.baseline]
         return Origin(
             min(origin.created for origin in every),
-            Total().add(told).value if told else 0,
+            Total().add(baselines).value if baselines else 0,
         )
 
 
 NOWHERE = Origin()
 
 
-def with_told(state: Any, told: Number) -> Any:
-    """Return ``state``, of any kind that counts, with ``told`` as what was told of it before."""
-    return state._replace(origin=state.origin._replace(told=told))
+def with_baseline(state: Any, baseline: Number) -> Any:
+    """Return a count's ``state``, of any kind, with that ``baseline``."""
+    return state._replace(origin=state.origin._replace(baseline=baseline))

@@ -1,33 +1,31 @@
-"""Metrics to StatsD, and to whatever else speaks its protocol.
+"""Metrics to StatsD, and to other receivers of its protocol.
 
-Theory. StatsD adds up what it is sent, and forgets it when it is restarted. So of counts only what came since
-the last report is sent (``c``), and everything else as a value that stands (``g``). What was told is kept
-with the registry for each receiver, series by series, and moves on only when the packet with the difference
-was sent; so nothing is told twice or lost when a send fails, or when one reporter is stopped and another one
-started. When a series began is part of what is kept: one that began later is another, and all of it is new.
+Theory. StatsD adds up the counts that it is sent, and forgets them when it restarts. So a report has only
+what each count has grown since the last one (``c``), and the current value of everything else (``g``). A
+cursor keeps what was sent (`.cursor`): in the process, for each registry and receiver, so that a new reporter
+goes on where the last one stopped; in an aggregator also in its journal. If a series began later than the one
+in the cursor, it is another series, and all of it is new.
 
-As StatsD adds up, each process tells the counts that it recorded itself, and an aggregator those of the whole
-service. Gauges and distributions are told as they stand for the whole service by whoever tells them.
+As StatsD adds up, each process sends the counts that it recorded itself, and an aggregator those of the whole
+service. Gauges and distributions are always those of the whole service.
 
 Source: the protocol is Etsy's StatsD (``docs/metric_types.md``), tags are Datadog's extension of it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from tapes.errors import InvalidArgument, TapesError
 from tapes.naming import Labels
 from tapes.registry import Registry
 from tapes.reporting.base import Reporter
+from tapes.reporting.cursor import Cursor, Sent, Series
 from tapes.reporting.scheduled import ScheduledReporter
 from tapes.reporting.transport import Transport
 from tapes.snapshot import Snapshot
@@ -41,12 +39,9 @@ SENDS_FAILED = "tapes.statsd.failed"
 _MILLISECONDS = frozenset({"min", "max", "mean", "stddev", "q50", "q75", "q95", "q98", "q99", "q999"})
 _NOT_GAUGES = frozenset({"count", "sum"})
 
-_WAIT_SECONDS = 1.0
 _MAX_LINE_BYTES = 8000
 _NOT_IN_NAMES, _NOT_IN_LEVELS = re.compile(r"[^a-zA-Z0-9_.-]"), re.compile(r"[^a-zA-Z0-9_-]")
 _NOT_IN_TAGS = re.compile(r"[^!-~]|[,;|#]")
-
-_Key = tuple[str, Labels]
 
 
 class StatsdReporter(ScheduledReporter):
@@ -61,11 +56,11 @@ class StatsdReporter(ScheduledReporter):
     =========  ====================================================================================
 
     Labels become levels of the name, before the field (``jobs.done.queue.mail.count``), or tags. Packets are
-    filled to the MTU. What can't be sent is sent by the next report; failed sends are counted in
+    filled to the MTU. Counts that can't be sent are sent by the next report; failed sends are counted in
     ``tapes.statsd.failed``.
 
-    In a connected worker it tells the counts of that worker, as StatsD adds them up; in an aggregator, those
-    of the whole service.
+    In a connected worker it reports the counts of that worker, as StatsD adds them up; in an aggregator,
+    those of the whole service.
 
     Args:
         interval: The time between reports; a ``timedelta``. StatsD's own is 10 s.
@@ -103,73 +98,20 @@ class StatsdReporter(ScheduledReporter):
         self.client.close()
 
 
-class _Told(NamedTuple):
-    """What a receiver was told of a series.
-
-    Attributes:
-        value: What it counted less what was taken away.
-        total: What it counted.
-        before: How much of it was known to aggregators before this one, and not to be told.
-        created: When it began; in an aggregator 0, as a series goes on that one of its workers removes.
-    """
-
-    value: Number
-    total: Number
-    before: Number
-    created: float
-
-    def since(self, last: _Told | None) -> Number:
-        """Return what is to be told if ``last`` was told before, or nothing."""
-        if last is None or self.created != last.created:
-            return _less(self.value, self.before)
-        known = _less(self.before, last.before)
-        if _less(self.total, last.total) < known or self.total < last.total:
-            return 0  # it was removed by a worker, or turned out to have been told before
-        return _less(_less(self.value, last.value), known)
-
-
-def _less(value: Number, other: Number) -> Number:
-    """Return ``value - other``, also where a whole number is larger than any float."""
-    try:
-        return value - other
-    except OverflowError:
-        return int(value) - int(other)
-
-
 class _Line(NamedTuple):
-    """One value, or two lines that belong together; and what is told when it was sent."""
+    """One value, or two lines that belong together; and the count that is sent with it."""
 
     text: bytes
-    key: _Key | None = None
-    told: _Told | None = None
+    series: Series | None = None
+    sent: Sent | None = None
 
 
-class _Memory:
-    """What a receiver was told of a registry; one report at a time reads and writes it."""
-
-    def __init__(self) -> None:
-        self.told: dict[_Key, _Told] = {}
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[dict[_Key, _Told]]:
-        if self._pid != os.getpid():  # forked: whoever held the lock is not here
-            self._lock, self._pid = threading.Lock(), os.getpid()
-        if not self._lock.acquire(timeout=_WAIT_SECONDS):
-            raise TimeoutError("another report to the same receiver is under way")
-        try:
-            yield self.told
-        finally:
-            self._lock.release()
-
-
-_memories: weakref.WeakKeyDictionary[Registry, dict[object, _Memory]] = weakref.WeakKeyDictionary()
-"""By registry and receiver; a reporter that is made anew goes on where the last one was."""
+_cursors: weakref.WeakKeyDictionary[Registry, dict[str, Cursor]] = weakref.WeakKeyDictionary()
+"""By registry and receiver; a new reporter goes on where the last one stopped."""
 
 
 class StatsdClient:
-    """What StatsD reporters share: from a registry to packets, and what was told by them."""
+    """From a registry to packets; shared by the StatsD reporters."""
 
     def __init__(self, host: str, port: int, prefix: str | None, tags: bool, protocol: str) -> None:
         if prefix is not None and not isinstance(prefix, str):
@@ -178,58 +120,88 @@ class StatsdClient:
         prefix = (prefix or "").rstrip(".")
         self._prefix = prefix + "." if prefix else ""
         self._tags = tags
-        self._receiver = (host, port, protocol, self._prefix, tags)
+        self._target = f"statsd {protocol} {host} {port} {self._prefix} {tags}"
 
     def close(self) -> None:
         """Close the connection; the next report opens another."""
         self._transport.close()
 
     def send(self, reporter: Reporter) -> None:
-        """Send what there is to tell of the reporter's registry.
+        """Report the reporter's registry.
 
         Raises:
-            OSError: If something can't be sent; it stays to be told.
+            OSError: If something can't be sent; the next report sends it.
             AggregatorUnavailable: If gauges and distributions can't be known; counts are sent.
         """
-        memories = _memories.setdefault(reporter.registry, {})
-        with memories.setdefault(self._receiver, _Memory()).alone() as told:
+        registry = reporter.registry
+        cursor = self._cursor(registry)
+        with cursor.alone() as sent:
             snapshot, failure = Snapshot([]), None
             try:
-                snapshot = reporter.registry.snapshot()
-            except TapesError as error:  # the service can't be asked: what this process counted can be told
+                snapshot = registry.snapshot()
+            except TapesError as error:  # the counts of this process are known without the aggregator
                 failure = error
-            lines = self._short(reporter, self._lines(reporter.registry, snapshot, told))
-            packets = list(self._packets(lines))
+            counts = dict(_counts(registry, snapshot))
+            if cursor.skips_history:
+                cursor.move({series: count for series, (_, count) in counts.items()})
+                cursor.skips_history = False
+            lines = [*self._differences(counts, cursor, sent), *self._current_values(snapshot)]
+            packets = list(self._packets(self._short(reporter, lines)))
             for number, packet in enumerate(packets):
                 try:
-                    self._send(packet, told)
+                    self._send(packet, cursor, sent)
                 except OSError:
                     reporter._count(SENDS_FAILED, len(packets) - number)
                     raise
             if failure is not None:
                 raise failure
 
-    def _send(self, lines: list[_Line], told: dict[_Key, _Told]) -> None:
-        sent = self._transport.send([line.text for line in lines])
-        for line in lines[:sent]:
-            if line.key is not None and line.told is not None:
-                told[line.key] = line.told
-        if sent < len(lines):
+    def _cursor(self, registry: Registry) -> Cursor:
+        session: Any = registry.session
+        if session.is_aggregator:
+            return cast("Cursor", session.cursor(self._target))
+        return _cursors.setdefault(registry, {}).setdefault(self._target, Cursor())
+
+    def _send(self, lines: list[_Line], cursor: Cursor, sent: Mapping[Series, Sent]) -> None:
+        """Send a packet; the cursor moves first, and back over the lines that could not be sent."""
+        counts = [line for line in lines if line.series is not None]
+        before = {line.series: sent.get(line.series) for line in counts if line.series is not None}
+        if counts:
+            cursor.move({line.series: line.sent for line in counts if line.series is not None})
+        done = 0
+        try:
+            done = self._transport.send([line.text for line in lines])
+        finally:
+            failed = [line.series for line in lines[done:] if line.series is not None]
+            if failed:
+                cursor.move_back({series: before[series] for series in failed})
+        if done < len(lines):
             raise ConnectionError(f"the connection to {self._transport.address} broke")
 
-    def _lines(self, registry: Registry, snapshot: Snapshot, told: dict[_Key, _Told]) -> Iterator[_Line]:
-        counts = list(_counts(registry, snapshot))
-        for key in told.keys() - {key for key, *_ in counts}:
-            del told[key]  # it was removed
-        for key, field, now in counts:
-            difference = now.since(told.get(key))
-            if difference:
-                yield _Line(self._line(*key, field, difference, "c"), key, now)
+    def _differences(
+        self, counts: dict[Series, tuple[str, Sent]], cursor: Cursor, sent: Mapping[Series, Sent]
+    ) -> Iterator[_Line]:
+        """Yield what counts have grown since the last report; the cursor follows those that have not."""
+        skipped: dict[Series, Sent | None] = {}
+        if not cursor.may_lag:
+            skipped = dict.fromkeys(sent.keys() - counts.keys())  # removed
+        lines = []
+        for series, (field, count) in counts.items():
+            last = sent.get(series)
+            if last is not None and count.is_behind(last):
+                if not cursor.may_lag:
+                    skipped[series] = count
+            elif difference := count.since(last):
+                lines.append(_Line(self._line(*series, field, difference, "c"), series, count))
             else:
-                told[key] = now
+                skipped[series] = count
+        cursor.skip(skipped)
+        return iter(lines)
+
+    def _current_values(self, snapshot: Snapshot) -> Iterator[_Line]:
         for family in snapshot:
             for series in family.series:
-                for field, value in _standing(family.kind, series):
+                for field, value in _gauge_fields(family.kind, series):
                     line = self._line(family.name, series.labels, field, value, "g")
                     signed = value < 0 or repr(value) == "-0.0"
                     zero = self._line(family.name, series.labels, field, 0, "g") + b"\n" if signed else b""
@@ -240,7 +212,7 @@ class StatsdClient:
         return f"{before}{field and '.'}{field}:{value!r}|{kind}{after}".encode()
 
     def _short(self, reporter: Reporter, lines: Iterable[_Line]) -> Iterator[_Line]:
-        """Yield ``lines`` but those that no receiver would take, which would keep others from being told."""
+        """Yield ``lines`` without those that no receiver would take; they would hold up the others."""
         for line in lines:
             if len(line.text) <= _MAX_LINE_BYTES:
                 yield line
@@ -262,8 +234,8 @@ class StatsdClient:
             yield packet
 
 
-def _counts(registry: Registry, snapshot: Snapshot) -> Iterator[tuple[_Key, str, _Told]]:
-    """Yield what this process has to account for: a series, the field of its count, and what it stands at."""
+def _counts(registry: Registry, snapshot: Snapshot) -> Iterator[tuple[Series, tuple[str, Sent]]]:
+    """Yield the counts that this process reports: a series, and the field and the value of its count."""
     is_aggregator = registry.session.is_aggregator
     every: Iterable[tuple[str, str, Labels, Any]] = registry.collect()
     if is_aggregator:
@@ -271,12 +243,12 @@ def _counts(registry: Registry, snapshot: Snapshot) -> Iterator[tuple[_Key, str,
     for kind, name, labels, state in every:
         if kind != "gauge":
             field, total = ("", state.up.value) if kind == "counter" else ("count", state.counted)
-            origin = (state.origin.told, 0.0) if is_aggregator else (0, state.origin.created)
-            yield (name, labels), field, _Told(state.counted, total, *origin)
+            baseline, created = (state.origin.baseline, 0.0) if is_aggregator else (0, state.origin.created)
+            yield (name, labels), (field, Sent(state.counted, total, baseline, created))
 
 
-def _standing(kind: str, series: Any) -> Iterator[tuple[str, Number]]:
-    """Yield field and value of what is told as it stands."""
+def _gauge_fields(kind: str, series: Any) -> Iterator[tuple[str, Number]]:
+    """Yield field and value of what is sent as a gauge."""
     if kind == "gauge":
         yield "", series.value
     elif kind != "counter":
@@ -288,7 +260,7 @@ def _standing(kind: str, series: Any) -> Iterator[tuple[str, Number]]:
 
 @lru_cache(maxsize=1 << 14)
 def _parts(name: str, labels: Labels, tags: bool) -> tuple[str, str]:
-    """Return what comes before the field, and after the value."""
+    """Return the parts of a line before the field and after the value."""
     name = _NOT_IN_NAMES.sub("_", name)
     if not labels:
         return name, ""

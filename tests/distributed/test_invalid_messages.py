@@ -98,7 +98,7 @@ def wrong_types():
     nowhere = [
         messages.Reply(1, "ok", b""), messages.Merged(5, update().items, {}),
         messages.Journal("h", (), (), 5, (), {}, 2000),
-        messages.Record(update(messages.NOBODY), True, (), (1, 1)),
+        messages.Retired(update(bytes(16)).items),
     ]  # fmt: skip
     questions = [
         messages.Read(1, "json", update()), messages.Attach(1, "h", (Process(1, 1),)), Goodbye(1, update()),

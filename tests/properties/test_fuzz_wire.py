@@ -12,7 +12,7 @@ import pytest
 import tapes
 from tapes.distributed.aggregator.ledger import Ledger
 from tapes.distributed.protocol import wire
-from tapes.distributed.protocol.messages import NOBODY, Attach, Item, Merged, Reply, Update
+from tapes.distributed.protocol.messages import Attach, Item, Merged, Reply, Update
 from tapes.distributed.protocol.unpacker import PIECE_BYTES
 from tapes.distributed.protocol.wire import VERSION, decode, encode
 from tapes.errors import WireError
@@ -35,7 +35,7 @@ SKETCH = [2, [3.0], 1.0, 2.0, [0x3F80, 0x4000], [1, 1], TICK, [1.0, 1.0], 3.0]
 
 def update_of(*items, identity=b"1" * 16, described=(), max_series=5):
     """The bytes of an update with ``items`` in it, whatever they are."""
-    fields = [identity, [1, 0], "h", 1, 0, list(items), list(described), [], max_series]
+    fields = [identity, [1, 0], "h", 1, 0, list(items), list(described), [], max_series, 0]
     return msgpack.packb([VERSION, "Update", *fields], unicode_errors="surrogatepass")
 
 
@@ -268,17 +268,22 @@ def test_a_version_is_a_whole_number(version):
         decode(msgpack.packb([version, "Reply", 1, "ok", b""]))
 
 
-def test_nobody_has_no_updates():
-    """The aggregator itself goes by that identity; who took it could replace and retire its metrics."""
-    for name, before in (("Update", []), ("Goodbye", [1]), ("Read", [1, "json"])):
-        fields = msgpack.unpackb(update_of(counter(), identity=NOBODY))[2:]
-        tree = [VERSION, name, *before, *(fields if name == "Update" else [fields])]
-        with pytest.raises(WireError, match="nobody"):
-            decode(msgpack.packb(tree))
-    own = msgpack.unpackb(update_of())[2:]
-    own[7] = [msgpack.unpackb(update_of(identity=NOBODY))[2:]]
-    with pytest.raises(WireError, match="nobody"):
-        decode(msgpack.packb([VERSION, "Update", *own]))
+@pytest.mark.parametrize("kind", ["counter", "gauge"])
+def test_no_worker_replaces_the_aggregators_own_metrics(kind):
+    """Whatever its identity, it adds to a metric of the same kind, and another kind is left out."""
+    stranger, own = tapes.Registry(), tapes.Registry()
+    if kind == "counter":
+        stranger.own(tapes.metrics.Counter, "tapes.messages").increment(7)
+    else:
+        stranger.own(tapes.metrics.Gauge, "tapes.messages").set(7)
+    own.own(tapes.metrics.Counter, "tapes.messages").increment(3)
+    items = [Item(*series) for series in stranger.collect()]
+    ledger = Ledger()
+    ledger.apply(Update(bytes(16), Process(1, 0), "", 5, 0, items, {}))
+    mine = [Item(*series) for series in own.collect()]
+    assert ledger.snapshot(300, mine).get("tapes.messages").value == (10 if kind == "counter" else 3)
+    ledger.retire(bytes(16))
+    assert ledger.snapshot(300, mine).get("tapes.messages").value >= 3
 
 
 def test_descriptions_obey_the_rules():

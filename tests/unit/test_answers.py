@@ -5,9 +5,9 @@ import threading
 import pytest
 
 from tapes.distributed.aggregator import answers
-from tapes.distributed.aggregator.answers import Answers, Wanted
+from tapes.distributed.aggregator.answers import Answers, Question
 from tapes.distributed.protocol.messages import WAIT, Reply
-from tapes.distributed.protocol.wire import VERSION, decode
+from tapes.distributed.protocol.wire import decode
 from tests.processes import wait_for
 
 
@@ -21,7 +21,7 @@ class Maker:
         self.answers = Answers(self.make, lambda: None)
         self.sent = []
 
-    def make(self, what, version):
+    def make(self, what):
         self.made.append(what)
         self.is_making.set()
         assert self.goes_on.wait(20)
@@ -29,11 +29,11 @@ class Maker:
 
     def ask(self, *forms, start=0):
         for number, form in enumerate(forms, start):
-            self.answers.put([b"client", b"%d" % number], Wanted(form, VERSION, number))
+            self.answers.put([b"client", b"%d" % number], Question(form, number))
 
     def sends(self, number):
         """Wait for ``number`` answers in all, and return them as text by the number of the question."""
-        wait_for(lambda: self.sent.extend(self.answers.made()) or len(self.sent) >= number, "they are made")
+        wait_for(lambda: self.sent.extend(self.answers.ready()) or len(self.sent) >= number, "they are made")
         return {
             decode(data).correlation: decode(data).payload.decode()
             for route, data in self.sent
@@ -88,22 +88,21 @@ def test_where_no_thread_can_start_answers_are_made_at_once(maker, monkeypatch):
     monkeypatch.setattr(answers.NativeThread, "start", refuse)
     maker.goes_on.set()
     maker.ask("json", "json")
-    assert [decode(data) for _, data in maker.answers.made()] == [
+    assert [decode(data) for _, data in maker.answers.ready()] == [
         Reply(0, "ok", b"json 1"), Reply(1, "ok", b"json 2")
     ]  # fmt: skip
 
 
 def test_while_a_long_answer_is_made_its_readers_are_asked_to_wait(maker, monkeypatch):
     monkeypatch.setattr(answers, "_SIGN_SECONDS", 0.01)
-    maker.answers.put([b"client"], Wanted("json", VERSION, 3))
-    maker.answers.put([b"old"], Wanted("prometheus", VERSION - 1, 4))
-    maker.answers.put([b"other"], Wanted("states", VERSION, 5))
+    maker.answers.put([b"client"], Question("json", 3))
+    maker.answers.put([b"other"], Question("prometheus", 5))
     assert maker.is_making.wait(10)
-    signs = wait_for(lambda: list(maker.answers.made()), "it sends a sign")
+    signs = wait_for(lambda: list(maker.answers.ready()), "it sends a sign")
     assert [(route, decode(data)) for route, data in signs] == [
         ([b"client"], Reply(3, WAIT, b"")), ([b"other"], Reply(5, WAIT, b""))
     ]  # fmt: skip
     maker.goes_on.set()
-    wait_for(lambda: maker.sent.extend(maker.answers.made()) or len(maker.sent) >= 2, "both are made")
+    wait_for(lambda: maker.sent.extend(maker.answers.ready()) or len(maker.sent) >= 2, "both are made")
     answered = [decode(data).payload for _, data in maker.sent if decode(data).status == "ok"]
     assert answered[:2] == [b"json 1", b"prometheus 2"]

@@ -18,7 +18,7 @@ from tapes.errors import AddressInUse
 from tapes.reporting import Reporter, ScheduledReporter
 from tapes.reporting.http import HTTPReporter
 from tests.processes import free_port, get, wait_for
-from tests.unit.test_bookkeeping import NOBODY_LIVES, Worker, books  # noqa: F401 - a fixture
+from tests.unit.test_handler import NOBODY_LIVES, Worker, books  # noqa: F401 - a fixture
 
 LONG, SHORT = timedelta(hours=1), timedelta(milliseconds=20)
 

@@ -7,8 +7,8 @@ import pytest
 from tapes.clock import monotonic
 from tapes.distributed.aggregator.ledger import Ledger
 from tapes.testing import ManualClock
-from tests.unit.test_bookkeeping import NOBODY_LIVES, books, crash, successor, values, write  # noqa: F401
-from tests.unit.test_bookkeeping import Worker as Client
+from tests.unit.test_handler import NOBODY_LIVES, books, crash, successor, values, write  # noqa: F401
+from tests.unit.test_handler import Worker as Client
 from tests.unit.test_ledger import Worker, told_by, value
 
 
@@ -23,7 +23,7 @@ def setter(clock, worth, mode="last", name="g", **options):
 def end(ledger, worker, how):
     """End a worker in one of the ways that an aggregator notices."""
     if how == "death":
-        ledger.bury(worker.identity)
+        ledger.mark_dead(worker.identity)
     ledger.retire(worker.identity)
 
 
@@ -62,7 +62,7 @@ def test_messages_that_arrive_after_a_death_still_bring_the_newest_value(clock):
     worker.registry.gauge("s").set(1)
     early = worker.update()
     ledger.apply(early)
-    ledger.bury(worker.identity)
+    ledger.mark_dead(worker.identity)
     clock.advance(1)
     worker.registry.gauge("g").set(2)
     worker.registry.gauge("new", merge="last").set(3)
@@ -79,7 +79,7 @@ def test_a_late_message_of_a_dead_worker_does_not_supersede_a_newer_value(clock)
     ledger.apply(new.update())
     ledger.retire(new.identity)
     ledger.apply(old.update())
-    ledger.bury(old.identity)
+    ledger.mark_dead(old.identity)
     ledger.apply(old.update())
     ledger.retire(old.identity)
     assert value(ledger, "g") == 2
@@ -114,7 +114,7 @@ def test_a_series_that_a_live_worker_removes_takes_its_value_along(clock):
         ledger.apply(worker.update())
         worker.registry.remove("g")
         ledger.apply(worker.update())
-        ledger.bury(worker.identity)
+        ledger.mark_dead(worker.identity)
         ledger.apply(worker.update())
         ledger.retire(worker.identity)
         assert value(ledger, "g") == (1 if gone_before else None)
@@ -124,9 +124,9 @@ def test_a_worker_that_was_only_silent_has_its_value_once(clock):
     """It counts as dead for a while, comes back, and removes the series: nothing is left of it."""
     ledger, worker = Ledger(), setter(clock, 2)
     ledger.apply(worker.update())
-    ledger.bury(worker.identity)
+    ledger.mark_dead(worker.identity)
     assert value(ledger, "g") == 2
-    ledger.bury(worker.identity, is_dead=False)
+    ledger.mark_alive(worker.identity)
     worker.registry.remove("g")
     ledger.apply(worker.update())
     assert value(ledger, "g") is None
@@ -139,21 +139,21 @@ def test_a_newer_worker_that_merges_the_name_in_another_way_ends_it(clock, ended
     ledger, old, new = Ledger(), setter(clock, 42, started=10), Worker(clock, started=20)
     ledger.apply(old.update())
     if ended == "dead":
-        ledger.bury(old.identity)
+        ledger.mark_dead(old.identity)
     elif ended == "retired":
         ledger.retire(old.identity)
     gauge = new.registry.gauge("g", merge="sum", **({"of": "new"} if other_label else {}))
     gauge.set(5)
     ledger.apply(new.update())
     ledger.apply(old.update())
-    ledger.bury(old.identity)
+    ledger.mark_dead(old.identity)
     ledger.apply(old.update())
     ledger.retire(old.identity)
     assert [series.value for series in ledger.snapshot(200).series("g")] == [5]
-    assert ledger._places.sizes["g"] == 1
+    assert ledger.slots.sizes["g"] == 1
     ledger.retire(new.identity)
     assert ledger.snapshot(200).series("g") == ()
-    assert ledger._places.sizes["g"] == 0
+    assert ledger.slots.sizes["g"] == 0
 
 
 def test_an_older_worker_that_merges_in_another_way_does_not_end_it(clock):
@@ -208,7 +208,7 @@ def test_values_beyond_the_limit_of_label_sets_share_one_series(clock):
         snapshot = ledger.snapshot(200)
         assert len(snapshot.series("g")) == 2001
         assert snapshot.get("g", overflow="true").value == 2002
-        assert ledger._places.sizes["g"] == 2000
+        assert ledger.slots.sizes["g"] == 2000
 
 
 def test_what_a_dead_parent_had_set_before_its_children_were_forked_stays(clock):
@@ -216,7 +216,7 @@ def test_what_a_dead_parent_had_set_before_its_children_were_forked_stays(clock)
     ledger, parent, child = Ledger(), setter(clock, 5), Worker(clock)
     ledger.apply(told_by(child, parent, 100))
     for worker in (child, parent):
-        ledger.bury(worker.identity)
+        ledger.mark_dead(worker.identity)
         ledger.retire(worker.identity)
     assert value(ledger, "g") == 5
 
@@ -229,7 +229,7 @@ def test_memory_depends_on_series_not_on_workers_that_have_set_them(clock):
         ledger.apply(worker.update())
         ledger.retire(worker.identity)
     assert value(ledger, "g") == 999
-    assert (len(ledger._accounts), len(ledger._entries)) == (0, 1)
+    assert (len(ledger.accounts), len(ledger._entries)) == (0, 1)
 
 
 @pytest.mark.parametrize("how", ["journal", "tail", "both", "died together"])

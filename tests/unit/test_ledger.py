@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import tapes
+from tapes.distributed.aggregator.entries import Source
 from tapes.distributed.aggregator.ledger import Ledger
 from tapes.distributed.protocol.messages import Item, Update
 from tapes.processes import Process
@@ -291,9 +292,9 @@ def test_a_dead_ancestor_is_replaceable_while_somebody_speaks_of_it():
     parent.registry.gauge("g").set(5)
     parent.registry.counter("c").increment(7)
     ledger.apply(told_by(child, parent, 100))
-    ledger.bury(child.identity)
+    ledger.mark_dead(child.identity)
     assert ledger.ancestors() == set()
-    ledger.bury(parent.identity)
+    ledger.mark_dead(parent.identity)
     assert (value(ledger), value(ledger, "g")) == (7, None)
     grandchild = Worker()
     ledger.apply(told_by(grandchild, parent, 200))
@@ -327,7 +328,7 @@ def test_label_sets_beyond_the_limit_are_added_up_and_places_come_free():
     ledger.retire(two.identity)
     ledger.retire(three.identity)
     assert ledger.snapshot(200).series("g") == ()
-    assert ledger._places.sizes["g"] == 0
+    assert ledger.slots.sizes["g"] == 0
 
 
 def test_each_shows_who_speaks_and_within_the_limit():
@@ -346,7 +347,7 @@ def test_each_shows_who_speaks_and_within_the_limit():
 def new_to(ledger, name="c"):
     """How much of a count no aggregator was told before."""
     (state,) = ledger.snapshot(200).family(name).states
-    return state.counted - state.origin.told
+    return state.counted - state.origin.baseline
 
 
 def test_what_another_aggregator_was_told_is_known_of_every_worker():
@@ -356,7 +357,7 @@ def test_what_another_aggregator_was_told_is_known_of_every_worker():
         counter = worker.registry.counter("c")
         counter.increment(10)
         counter.decrement(2)
-        counter.note_told(counter.collect())
+        counter.note_baseline(counter.collect())
         worker.registry.meter("m").mark(3)
         counter.increment(1)
         ledger.apply(worker.update())
@@ -365,7 +366,7 @@ def test_what_another_aggregator_was_told_is_known_of_every_worker():
     workers[1].registry.counter("c").increment(5)
     ledger.apply(workers[1].update(base=1))
     assert (value(ledger), new_to(ledger)) == (32, 8)
-    assert ledger.snapshot(200).family("m").states[0].origin.told == 0
+    assert ledger.snapshot(200).family("m").states[0].origin.baseline == 0
 
 
 def test_a_question_that_comes_first_does_not_make_it_new():
@@ -376,14 +377,14 @@ def test_a_question_that_comes_first_does_not_make_it_new():
     before = counter.collect()
     counter.increment(1)
     asked = worker.update()
-    ledger.apply(asked, published=False)
+    ledger.apply(asked, source=Source.READ)
     assert (value(ledger), new_to(ledger)) == (11, 0)
-    counter.note_told(before)
+    counter.note_baseline(before)
     overtaken = worker.update()._replace(seq=asked.seq)
     ledger.apply(overtaken)
     assert (value(ledger), new_to(ledger)) == (11, 1)
     counter.increment(1)
-    ledger.apply(worker.update(base=1), published=False)
+    ledger.apply(worker.update(base=1), source=Source.READ)
     assert (value(ledger), new_to(ledger)) == (12, 2)
 
 
@@ -393,7 +394,7 @@ def test_a_connection_that_breaks_makes_nothing_old():
     counter = worker.registry.counter("c")
     counter.increment(10)
     ledger.apply(worker.update())
-    counter.note_told(counter.collect())
+    counter.note_baseline(counter.collect())
     counter.increment(1)
     ledger.apply(worker.update())
     assert (value(ledger), new_to(ledger)) == (11, 11)
@@ -406,7 +407,7 @@ def test_what_descendants_tell_of_a_process_stands_until_it_speaks_itself():
     counter.increment(10)
     ledger.apply(told_by(one, parent, 100))
     assert (value(ledger), new_to(ledger)) == (10, 10)
-    counter.note_told(counter.collect())
+    counter.note_baseline(counter.collect())
     counter.increment(1)
     ledger.apply(told_by(two, parent, 200))
     assert (value(ledger), new_to(ledger)) == (11, 11)

@@ -18,7 +18,7 @@ from tapes.distributed.storage import spool
 from tapes.distributed.storage.sweeping import sweep
 from tapes.distributed.transport.address import resolve
 from tapes.processes import Process
-from tests.unit.test_bookkeeping import NOBODY_LIVES, Worker, crash, values, write
+from tests.unit.test_handler import NOBODY_LIVES, Worker, crash, values, write
 
 BOOT = processes.host_id().partition("/")[0]
 ELSEWHERE = f"{BOOT}/1"
@@ -144,7 +144,7 @@ def test_an_old_journal_is_taken_over_if_a_process_of_this_namespace_lives(books
     if known_by == "owner":
         assert forks.this_process() in lease.owners
         assert Process(7, 7) not in lease.owners
-        assert [hello.host for hello in second._elsewhere.hellos()] == [ELSEWHERE, THIRD]
+        assert [hello.host for hello in second._foreign_owners.requests()] == [ELSEWHERE, THIRD]
 
 
 def test_owners_of_other_namespaces_are_forgotten_when_they_have_left(books, short_dir):
@@ -155,10 +155,10 @@ def test_owners_of_other_namespaces_are_forgotten_when_they_have_left(books, sho
         first.answer(encode(Attach(1, ELSEWHERE, (worker.process,))))
         if number <= 2000:
             first.answer(worker.goodbye())
-    assert [len(hello.processes) for hello in first._elsewhere.hellos()] == [1000]
+    assert [len(hello.processes) for hello in first._foreign_owners.requests()] == [1000]
     for number in range(3001, 5001):
         first.answer(encode(Attach(1, ELSEWHERE, (Process(number, number),))))
-    assert [len(hello.processes) for hello in first._elsewhere.hellos()] == [1000]
+    assert [len(hello.processes) for hello in first._foreign_owners.requests()] == [1000]
 
 
 def test_workers_that_died_with_their_container_keep_their_counts(books, short_dir):

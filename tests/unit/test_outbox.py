@@ -189,7 +189,7 @@ def test_whatever_happens_in_between_all_is_told(registry, told, seed):
                 lambda n=name: n in counted and registry.counter(n).collect(),
                 lambda n=name: remove(n),
                 lambda: told.outbox.update(),
-                lambda: told.outbox.begin_anew(),
+                lambda: told.outbox.reset_baselines(),
             ],
             [10, 3, 1, 3, 1],
         )[0]()

@@ -1,8 +1,9 @@
-"""Answers to readers, made in a thread of their own: the aggregator's loop goes on meanwhile.
+"""Answers to reads, rendered in a thread of their own, so that the aggregator's loop goes on.
 
-Making one takes from a millisecond to half a second. One answer serves all questions of one form that wait
-when it is begun: the loop had entered their updates before. Questions whose readers have given up are
-dropped. While a long one is made, the loop sends all readers a `WAIT` now and then, and they wait on.
+Rendering takes from a millisecond to half a second. One answer serves all questions for one form that wait
+when it is begun, as the loop had entered their updates before. Questions whose readers have timed out are
+dropped. While a long answer is rendered, the loop sends each reader a `WAIT` now and then, which extends its
+timeout.
 """
 
 from __future__ import annotations
@@ -13,66 +14,62 @@ from typing import NamedTuple
 
 from tapes.clock import monotonic
 from tapes.distributed.protocol.messages import WAIT, Reply
-from tapes.distributed.protocol.wire import VERSION, encode
+from tapes.distributed.protocol.wire import encode
 from tapes.distributed.transport.requests import MAX_WAIT_SECONDS, TIMEOUT_SECONDS
 from tapes.threads import NativeThread, can_run, unpatched
 
-__all__ = ["Answers", "Wanted"]
-
+__all__ = ["Answers", "Question"]
 
 _SIGN_SECONDS = TIMEOUT_SECONDS / 3
-"""Seconds between two signs that an answer is being made."""
+"""Seconds between two `WAIT` replies."""
 
 
-class Wanted(NamedTuple):
-    """What a reader waits for.
+class Question(NamedTuple):
+    """A read that was entered and waits for its answer.
 
     Attributes:
-        what: As `tapes.distributed.protocol.messages.Read`.
-        version: The version of the wire in which it is answered.
-        correlation: The number of the question.
+        what: As in `tapes.distributed.protocol.messages.Read`.
+        correlation: The number of the request.
     """
 
     what: str
-    version: int
     correlation: int
 
 
-class _Question(NamedTuple):
+class _Waiting(NamedTuple):
     route: list[bytes]
-    wanted: Wanted
+    question: Question
     deadline: float
 
 
 class Answers:
-    """Makes answers; `put` and `made` belong to the loop.
+    """Renders answers; `put` and `ready` belong to the loop.
 
     Args:
-        make: Returns the status and the payload of an answer, given what is wanted and the version.
-        wake: Called when there are answers to be sent.
+        render: Returns the status and the payload of an answer.
+        wake: Called when there are answers to send.
     """
 
-    def __init__(self, make: Callable[[str, int], tuple[str, bytes]], wake: Callable[[], None]) -> None:
-        self._make = make
+    def __init__(self, render: Callable[[str], tuple[str, bytes]], wake: Callable[[], None]) -> None:
+        self._render = render
         self._wake = wake
-        self._waiting: deque[_Question] = deque()
-        self._made: deque[tuple[list[bytes], bytes]] = deque()
-        self._making: list[_Question] = []
+        self._waiting: deque[_Waiting] = deque()
+        self._ready: deque[tuple[list[bytes], bytes]] = deque()
+        self._rendering: list[_Waiting] = []
         self._sign_due = 0.0
         self._is_stopped = False
         self._thread: NativeThread | None = None
         self._something_waits = unpatched("_thread", "allocate_lock")()
         self._something_waits.acquire()
 
-    def put(self, route: list[bytes], wanted: Wanted) -> None:
-        """Note a question that has just come."""
-        patience = MAX_WAIT_SECONDS if wanted.version == VERSION else TIMEOUT_SECONDS
-        self._waiting.append(_Question(route, wanted, monotonic() + patience))
+    def put(self, route: list[bytes], question: Question) -> None:
+        """Add a question that has just arrived."""
+        self._waiting.append(_Waiting(route, question, monotonic() + MAX_WAIT_SECONDS))
         if self._thread is None and can_run():
             thread = NativeThread(self._run, "tapes-answers")
             try:
                 thread.start()
-            except RuntimeError:  # no thread can be started: the loop waits for the answer
+            except RuntimeError:  # no thread can be started: the loop renders
                 pass
             else:
                 self._thread = thread
@@ -81,18 +78,17 @@ class Answers:
         elif self._something_waits.locked():
             self._something_waits.release()
 
-    def made(self) -> Iterator[tuple[list[bytes], bytes]]:
-        """Yield the answers that are to be sent, each with its route."""
-        if self._making and monotonic() > self._sign_due:
+    def ready(self) -> Iterator[tuple[list[bytes], bytes]]:
+        """Yield the replies that are to be sent, each with its route."""
+        if self._rendering and monotonic() > self._sign_due:
             self._sign_due = monotonic() + _SIGN_SECONDS
-            for route, (_, version, correlation), _ in [*self._making, *self._waiting.copy()]:
-                if version == VERSION:  # an earlier release knows no such reply
-                    yield route, encode(Reply(correlation, WAIT, b""))
-        while self._made:
-            yield self._made.popleft()
+            for route, question, _ in [*self._rendering, *self._waiting.copy()]:
+                yield route, encode(Reply(question.correlation, WAIT, b""))
+        while self._ready:
+            yield self._ready.popleft()
 
     def stop(self) -> None:
-        """End the thread, when it has made what it is making."""
+        """End the thread, when it has rendered the current answer."""
         self._is_stopped = True
         if self._thread is not None:
             if self._something_waits.locked():
@@ -106,29 +102,26 @@ class Answers:
                 self._answer_next()
 
     def _answer_next(self) -> None:
-        """Answer the question that has waited longest, and all that want the same."""
+        """Answer the question that has waited longest, and all others for the same form."""
         now = monotonic()
-        questions = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        alive = [question for question in questions if question.deadline > now]
+        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        alive = [one for one in waiting if one.deadline > now]
         if not alive:
             return
-        what, version, _ = alive[0].wanted
-        same = [question for question in alive if question.wanted[:2] == (what, version)]
-        others = [question for question in alive if question.wanted[:2] != (what, version)]
-        self._waiting.extendleft(reversed(others))
+        what = alive[0].question.what
+        same = [one for one in alive if one.question.what == what]
+        self._waiting.extendleft(reversed([one for one in alive if one.question.what != what]))
         self._sign_due = now + _SIGN_SECONDS
-        self._making = same
-        status, payload = self._make(what, version)
-        for question in same:
-            self._made.append((question.route, _encoded(question.wanted, status, payload)))
-        self._making = []
+        self._rendering = same
+        status, payload = self._render(what)
+        for route, question, _ in same:
+            self._ready.append((route, _encoded(question, status, payload)))
+        self._rendering = []
         self._wake()
 
 
-def _encoded(wanted: Wanted, status: str, payload: bytes) -> bytes:
+def _encoded(question: Question, status: str, payload: bytes) -> bytes:
     try:
-        return encode(Reply(wanted.correlation, status, payload), wanted.version)
+        return encode(Reply(question.correlation, status, payload))
     except MemoryError:
-        return encode(
-            Reply(wanted.correlation, "error", b"there is no memory for the answer"), wanted.version
-        )
+        return encode(Reply(question.correlation, "error", b"there is no memory for the answer"))

@@ -1,80 +1,92 @@
-"""What a ledger keeps of one worker, and of one series."""
+"""The entries of a ledger: one account for each worker, and one entry for each series."""
 
 from __future__ import annotations
 
-from collections import Counter
+import collections
 from collections.abc import Iterable, Iterator
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 from tapes.distributed.protocol.messages import Item, Update
 from tapes.metrics import KINDS, GaugeState, State
-from tapes.metrics.origin import with_told
 from tapes.naming import Labels
 from tapes.processes import Process
 from tapes.sums import Number
 
 __all__ = [
-    "ASKED", "BEFORE_ALL", "ITSELF", "OF_IT", "Account", "Entry", "Key", "Rank", "Worker", "as_told",
-    "former_selves", "names_of", "pieces", "told_before",
+    "BEFORE_ALL", "Account", "Entry", "Key", "Rank", "Source", "Worker", "baseline_of", "former_selves",
+    "worker_names",
 ]  # fmt: skip
-
-ASKED, OF_IT, ITSELF = range(3)
-"""How a worker was heard: it asked, descendants published what they know of it, or it did itself."""
 
 Key = tuple[str, Labels]
 Rank = tuple[int, int]
 
 BEFORE_ALL: Rank = (-1, -1)
 """The rank of no worker: every worker is newer."""
-_PIECE = 200
-"""Maximum number of series in a record of a journal."""
+
+
+class Source(IntEnum):
+    """Where an update comes from; the baselines of a better source replace those of a worse one."""
+
+    READ = 0
+    RELAYED = 1  # in the update of a descendant
+    DIRECT = 2  # the worker published it, or exited with it
+    JOURNAL = 3
 
 
 class Worker(NamedTuple):
-    """Who a live worker is; a silent one is known only by what its descendants say of it.
+    """A worker that has not exited.
 
     Attributes:
-        program: What its process runs; see `tapes.processes.program_of`. 0 if that is not known.
+        is_ancestor: Whether it is known only from the updates of its descendants.
+        program: The program of its process; see `tapes.processes.program_of`. 0 if that is not known.
     """
 
     identity: bytes
     process: Process
     host: str
-    silent: bool
+    is_ancestor: bool
     program: int = 0
 
 
 class Account:
-    """What is known of one worker: everything up to its update ``known``, and which one brought a series.
+    """Everything known of one worker.
 
     Attributes:
-        rank: Greater than that of workers that started earlier.
+        rank: Greater than the rank of workers that started earlier.
+        known: Every update up to this one is known.
+        keyframe: The number of the last keyframe.
+        source: The best source of its updates so far.
+        seqs: By series, the number of the update that brought it.
+        slots: By series, the key of its entry.
         refused: The names that it uses in another way than newer workers do.
     """
 
-    __slots__ = ("ancestors", "dead", "heard", "known", "places", "rank", "refused", "seqs", "worker")
+    __slots__ = (
+        "ancestors", "dead", "keyframe", "known", "rank", "refused", "seqs", "slots", "source", "worker",
+    )  # fmt: skip
 
     def __init__(self, worker: Worker, number: int) -> None:
         self.worker = worker
         self.rank = (worker.process.started, number)
-        self.known = 0
-        self.heard = ASKED
+        self.known = self.keyframe = 0
+        self.source = Source.READ
         self.dead = False
         self.seqs: dict[Key, int] = {}
-        self.places: dict[Key, Key] = {}
+        self.slots: dict[Key, Key] = {}
         self.ancestors: frozenset[bytes] = frozenset()
         self.refused: set[str] = set()
 
 
 class Entry:
-    """One series: its state by worker, the total of those that left, and both merged, if nothing changed.
+    """One series: its state by worker, the total of exited workers, and both merged, until one changes.
 
-    States are kept by worker and the labels that it gave: an overflowing series has several of one worker.
+    States are kept by worker and by the labels that it gave: the overflow series has several of one worker.
 
     Attributes:
-        mode, mode_rank: How a gauge merges, and the rank of the newest worker that says so.
-        retired: The total of those that left; for a gauge that merges as ``last``, the newest value that
-            one of them set. Other gauges have none.
+        mode, mode_rank: How a gauge merges, and the rank of the newest worker that has it.
+        retired: The total of exited workers; for a gauge that merges as ``last``, the newest value that one
+            of them set. Other gauges have none.
     """
 
     __slots__ = ("by_worker", "kind", "merged", "mode", "mode_rank", "retired")
@@ -87,7 +99,7 @@ class Entry:
         self.retired: State | None = None
         self.merged: State | None = None
 
-    def whole(self) -> State:
+    def total(self) -> State:
         """Return the state of all workers together."""
         if self.merged is None:
             retired = () if self.retired is None else (self.retired,)
@@ -95,7 +107,7 @@ class Entry:
         return self.merged
 
     def retire(self, state: State) -> None:
-        """Add ``state`` to the total of those that left; a gauge counts if it has a value that was set."""
+        """Add ``state`` to the total of exited workers; a gauge's only if its value was set."""
         if isinstance(state, GaugeState) and (state.value is None or state.since is None):
             return
         before = () if self.retired is None else (self.retired,)
@@ -103,7 +115,7 @@ class Entry:
         self.merged = None
 
     def agreed(self, state: State, rank: Rank) -> State:
-        """Return a gauge's state in the mode of the newest worker that has it; what is known follows it."""
+        """Return a gauge's state in the mode of the newest worker; older states take that mode, too."""
         assert isinstance(state, GaugeState)
         if rank < self.mode_rank:
             return state if state.mode == self.mode else state._replace(mode=self.mode)
@@ -112,15 +124,15 @@ class Entry:
             return state
         self.mode = state.mode
         self.retired = None  # it merged as ``last`` before, if at all
-        for whose, known in self.by_worker.items():
+        for key, known in self.by_worker.items():
             assert isinstance(known, GaugeState)
-            self.by_worker[whose] = known._replace(mode=state.mode)
+            self.by_worker[key] = known._replace(mode=state.mode)
         return state
 
     def of_each_worker(
         self, labels: Labels, workers: dict[bytes, str]
     ) -> Iterator[tuple[Labels, GaugeState]]:
-        """Yield the gauge of each worker that speaks, with its name among the labels."""
+        """Yield the gauge of each of ``workers``, with its name among the labels."""
         states: dict[str, list[Any]] = {}
         for (identity, _), state in self.by_worker.items():
             if identity in workers:
@@ -130,56 +142,44 @@ class Entry:
             yield its_labels, own[0] if len(own) == 1 else GaugeState.add(own)
 
 
-def told_before(account: Account, before: Any, item: Item, says: int) -> Number | None:
-    """Return how much of a count other aggregators were told; ``None`` if it is as ``item`` says.
+def baseline_of(account: Account, before: Any, item: Item, source: Source) -> Number | None:
+    """Return the baseline of a count in the ledger; ``None`` to keep the one in ``item``.
 
-    A worker publishes only when it has noticed that the aggregator may be another one, and then says what the
-    one before was told. A question may come before that: until then everything counts as told. What was said
-    once stands, as a connection may break and come again: what is told later is new. But what a worker says
-    itself is better than what its descendants say of it.
+    A worker resets its baselines when its publisher finds an aggregator, which may be the same one after a
+    broken connection, or another one. So its first publication decides, and later ones don't. A read may come
+    before: then all is baseline until the publication. Baselines of the worker itself replace those that its
+    descendants gave.
     """
     state: Any = item.state
-    if item.kind == "gauge" or says > max(account.heard, ASKED):
+    if item.kind == "gauge" or source > max(account.source, Source.READ):
         return None
-    told: Number
-    if not account.heard:
-        told = state.counted
+    baseline: Number
+    if account.source is Source.READ:
+        baseline = state.counted
     elif before is not None:
-        told = before.origin.told
-    elif account.heard == ITSELF:
-        told = 0
+        baseline = before.origin.baseline
+    elif account.source is Source.DIRECT:
+        baseline = 0
     else:
         return None
-    return told
+    return baseline
 
 
 def former_selves(accounts: Iterable[Account], update: Update) -> list[bytes]:
-    """Return the identities of workers whose process has become another program since, as ``update`` shows.
+    """Return the identities of workers whose process runs another program by now, as ``update`` shows.
 
-    The one that was heard last is what the process is now; that may not be the sender of ``update``.
+    The newest update of that process shows its program; that may be an earlier one than ``update``.
     """
     same = [a for a in accounts if (a.worker.process, a.worker.host) == (update.process, update.host)]
     now = max(same, key=lambda account: account.known).worker.program if same else 0
     return [a.worker.identity for a in same if now != 0 and a.worker.program not in (0, now)]
 
 
-def as_told(item: Item) -> Item:
-    """Return ``item`` with all that it counts as told to an aggregator before."""
-    state: Any = item.state
-    return item if item.kind == "gauge" else item._replace(state=with_told(state, state.counted))
-
-
-def names_of(accounts: Iterable[Account]) -> dict[bytes, str]:
-    """Return names for the workers that publish: the pid, with part of the identity if two have the same."""
-    publishing = {a.worker.identity: a.worker.process.pid for a in accounts if not a.worker.silent}
-    pids = Counter(publishing.values())
+def worker_names(accounts: Iterable[Account]) -> dict[bytes, str]:
+    """Return names for the workers that publish: the pid, with part of the identity if two share a pid."""
+    publishing = {a.worker.identity: a.worker.process.pid for a in accounts if not a.worker.is_ancestor}
+    pids = collections.Counter(publishing.values())
     return {
         identity: str(pid) if pids[pid] == 1 else f"{pid}-{identity.hex()[:8]}"
         for identity, pid in publishing.items()
     }
-
-
-def pieces(items: list[Item], seqs: list[int]) -> Iterator[tuple[list[Item], list[int]]]:
-    """Yield both in pieces; at least one, as a worker without series is one too."""
-    for start in range(0, max(1, len(items)), _PIECE):
-        yield items[start : start + _PIECE], seqs[start : start + _PIECE]

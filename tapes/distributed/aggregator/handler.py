@@ -1,111 +1,107 @@
-"""What the aggregator does with messages: it enters them, answers, retires who has ended, keeps the journal.
+"""The handler of an aggregator's messages: it enters updates, answers requests, and retires exited workers.
 
-It knows no sockets. A message that is not one of ours is dropped, counted and logged; nothing a client sends
-raises here.
+It knows no sockets. A message that is not one of ours is dropped, counted and logged; nothing that a client
+sends raises here.
 
-One that takes the place of another begins with its journal, and answers no reader before the workers that
-live have told it again what they stand at: what was answered once does not decrease.
+The successor of another aggregator begins with its journal, and answers no read before the live workers have
+sent their states again, so that totals that were read once do not decrease.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from tapes import forks, processes
 from tapes.clock import monotonic
-from tapes.distributed.aggregator.answers import Wanted
-from tapes.distributed.aggregator.entries import Worker, as_told
+from tapes.distributed.aggregator.answers import Question
+from tapes.distributed.aggregator.checkpoint import Checkpoint
+from tapes.distributed.aggregator.cursors import Cursors
+from tapes.distributed.aggregator.entries import Source, Worker
 from tapes.distributed.aggregator.ledger import Ledger
 from tapes.distributed.aggregator.lifetime import ForeignOwners, Lifetime
 from tapes.distributed.aggregator.merged_view import JOURNAL_FAILED, LAG, MESSAGES, MergedView
+from tapes.distributed.aggregator.reaping import Reaper
 from tapes.distributed.protocol.messages import (
-    NOBODY,
     NOTHING,
-    SILENT_SECONDS,
     Attach,
     Flush,
     Goodbye,
     HandOver,
-    Journal,
     Message,
     Read,
-    Record,
     Reply,
     Update,
 )
-from tapes.distributed.protocol.wire import VERSION, decode, encode, version_to_answer
+from tapes.distributed.protocol.wire import VERSION, decode, encode
 from tapes.distributed.storage.journal import JournalFile
 from tapes.distributed.storage.spool import Spool
 from tapes.distributed.transport.address import Endpoints
 from tapes.errors import WireError
 from tapes.exposition import FORMS
 from tapes.metrics import Counter, Timer
-from tapes.processes import ProcessWatch, is_same_boot
+from tapes.processes import is_same_boot
 from tapes.registry import Registry
 
 __all__ = ["Handler"]
 
-_LAST_WORDS_SECONDS = 2.0
-"""So long after its death a worker's messages may still arrive."""
-_LAST_RECORD_SECONDS = 600.0
-"""So long a child may take that was forked from a dead process to tell what that had recorded."""
-_MAX_DEAD = 1000
+Request = Read | Attach | Goodbye | Flush | HandOver
 
 _log = logging.getLogger("tapes.distributed")
 
 
 class Handler:
-    """Keeps the ledger of an aggregator that listens at ``endpoints`` for as long as ``lease`` says.
+    """Keeps the ledger of an aggregator at ``endpoints``.
 
     Args:
-        endpoints, lease: Of the aggregator.
-        configured: How its reporters are configured, if by the environment; for who takes its place.
+        endpoints, lifetime: Of the aggregator.
+        configured: The configuration of its reporters, if that came from the environment.
 
     Attributes:
-        registry: What reporters read: the merged view.
+        registry: The registry that reporters read: the merged view.
         journal: Its journal.
-        hands_over: Whether it has been asked to make room for a newer version.
-        is_successor: Whether it began with what another one knew.
-        reports_due: Whether reporters have to report now, as the last worker has left or been found dead, or
-            as a `Flush` asks for it. The aggregator sets it back.
-        awaited: The workers of before that have yet to tell again what they stand at.
+        hands_over: Whether it was asked to make room for a newer version.
+        is_successor: Whether it began with the journal of another aggregator.
+        reports_due: Whether reporters have to report now, as no worker is alive any more, or as a `Flush`
+            asks for it. The aggregator resets it.
+        awaited: The workers in that journal that have not sent their states again.
     """
 
-    def __init__(self, endpoints: Endpoints, lease: Lifetime, configured: Mapping[str, str]) -> None:
+    def __init__(self, endpoints: Endpoints, lifetime: Lifetime, configured: Mapping[str, str]) -> None:
         self.registry = Registry()
-        self.journal = JournalFile(endpoints, self._pages, self._note_journal_failed)
         self.hands_over = self.is_successor = self.reports_due = False
         self.awaited: set[bytes] = set()
         self._endpoints = endpoints
-        self._lease = lease
-        self._configured = tuple(configured.items())
+        self._lifetime = lifetime
+        self._host = processes.host_id()
         self._ledger = Ledger()
-        self._view = MergedView(self._ledger, self.registry)
+        self._reaper = Reaper(self._ledger)
+        self._foreign_owners = ForeignOwners(self._host)
+        cursors = Cursors(self._ledger, self._append)
+        self._view = MergedView(self._ledger, self.registry, cursors)
         self.registry.use(self._view)
+        self._checkpoint = Checkpoint(
+            self._ledger, self._view, cursors, lifetime, self._foreign_owners, configured
+        )
+        self.journal = JournalFile(
+            endpoints, self._checkpoint.living, self._checkpoint.totals, self._note_journal_failed
+        )
+        self.inheritance = self._checkpoint.inheritance
         self._spool = Spool(endpoints)
-        self._watches: dict[bytes, ProcessWatch] = {}
-        self._spoke: set[bytes] = set()
-        self._heard: dict[bytes, float] = {}
-        self._dead: dict[bytes, float] = {}
-        self._became_another: set[bytes] = set()
-        self._as_heir = os.urandom(16)
         self._journal_fails = False
         self._is_unreported = False
         self._messages = self.registry.own(Counter, MESSAGES)
         self._lag = self.registry.own(Timer, LAG)
-        self._host = processes.host_id()
-        self._elsewhere = ForeignOwners(self._host)
 
     def restore(self) -> dict[str, str]:
-        """Begin with what the aggregator before this one knew, if its service still lives.
+        """Begin with the journal of the aggregator before this one, if its service is still alive.
 
         Returns:
-            How that one's reporters were configured, if by the environment.
+            The configuration of that aggregator's reporters, if that came from the environment.
 
         Raises:
-            AddressError: If there is somebody's file where the journal has to be.
+            AddressError: If there is another file in the place of the journal.
         """
         try:
             saved = self.journal.read()
@@ -119,49 +115,26 @@ class Handler:
             self._spool.remove()
             return {}
         self.is_successor = True
-        self._ledger.restore(saved.journal, saved.records)
+        self._checkpoint.restore(saved)
         for goodbye in saved.goodbyes:
-            self._apply(goodbye.update, published=False, leaves=True)  # it was said to the one before
+            self._apply(goodbye.update, leaves=True)
             self._ledger.retire(goodbye.update.identity)
-        for owner in saved.owners(self._host):
-            self._lease.keep_alive_for(owner)
-        self._elsewhere.add(saved.journal.host, saved.journal.owners)
-        for hello in saved.hellos:
-            self._elsewhere.add(hello.host, hello.processes)
-        self._configured = self._configured or saved.journal.reporters
-        self.awaited = {worker.identity for worker in self._ledger.workers if not worker.silent}
+        self.awaited = {worker.identity for worker in self._ledger.workers if not worker.is_ancestor}
         self.journal.changed(urgent=True)
         _log.warning(
-            "tapes aggregator %d takes the place of one that ended, with the totals of %d workers that left",
+            "tapes aggregator %d takes the place of one that ended, with the totals of %d exited workers",
             os.getpid(), self._ledger.retired,
         )  # fmt: skip
         return dict(saved.journal.reporters)
 
     def settle(self, endpoints: Endpoints) -> None:
-        """Go on beside ``endpoints``, as the files were removed."""
+        """Continue beside ``endpoints``, as the files were removed."""
         self._endpoints = endpoints
         self._spool = Spool(endpoints)
         self.journal.settle(endpoints)
 
-    def inheritance(self) -> Iterator[Attach | Read | Goodbye]:
-        """Yield what another aggregator has to know that goes on instead of this one."""
-        yield Attach(1, self._host, self._lease.owners)
-        ancestors: list[Update] = []
-        for worker in self._ledger.workers:
-            updates = [record.update for record in self._ledger.records_of(worker.identity)]
-            if worker.silent:
-                ancestors += updates
-            elif worker.identity != NOBODY:
-                yield from (Read(2, NOTHING, update) for update in updates)
-        records, _, _ = self._ledger.records_of_retired(self._view.for_the_journal())
-        total = [as_told(item) for record in records for item in record.update.items]
-        yield Goodbye(3, Update(
-            self._as_heir, forks.this_process(), self._host, forks.now_ns(), 0, total,
-            self._ledger.descriptions, tuple(ancestors), self._ledger.max_series,
-        ))  # fmt: skip
-
     def publication(self, data: bytes) -> None:
-        """Enter what a worker published."""
+        """Enter an update that a worker published."""
         self._messages.increment()
         try:
             update = decode(data)
@@ -173,149 +146,124 @@ class Handler:
         else:
             self._lag.update(max(0.0, (forks.now_ns() - update.seq) / 1e9))
 
-    def answer(self, data: bytes) -> bytes | Wanted | None:
-        """Return the answer to a question.
+    def answer(self, data: bytes) -> bytes | Question | None:
+        """Return the answer to a request.
 
         Returns:
-            The answer; or what `make` has to make for it; or ``None`` if it has to be asked again when no
-            worker is awaited.
+            The answer; or the question that `render` has to answer; or ``None`` if the request has to be
+            passed again when no worker is awaited.
         """
         self._messages.increment()
-        version = version_to_answer(data)
         try:
-            question = decode(data)
-            if not isinstance(question, (Read, Attach, Goodbye, Flush, HandOver)):
+            request = decode(data)
+            if not isinstance(request, Request):
                 raise WireError(
-                    "a question",
-                    got=type(question).__name__,
+                    "a request",
+                    got=type(request).__name__,
                     expected="Read, Attach, Goodbye, Flush or HandOver",
                 )
-            if self.awaited and isinstance(question, Read) and question.what != NOTHING:
+            if self.awaited and isinstance(request, Read) and request.what != NOTHING:
                 return None
-            reply = self._reply(question, data, version)
-            return reply if isinstance(reply, Wanted) else encode(reply, version)
+            reply = self._reply(request, data)
+            return reply if isinstance(reply, Question) else encode(reply)
         except Exception as error:
             self._reject(data, error)
-            refusal = Reply(0, "error", f"it refused the question: {error}".encode(errors="replace"))
-            return encode(refusal, version)
+            return encode(Reply(0, "error", f"it refused the request: {error}".encode(errors="replace")))
 
-    def make(self, what: str, version: int) -> tuple[str, bytes]:
+    def render(self, what: str) -> tuple[str, bytes]:
         """Return the status and the payload of the answer to a read; safe from any thread."""
         try:
-            return "ok", self._view.states(version) if what == "states" else self._view.render(what)
+            return "ok", self._view.states() if what == "states" else self._view.render(what)
         except Exception as error:
             _log.exception("tapes: the aggregator could not answer a read")
             return "error", repr(error).encode(errors="replace")
 
     def reap_workers(self, now: float) -> int:
-        """Read wills, and retire workers that have ended; return how many live."""
-        workers = {w.identity: w for w in self._ledger.workers if w.identity != NOBODY}
-        ended = {identity for identity, worker in workers.items() if self._has_ended(worker, now)}
-        self._spoke.clear()
-        # After that: whoever has ended has left its will before.
-        for will, data in self._spool.drain():
-            if isinstance(will, Goodbye):
-                if is_same_boot(will.update.host, self._host):
-                    self._leave(will, data)
-                ended.discard(will.update.identity)
-                workers.pop(will.update.identity, None)
+        """Drain the spool, and retire workers that have exited; return the number of live ones."""
+        # 1. Who has exited: before the spool, as an exited worker has written its last update by then.
+        workers = {worker.identity: worker for worker in self._ledger.workers}
+        exited = self._reaper.exited(workers, now)
+        # 2. Last updates from the spool.
+        for goodbye, data in self._spool.drain():
+            if isinstance(goodbye, Goodbye):
+                if is_same_boot(goodbye.update.host, self._host):
+                    self._retire_with(goodbye, data)
+                exited.discard(goodbye.update.identity)
+                workers.pop(goodbye.update.identity, None)
             else:
-                self._reject(data, will)
-        self.awaited -= ended
-        spoken_of = self._ledger.ancestors() if ended else set()
-        if ended - spoken_of - self._dead.keys():
+                self._reject(data, goodbye)
+        # 3. Exited workers are dead for a while, and then retired.
+        self.awaited -= exited
+        if self._reaper.is_newly_dead(exited):
             self.journal.changed(urgent=True)
-        for identity in ended & spoken_of:
-            self._dead.pop(identity, None)
-        for identity in ended - spoken_of:
-            self._ledger.bury(identity)
-            patience = _LAST_RECORD_SECONDS if workers[identity].silent else _LAST_WORDS_SECONDS
-            if (
-                identity not in self._watches and identity not in self._became_another
-            ):  # it may only be silent
-                patience = float("inf")
-            if now - self._dead.setdefault(identity, now) >= patience or len(self._dead) > _MAX_DEAD:
-                self._retire(workers[identity])
-        self._report_if_alone(worker for identity, worker in workers.items() if identity not in ended)
-        return len(workers.keys() - ended)
+        for worker in self._reaper.due(exited, workers, now):
+            self._retire(worker)
+        # 4. Reports are due if that was the last worker.
+        self._report_if_alone(worker for identity, worker in workers.items() if identity not in exited)
+        return len(workers.keys() - exited)
 
     def _report_if_alone(self, living: Iterable[Worker]) -> None:
-        """Note that reports are due if workers have changed something since, and none lives that may again.
+        """Have reporters report if something has changed since the last time, and no worker is alive.
 
-        The silent ones don't count: what they recorded is all known, and some live as long as the service.
+        Ancestors don't count: all that they recorded is known, and some live as long as the service.
         """
-        if self._is_unreported and all(worker.silent for worker in living):
+        if self._is_unreported and all(worker.is_ancestor for worker in living):
             self.reports_due, self._is_unreported = True, False
 
-    def _has_ended(self, worker: Worker, now: float) -> bool:
-        """Return whether a worker has ended; where its pid means nothing, whether it has been silent long."""
-        identity = worker.identity
-        if identity in self._became_another:
-            return True
-        if worker.host != self._host:
-            if identity in self._spoke or identity not in self._heard:
-                self._heard[identity] = now
-                if self._dead.pop(identity, None) is not None:
-                    self._ledger.bury(identity, is_dead=False)
-            return now - self._heard[identity] > SILENT_SECONDS
-        if identity not in self._watches:
-            self._watches[identity] = ProcessWatch(worker.process, worker.program)
-        return self._watches[identity].ended()
-
-    def _reply(
-        self, question: Read | Attach | Goodbye | Flush | HandOver, data: bytes, version: int
-    ) -> Reply | Wanted:
-        number = question.correlation
-        if isinstance(question, HandOver):
-            return self._hand_over(question)
-        if isinstance(question, Attach):
-            for process in question.processes if question.host == self._host else ():
-                self._lease.keep_alive_for(process)
-            self._elsewhere.add(question.host, question.processes)
-            self.journal.changed()
-            return Reply(number, "ok", b"")
-        if isinstance(question, Goodbye):
-            left, now = self._leave(question, data), monotonic()
-            others = (w for w in self._ledger.workers if w.identity != NOBODY)
-            self._report_if_alone(w for w in others if not self._has_ended(w, now))
-            return Reply(number, "ok" if left else "behind", b"")
-        if isinstance(question, Flush):
-            self.reap_workers(monotonic())
-            self.reports_due, self._is_unreported = True, False
-            return Reply(number, "ok", b"")
-        if not self._apply(question.update, published=False):
+    def _reply(self, request: Request, data: bytes) -> Reply | Question:
+        number = request.correlation
+        match request:
+            case HandOver():
+                return self._hand_over(request)
+            case Attach():
+                for process in request.processes if request.host == self._host else ():
+                    self._lifetime.keep_alive_for(process)
+                self._foreign_owners.add(request.host, request.processes)
+                self.journal.changed()
+                return Reply(number, "ok", b"")
+            case Goodbye():
+                is_known, now = self._retire_with(request, data), monotonic()
+                self._report_if_alone(w for w in self._ledger.workers if not self._reaper.has_exited(w, now))
+                return Reply(number, "ok" if is_known else "behind", b"")
+            case Flush():
+                self.reap_workers(monotonic())
+                self.reports_due, self._is_unreported = True, False
+                return Reply(number, "ok", b"")
+        if not self._apply(request.update, Source.READ):
             return Reply(number, "behind", b"")
-        if question.what == NOTHING:
+        if request.what == NOTHING:
             return Reply(number, "ok", b"")
-        if question.what != "states" and question.what not in FORMS:
+        if request.what != "states" and request.what not in FORMS:
             return Reply(number, "error", b"it does not know this format")
-        return Wanted(question.what, version, number)
+        return Question(request.what, number)
 
-    def _leave(self, goodbye: Goodbye, data: bytes) -> bool:
-        """Retire who says goodbye, and write that down; return whether everything of it is known."""
+    def _retire_with(self, goodbye: Goodbye, data: bytes) -> bool:
+        """Retire a worker with its last update, and journal that; return whether all of it is known."""
         if not self._apply(goodbye.update, leaves=True):
             return False
         self._retire(goodbye.update)
-        self.journal.note(data)
+        self.journal.append(data)
         return True
 
-    def _hand_over(self, question: HandOver) -> Reply:
-        """Make room for a newer version; what workers that live can't tell that one is in the journal."""
-        if question.version <= VERSION or self._endpoints.path is None or not self._lease.is_joined:
-            return Reply(question.correlation, "error", b"nobody could take its place")
+    def _hand_over(self, request: HandOver) -> Reply:
+        """Make room for a newer version; the journal has everything that live workers don't send again."""
+        if request.version <= VERSION or self._endpoints.path is None or not self._lifetime.is_joined:
+            return Reply(request.correlation, "error", b"no other aggregator could take its place")
         if not self.journal.finish():
-            return Reply(question.correlation, "error", b"it can't write down what it knows")
+            return Reply(request.correlation, "error", b"it can't write its journal")
         _log.warning("tapes aggregator %d makes room for one of a newer version", os.getpid())
         self.hands_over = True
-        return Reply(question.correlation, "ok", b"")
+        return Reply(request.correlation, "ok", b"")
 
-    def _apply(self, update: Update, *, published: bool = True, leaves: bool = False) -> bool:
-        is_new = not (leaves or self._ledger.knows(update.identity))
-        complete, refused = self._ledger.apply(update, published=published)
-        if is_new:  # whoever takes this aggregator's place has to wait for this worker too
-            self._note_former_selves(update)
-            head = update._replace(seq=1, base=0, items=[], descriptions={}, ancestors=())
-            self.journal.note(encode(Record(head)))
+    def _apply(self, update: Update, source: Source = Source.DIRECT, *, leaves: bool = False) -> bool:
+        """Enter an update; return whether everything up to it is known."""
+        senders = (update, *update.ancestors) if not leaves else ()
+        before = {sender.identity: self._ledger.source_of(sender.identity) for sender in senders}
+        complete, refused = self._ledger.apply(update, source)
+        if before.get(update.identity, source) is None:
+            self._reaper.note_new_worker(update)
+        for record in self._checkpoint.news_of(update, before):
+            self._append(record)
         for name in refused:
             self.registry.reject(
                 name,
@@ -325,52 +273,30 @@ class Handler:
             )
         if complete:
             self.awaited.discard(update.identity)
-        self._spoke.add(update.identity)
+        self._reaper.note_update(update)
         self._is_unreported = True
         self.journal.changed()
         return complete
 
-    def _note_former_selves(self, update: Update) -> None:
-        """Note which workers ended as their process became another program, or itself again, by ``exec``."""
-        for former in self._ledger.former_selves(update):
-            self._became_another.add(former)
-            self._ledger.bury(former)
-
     def _retire(self, worker: Worker | Update) -> None:
-        identity = worker.identity
-        self._elsewhere.discard(worker.host, worker.process)
-        self._ledger.retire(identity)
-        self._dead.pop(identity, None)
-        self._heard.pop(identity, None)
-        self._became_another.discard(identity)
-        watch = self._watches.pop(identity, None)
-        if watch is not None:
-            watch.close()
+        self._foreign_owners.discard(worker.host, worker.process)
+        self._ledger.retire(worker.identity)
+        self._reaper.forget(worker.identity)
+
+    def _append(self, message: Message) -> bool:
+        return self.journal.append(encode(message))
 
     def _reject(self, data: bytes, error: Exception) -> None:
         self.journal.changed()
         self.registry.reject("the aggregator", (), data[:40], str(error))
 
-    def _pages(self) -> Iterator[Message]:
-        """Yield what is to be in the journal: the living first, as who leaves meanwhile is in the total."""
-        for worker in self._ledger.workers:
-            if worker.identity != NOBODY:
-                yield from self._ledger.records_of(worker.identity)
-        records, left, retired = self._ledger.records_of_retired(self._view.for_the_journal())
-        yield from self._elsewhere.hellos()
-        yield Journal(
-            self._host, self._lease.owners, self._configured, retired, left,
-            self._ledger.descriptions, self._ledger.max_series,
-        )  # fmt: skip
-        yield from records
-
     def _note_journal_failed(self, error: Exception) -> None:
         self.registry.own(Counter, JOURNAL_FAILED).increment()
-        # Where its directory was removed it is made again, or everything is about to end.
+        # If its directory was removed, it is made again, or the service is about to end.
         if not self._journal_fails and not isinstance(error, FileNotFoundError):
             self._journal_fails = True
             _log.warning(
-                "tapes can't write its journal (%s): should the aggregator be killed now, what workers that "
-                "left had counted is lost; it keeps trying, and logs this only once",
+                "tapes can't write its journal (%s): if the aggregator is killed now, the counts of workers "
+                "that have exited are lost; it keeps trying, and logs this only once",
                 error,
             )

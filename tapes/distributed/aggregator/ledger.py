@@ -1,19 +1,20 @@
-"""The ledger: the newest state of every live worker, and one total of all that have left.
+"""The ledger: the newest state of every live worker, and one total of all exited ones.
 
-Theory. States are cumulative, so applying an update is replacement: per series, the state of the highest
-sequence number stands, and messages may be lost, repeated or overtaken. A worker that leaves is added to the
-retired total once and its identity remembered, so that late words of it change nothing. Gauges leave with
-their worker, except those that merge as ``last``: of these the newest value stays. Merging is done per series
-when somebody reads, and kept until an update touches it: memory and the cost of a read depend on live workers
-and series, not on how many workers have lived.
+Theory. States are cumulative, so applying an update is replacement: per series, the state with the highest
+sequence number counts, and messages may be lost, repeated or overtaken. The series of an exited worker are
+added to the retired total once. Its identity is remembered, so later updates of it change nothing. Gauges go
+with their worker, except those that merge as ``last``: of these the newest value stays. Series are merged
+when somebody reads, and the result is kept until an update touches it. So memory and the cost of a read
+depend on live workers and series, not on how many workers there ever were.
 
-What a worker says of its ancestors is entered as if they had said it themselves: they are accounts like any
-other, only silent ones. Where workers differ in the kind of a metric, or in how a gauge merges, as in a
-rolling deploy, the one that started last is right. A name has at most as many label sets as its most generous
-worker allows; what comes after them is added up in one series labelled ``overflow="true"``, apart for each
-worker that still lives.
+The records of ancestors are entered as if the ancestors had sent them: they have accounts like any other
+worker, marked as ancestors. Where workers differ in the kind of a metric, or in how a gauge merges, as in a
+rolling deploy, the most recently started worker wins. A name has at most as many label sets as its most
+generous worker allows; further ones are added up in one series labelled ``overflow="true"``, apart for each
+live worker.
 
-The ledger does no I/O and knows no clock. One lock makes it safe to read from reporters' threads.
+The ledger does no I/O and knows no clock. One lock makes it safe to read from reporters' threads. How it is
+written into a journal and restored is in `.checkpoint`.
 """
 
 from __future__ import annotations
@@ -24,294 +25,275 @@ from collections.abc import Iterable
 from typing import Any
 
 from tapes.distributed.aggregator import entries
-from tapes.distributed.aggregator.entries import (
-    ASKED,
-    BEFORE_ALL,
-    ITSELF,
-    OF_IT,
-    Account,
-    Entry,
-    Key,
-    Rank,
-    Worker,
-)
-from tapes.distributed.aggregator.series_slots import Places
-from tapes.distributed.protocol.messages import NOBODY, Descriptions, Item, Journal, Merged, Record, Update
+from tapes.distributed.aggregator.entries import BEFORE_ALL, Account, Entry, Key, Rank, Source, Worker
+from tapes.distributed.aggregator.series_slots import SeriesSlots
+from tapes.distributed.protocol.messages import Descriptions, Item, Merged, Update
 from tapes.metrics import GaugeState, State
-from tapes.metrics.origin import with_told
-from tapes.processes import Process
+from tapes.metrics.origin import with_baseline
 from tapes.snapshot import Family, Snapshot
 from tapes.threads import RLock
 
 __all__ = ["Ledger"]
 
-_REMEMBERED = 100_000
-"""So many identities of workers that have left are kept; late words come within seconds."""
-
-_REMEMBERED_BY_JOURNALS = 10_000
+_MAX_REMEMBERED = 100_000
+"""Maximum number of identities of exited workers that are remembered; late updates come within seconds."""
 
 
 class Ledger:
-    """Adds up the states of workers; safe from any thread."""
+    """Adds up the states of workers; safe from any thread.
+
+    Attributes:
+        lock: Held while the accounts and the slots are read or changed.
+        accounts: By identity, the workers that have not exited.
+        slots: The series.
+        exited: The identities of exited workers, the last ones last.
+        retired: Number of exited workers.
+        unconfirmed: Workers from a journal that have sent nothing since: their newest counts may be missing.
+    """
 
     def __init__(self) -> None:
-        self._lock = RLock()
-        self._accounts: dict[bytes, Account] = {}
+        self.lock = RLock()
+        self.accounts: dict[bytes, Account] = {}
+        self.slots = SeriesSlots()
+        self.exited: OrderedDict[bytes, None] = OrderedDict()
+        self.retired = 0
+        self.unconfirmed: set[bytes] = set()
         self._numbers = itertools.count()
-        self._places = Places()
-        self._entries = self._places.entries
+        self._entries = self.slots.entries
         self._kinds: dict[str, str] = {}
         self._ranks: dict[str, Rank] = {}
-        self._lasts: dict[str, Rank] = {}  # of names that merge as "last": the newest worker's that says so
+        self._lasts: dict[str, Rank] = {}  # by name, the newest worker that merges it as "last"
         self._maybe_former: set[str] = set()  # names that may no longer merge as "last"
         self._described_by: dict[str, Rank] = {}
         self._descriptions: Descriptions = {}
-        self._left: OrderedDict[bytes, None] = OrderedDict()
         self._memory: dict[str, Any] = {}
-        self.retired = 0
 
     @property
     def descriptions(self) -> Descriptions:
-        """What was said of each name."""
-        with self._lock:
+        """The description of each name."""
+        with self.lock:
             return dict(self._descriptions)
 
     @property
-    def max_series(self) -> int:
-        """How many label sets a name may have."""
-        return self._places.max_series
-
-    @property
     def workers(self) -> list[Worker]:
-        """The workers that have not left."""
-        with self._lock:
-            return [account.worker for account in self._accounts.values()]
+        """The workers that have not exited."""
+        with self.lock:
+            return [account.worker for account in self.accounts.values()]
 
     @property
     def living(self) -> int:
-        """How many workers live, as far as is known, and speak for themselves."""
-        with self._lock:
-            return sum(not a.dead and not a.worker.silent for a in self._accounts.values())
+        """Number of live workers, without those that are only known as ancestors."""
+        with self.lock:
+            return sum(not a.dead and not a.worker.is_ancestor for a in self.accounts.values())
 
     def ancestors(self) -> set[bytes]:
-        """Return the identities that living workers speak of as their ancestors."""
-        with self._lock:
-            living = (account.ancestors for account in self._accounts.values() if not account.dead)
+        """Return the identities of the ancestors of live workers."""
+        with self.lock:
+            living = (account.ancestors for account in self.accounts.values() if not account.dead)
             return set().union(*living)
 
-    def apply(self, update: Update, *, published: bool = True) -> tuple[bool, list[str]]:
-        """Take in a worker's update.
-
-        Args:
-            update: What it says.
-            published: Whether it published that or left with it; ``False`` if it came with a question.
+    def apply(self, update: Update, source: Source = Source.DIRECT) -> tuple[bool, list[str]]:
+        """Enter a worker's update.
 
         Returns:
-            Whether everything up to this update is known now, and the names that workers use in another way
-            than newer ones do; each is told once of a worker.
+            Whether everything up to this update is known now, and the names that the worker uses in another
+            way than newer ones do; each is returned once for a worker.
         """
-        with self._lock:
+        with self.lock:
             refused: list[str] = []
             for ancestor in update.ancestors:
-                refused += self._apply(ancestor, silent=True, published=published)[1]
-            complete, own = self._apply(update, silent=False, published=published)
+                refused += self._apply(ancestor, min(source, Source.RELAYED), is_ancestor=True)[1]
+            complete, own = self._apply(update, source)
+            if complete:
+                self.unconfirmed.discard(update.identity)
             return complete, refused + own
 
-    def bury(self, identity: bytes, *, is_dead: bool = True) -> None:
-        """Let the gauges of a worker that died leave; what stays can still be replaced by last words.
+    def mark_dead(self, identity: bytes) -> None:
+        """Remove the gauges of a dead worker; its counts can still be replaced by its last update."""
+        with self.lock:
+            account = self.accounts.get(identity)
+            if account is not None and not account.dead:
+                account.dead = True
+                for key, slot in list(account.slots.items()):
+                    if not self._outlives(slot):
+                        self.drop(account, key)
 
-        Unless ``is_dead``, it lives again: it was silent for long.
-        """
-        with self._lock:
-            account = self._accounts.get(identity)
-            if account is not None and account.dead is not is_dead:
-                account.dead = is_dead
-                for key, place in list(account.places.items()):
-                    if is_dead and not self._outlives(place):
-                        self._drop(account, key)
+    def mark_alive(self, identity: bytes) -> None:
+        """Note that a worker is alive that was taken for dead."""
+        with self.lock:
+            if identity in self.accounts:
+                self.accounts[identity].dead = False
 
     def retire(self, identity: bytes) -> None:
-        """Add what outlives a worker to the retired total; nothing if it is not known, or left already."""
-        with self._lock:
-            account = self._accounts.pop(identity, None)
+        """Add what outlives a worker to the retired total; nothing if it is unknown or has exited already."""
+        with self.lock:
+            account = self.accounts.pop(identity, None)
             if account is None:
                 return
-            self.retired += not account.worker.silent
-            self._left[identity] = None
-            if len(self._left) > _REMEMBERED:
-                self._left.popitem(last=False)
-            for key in list(account.places):
-                place = account.places[key]
-                if self._outlives(place):
-                    entry = self._entries[place]
+            self.retired += not account.worker.is_ancestor
+            self.unconfirmed.discard(identity)
+            self.exited[identity] = None
+            if len(self.exited) > _MAX_REMEMBERED:
+                self.exited.popitem(last=False)
+            for key in list(account.slots):
+                slot = account.slots[key]
+                if self._outlives(slot):
+                    entry = self._entries[slot]
                     entry.retire(entry.by_worker[identity, key[1]])
-                self._drop(account, key)
+                self.drop(account, key)
 
-    def knows(self, identity: bytes) -> bool:
-        """Return whether this worker has been heard of, also if it has left."""
-        with self._lock:
-            return identity in self._accounts or identity in self._left
+    def source_of(self, identity: bytes) -> Source | None:
+        """Return the best source of a worker's updates; ``None`` if it is unknown."""
+        with self.lock:
+            account = self.accounts.get(identity)
+            if account is None:
+                return Source.JOURNAL if identity in self.exited else None
+            return account.source
 
     def former_selves(self, update: Update) -> list[bytes]:
-        """Return the identities of workers whose process has become another program; see `accounts`."""
-        with self._lock:
-            return entries.former_selves(self._accounts.values(), update)
+        """Return the workers whose process runs another program by now; see `entries.former_selves`."""
+        with self.lock:
+            return entries.former_selves(self.accounts.values(), update)
 
-    def records_of(self, identity: bytes) -> list[Record]:
-        """Return what is known of a worker; nothing if it has left."""
-        with self._lock:
-            account = self._accounts.get(identity)
-            if account is None:
-                return []
-            worker = account.worker
-            items, seqs = [], []
-            for key, place in account.places.items():
-                entry = self._entries[place]
-                items.append(Item(entry.kind, *key, entry.by_worker[identity, key[1]]))
-                seqs.append(account.seqs[key])
-        head = Update(
-            identity, worker.process, worker.host, max(1, account.known), 0, [], {}, program=worker.program
-        )  # fmt: skip
-        ancestors = tuple(account.ancestors)
-        return [
-            Record(head._replace(items=some), worker.silent, ancestors, tuple(its_seqs))
-            for some, its_seqs in entries.pieces(items, seqs)
-        ]
-
-    def records_of_retired(self, more: list[Item]) -> tuple[list[Record], tuple[bytes, ...], int]:
-        """Return the total of those that left, with ``more``; who left lately; and how many did."""
-        with self._lock:
+    def merged(self, tick: int, own: Iterable[Item] = (), described: Descriptions | None = None) -> Merged:
+        """Return the states of the whole service, with the aggregator's ``own`` series."""
+        with self.lock:
+            groups = self.slots.merged(entries.worker_names(self.accounts.values()), own)
             items = [
-                Item(e.kind, *key, e.retired) for key, e in self._entries.items() if e.retired is not None
+                Item(kind, name, labels, state)
+                for name, (kind, every_labels, states) in groups.items()
+                for labels, state in zip(every_labels, states)
             ]
-            left = tuple(itertools.islice(reversed(self._left), _REMEMBERED_BY_JOURNALS))
-            retired = self.retired
-        head = Update(NOBODY, Process(1, 0), "", 1, 0, [], {})
-        every = [*items, *more]
-        records = [
-            Record(head._replace(items=some), True, (), tuple(seqs))
-            for some, seqs in entries.pieces(every, [1] * len(every))
+            return Merged(tick, items, {**self._descriptions, **(described or {})})
+
+    def snapshot(
+        self, tick: int, own: Iterable[Item] = (), described: Descriptions | None = None
+    ) -> Snapshot:
+        """Return a snapshot of the whole service as of ``tick``, with the aggregator's ``own`` series."""
+        with self.lock:
+            groups = self.slots.merged(entries.worker_names(self.accounts.values()), own)
+            texts = {**self._descriptions, **(described or {})}
+        families = [
+            Family(name, group[0], texts.get(name), *group[1:], tick) for name, group in groups.items()
         ]
-        return records, left, retired
-
-    def restore(self, journal: Journal, records: Iterable[Record]) -> None:
-        """Take over what another ledger had written down: everything in it was told to an aggregator."""
-        with self._lock:
-            self.retired = journal.retired
-            self._left = OrderedDict.fromkeys(reversed(journal.left))
-            self._descriptions.update(journal.descriptions)
-            self._places.max_series = max(self.max_series, journal.max_series)
-            # The total first: it had its places first.
-            for record in sorted(records, key=lambda record: record.update.identity != NOBODY):
-                if record.update.identity == NOBODY:
-                    for item in record.update.items:
-                        self._restore_retired(item)
-                elif record.update.identity not in self._left:
-                    account = self._account(record.update, record.silent)
-                    account.known = max(account.known, record.update.seq)
-                    account.ancestors = frozenset(record.ancestors)
-                    for item, seq in zip(record.update.items, record.seqs):
-                        self._put(account, seq, item, ASKED)
-            self._let_former_go()
-
-    def _restore_retired(self, item: Item) -> None:
-        state: Any = item.state
-        if item.kind == "gauge" and state.mode != "last":
-            return
-        if self._kinds.setdefault(item.name, item.kind) == item.kind:
-            self._ranks.setdefault(item.name, BEFORE_ALL)
-            entry = self._entries[self._places.take((item.name, item.labels), item.kind)]
-            if item.kind == "gauge":
-                self._lasts.setdefault(item.name, BEFORE_ALL)
-                entry.retire(entry.agreed(state, BEFORE_ALL))
-            else:
-                entry.retire(with_told(state, state.counted))
-
-    def merged(self, tick: int) -> Merged:
-        """Return the states of the whole service."""
-        with self._lock:
-            items = [
-                Item(self._kinds[name], name, labels, state)
-                for name, group in self._places.merged(entries.names_of(self._accounts.values())).items()
-                for labels, state in zip(*group)
-            ]
-            return Merged(tick, items, dict(self._descriptions))
-
-    def snapshot(self, tick: int) -> Snapshot:
-        """Return what a reader sees of the whole service as of ``tick``."""
-        with self._lock:
-            families = [
-                Family(name, self._kinds[name], self._descriptions.get(name), *group, tick)
-                for name, group in self._places.merged(entries.names_of(self._accounts.values())).items()
-            ]
         return Snapshot(families, self._memory)
 
-    def _account(self, update: Update, silent: bool) -> Account:
-        """Return the account of who says ``update``; a new one, if it has not been heard of before."""
-        account = self._accounts.get(update.identity)
-        if account is None or (account.worker.silent and not silent):
-            worker = Worker(update.identity, update.process, update.host, silent, update.program)
+    def describe(self, descriptions: Descriptions, rank: Rank) -> None:
+        """Enter descriptions of a worker of that rank."""
+        for name, description in descriptions.items():
+            if rank >= self._described_by.get(name, rank):
+                self._described_by[name] = rank
+                self._descriptions[name] = description
+
+    def account(self, update: Update, is_ancestor: bool) -> Account:
+        """Return the account of the sender of ``update``; a new one, if it is unknown."""
+        account = self.accounts.get(update.identity)
+        if account is None or (account.worker.is_ancestor and not is_ancestor):
+            worker = Worker(update.identity, update.process, update.host, is_ancestor, update.program)
             if account is None:
-                account = self._accounts[update.identity] = Account(worker, next(self._numbers))
+                account = self.accounts[update.identity] = Account(worker, next(self._numbers))
             account.worker = worker
         return account
 
-    def _apply(self, update: Update, *, silent: bool, published: bool) -> tuple[bool, list[str]]:
-        if update.identity in self._left:
+    def _apply(self, update: Update, source: Source, *, is_ancestor: bool = False) -> tuple[bool, list[str]]:
+        if update.identity in self.exited:
             return True, []
-        account = self._account(update, silent)
-        if silent:
-            account.dead = False  # a living child speaks of it
+        account = self.account(update, is_ancestor)
+        if is_ancestor:
+            account.dead = False  # it has a live child
         else:
             account.ancestors |= {ancestor.identity for ancestor in update.ancestors}
-            self._places.max_series = max(self.max_series, update.max_series)
-        says = ITSELF if published and not silent else OF_IT if published else ASKED
-        refused = [item.name for item in update.items if not self._put(account, update.seq, item, says)]
-        self._let_former_go()
-        account.heard = max(account.heard, says)
-        for name, description in update.descriptions.items():
-            if account.rank >= self._described_by.get(name, account.rank):
-                self._described_by[name] = account.rank
-                self._descriptions[name] = description
-        if update.base == 0 and not silent:
+            self.slots.max_series = max(self.slots.max_series, update.max_series)
+        refused = [item.name for item in update.items if not self.put(account, update.seq, item, source)]
+        self.drop_former_lasts()
+        account.source = max(account.source, source)
+        self.describe(update.descriptions, account.rank)
+        if update.base == 0 and not is_ancestor:
+            account.keyframe = max(account.keyframe, update.seq)
             self._drop_removed(account, update)
         complete = update.base <= account.known
         if complete:
             account.known = max(account.known, update.seq)
         return complete, refused
 
-    def _put(self, account: Account, seq: int, item: Item, says: int) -> bool:
-        """Take in one series of a worker; return whether it agrees with what newer workers have."""
+    def put(self, account: Account, seq: int, item: Item, source: Source) -> bool:
+        """Enter one series of a worker; return whether it agrees with what newer workers have."""
         key = (item.name, item.labels)
+        # 1. A late state changes nothing, but a better source corrects the baseline.
         if account.seqs.get(key, 0) >= seq:
-            if says > account.heard:  # a question has overtaken it
-                self._note_told(account, key, item)
+            if source > account.source:
+                self._correct_baseline(account, key, item)
             return True
+        if seq < account.keyframe and key not in account.seqs:
+            return True  # the series was removed since
+        # 2. Of two kinds, that of the newest worker wins.
         agrees, state = True, item.state
         if self._kinds.setdefault(item.name, item.kind) != item.kind:
             if account.rank < self._ranks[item.name]:
-                return self._complained(account, item.name)
+                return self._note_refused(account, item.name)
             self._forget(item.name)
             self._kinds[item.name] = item.kind
-            agrees = self._complained(account, item.name)
+            agrees = self._note_refused(account, item.name)
         if self._ranks.setdefault(item.name, account.rank) < account.rank:
             self._ranks[item.name] = account.rank
             self._maybe_former.add(item.name)
-        place = account.places.get(key)
-        if place is None:
-            place = account.places[key] = self._places.take(key, item.kind)
-        entry = self._entries[place]
-        whose = (account.worker.identity, item.labels)
-        told = entries.told_before(account, entry.by_worker.get(whose), item, says)
+        # 3. The slot.
+        slot = account.slots.get(key)
+        if slot is None:
+            slot = account.slots[key] = self.slots.take(key, item.kind)
+        entry = self._entries[slot]
+        own = (account.worker.identity, item.labels)
+        # 4. The baseline of a count, the merge mode of a gauge.
+        baseline = entries.baseline_of(account, entry.by_worker.get(own), item, source)
         if item.kind == "gauge":
             state = self._agreed(account, item, entry)
-            agrees = state is item.state or self._complained(account, item.name)
-        entry.by_worker[whose] = state if told is None else with_told(state, told)
+            agrees = state is item.state or self._note_refused(account, item.name)
+        # 5. The state.
+        entry.by_worker[own] = state if baseline is None else with_baseline(state, baseline)
         entry.merged = None
         account.seqs[key] = seq
-        if account.dead and not self._outlives(place):
-            self._drop(account, key)
+        if account.dead and not self._outlives(slot):
+            self.drop(account, key)
         return agrees
+
+    def put_retired(self, item: Item) -> None:
+        """Add a series of exited workers to the retired total; nothing if it conflicts with another kind."""
+        state: Any = item.state
+        if item.kind == "gauge" and state.mode != "last":
+            return
+        if self._kinds.setdefault(item.name, item.kind) == item.kind:
+            self._ranks.setdefault(item.name, BEFORE_ALL)
+            entry = self._entries[self.slots.take((item.name, item.labels), item.kind)]
+            if item.kind == "gauge":
+                self._lasts.setdefault(item.name, BEFORE_ALL)
+                state = entry.agreed(state, BEFORE_ALL)
+            entry.retire(state)
+
+    def drop(self, account: Account, key: Key) -> None:
+        """Forget one series of a worker, and its slot if nothing else is in it."""
+        slot = account.slots.pop(key)
+        del account.seqs[key]
+        entry = self._entries[slot]
+        del entry.by_worker[account.worker.identity, key[1]]
+        entry.merged = None
+        self.slots.free(slot)
+
+    def drop_former_lasts(self) -> None:
+        """Forget values that outlived their worker, of names that newer workers no longer merge as ``last``.
+
+        Call it after a whole update, as a name may merge as ``last`` in some of its series only.
+        """
+        names, self._maybe_former = self._maybe_former & self._lasts.keys(), set()
+        if not names:
+            return
+        for account in self.accounts.values():
+            for key, slot in list(account.slots.items()) if account.dead else ():
+                if key[0] in names and not self._outlives(slot):
+                    self.drop(account, key)
+        for slot in [slot for slot in self._entries if slot[0] in names]:
+            if not self._outlives(slot):
+                self._entries[slot].retired = self._entries[slot].merged = None
+                self.slots.free(slot)
 
     def _agreed(self, account: Account, item: Item, entry: Entry) -> State:
         """Return a gauge's state in the mode of the newest worker that has it."""
@@ -324,35 +306,18 @@ class Ledger:
             self._maybe_former.add(item.name)
         return state
 
-    def _outlives(self, place: Key) -> bool:
-        """Return whether a series stays when its worker has ended: a count, or a last value.
+    def _outlives(self, slot: Key) -> bool:
+        """Return whether a series stays when its worker has exited: a count, or a last value.
 
-        It is a last value if the newest worker that has it says so, and the newest that has its name still
-        merges some series of that name so.
+        It is a last value if the newest worker that has it merges it as ``last``, and the newest worker that
+        has its name still merges some series of that name so.
         """
-        name, entry = place[0], self._entries[place]
+        name, entry = slot[0], self._entries[slot]
         if entry.kind != "gauge":
             return True
         return entry.mode == "last" and self._lasts.get(name, BEFORE_ALL) >= self._ranks[name]
 
-    def _let_former_go(self) -> None:
-        """Forget values that stayed of names which newer workers no longer merge as ``last``.
-
-        It is called after a whole update, as a name may merge as ``last`` in some of its series only.
-        """
-        names, self._maybe_former = self._maybe_former & self._lasts.keys(), set()
-        if not names:
-            return
-        for account in self._accounts.values():
-            for key, place in list(account.places.items()) if account.dead else ():
-                if key[0] in names and not self._outlives(place):
-                    self._drop(account, key)
-        for place in [place for place in self._entries if place[0] in names]:
-            if not self._outlives(place):
-                self._entries[place].retired = self._entries[place].merged = None
-                self._places.free(place)
-
-    def _complained(self, account: Account, name: str) -> bool:
+    def _note_refused(self, account: Account, name: str) -> bool:
         """Note that a worker uses a name in another way than newer ones; return whether that was known."""
         known = name in account.refused
         account.refused.add(name)
@@ -360,19 +325,19 @@ class Ledger:
 
     def _forget(self, name: str) -> None:
         """Forget all series of a name, as it is another kind of metric now."""
-        for account in self._accounts.values():
-            for key in [key for key in account.places if key[0] == name]:
-                self._drop(account, key)
-        self._places.forget(name)
+        for account in self.accounts.values():
+            for key in [key for key in account.slots if key[0] == name]:
+                self.drop(account, key)
+        self.slots.forget(name)
         self._lasts.pop(name, None)
 
-    def _note_told(self, account: Account, key: Key, item: Item) -> None:
-        """Take from ``item`` what aggregators before this one were told."""
-        entry = self._entries[account.places[key]] if key in account.places else None
+    def _correct_baseline(self, account: Account, key: Key, item: Item) -> None:
+        """Take over the baseline of a series from ``item``."""
+        entry = self._entries[account.slots[key]] if key in account.slots else None
         if entry is not None and entry.kind == item.kind != "gauge":
-            whose = (account.worker.identity, item.labels)
+            own = (account.worker.identity, item.labels)
             given: Any = item.state
-            entry.by_worker[whose] = with_told(entry.by_worker[whose], given.origin.told)
+            entry.by_worker[own] = with_baseline(entry.by_worker[own], given.origin.baseline)
             entry.merged = None
 
     def _drop_removed(self, account: Account, keyframe: Update) -> None:
@@ -380,13 +345,4 @@ class Ledger:
         kept = {(item.name, item.labels) for item in keyframe.items}
         for key, seq in list(account.seqs.items()):
             if key not in kept and seq < keyframe.seq:
-                self._drop(account, key)
-
-    def _drop(self, account: Account, key: Key) -> None:
-        """Forget one series of a worker, and the place that nobody needs any more."""
-        place = account.places.pop(key)
-        del account.seqs[key]
-        entry = self._entries[place]
-        del entry.by_worker[account.worker.identity, key[1]]
-        entry.merged = None
-        self._places.free(place)
+                self.drop(account, key)

@@ -1,9 +1,9 @@
 """How long an aggregator lives.
 
-An aggregator serves *owners* (the process that started it, a supervisor such as gunicorn's master, whoever
-asked it to stay) and the workers that it hears from. It watches all of them and lives until they have ended,
-and a grace period longer, as last words may be under way and another worker may be about to start. During
-the grace period it is *idle*: its reporters hold nothing that the next start of the service needs.
+An aggregator serves *owners* (the process that started it, a supervisor such as gunicorn's master, processes
+that attached) and the workers that publish to it. It watches all of them and lives until they have exited,
+and a grace period longer, as last updates may be on their way and another worker may be about to start.
+During the grace period it is *idle*: its reporters hold no port that the next start of the service needs.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _OWNED_GRACE_SECONDS = 0.5
 _OWNED_PATIENCE_SECONDS = 1.0
 _JOINED_GRACE_SECONDS = 2.0
 _MAX_ELSEWHERE = 1000
-"""Maximum number of owners of other pid namespaces that are remembered."""
+"""Maximum number of remembered owners in other pid namespaces."""
 
 
 class Lifetime:
     """How long an aggregator lives.
 
     Args:
-        owners: The processes that it serves; none to live until told to stop.
+        owners: The processes that it serves; without any it lives until `request_stop`.
         grace_seconds: How long to stay after the last owner and worker.
         patience_seconds: How long to wait for workers that outlive the owners.
-        is_stoppable: Whether it ends when it is told to, before its owners do.
+        is_stoppable: Whether `request_stop` has an effect.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Lifetime:
         self._watches = {owner: ProcessWatch(owner) for owner in owners}
         self._grace_seconds = grace_seconds
         self._patience_seconds = patience_seconds
-        self._can_be_stop_requested = is_stoppable
+        self._is_stoppable = is_stoppable
         self._stop_requested = False
         self._ownerless_since: float | None = None
         self._idle_since: float | None = None
@@ -51,7 +51,7 @@ class Lifetime:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no owner and no worker lived at the last look: the grace period has begun."""
+        """Whether the grace period has begun, as no owner and no worker is alive."""
         return self._idle_since is not None
 
     @property
@@ -61,23 +61,23 @@ class Lifetime:
 
     @classmethod
     def joined(cls, *owners: Process) -> Lifetime:
-        """Return the lease of an aggregator that nobody ends: it lives as long as any of those it serves."""
+        """Return the lifetime of an aggregator that can't be stopped: it lives as long as what it serves."""
         return cls(
             *owners, grace_seconds=_JOINED_GRACE_SECONDS, patience_seconds=float("inf"), is_stoppable=False
         )
 
     def request_stop(self) -> None:
-        """Ask it to end as if the owners had ended; an aggregator that several share doesn't mind."""
-        self._stop_requested = self._can_be_stop_requested
+        """End it as if the owners had exited; no effect on an aggregator that several processes share."""
+        self._stop_requested = self._is_stoppable
 
     def keep_alive_for(self, process: Process) -> None:
-        """Live as long as ``process`` too, if this is the lease of an aggregator with owners."""
+        """Make ``process`` another owner, if the aggregator has owners."""
         if self.has_owner and process not in self._watches:
             self._watches[process] = ProcessWatch(process)
             self._ownerless_since = self._idle_since = None
 
     def expired(self, now: float, workers: int) -> bool:
-        """Return whether it is over, given how many workers live at ``now``."""
+        """Return whether it is over at ``now``, with that number of live workers."""
         for owner, watch in list(self._watches.items()):
             if watch.ended():
                 watch.close()
@@ -98,11 +98,11 @@ class Lifetime:
 class ForeignOwners:
     """Owners in other pid namespaces than this aggregator's.
 
-    They can't be watched from here, so this aggregator does not live for them. They are for the journal: the
-    next aggregator may be started in their namespace.
+    They can't be watched from here, so this aggregator does not stay for them. The journal keeps them, as the
+    next aggregator may start in their namespace.
 
     Args:
-        host: What pids mean here; see `tapes.processes.host_id`.
+        host: The pid namespace of this process; see `tapes.processes.host_id`.
     """
 
     def __init__(self, host: str) -> None:
@@ -110,18 +110,18 @@ class ForeignOwners:
         self._owners: OrderedDict[tuple[str, Process], None] = OrderedDict()
 
     def add(self, host: str, processes: tuple[Process, ...]) -> None:
-        """Remember ``processes`` of another ``host``; of too many, those that came first are forgotten."""
+        """Remember ``processes`` of another ``host``, and forget the oldest ones if there are too many."""
         for process in processes if host != self._host else ():
             self._owners[host, process] = None
         while len(self._owners) > _MAX_ELSEWHERE:
             self._owners.popitem(last=False)
 
     def discard(self, host: str, process: Process) -> None:
-        """Forget a process that has ended, if it is known."""
+        """Forget a process that has exited."""
         self._owners.pop((host, process), None)
 
-    def hellos(self) -> list[Attach]:
-        """Return them as they introduced themselves, one message for each host."""
+    def requests(self) -> list[Attach]:
+        """Return the requests by which they attached, one for each host."""
         by_host: dict[str, list[Process]] = {}
         for host, process in self._owners:
             by_host.setdefault(host, []).append(process)

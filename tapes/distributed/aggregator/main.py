@@ -50,11 +50,10 @@ def _fail(readiness: Readiness, text: str) -> int:
 
 
 def _settle(aggregator: Aggregator) -> None:
-    """Make a process that is an aggregator's alone fit for many workers, and known in ``ps``."""
-    reason = aggregator._reason and f", started for {aggregator._reason}"
-    set_title(f"tapes aggregator {aggregator._endpoints.publish}{reason}")
+    """Prepare a process of an aggregator for many workers, and name it for ``ps``."""
+    set_title(f"tapes aggregator {aggregator.title}")
     gc.set_threshold(50_000, 20, 50)  # states have no cycles, and there are many of them
-    sys.setswitchinterval(0.0005)  # what only takes in messages and clients does not wait for what renders
+    sys.setswitchinterval(0.0005)  # rendering must not hold up the loop
     with contextlib.suppress(ValueError, OSError):
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a worker takes three descriptors
@@ -87,14 +86,16 @@ def serve(address: str, pid: str, started: str, reason: str, uid: str, gid: str,
     except TapesError as error:
         readiness.report(f"{type(error).__name__}\n{error}")
         sys.exit(1)
-    owner, kept = Process(int(pid), int(started)), not reaps(_adopter(starter))
+    owner, supervised = Process(int(pid), int(started)), not reaps(_adopter(starter))
 
     def run(readiness: Readiness, ends: bool = False) -> int:
-        lease = Lifetime.joined(owner)
-        aggregator = Aggregator(endpoints, reporters, lease, reason=reason, configured=configured, kept=kept)
+        lifetime = Lifetime.joined(owner)
+        aggregator = Aggregator(
+            endpoints, reporters, lifetime, reason=reason, configured=configured, supervised=supervised
+        )
         return run_to_end(aggregator, readiness)
 
-    sys.exit(Supervisor(run, owner).run_while_killed(readiness) if kept else run(readiness))
+    sys.exit(Supervisor(run, owner).run_while_killed(readiness) if supervised else run(readiness))
 
 
 def _adopter(parent: int) -> int:

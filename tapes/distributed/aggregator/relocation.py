@@ -1,10 +1,7 @@
-"""What becomes of an aggregator whose files have gone, as when a login session ends with its directory.
+"""Handing over to another aggregator, as the files of this one were removed; see `.residence`.
 
-Its connected workers still reach it, and no other process does. So it makes its files again, in the same
-place or, if its directory is a private one, in another place where its service looks. If another aggregator
-serves one of these places by then, this one hands everything over to that and leaves: the states of the
-living, which they will supersede, and the total of those that left, which is entered like the last update of
-one more worker.
+The other one gets the states of live workers, which the workers will replace, and the total of exited ones,
+which it enters like the last update of one more worker.
 """
 
 from __future__ import annotations
@@ -27,9 +24,9 @@ _log = logging.getLogger("tapes.distributed")
 
 
 def hand_over(inheritance: Inheritance, heir: Endpoints) -> bool:
-    """Give ``inheritance`` to the aggregator at ``heir``; return whether that has all of it.
+    """Send ``inheritance`` to the aggregator at ``heir``; return whether it has all of it.
 
-    It may be given again: nothing of it counts twice.
+    It may be sent again: nothing of it counts twice.
     """
     try:
         return request_all(heir, inheritance)

@@ -1,43 +1,57 @@
-"""The series of a ledger, each in its place; a name has at most ``max_series`` of them.
+"""The slots of a ledger's series; a name has at most ``max_series`` of them.
 
-What comes after them shares one place, the one that is labelled ``overflow="true"``.
+Further series share one slot, the one labelled ``overflow="true"``.
+
+A restarted aggregator must give each series the slot that it had, as its reporters' cursors count by slot. So
+series with a cursor have a reserved slot; and if the overflow series has one, the name has no other free
+slot.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import collections
+from collections.abc import Iterable
 
 from tapes.catalogue import MAX_SERIES, OVERFLOW, warn_of_overflow
 from tapes.distributed.aggregator.entries import Entry, Key
-from tapes.metrics import GaugeState, State
+from tapes.distributed.protocol.messages import Item
+from tapes.metrics import KINDS, GaugeState, State
 from tapes.naming import Labels
 
-__all__ = ["Group", "Places"]
+__all__ = ["Group", "SeriesSlots"]
 
-Group = tuple[list[Labels], list[State]]
-"""The labels of a name's series, and their states."""
+Group = tuple[str, list[Labels], list[State]]
+"""The series of a name: their kind, their labels and their states."""
 
 
-class Places:
-    """Places of series, and what is kept there.
+class SeriesSlots:
+    """The slots of series, and the entries in them.
 
     Attributes:
-        entries: Every place that is taken, and its series.
-        sizes: How many places each name has, not counting the one that is shared.
-        max_series: Maximum number of places of a name.
+        entries: By slot.
+        sizes: Number of slots of each name, without the overflow slot.
+        max_series: Maximum number of slots of a name.
     """
 
     def __init__(self) -> None:
         self.entries: dict[Key, Entry] = {}
-        self.sizes: Counter[str] = Counter()
+        self.sizes: collections.Counter[str] = collections.Counter()
         self.max_series = MAX_SERIES
         self._overflowing: set[str] = set()
+        self._reserved: set[Key] = set()
+        self._full: set[str] = set()
+
+    def reserve(self, keys: Iterable[Key]) -> None:
+        """Reserve the slots that series had in an earlier aggregator."""
+        self._reserved.update(keys)
+        self._full.update(name for name, labels in self._reserved if OVERFLOW in labels)
 
     def take(self, key: Key, kind: str) -> Key:
-        """Return where a series is kept: in its own place, or with all that have none."""
+        """Return the slot of a series: its own, or the overflow slot."""
         name, labels = key
         if key not in self.entries:
-            if self.sizes[name] < self.max_series or OVERFLOW in labels:
+            has_room = self.sizes[name] < self.max_series and name not in self._full
+            if has_room or OVERFLOW in labels or key in self._reserved:
                 self.sizes[name] += OVERFLOW not in labels
             else:
                 if name not in self._overflowing:
@@ -47,30 +61,46 @@ class Places:
             self.entries.setdefault(key, Entry(kind))
         return key
 
-    def free(self, place: Key) -> None:
-        """Forget a place if nothing is kept there any more."""
-        entry = self.entries[place]
+    def free(self, slot: Key) -> None:
+        """Free a slot if it has no state any more."""
+        entry = self.entries[slot]
         if not entry.by_worker and entry.retired is None:
-            del self.entries[place]
-            self.sizes[place[0]] -= OVERFLOW not in place[1]
+            del self.entries[slot]
+            self.sizes[slot[0]] -= OVERFLOW not in slot[1]
 
     def forget(self, name: str) -> None:
-        """Forget all places of a name."""
-        for place in [place for place in self.entries if place[0] == name]:
-            del self.entries[place]
+        """Free all slots of a name."""
+        for slot in [slot for slot in self.entries if slot[0] == name]:
+            del self.entries[slot]
         del self.sizes[name]
 
-    def merged(self, workers: dict[bytes, str]) -> dict[str, Group]:
-        """Return every name's series, merged; ``workers`` are the names of those that publish."""
+    def merged(self, workers: dict[bytes, str], own: Iterable[Item]) -> dict[str, Group]:
+        """Return the merged series of every name.
+
+        Args:
+            workers: The names of the workers that publish.
+            own: Series of the aggregator itself; where a worker gives one of their names another kind, they
+                replace it.
+        """
         groups: dict[str, Group] = {}
         for (name, labels), entry in self.entries.items():
-            every_labels, states = groups.setdefault(name, ([], []))
-            merged = entry.whole()
+            _, every_labels, states = groups.setdefault(name, (entry.kind, [], []))
+            merged = entry.total()
             if isinstance(merged, GaugeState) and merged.mode == "each":
-                for its_labels, state in entry.of_each_worker(labels, workers):
+                for its_labels, its_state in entry.of_each_worker(labels, workers):
                     every_labels.append(its_labels)
-                    states.append(state)
+                    states.append(its_state)
             else:
                 every_labels.append(labels)
                 states.append(merged)
+        for kind, name, labels, state in own:
+            if name not in groups or groups[name][0] != kind:
+                groups[name] = (kind, [], [])
+            _, every_labels, states = groups[name]
+            if labels in every_labels:
+                place = every_labels.index(labels)
+                states[place] = KINDS[kind].merge((states[place], state))
+            else:
+                every_labels.append(labels)
+                states.append(state)
         return {name: group for name, group in groups.items() if group[1]}

@@ -1,10 +1,10 @@
 """The decoding half of the wire: bytes of a stranger to a valid message, or a `WireError`.
 
-What is long is read one element at a time from an `.unpacker.Unpacker`, and each is checked
-before the next is built; so time is in proportion to a message's length, and memory as that module says.
+Long values are read one element at a time from an `.unpacker.Unpacker`, and each is checked before the next
+is built. So time is proportional to a message's length, and memory is bounded as described there.
 
-What is valid has to be harmless later, too: added to others, and shown. So numbers are held within bounds
-that no honest process reaches and that addition keeps, and names are held to the rules of `tapes.naming`.
+A valid message must do no harm later, when it is added to others and shown. So numbers have bounds which no
+honest process reaches and which sums keep, and names follow the rules of `tapes.naming`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from tapes.bins import MAX_KEY
 from tapes.distributed.protocol.messages import (
-    NOBODY,
     Attach,
+    Cursor,
     Descriptions,
     Flush,
     Goodbye,
@@ -29,9 +29,12 @@ from tapes.distributed.protocol.messages import (
     Message,
     Read,
     Record,
+    Retired,
+    SentCount,
     Update,
 )
 from tapes.distributed.protocol.unpacker import Unpacker, check
+from tapes.errors import WireError
 from tapes.ewma import Rates
 from tapes.metrics import (
     MERGE_MODES,
@@ -49,21 +52,21 @@ from tapes.sketch import EMPTY, MAX_VALUES, Sketch, counts_array
 from tapes.snapshot import Description
 from tapes.sums import Number, Total
 
-__all__ = ["MAX_DIGITS", "MAX_EVENTS", "MAX_WHOLE", "STATES", "decoded"]
+__all__ = ["MAX_DIGITS", "MAX_EVENTS", "MAX_INT", "STATES", "decoded"]
 
-MAX_WHOLE = (1 << 63) - 1
-"""No whole number is larger, totals apart."""
+MAX_INT = (1 << 63) - 1
+"""Maximum of integers, except in totals."""
 MAX_DIGITS = 31
-"""Maximum digits of an exact total: one process counts less than 2^63, and 2^36 of them less than 2^99."""
+"""Maximum digits of a total: one process counts less than 2^63, and 2^36 of them less than 2^99."""
 MAX_EVENTS = 2.0**80
 """Maximum of events and rates: one process counts less than 2^63, and 2^16 of them less than 2^79."""
 _MAX_PROCESSES = 1 << 16
-"""Each is watched; no kernel has as many under one supervisor."""
+"""Maximum number of processes in a message. Each is watched."""
 _MAX_PARTS = 64
-"""An exact sum is written in 40 floats at most."""
+"""Maximum number of floats in an exact sum; 40 are enough for any."""
 
 
-# Each function returns its part, or raises. Those that take a reader read what may be long.
+# Each function returns its part, or raises. Those that take an `Unpacker` read parts that may be long.
 
 
 def _list(value: Any) -> tuple[Any, ...]:
@@ -81,7 +84,7 @@ def _bytes(value: Any) -> bytes:
     return value  # type: ignore[no-any-return]
 
 
-def _whole(value: Any, least: int = 0, most: int = MAX_WHOLE) -> int:
+def _whole(value: Any, least: int = 0, most: int = MAX_INT) -> int:
     check(type(value) is int and least <= value <= most, "a number out of range")
     return value  # type: ignore[no-any-return]
 
@@ -89,6 +92,15 @@ def _whole(value: Any, least: int = 0, most: int = MAX_WHOLE) -> int:
 def _number(value: Any) -> Number:
     check(type(value) is int or (type(value) is float and isfinite(value)), "no finite number")
     return value  # type: ignore[no-any-return]
+
+
+def _exact(value: Any) -> Number:
+    """Return a number of which an integer may be any size, and is text if it is large."""
+    if type(value) is str:
+        digits = value.removeprefix("-")
+        check(len(digits) <= MAX_DIGITS and digits.isdecimal() and digits.isascii(), "no whole number")
+        return int(value)
+    return _number(value)
 
 
 def _float(value: Any) -> float:
@@ -103,33 +115,31 @@ def _floats(value: Any) -> tuple[float, ...]:
 
 
 def _parts(value: Any) -> tuple[float, ...]:
-    """Return what `tapes.sums.exact_sum` does: the sum comes first, and then what it was rounded by."""
+    """Return a sum as `tapes.sums.exact_sum` does: first the rounded sum, then what rounding left."""
     parts = _floats(value)
     check(not parts or (len(parts) <= _MAX_PARTS and fsum(parts) == parts[0]), "an inexact sum")
     return parts
 
 
 def _events(value: Any) -> float:
-    """Return events or their rate; more would become infinite when they are added up."""
+    """Return events or their rate; larger ones would become infinite in sums."""
     check(type(value) is float and 0.0 <= value <= MAX_EVENTS, "a number out of range")
     return value  # type: ignore[no-any-return]
 
 
 def _origin(plain: Any) -> Origin:
-    created, told = _list(plain)
-    check(type(created) is float and created > 0, "no time of its making")  # infinite where nobody knows
-    return Origin(created, _number(told))
+    created, baseline = _list(plain)
+    check(type(created) is float and created > 0, "no time of creation")  # infinite if it is unknown
+    return Origin(created, _exact(baseline))
 
 
 def _total(plain: Any) -> Total:
     whole, parts = _list(plain)
-    if type(whole) is str:
-        check(len(whole) <= MAX_DIGITS and whole.isdecimal() and whole.isascii(), "no whole number")
-        whole = int(whole)
-    check(type(whole) is int and whole >= 0, "a number out of range")
-    exact = _parts(parts)
-    check(not exact or exact[0] > 0, "a negative count")
-    return Total(whole, exact)
+    number, exact = _exact(whole), _parts(parts)
+    check(number >= 0 and (not exact or exact[0] > 0), "a negative count")
+    if type(number) is not int:
+        raise WireError("a message with a fraction in a whole number")
+    return Total(number, exact)
 
 
 def _rates(plain: Any) -> Rates:
@@ -153,7 +163,7 @@ def _sketch(plain: Any, least: int = -MAX_KEY) -> Sketch:
     check(all(map(lt, keys, keys[1:])), "bins out of order")
     check(keys[0] >= least and keys[-1] <= MAX_KEY, "a bin out of range")
     check(min(counts) > 0 and sum(counts) == count, "bins that do not add up to the count")
-    # A value weighs 1 at most; the rest is what rounding may add. Not a number is not below it either.
+    # A value weighs 1 at most; rounding may add the rest. NaN fails this check, too.
     check(min(weights) >= 0.0 and sum(weights) <= count * (1 + 1e-6), "weights out of range")
     check(_float(low) <= _float(high), "a minimum above the maximum")
     check(low >= 0 or least < 0, "a negative duration")
@@ -199,7 +209,7 @@ STATES: dict[str, tuple[str, Callable[[Any], State]]] = {
     "histogram": ("histogram", _histogram),
     "timer": ("timer", _timer),
 }
-"""Kind to itself, so that all series share one text, and to what reads its states."""
+"""Kind to itself, so that all series share one text, and to the function that reads its states."""
 
 
 def _name(value: Any) -> str:
@@ -262,12 +272,12 @@ def _processes(read: Unpacker) -> tuple[Process, ...]:
 def _fields_of_update(
     read: Unpacker, fields: int, ancestors: Callable[[Unpacker], list[Update]] | None = None
 ) -> Update:
-    check(len(Update._fields) - 1 <= fields <= len(Update._fields), "an update that is none")
+    check(fields == len(Update._fields), "an update that is none")
     ancestors = ancestors or (lambda read: read.each(_ancestor))
     update = Update(
         _identity(read), _process(read), _text(read.flat()), _whole(read.flat(), 1), _whole(read.flat()),
         read.each(_item), _descriptions(read), tuple(ancestors(read)), _whole(read.flat(), 1),
-        _whole(read.flat()) if fields == len(Update._fields) else 0,  # version 1 has no program
+        _whole(read.flat()),
     )  # fmt: skip
     check(update.base < update.seq, "an update that continues itself")
     return update
@@ -279,31 +289,20 @@ def _no_ancestors(read: Unpacker) -> list[Update]:
 
 
 def _ancestor(read: Unpacker) -> Update:
-    return _of_somebody(_fields_of_update(read, read.count(), _no_ancestors))
+    return _fields_of_update(read, read.count(), _no_ancestors)
 
 
-def _recorded(read: Unpacker) -> Update:
-    """Return an update within a record: of a worker, or of nobody."""
+def _nested_update(read: Unpacker) -> Update:
     return _fields_of_update(read, read.count())
 
 
-def _told(read: Unpacker) -> Update:
-    """Return an update within a question."""
-    return _of_somebody(_recorded(read))
-
-
-def _of_somebody(update: Update) -> Update:
-    """Refuse to take a stranger for the aggregator itself, or for all that have left."""
-    check(update.identity != NOBODY, "nobody's update")
-    return update
-
-
 def _record(read: Unpacker) -> Record:
-    update, silent, ancestors = _recorded(read), read.flat(), tuple(read.each(_identity))
-    check(type(silent) is bool, "something that is neither true nor false")
+    update, is_ancestor = _nested_update(read), read.flat()
+    check(type(is_ancestor) is bool, "something that is neither true nor false")
+    source, ancestors = _whole(read.flat(), 0, 2), tuple(read.each(_identity))
     seqs = tuple(read.each(lambda read: _whole(read.flat())))
     check(len(seqs) == len(update.items), "series that do not match")
-    return Record(update, silent, ancestors, seqs)
+    return Record(update, is_ancestor, source, ancestors, seqs)
 
 
 def _journal(read: Unpacker) -> Journal:
@@ -313,23 +312,38 @@ def _journal(read: Unpacker) -> Journal:
     )  # fmt: skip
 
 
+def _sent_count(read: Unpacker) -> SentCount:
+    name, labels, sent = _list(read.either(_long_sent_count))
+    if sent is None:
+        return SentCount(_name(name), _labels(labels), None)
+    value, total, baseline = map(_exact, _list(sent))
+    return SentCount(_name(name), _labels(labels), (value, total, baseline))
+
+
+def _long_sent_count(read: Unpacker) -> Any:
+    check(read.count() == 3, "a count that is none")
+    return read.flat(), tuple(read.each(_pair)), read.piece()
+
+
 _MESSAGES: dict[str, tuple[type[Any], Callable[[Unpacker], Message]]] = {
-    "Read": (Read, lambda read: Read(_whole(read.flat()), _text(read.flat()), _told(read))),
+    "Read": (Read, lambda read: Read(_whole(read.flat()), _text(read.flat()), _nested_update(read))),
     "Attach": (Attach, lambda read: Attach(_whole(read.flat()), _text(read.flat()), _processes(read))),
     "HandOver": (HandOver, lambda read: HandOver(_whole(read.flat()), _whole(read.flat()))),
     "Flush": (Flush, lambda read: Flush(_whole(read.flat()))),
-    "Goodbye": (Goodbye, lambda read: Goodbye(_whole(read.flat()), _told(read))),
+    "Goodbye": (Goodbye, lambda read: Goodbye(_whole(read.flat()), _nested_update(read))),
     "Journal": (Journal, _journal),
     "Record": (Record, _record),
+    "Retired": (Retired, lambda read: Retired(read.each(_item))),
+    "Cursor": (Cursor, lambda read: Cursor(_text(read.flat()), tuple(read.each(_sent_count)))),
     "Merged": (Merged, lambda read: Merged(_whole(read.flat()), read.each(_item), _descriptions(read))),
 }
 
 
 def decoded(name: str, fields: int, read: Unpacker) -> Message:
-    """Return the message of type ``name``, which has so many ``fields``; nothing may follow it."""
+    """Return the message of type ``name``, which has ``fields`` fields; nothing may follow it."""
     message: Message
     if name == Update.__name__:
-        message = _of_somebody(_fields_of_update(read, fields))
+        message = _fields_of_update(read, fields)
     else:
         check(name in _MESSAGES, "an unknown type")
         kind, read_fields = _MESSAGES[name]

@@ -1,21 +1,21 @@
-"""What workers and an aggregator say to each other; `tapes.distributed.protocol.wire` turns it into bytes.
+"""The messages of workers and aggregators; `tapes.distributed.protocol.wire` turns them into bytes.
 
 Workers send
 
-    Update    what a worker's series stand at: all of them, or those that changed since an earlier update
-    Read      a question, with an update of what the asker holds
-    Attach     which processes to stay for
-    Goodbye   a worker's last update
-    Flush     a request to have reporters report now
+    Update    the states of a worker's series: all of them, or those that changed since an earlier update
+    Read      a question, with an update of the series of the process that asks
+    Attach    processes for which the aggregator has to stay
+    Goodbye   the last update of a worker
+    Flush     a request to have the reporters report now
     HandOver  a request to make room for an aggregator of a newer version
 
-and get a `Reply`. A `Merged` is the payload of a reply to a reader that wants the states themselves. To the
-one that takes its place after a crash, an aggregator leaves a `Journal` and its `Record` s.
+and get a `Reply`. A `Merged` is the payload of a reply to a read of the states themselves. An aggregator's
+journal has a `Journal` and its `Record` s, its `Retired` totals and its `Cursor` s, for its successor.
 
-An update has a sequence number, and says after which earlier one it continues (``base``; 0 for a *keyframe*,
-which has every series). States are cumulative, so the newest of a series supersedes all before it. Numbers
-are moments of the host's monotonic clock in nanoseconds, so that what a forked child says of its parent (an
-*ancestor*) is in order with what the parent says itself.
+An update has a sequence number and names the earlier update that it continues (``base``; 0 for a *keyframe*,
+which has every series). States are cumulative, so the newest state of a series replaces all before it.
+Sequence numbers are moments of the host's monotonic clock in nanoseconds. They order the records of an
+*ancestor*, the process that a worker was forked from: some come from its children, others from itself.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from tapes.metrics import State
 from tapes.naming import Labels
 from tapes.processes import Process
 from tapes.snapshot import Description, Family, Snapshot
+from tapes.sums import Number
 
 __all__ = [
-    "ALIVE_SECONDS",
-    "NOBODY",
+    "HEARTBEAT_SECONDS",
+    "HEARTBEAT_TIMEOUT_SECONDS",
     "NOTHING",
-    "SILENT_SECONDS",
+    "WAIT",
     "Attach",
+    "Cursor",
     "Descriptions",
     "Flush",
     "Goodbye",
@@ -45,13 +47,20 @@ __all__ = [
     "Read",
     "Record",
     "Reply",
+    "Retired",
+    "SentCount",
     "Update",
-]  # fmt: skip
+]
 
-ALIVE_SECONDS = 10.0
+HEARTBEAT_SECONDS = 10.0
 """Maximum seconds between two publications of a worker, also if nothing has changed."""
-SILENT_SECONDS = 6 * ALIVE_SECONDS
+HEARTBEAT_TIMEOUT_SECONDS = 6 * HEARTBEAT_SECONDS
 """Seconds without a publication after which a worker counts as dead if its pid can't be watched."""
+
+NOTHING = "nothing"
+"""In a `Read`: no payload is wanted, only the acknowledgement of the update."""
+WAIT = "wait"
+"""In a `Reply`: the answer is being made, and another reply follows."""
 
 Descriptions = dict[str, Description]
 Group = tuple[list[Labels], list[State]]
@@ -67,18 +76,18 @@ class Item(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What a worker's series stand at.
+    """The states of a worker's series.
 
     Attributes:
         identity: Sixteen random bytes; a reused pid is a new worker.
-        process, host: Whose death to watch for.
+        process, host: The process to watch.
         seq: The number of this update, from 1.
         base: The update that this one continues; 0 for a keyframe, which has every series.
         items: The series.
         descriptions: In keyframes.
-        ancestors: In keyframes: what processes that this one descends from had recorded when they forked.
-        max_series: How many label sets of a name the worker allows.
-        program: What the process runs; see `tapes.processes.program_of`. 0 if that is not known.
+        ancestors: In keyframes: the records of the processes that this one was forked from, as of the fork.
+        max_series: Maximum number of label sets of a name.
+        program: The program of the process; see `tapes.processes.program_of`. 0 if that is not known.
     """
 
     identity: bytes
@@ -94,18 +103,12 @@ class Update(NamedTuple):
 
     @property
     def has_something(self) -> bool:
-        """Whether there is something in it: a count, a gauge that was set, what an ancestor had recorded."""
+        """Whether it has a count, a gauge that was set, or an ancestor."""
         return bool(self.ancestors) or any(not item.state.is_empty for item in self.items)
 
 
-NOTHING = "nothing"
-
-
 class Read(NamedTuple):
-    """A question: ``what`` is a form of `tapes.exposition.FORMS`, or ``"states"`` for a `Merged`.
-
-    With `NOTHING` there is no payload: the worker wants to know that its update has arrived.
-    """
+    """A question for a form of `tapes.exposition.FORMS`, ``"states"`` (a `Merged`), or `NOTHING`."""
 
     correlation: int
     what: str
@@ -121,42 +124,34 @@ class Attach(NamedTuple):
 
 
 class Goodbye(NamedTuple):
-    """A worker's last words."""
+    """The last update of a worker."""
 
     correlation: int
     update: Update
 
 
 class Flush(NamedTuple):
-    """A request to have reporters report now; the reply comes after the reports, or 0.5 s later.
-
-    An aggregator of an earlier release refuses it.
-    """
+    """A request to have the reporters report now; the reply comes after the reports, or 0.5 s later."""
 
     correlation: int
 
 
 class HandOver(NamedTuple):
-    """A request to write down everything and leave, as an aggregator of ``version`` is about to start.
+    """A request to write the journal and exit, as an aggregator of ``version`` is about to start.
 
-    Its layout never changes, so that every older version understands it.
+    Its layout never changes, so every older version can read it.
     """
 
     correlation: int
     version: int
 
 
-WAIT = "wait"
-
-
 class Reply(NamedTuple):
-    """An answer.
+    """A reply.
 
     Attributes:
-        correlation: Of the question.
-        status: ``"ok"``, ``"behind"`` (send a keyframe, some of what it builds on is missing),
-            ``"error"``, or `WAIT` (the answer is being made, and another reply follows).
-        payload: The answer; for an error, a sentence.
+        correlation: The number of the question. status: ``"ok"``, ``"behind"`` (send a keyframe, an earlier
+        update is missing), ``"error"``, or `WAIT`. payload: The answer; for an error, a sentence.
     """
 
     correlation: int
@@ -172,7 +167,7 @@ class Merged(NamedTuple):
     descriptions: Descriptions
 
     def snapshot(self) -> Snapshot:
-        """Return what a reader sees of the whole service."""
+        """Return the snapshot of the whole service."""
         kinds: dict[str, str] = {}
         groups: dict[str, Group] = {}
         for item in self.items:
@@ -187,44 +182,72 @@ class Merged(NamedTuple):
 
 
 class Journal(NamedTuple):
-    """What an aggregator knows, but the series; those are in the records that follow.
+    """What an aggregator knows besides series; it precedes the `Retired` totals.
 
     Attributes:
-        host: Where the pids mean something.
+        host: Where its pids are valid.
         owners: The processes that it serves.
-        reporters: How its reporters are configured, if by the environment.
-        retired: How many workers have left.
-        left: Whose words are not to be heard again: workers that have left lately.
+        reporters: The configuration of its reporters, if that came from the environment.
+        retired: Number of workers that have exited.
+        retired_lately: The identities of the last of them. Later updates of theirs are ignored.
         descriptions: Of all names.
-        max_series: How many label sets a name may have.
+        max_series: Maximum number of label sets of a name.
     """
 
     host: str
     owners: tuple[Process, ...]
     reporters: tuple[tuple[str, str], ...]
     retired: int
-    left: tuple[bytes, ...]
+    retired_lately: tuple[bytes, ...]
     descriptions: Descriptions
     max_series: int
 
 
 class Record(NamedTuple):
-    """Series of one worker, or of the total of all that have left.
+    """Series of one worker.
 
     Attributes:
-        update: What it said; under the identity `NOBODY` for the total.
-        silent: Whether it is known only by what its descendants say of it.
-        ancestors: The identities of whom it descends from.
+        update: Its identity and the series.
+        is_ancestor: Whether it is known only from the updates of its descendants.
+        source: The best source of its updates so far; see `tapes.distributed.aggregator.entries.Source`.
+        ancestors: The identities of its own ancestors.
         seqs: The number of the update that brought each series.
     """
 
     update: Update
-    silent: bool = False
+    is_ancestor: bool = False
+    source: int = 0
     ancestors: tuple[bytes, ...] = ()
     seqs: tuple[int, ...] = ()
 
 
-NOBODY = bytes(16)
-"""The identity of no worker: the aggregator itself, and the total of those that have left."""
+class Retired(NamedTuple):
+    """Totals of all workers that have exited, and counts of the aggregator itself."""
 
-Message = Update | Read | Attach | Goodbye | Flush | HandOver | Reply | Merged | Journal | Record
+    items: list[Item]
+
+
+class SentCount(NamedTuple):
+    """What a receiver of differences was sent of one series.
+
+    Attributes:
+        name, labels: The series.
+        sent: Value, total and baseline at the last report; see `tapes.reporting.statsd`. ``None`` if nothing
+            was sent.
+    """
+
+    name: str
+    labels: Labels
+    sent: tuple[Number, Number, Number] | None
+
+
+class Cursor(NamedTuple):
+    """What one receiver was sent, series by series; a later one of the same series replaces it."""
+
+    target: str
+    counts: tuple[SentCount, ...]
+
+
+Message = (
+    Update | Read | Attach | Goodbye | Flush | HandOver | Reply | Merged | Journal | Record | Retired | Cursor
+)

@@ -2,18 +2,18 @@
 
 A message is one MessagePack array: wire version, type, fields.
 
-Versions. A release reads its own version and the one before, and answers in the version that it was asked in,
-so the workers of the release before it go on. What an older aggregator can't read is refused; a newer worker
-asks it to hand over, by a message whose layout is the same in every version, as that of its answer is
-(`HandOver`, `Reply`). Who changes another layout raises `VERSION`, and has the decoder read the former one.
+Versions. A release reads its own version and the one before, so the workers of the release before it go on.
+An older aggregator refuses messages that it can't read. A newer worker then asks it to hand over, by a
+message whose layout is the same in every version, as that of its reply is (`HandOver`, `Reply`). If you
+change any other layout, raise `VERSION` and have the decoder read the layout before.
 
     1   the first
-    2   HandOver, Journal and Record are new; an Update ends with its program; all else is as in 1. An
-        aggregator that does not know Flush refuses it, which the sender ignores
 
 `decode` returns a valid message or raises `WireError`, whatever it is given: every field is checked for type
-and range, and what belongs together must agree (the counts of a sketch's bins add up to its count). Time and
-memory are bounded; `tapes.distributed.protocol.unpacker` says how.
+and range, and fields that depend on each other must agree (the counts of a sketch's bins add up to its
+count). Time and memory are bounded; see `tapes.distributed.protocol.unpacker`.
+
+Totals of many workers may exceed the integers of MessagePack; larger ones are sent as decimal text.
 
 Source: MessagePack (msgpack.org); all fields are ours.
 """
@@ -26,8 +26,8 @@ from typing import Any
 
 import msgpack
 
-from tapes.distributed.protocol.decoding import MAX_DIGITS, MAX_EVENTS, MAX_WHOLE, STATES, decoded
-from tapes.distributed.protocol.messages import HandOver, Merged, Message, Reply
+from tapes.distributed.protocol.decoding import MAX_DIGITS, MAX_EVENTS, MAX_INT, STATES, decoded
+from tapes.distributed.protocol.messages import HandOver, Merged, Message, Reply, SentCount
 from tapes.distributed.protocol.unpacker import Unpacker
 from tapes.errors import WireError, safe_text
 from tapes.ewma import Rates
@@ -36,29 +36,32 @@ from tapes.metrics.origin import Origin
 from tapes.sketch import Sketch
 from tapes.sums import Number, Total
 
-__all__ = ["MAX_BYTES", "VERSION", "decode", "encode", "frames", "version_to_answer"]
+__all__ = ["MAX_BYTES", "READABLE", "VERSION", "decode", "encode", "frames"]
 
-VERSION = 2
+VERSION = 1
+READABLE = range(max(1, VERSION - 1), VERSION + 1)
+"""The versions that this release reads: its own and the one before."""
 MAX_BYTES = 64 << 20
 """Maximum bytes of a message from a worker, and of a frame; the socket drops a longer one."""
 _FRAME_BYTES = 32 << 20
 
-_REPLY, _REPLY_HEAD = b"\xa5Reply", 64
-"""What a reply has after its first two bytes; and how many of them are enough for all but its payload."""
+_REPLY = b"\xa5Reply"
+"""A reply's bytes from the third on: the type."""
+_REPLY_HEAD = 64
+"""Bytes of a reply that contain all fields but its payload."""
 _MAX_FLOAT = sys.float_info.max
 _MAX_TOTAL = 10**MAX_DIGITS - 1
 
 
-def encode(message: Message, version: int | None = None) -> bytes:
-    """Return ``message`` as bytes, for who speaks ``version``; by default `VERSION`.
+def encode(message: Message) -> bytes:
+    """Return ``message`` as bytes.
 
     Raises:
-        WireError: If that is longer than `MAX_BYTES`; an answer has no limit.
+        WireError: If it is longer than `MAX_BYTES`; an answer has no limit.
     """
     name = type(message).__name__
-    fields = [_plain_field(value) for value in message]
-    head = [VERSION if version is None else version, name]
-    packed: bytes = msgpack.packb(head + fields, unicode_errors="surrogatepass")
+    fields = [VERSION, name, *(_plain_field(value) for value in message)]
+    packed: bytes = msgpack.packb(fields, unicode_errors="surrogatepass")
     if len(packed) > MAX_BYTES and not isinstance(message, (Reply, Merged)):
         raise WireError(
             f"the {name} is too long to be sent",
@@ -75,11 +78,6 @@ def frames(answer: bytes) -> list[bytes | memoryview]:
         return [answer]
     view = memoryview(answer)
     return [view[start : start + _FRAME_BYTES] for start in range(0, len(answer), _FRAME_BYTES)]
-
-
-def version_to_answer(question: bytes) -> int:
-    """Return the version in which who sent ``question`` understands an answer."""
-    return VERSION - 1 if question[1:2] == bytes([VERSION - 1]) else VERSION
 
 
 def decode(data: bytes | memoryview, *, most: float | None = None) -> Message:
@@ -100,8 +98,8 @@ def decode(data: bytes | memoryview, *, most: float | None = None) -> Message:
             raise WireError("a message's length", got=len(data), expected=f"{limit} bytes at most")
         read = Unpacker(bytes(data))
         fields, version, name = read.count() - 2, read.flat(), read.flat()
-        if name != HandOver.__name__ and (type(version) is not int or version not in (VERSION, VERSION - 1)):
-            raise WireError("the message's version", got=version, expected=f"{VERSION - 1} or {VERSION}")
+        if name != HandOver.__name__ and (type(version) is not int or version not in READABLE):
+            raise WireError("the message's version", got=version, expected=" or ".join(map(str, READABLE)))
         return decoded(name, fields, read)
     except WireError:
         raise
@@ -111,7 +109,7 @@ def decode(data: bytes | memoryview, *, most: float | None = None) -> Message:
 
 
 def _reply(data: bytes | memoryview) -> Reply:
-    """Return the reply in ``data``; what it carries may be long, so it is taken out as a whole."""
+    """Return the reply in ``data``; its payload may be long, so it is cut out as a whole."""
     head = msgpack.Unpacker(max_buffer_size=_REPLY_HEAD)
     head.feed(data[:_REPLY_HEAD])
     fields, version, _, correlation, status = head.read_array_header(), *(head.unpack() for _ in range(4))
@@ -125,45 +123,44 @@ def _reply(data: bytes | memoryview) -> Reply:
     return Reply(correlation, status, bytes(data[payload:]))
 
 
-# Encoding: every part of a message as what MessagePack knows.
+# Encoding: each function returns a part of a message as values that MessagePack knows.
 
 
 def _plain_field(value: Any) -> Any:
+    if isinstance(value, SentCount):
+        sent = value.sent
+        return [value.name, value.labels, None if sent is None else list(map(_plain_number, sent))]
     if isinstance(value, tuple):
         return [_plain_field(field) for field in value]
     if isinstance(value, list):
         return [[item.kind, item.name, item.labels, _PLAIN[item.kind](item.state)] for item in value]
     if isinstance(value, dict):
         return [[name, *described] for name, described in value.items()]
-    if type(value) is int and value > MAX_WHOLE:  # somebody allows any number of label sets
-        return MAX_WHOLE
+    if type(value) is int:
+        return min(value, MAX_INT)  # a registry may allow any number of label sets
     return value
 
 
-def _fits(whole: int) -> bool:
-    """Return whether MessagePack has integers so large."""
-    return -(1 << 63) <= whole < 1 << 63
-
-
-def _plain_number(number: Number) -> Number:
-    """Return what does not fit as the float that is nearest to it."""
-    if type(number) is float or _fits(int(number)):
+def _plain_number(number: Number) -> Number | str:
+    """Return an integer that is too large for MessagePack as text, which keeps it exact."""
+    if type(number) is float or -MAX_INT <= number <= MAX_INT:
         return number
-    return float(max(-_MAX_FLOAT, min(number, _MAX_FLOAT)))
+    return str(max(-_MAX_TOTAL, min(number, _MAX_TOTAL)))  # more is no honest count
 
 
 def _plain_origin(origin: Origin) -> list[Any]:
-    return [origin.created, _plain_number(origin.told)]
+    return [origin.created, _plain_number(origin.baseline)]
 
 
 def _plain_total(total: Total) -> list[Any]:
-    whole = total.whole
-    return [whole if _fits(whole) else str(min(whole, _MAX_TOTAL)), list(total.parts)]
+    return [_plain_number(total.whole), list(total.parts)]
 
 
 def _plain_gauge(state: GaugeState) -> list[Any]:
     value = state.value
-    return [None if value is None else _plain_number(value), *state[1:]]
+    if value is not None and not -MAX_INT <= value <= MAX_INT:
+        value = float(max(-_MAX_FLOAT, min(value, _MAX_FLOAT)))  # the nearest float
+    return [value, *state[1:]]
 
 
 def _plain_rates(rates: Rates) -> list[Any]:

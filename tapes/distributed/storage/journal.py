@@ -1,22 +1,23 @@
-"""The journal: what an aggregator knows, in a file beside its socket, for the one that takes its place.
+"""The journal: what an aggregator knows, in a file beside its socket, for its successor.
 
-Theory. The file is replaced as a whole (a draft, then a rename), so there is always one, and it is complete.
-It is written while something changes, at most once a second and for a tenth of the time, in slices, so that
-whoever asks is answered meanwhile. What live workers say is cumulative, and they say it again to a new
-aggregator, so it does no harm if the file is a second behind. A worker that leaves says it only once: before
-it is told that it may go, its last words are appended to a second file, the *tail*. So is the name of a new
-worker, as the next aggregator has to wait for everybody whose words may have been read. A new tail begins
-when the totals are cut, and the former goes when these are in the file. Last words that are in both count
-once, as the totals name whose they have.
+Theory. The file is replaced as a whole (a draft, then a rename), so there is always a complete one. It is
+written while something changes, at most once a second and for a tenth of the time, in slices, so that the
+aggregator answers meanwhile. Live workers send their cumulative states again to a new aggregator, so it does
+no harm if the file is a second behind. Other messages come only once, and are appended to a second file, the
+*tail*, before they have an effect: the last update of a worker before it is acknowledged, and the move of a
+cursor before its packet is sent. A new worker is appended, too, as the successor has to wait for everyone
+whose counts may have been read. A new tail begins before the totals are cut, and the former one is removed
+when these are in the file. So a message can be in both, which does no harm: the totals name the workers that
+they include, and the last move of a cursor counts.
 
-There is no ``fsync``: files outlive every process, and the machine outlives none.
+There is no ``fsync``: files outlive every process, and none outlives the machine.
 
-Its time of modification says when its aggregator lived: that sets it every 10 s, also when nothing changes. A
-process of another pid namespace, as in another container, can't know by pids whether the service lives; so it
-looks at the age of the files.
+The aggregator sets the file's time of modification every 10 s, also when nothing changes. A process of
+another pid namespace, as in another container, can't check by pids whether the service lives; so it looks at
+the age of the files.
 
-The socket may be in a directory where every user can make files. Those of other users are not read. Where one
-has the name of a file of the journal, that gets a name with a number.
+The socket may be in a directory where every user can make files. Files of other users are not read. If
+another user has a file with the name that the journal needs, the name gets a number.
 """
 
 from __future__ import annotations
@@ -25,125 +26,138 @@ import contextlib
 import glob
 import os
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from tapes.distributed.protocol.messages import (
-    ALIVE_SECONDS,
-    NOBODY,
-    SILENT_SECONDS,
+    HEARTBEAT_SECONDS,
+    HEARTBEAT_TIMEOUT_SECONDS,
     Attach,
+    Cursor,
     Goodbye,
+    Item,
     Journal,
     Message,
     Record,
+    Retired,
 )
-from tapes.distributed.protocol.wire import VERSION, decode, encode
+from tapes.distributed.protocol.wire import READABLE, VERSION, decode, encode
 from tapes.distributed.storage.spool import SUFFIX
 from tapes.distributed.transport.address import Endpoints
 from tapes.errors import AddressError, WireError
+from tapes.naming import Labels
 from tapes.processes import Process, is_same_boot, lives, namespace_seconds
+from tapes.sums import Number
 
 __all__ = ["JournalFile", "Saved", "read_journal"]
 
 _JOURNAL, _DRAFT, _TAIL = ".journal", ".journal.draft", ".journal.tail-"
 _MAGIC = b"tapes journal\n"
+_NONE = Journal("", (), (), 0, (), {}, 1)
 _INTERVAL_SECONDS = 1.0
 _SHARE = 9
-"""So many times as long as the last writing took there is none."""
+"""Minimum pause after a write, in times of its duration: writes take at most 1/10 of the time."""
 _SLICE_SECONDS = 0.005
 _MAX_NAMES = 10_000
 """Maximum number of names that are tried for one file."""
 _NEWER_SECONDS = 10.0
-"""So long after it was written the journal of a newer release is left to workers of that."""
+"""Age up to which the journal of a newer release is left alone, as a worker of that release may need it."""
 
 
 class Saved(NamedTuple):
-    """What an aggregator had written down.
+    """The journal of an aggregator.
 
     Attributes:
-        hellos: Owners in other pid namespaces than that of the aggregator.
-        age_seconds: How long ago anything of it was written, the last words of a worker included; negative
-            if the clock was set back since.
+        retired: The totals of exited workers.
+        attached: Owners in other pid namespaces than that of the aggregator.
+        cursors: By receiver and series, what was sent; see `tapes.reporting.cursor.Sent`.
+        age_seconds: Seconds since anything of it was written; negative if the clock was set back since.
     """
 
     journal: Journal
     records: list[Record]
+    retired: list[Item]
     goodbyes: list[Goodbye]
-    hellos: list[Attach]
+    attached: list[Attach]
+    cursors: dict[str, dict[tuple[str, Labels], tuple[Number, Number, Number]]]
     age_seconds: float
 
     def lives(self, host: str) -> bool | None:
-        """Return whether a process of the service lives; ``None`` if only another namespace knows.
+        """Return whether a process of the service lives; ``None`` if that can't be checked from here.
 
         Args:
-            host: What pids mean here; see `tapes.processes.host_id`.
+            host: The pid namespace of this process; see `tapes.processes.host_id`.
         """
-        hosts = {self.journal.host, *(hello.host for hello in self.hellos)}
+        hosts = {self.journal.host, *(attach.host for attach in self.attached)}
         processes = set(self.owners(host))
         for record in self.records:
             update = record.update
-            if update.identity != NOBODY:
-                hosts.add(update.host)
-                processes.update([update.process] if update.host == host else ())
+            hosts.add(update.host)
+            processes.update([update.process] if update.host == host else ())
         if any(map(lives, processes)):
             return True
         is_of_this_namespace = hosts == {host} and self.age_seconds <= namespace_seconds()
         return False if is_of_this_namespace else None
 
     def is_of_living_service(self, host: str) -> bool:
-        """Return whether the service goes on, so that a new aggregator on ``host`` takes its journal over.
+        """Return whether the service goes on, so that a new aggregator on ``host`` takes over its journal.
 
-        What can't be known by pids counts as alive for as long as a silent worker does. That does not hold
-        for what was written before the machine was started.
+        If that can't be checked by pids, it counts as alive until the heartbeat timeout, unless the machine
+        was restarted since.
         """
         living = self.lives(host)
         if living is None:
-            return is_same_boot(self.journal.host, host) and self.age_seconds < SILENT_SECONDS
+            return is_same_boot(self.journal.host, host) and self.age_seconds < HEARTBEAT_TIMEOUT_SECONDS
         return living
 
     def owners(self, host: str) -> list[Process]:
         """Return the processes of ``host`` that the aggregator served."""
         owners = list(self.journal.owners) if self.journal.host == host else []
         return owners + [
-            process for hello in self.hellos if hello.host == host for process in hello.processes
+            process for attach in self.attached if attach.host == host for process in attach.processes
         ]
 
 
 class JournalFile:
-    """The files of a journal; there are none where the address is no file.
+    """The files of a journal; there are none if the address is no file.
+
+    `append` is safe from any thread; everything else belongs to the aggregator's loop.
 
     Args:
         endpoints: Beside which socket.
-        pages: Returns everything to be written, one message at a time: records of the living, and then the
-            `Journal` with the total of those that left, cut at once.
-        failed: Called with what keeps it from being written.
+        living: Returns the records of live workers.
+        totals: Returns everything else; it is called after `living` is written, and cut at once.
+        failed: Called with errors of writing.
     """
 
     def __init__(
         self,
         endpoints: Endpoints,
-        pages: Callable[[], Iterable[Message]],
+        living: Callable[[], Iterable[Message]],
+        totals: Callable[[], Iterable[Message]],
         failed: Callable[[Exception], None],
     ) -> None:
         self._base = endpoints.path
-        self._pages = pages
+        self._living = living
+        self._totals = totals
         self._failed = failed
         self._changed = False
         self._due = self._ended = self._spent = self._shown = 0.0
         self._writing: Iterator[None] | None = None
+        self._appending = threading.Lock()
         self._tail = -1
         self._tails: list[str] = []
         self._written = ""
 
     def read(self) -> Saved | None:
-        """Return what the aggregator before this one left; ``None`` if that is nothing.
+        """Return the journal of the aggregator before this one; ``None`` if there is none.
 
         Raises:
-            WireError: If it can't be read.
-            AddressError: If the file is not one of ours, or was just written by a newer release, one of whose
-                workers is to start the next one.
+            WireError: If it can't be read. AddressError: If the file is not one of ours, or was just written
+            by a newer release, whose workers
+                will start the next aggregator.
         """
         if self._base is None:
             return None
@@ -151,46 +165,53 @@ class JournalFile:
         try:
             return read_journal(self._base)
         except AddressError:
-            self._base = None  # to be left alone
+            self._base = None  # leave it alone
             raise
 
     def changed(self, *, urgent: bool = False) -> None:
-        """Note that there is something to be written: within a second, or as soon as may be."""
+        """Have the journal written: within a second, or as soon as possible if it is urgent."""
         self._changed = True
         if urgent:
             self._due = min(self._due, self._ended + _SHARE * self._spent)
 
-    def note(self, message: bytes) -> None:
-        """Write down the last words of a worker, or that there is a new one, now."""
+    def append(self, message: bytes) -> bool:
+        """Append a message to the tail; return whether it is there, or there is no journal."""
         if self._base is None:
-            return
+            return True
         self._changed = True
         try:
-            if self._tail >= 0 and not os.fstat(self._tail).st_nlink:  # it was removed
-                self.look_after_files()
-            if self._tail < 0:
-                path = f"{self._base}{_TAIL}{time.monotonic_ns():020}"
-                self._tail = _create(path, os.O_APPEND)
-                self._tails.append(path)
-            begins = b"" if os.fstat(self._tail).st_size else _MAGIC
-            _write(self._tail, begins + _frame(message))
+            with self._appending:
+                if self._tail >= 0 and not os.fstat(self._tail).st_nlink:  # removed
+                    self._close_tail()
+                if self._tail < 0:
+                    path = f"{self._base}{_TAIL}{time.monotonic_ns():020}"
+                    self._tail = _create(path, os.O_APPEND)
+                    self._tails.append(path)
+                begins = b"" if os.fstat(self._tail).st_size else _MAGIC
+                _write(self._tail, begins + _frame(message))
         except OSError as error:
             self._failed(error)
+            return False
+        return True
 
     def look_after_files(self) -> None:
-        """Write everything again, as soon as may be, if a file of it was removed; call it now and then."""
-        there = list(filter(os.path.lexists, self._tails))
-        if there != self._tails or (self._written and not os.path.lexists(self._written)):
-            self._begin_anew(there)
+        """Write everything again, as soon as possible, if one of the files was removed; call it regularly."""
+        with self._appending:
+            present = list(filter(os.path.lexists, self._tails))
+            if present == self._tails and (not self._written or os.path.lexists(self._written)):
+                return
+        self._begin_anew(present)
 
     def _begin_anew(self, tails: list[str]) -> None:
-        self.close()
-        self._tails, self._written = tails, ""
+        with self._appending:
+            self._close_tail()
+            self._tails, self._written = tails, ""
+        self._writing = None
         self.changed(urgent=True)
 
     def step(self, now: float) -> bool:
-        """Write a slice, if it is time; return whether there is more to be written at once."""
-        self._show_life()
+        """Write a slice, if one is due; return whether the next one is due at once."""
+        self._set_time()
         if self._base is None or (self._writing is None and not (self._changed and now >= self._due)):
             return False
         if self._writing is None:
@@ -211,16 +232,16 @@ class JournalFile:
         self._due = self._ended + max(_INTERVAL_SECONDS, _SHARE * self._spent)
         return self._writing is not None
 
-    def _show_life(self) -> None:
-        """Set the time of the file now and then."""
+    def _set_time(self) -> None:
+        """Set the file's time of modification, now and then."""
         now = time.monotonic()
-        if self._base is not None and now - self._shown >= ALIVE_SECONDS:
+        if self._base is not None and now - self._shown >= HEARTBEAT_SECONDS:
             self._shown = now
             with contextlib.suppress(OSError):  # there is none yet, or it was removed
                 os.utime(_journal_of(self._base), follow_symlinks=False)
 
     def finish(self) -> bool:
-        """Write everything now; return whether that could be done."""
+        """Write everything now; return whether that was possible."""
         while self.step(float("inf")):
             pass
         self._changed = True
@@ -229,12 +250,12 @@ class JournalFile:
         return not self._changed
 
     def settle(self, endpoints: Endpoints) -> None:
-        """Write everything beside ``endpoints``, as soon as may be: the files were removed."""
+        """Write everything beside ``endpoints``, as soon as possible: the files were removed."""
         self._base = endpoints.path
         self._begin_anew([])
 
     def remove(self) -> None:
-        """Remove the files: nobody will take this aggregator's place."""
+        """Remove the files: there will be no successor."""
         self.close()
         self._written = ""
         if self._base is not None:
@@ -246,26 +267,35 @@ class JournalFile:
     def close(self) -> None:
         """Stop writing, and leave the files."""
         self._writing = None
+        with self._appending:
+            self._close_tail()
+
+    def _close_tail(self) -> None:
         if self._tail >= 0:
             os.close(self._tail)
             self._tail = -1
 
     def _write(self, base: str) -> Iterator[None]:
         """Write everything, a message a step."""
-        draft, merged = _usable(base + _DRAFT), 0
+        draft = _usable(base + _DRAFT)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(draft)  # of one that was killed meanwhile
+            os.unlink(draft)  # of an aggregator that was killed meanwhile
         fd = _create(draft)
         try:
+            # 1. Live workers: the totals have those of them that exit meanwhile.
             _write(fd, _MAGIC)
-            for page in self._pages():
-                if isinstance(page, Journal):  # what is noted from now on is not in it
-                    merged = len(self._tails)
-                    if self._tail >= 0:
-                        os.close(self._tail)
-                        self._tail = -1
-                _write(fd, _frame(encode(page)))
+            for message in self._living():
+                _write(fd, _frame(encode(message)))
                 yield
+            # 2. A new tail begins: the totals have everything in the former ones.
+            with self._appending:
+                self._close_tail()
+                merged = len(self._tails)
+            # 3. The totals.
+            for message in self._totals():
+                _write(fd, _frame(encode(message)))
+                yield
+            # 4. The draft becomes the journal.
             path = _usable(base + _JOURNAL)
             os.replace(draft, path)
             self._written = path
@@ -283,33 +313,38 @@ class JournalFile:
 
 
 def read_journal(base: str) -> Saved | None:
-    """Return what is written beside the socket ``base``; see `JournalFile.read`."""
-    whole = _journal_of(base)
-    _make_way_for_newer(whole)
-    journal = None
-    records: list[Record] = []
-    goodbyes: list[Goodbye] = []
-    hellos: list[Attach] = []
-    for path in (whole, *_tails_of(base)):
-        for data in _frames(path):
-            message = decode(data)
-            if isinstance(message, Journal):
-                journal = message
-            elif isinstance(message, Record):
-                records.append(message)
-            elif isinstance(message, Goodbye):
-                goodbyes.append(message)
-            elif isinstance(message, Attach):
-                hellos.append(message)
-    if journal is not None:
-        return Saved(journal, records, goodbyes, hellos, _age_of(base))
-    if records or goodbyes:
+    """Return the journal beside the socket ``base``; see `JournalFile.read`."""
+    path = _journal_of(base)
+    _make_way_for_newer(path)
+    saved = Saved(_NONE, [], [], [], [], {}, _age_of(base))
+    for data in (data for path in (path, *_tails_of(base)) for data in _frames(path)):
+        message = decode(data)
+        if isinstance(message, Journal):
+            saved = saved._replace(journal=message)
+        elif isinstance(message, Record):
+            saved.records.append(message)
+        elif isinstance(message, Retired):
+            saved.retired.extend(message.items)
+        elif isinstance(message, Goodbye):
+            saved.goodbyes.append(message)
+        elif isinstance(message, Attach):
+            saved.attached.append(message)
+        elif isinstance(message, Cursor):
+            sent = saved.cursors.setdefault(message.target, {})
+            for count in message.counts:
+                if count.sent is None:
+                    sent.pop((count.name, count.labels), None)
+                else:
+                    sent[count.name, count.labels] = count.sent
+    if saved.journal is not _NONE:
+        return saved
+    if saved.records or saved.goodbyes:
         raise WireError("the journal is not complete")
     return None
 
 
 def _age_of(base: str) -> float:
-    """Return the seconds since a file beside ``base`` that outlives its aggregator was written."""
+    """Return the seconds since the last write of a file beside ``base`` that outlives its aggregator."""
     written = []
     for path in (_journal_of(base), *_tails_of(base), *_ours(glob.glob(glob.escape(base + SUFFIX) + "*"))):
         with contextlib.suppress(OSError):
@@ -321,10 +356,10 @@ def _make_way_for_newer(path: str) -> None:
     version = next((data[1] for data in _frames(path) if len(data) > 1), VERSION)
     if version > VERSION and abs(time.time() - os.stat(path).st_mtime) < _NEWER_SECONDS:
         raise AddressError(
-            "the aggregator that was here is of a newer release",
+            "the last aggregator at this address is of a newer release",
             got=version,
-            expected=f"a journal of version {VERSION} or {VERSION - 1}",
-            remedy="a worker of that release starts the next one; without one, what it knew is lost",
+            expected="a journal of version " + " or ".join(map(str, READABLE)),
+            remedy="a worker of that release starts the next one; without one, its counts are lost",
         )
 
 
@@ -333,7 +368,7 @@ def _tails_of(base: str) -> list[str]:
 
 
 def _journal_of(base: str) -> str:
-    """Return the path of the journal that is there, or that of one to be written."""
+    """Return the path of the existing journal, or of one to be written."""
     return max(_named(base + _JOURNAL), key=os.path.getmtime, default=_usable(base + _JOURNAL))
 
 
@@ -352,7 +387,7 @@ def _usable(path: str) -> str:
 
 
 def _ours(paths: Iterable[str]) -> list[str]:
-    """Return those of ``paths`` that are there and belong to this user."""
+    """Return those of ``paths`` that exist and belong to this user."""
     found = []
     for path in paths:
         with contextlib.suppress(OSError):
@@ -370,7 +405,7 @@ def _frame(data: bytes) -> bytes:
 
 
 def _write(fd: int, data: bytes) -> None:
-    """Write all of ``data``, or nothing of it."""
+    """Write all of ``data``, or none of it."""
     length = os.fstat(fd).st_size
     view = memoryview(data)
     try:
@@ -382,7 +417,7 @@ def _write(fd: int, data: bytes) -> None:
 
 
 def _frames(path: str) -> Iterator[bytes]:
-    """Yield the messages in a file; not a last one that is cut short."""
+    """Yield the messages in a file, except for an incomplete last one."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -394,7 +429,7 @@ def _frames(path: str) -> Iterator[bytes]:
         is_ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
         if not is_ours or (file.read(len(_MAGIC)) != _MAGIC and found.st_size):
             raise AddressError(
-                f"the aggregator can't write {path}: it is somebody's file",
+                f"the aggregator can't write {path}: the file is not a journal of this user",
                 remedy="choose another address, or remove that file",
             )
         while (size := int.from_bytes(file.read(8), "big")) and size <= found.st_size - file.tell():

@@ -1,4 +1,4 @@
-"""What a worker has to say: its series, and which of them changed since it last said so."""
+"""The outbox of a worker: its series, and which of them changed since the last publication."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from tapes import forks, processes, threads
-from tapes.distributed.protocol.messages import ALIVE_SECONDS, Item, Update
+from tapes.distributed.protocol.messages import HEARTBEAT_SECONDS, Item, Update
 from tapes.metrics import Metric, State, Timer
-from tapes.metrics.origin import with_told
+from tapes.metrics.origin import with_baseline
 from tapes.naming import Labels
 from tapes.processes import lives
 from tapes.registry import Registry
@@ -18,28 +18,28 @@ from tapes.rejections import REJECTED
 __all__ = ["DURATION", "Outbox"]
 
 DURATION = "tapes.publish.duration"
-"""The timer of publications; by itself it is no reason for another one, and it is told once a second."""
+"""The timer of publications. It is published once a second, and only together with other changes."""
 
 _DURATION_SECONDS = 1.0
 
 
 class _Series:
-    """A metric, and the state of it that was published last."""
+    """A metric, and its state that was published last."""
 
-    __slots__ = ("key", "metric", "told")
+    __slots__ = ("key", "metric", "published")
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
         self.key = (metric.name, metric.labels)
-        self.told: State | None = None
+        self.published: State | None = None
 
 
 class Outbox:
-    """What a worker has to say: its series, and which of them changed since the last publication.
+    """Makes the updates of a worker.
 
-    States are immutable and a series that was not touched keeps its state object, so "changed" is "another
-    object than was published". What is pending is folded before the lock is taken, as folding may log; under
-    the lock nothing waits, but in the last words.
+    States are immutable and an untouched series keeps its state object, so a series has changed if its state
+    is another object than the published one. Pending values are folded before the lock is taken, as folding
+    may log; under the lock nothing waits, except in `drain`.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -53,12 +53,12 @@ class Outbox:
         self._revision: object = None
         self._made: tuple[object, object] = (None, None)
         self._series: dict[tuple[str, Labels], _Series] = {}
-        self._duration_told = self._sent = 0.0
+        self._duration_published = self._sent = 0.0
 
     def published(self, series: tuple[str, Labels]) -> State | None:
         """Return the state of a series that was published last, ``None`` if none was."""
         found = self._series.get(series)
-        return None if found is None else found.told
+        return None if found is None else found.published
 
     def update(self, *, keyframe: bool = False) -> Update:
         """Return what changed since the last publication, or everything.
@@ -73,12 +73,12 @@ class Outbox:
     def publish(self, send: Callable[[Update], bool], *, keyframe: bool = False) -> bool:
         """Pass ``send`` what changed, if anything; it counts as published if that returns ``True``.
 
-        Now and then also nothing, to say that this process lives.
+        From time to time it passes an empty update, as a heartbeat.
         """
         started = time.monotonic()
         whole = keyframe or self.registry.structure_token is not self._revision
         changed = self._fold(whole)
-        is_due = whole or started - self._sent > ALIVE_SECONDS
+        is_due = whole or started - self._sent > HEARTBEAT_SECONDS
         if not is_due and all(series.key[0] == DURATION for series in changed):
             return True
         with self._lock:
@@ -87,33 +87,33 @@ class Outbox:
             if not send(update):
                 return False
             for item in update.items:
-                self._series[item.name, item.labels].told = item.state
+                self._series[item.name, item.labels].published = item.state
                 if item.name == DURATION:
-                    self._duration_told = started
+                    self._duration_published = started
             self._sent = started
             self.published_seq = update.seq
             self._revision = revision
         self.registry.own(Timer, DURATION).update(time.monotonic() - started)
         return True
 
-    def begin_anew(self) -> None:
-        """Note that who subscribes may be another aggregator: what was published, the one before was told."""
+    def reset_baselines(self) -> None:
+        """Make everything published baseline, as the aggregator that subscribes may be another one."""
         with self._lock:
             for series in self._series.values():
-                if series.told is not None:
-                    series.metric.note_told(series.told)
+                if series.published is not None:
+                    series.metric.note_baseline(series.published)
             for ancestor in self.registry.lineage.ancestors if self.published_seq else ():
-                _note_told(ancestor)
+                _make_baseline(ancestor)
 
     def begin(self, *, is_another_aggregator: bool) -> None:
-        """Note, before the first update, of which ancestors an aggregator may have been told already.
+        """Make the records of ancestors baseline that an aggregator may have had; before the first update.
 
-        One that was connected may have told an earlier aggregator what this process inherited; and if it
-        lives, what it says itself stands.
+        An ancestor that was connected may have published its record to an earlier aggregator. If it is alive,
+        its own updates decide.
         """
         for ancestor in self.registry.lineage.ancestors:
             if ancestor.is_connected and (is_another_aggregator or lives(ancestor.process)):
-                _note_told(ancestor)
+                _make_baseline(ancestor)
 
     def drain(self) -> Update:
         """Return everything as the last update; the registry starts again from zero."""
@@ -122,39 +122,39 @@ class Outbox:
             items = [Item(*series) for series in self.registry.lineage.drain()]
             return self._message(0, items, ancestors)
 
-    def for_another(self, farewell: Update) -> Update:
-        """Return the last update as it is to be said to an aggregator that heard of none before it."""
-        items = [_told(item, self.published((item.name, item.labels))) for item in farewell.items]
-        ancestors = farewell.ancestors
-        if self.published_seq:  # with all that is known of them
+    def for_another(self, last: Update) -> Update:
+        """Return the last update for an aggregator that may not know this worker yet."""
+        items = [_with_baseline(item, self.published((item.name, item.labels))) for item in last.items]
+        ancestors = last.ancestors
+        if self.published_seq:  # their records were published, too
             ancestors = tuple(
-                ancestor._replace(items=[_told(item, item.state) for item in ancestor.items])
+                ancestor._replace(items=[_with_baseline(item, item.state) for item in ancestor.items])
                 for ancestor in ancestors
             )
-        return farewell._replace(items=items, ancestors=ancestors)
+        return last._replace(items=items, ancestors=ancestors)
 
     def _fold(self, whole: bool) -> list[_Series]:
-        """Fold what is pending; return what changed since the last publication.
+        """Fold pending values; return the series that changed since the last publication.
 
-        Unless the ``whole`` is to be told, how long publications took is told seldom.
+        The timer of publications is left out if it was published just before, unless the ``whole`` is needed.
         """
         while True:
             made, revision = self.registry.made_token, self.registry.structure_token
             if (made, revision) != self._made:
                 self._look_again()
                 self._made = (made, revision)
-            changed = [s for s in self._series.values() if not s.metric.is_unchanged_since(s.told)]
-            if not whole and time.monotonic() - self._duration_told < _DURATION_SECONDS:
+            changed = [s for s in self._series.values() if not s.metric.is_unchanged_since(s.published)]
+            if not whole and time.monotonic() - self._duration_published < _DURATION_SECONDS:
                 changed = [series for series in changed if series.key[0] != DURATION]
             for series in changed:
                 series.metric.collect()
             bad = self._series.get((REJECTED, ()))
-            counted = bad is None or bad in changed or bad.metric.is_unchanged_since(bad.told)
+            counted = bad is None or bad in changed or bad.metric.is_unchanged_since(bad.published)
             if counted and made is self.registry.made_token:  # else folding has found a bad value
                 return changed
 
     def _look_again(self) -> None:
-        """Take notice of metrics that were made and removed."""
+        """Find metrics that were made or removed."""
         with self._lock:
             found = {}
             for metric in self.registry.metrics():
@@ -168,7 +168,7 @@ class Outbox:
         items = [
             Item(series.metric.kind, *series.key, state)
             for series in (changed if base else self._series.values())
-            if (state := series.metric.state) is not series.told or not base
+            if (state := series.metric.state) is not series.published or not base
         ]
         return self._message(base, items, () if base else self._ancestors())
 
@@ -195,13 +195,13 @@ class Outbox:
         )  # fmt: skip
 
 
-def _note_told(ancestor: forks.Ancestor) -> None:
+def _make_baseline(ancestor: forks.Ancestor) -> None:
     for metric in ancestor.metrics:
-        metric.note_told(metric.collect())
+        metric.note_baseline(metric.collect())
 
 
-def _told(item: Item, published: Any) -> Item:
-    """Return ``item`` with what the state ``published`` counts as told."""
+def _with_baseline(item: Item, published: Any) -> Item:
+    """Return ``item`` with the count of the state ``published`` as its baseline."""
     if published is None or item.kind == "gauge":
         return item
-    return item._replace(state=with_told(item.state, published.counted))
+    return item._replace(state=with_baseline(item.state, published.counted))

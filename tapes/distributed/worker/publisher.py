@@ -323,7 +323,7 @@ class Publisher:
                 if subscribes:
                     self._once.forget("lonely")
                     self._restarter.note_subscription()
-                    self._outbox.begin_anew()
+                    self._outbox.reset_baselines()
             elif version is not None:
                 self._is_older = subscribes and version < VERSION
 

@@ -9,7 +9,7 @@ import pytest
 import tapes
 from tapes import forks, processes
 from tapes.clock import monotonic
-from tapes.distributed.aggregator.answers import Wanted
+from tapes.distributed.aggregator.answers import Question
 from tapes.distributed.aggregator.handler import Handler
 from tapes.distributed.aggregator.lifetime import Lifetime
 from tapes.distributed.protocol.messages import Attach, Goodbye, HandOver, Item, Read, Reply, Update
@@ -77,9 +77,16 @@ def successor(first, books):
 def answered(keeper, question):
     """Return what is sent as the answer to ``question``."""
     answer = keeper.answer(question)
-    if isinstance(answer, Wanted):
-        answer = encode(Reply(answer.correlation, *keeper.make(*answer[:2])), answer.version)
+    if isinstance(answer, Question):
+        answer = encode(Reply(answer.correlation, *keeper.render(answer.what)))
     return answer
+
+
+def of_version(version, message):
+    """Return a message as a release of that version of the wire sends it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tapes.distributed.protocol.wire.VERSION", version)
+        return encode(message)
 
 
 def values(keeper, *names):
@@ -227,18 +234,21 @@ def test_at_the_cap_of_label_sets_nothing_changes_its_place(books):
     assert second.registry.snapshot().get("c", n="0").value == 1
 
 
-def test_what_was_told_to_the_one_before_is_told(books):
-    """StatsD is told each count once: neither what is in the journal nor what is in its tail again."""
+def test_baselines_are_what_they_were(books):
+    """Of workers in the journal and in its tail; what was sent is in the cursors (`test_cursors`)."""
     first, in_journal, in_tail = books(), Worker(), Worker()
-    in_journal.registry.counter("c").increment(5)
-    in_tail.registry.counter("c").increment(7)
+    for worker, baseline, more in ((in_journal, 5, 1), (in_tail, 7, 2)):
+        counter = worker.registry.counter("c")
+        counter.increment(baseline)
+        counter.note_baseline(counter.collect())
+        counter.increment(more)
     first.answer(in_journal.goodbye())
     write(first)
     first.answer(in_tail.goodbye())
     second = successor(first, books)
     merged = decode(decode(answered(second, Worker().read())).payload)
     (state,) = [item.state for item in merged.items if item.name == "c"]
-    assert (state.counted, state.origin.told) == (12, 12)
+    assert (state.counted, state.origin.baseline) == (15, 12)
 
 
 def test_a_disk_that_is_full_costs_nothing_once_there_is_room(books, short_dir, monkeypatch):
@@ -258,7 +268,7 @@ def test_a_disk_that_is_full_costs_nothing_once_there_is_room(books, short_dir, 
     for room[0] in (0, 3, 20):
         assert decode(first.answer(worker.goodbye())).status == "ok"
         write(first)
-    question = encode(HandOver(1, VERSION + 1), VERSION + 1)
+    question = encode(HandOver(1, VERSION + 1))
     assert (decode(first.answer(question)).status, first.hands_over) == ("error", False)
     assert values(first, "tapes.journal.failed")[0] >= 4
     monkeypatch.undo()
@@ -326,7 +336,7 @@ def test_somebodys_file_is_left_alone(books, short_dir, content):
     path.write_bytes(content)
     if content == b"precious":
         keeper = books()
-        with pytest.raises(AddressError, match="somebody's file"):
+        with pytest.raises(AddressError, match="not a journal of this user"):
             keeper.restore()
         keeper.journal.remove()
         assert path.read_bytes() == content
@@ -366,7 +376,7 @@ def test_an_aggregator_makes_room_for_a_newer_version_only(books):
         keeper, worker = books(lease), Worker()
         worker.registry.counter("c").increment(2)
         keeper.answer(worker.goodbye())
-        question = encode(HandOver(1, version), version)
+        question = of_version(version, HandOver(1, version))
         assert (decode(keeper.answer(question)).status, keeper.hands_over) == (status, status == "ok")
         crash(keeper)
         if status == "ok":
@@ -377,17 +387,21 @@ def test_an_aggregator_makes_room_for_a_newer_version_only(books):
         keeper.journal.remove()
 
 
-def test_a_worker_of_the_release_before_is_answered_in_its_version(books):
-    """Its publications count too."""
+def test_a_worker_of_the_release_before_is_answered(books, monkeypatch):
+    """Its publications count, and its requests are answered."""
     keeper, worker = books(), Worker()
     worker.registry.counter("c").increment(2)
-    keeper.publication(encode(worker.update(), VERSION - 1))
-    for question in (Read(5, "states", worker.update()), Attach(5, processes.host_id(), ())):
-        answer = answered(keeper, encode(question, VERSION - 1))
-        assert answer[1] == VERSION - 1
-        reply = decode(answer)
+    monkeypatch.setattr("tapes.distributed.protocol.wire.READABLE", range(VERSION, VERSION + 2))
+    monkeypatch.setattr("tapes.distributed.protocol.wire.VERSION", VERSION + 1)
+    keeper.publication(of_version(VERSION, worker.update()))
+    for question in (Read(5, "json", worker.update()), Attach(5, processes.host_id(), ())):
+        answer = answered(keeper, of_version(VERSION, question))
+        assert answer[1] == VERSION + 1
+        monkeypatch.undo()
+        reply = decode(answer)  # as the older worker does
         assert (reply.correlation, reply.status) == (5, "ok")
-        assert not reply.payload or reply.payload[1] == VERSION - 1
+        monkeypatch.setattr("tapes.distributed.protocol.wire.READABLE", range(VERSION, VERSION + 2))
+        monkeypatch.setattr("tapes.distributed.protocol.wire.VERSION", VERSION + 1)
     assert values(keeper, "c") == [2]
 
 

@@ -1,0 +1,213 @@
+"""Checkpoints: from the ledger to the records of a journal, and back.
+
+A journal has the series of each worker, the total of those that have exited, and what the reporters have
+sent. An aggregator that hands over to another one, as its files were removed, sends the same as requests.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from tapes import forks, processes
+from tapes.distributed.aggregator.cursors import Cursors
+from tapes.distributed.aggregator.entries import Source, Worker
+from tapes.distributed.aggregator.ledger import Ledger
+from tapes.distributed.aggregator.lifetime import ForeignOwners, Lifetime
+from tapes.distributed.aggregator.merged_view import OF_ONE_PROCESS, MergedView
+from tapes.distributed.protocol.messages import (
+    NOTHING,
+    Attach,
+    Goodbye,
+    Item,
+    Journal,
+    Message,
+    Read,
+    Record,
+    Retired,
+    Update,
+)
+from tapes.distributed.storage.journal import Saved
+from tapes.metrics.origin import with_baseline
+
+__all__ = ["Checkpoint"]
+
+T = TypeVar("T")
+
+_PIECE = 200
+"""Maximum number of series in a record."""
+_MAX_REMEMBERED = 10_000
+"""Maximum number of identities of exited workers in a journal."""
+
+
+class Checkpoint:
+    """What an aggregator knows, as messages.
+
+    Args:
+        configured: The configuration of the reporters, if that came from the environment.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        view: MergedView,
+        cursors: Cursors,
+        lifetime: Lifetime,
+        foreign_owners: ForeignOwners,
+        configured: Mapping[str, str],
+    ) -> None:
+        self._ledger = ledger
+        self._view = view
+        self._cursors = cursors
+        self._lifetime = lifetime
+        self._foreign_owners = foreign_owners
+        self._configured = tuple(configured.items())
+        self._host = processes.host_id()
+        self._identity = os.urandom(16)
+
+    def living(self) -> Iterator[Record]:
+        """Yield the records of live workers."""
+        for worker in self._ledger.workers:
+            yield from self.records_of(worker.identity)
+
+    def totals(self) -> Iterator[Message]:
+        """Yield everything else; the totals are cut when this begins."""
+        with self._ledger.lock:
+            retired = self._retired_items()
+            journal = Journal(
+                self._host, self._lifetime.owners, self._configured, self._ledger.retired,
+                tuple(itertools.islice(reversed(self._ledger.exited), _MAX_REMEMBERED)),
+                self._ledger.descriptions, self._ledger.slots.max_series,
+            )  # fmt: skip
+        yield from self._foreign_owners.requests()
+        yield journal
+        for items in _pieces(retired):
+            yield Retired(items)
+        yield from self._cursors.records()
+
+    def records_of(self, identity: bytes) -> list[Record]:
+        """Return the records of a worker; empty if it has exited."""
+        with self._ledger.lock:
+            account = self._ledger.accounts.get(identity)
+            if account is None:
+                return []
+            worker = account.worker
+            seqs = []
+            items = []
+            for key, slot in account.slots.items():
+                entry = self._ledger.slots.entries[slot]
+                items.append(Item(entry.kind, *key, entry.by_worker[identity, key[1]]))
+                seqs.append(account.seqs[key])
+            head = _head(worker, max(1, account.known))
+            source, ancestors = account.source, tuple(account.ancestors)
+        return [
+            Record(head._replace(items=some), worker.is_ancestor, source, ancestors, tuple(its_seqs))
+            for some, its_seqs in zip(_pieces(items), _pieces(seqs))
+        ]
+
+    def news_of(self, update: Update, before: Mapping[bytes, Source | None]) -> Iterator[Record]:
+        """Yield the records that a journal needs at once, after ``update`` was entered.
+
+        The successor has to wait for new workers. It also needs their baselines, as what a worker sends to it
+        includes what this aggregator had.
+
+        Args:
+            update: The update.
+            before: The sources of the sender and its ancestors before it.
+        """
+        for identity, source in before.items():
+            now = self._ledger.source_of(identity)
+            if now is None or now is source or source is Source.JOURNAL:
+                continue
+            is_simple = source is None and identity == update.identity
+            if is_simple and not any(_baseline(item) for item in update.items):
+                head = update._replace(seq=1, base=0, items=[], descriptions={}, ancestors=())
+                yield Record(head, False, now)
+            else:
+                yield from self.records_of(identity)
+
+    def restore(self, saved: Saved) -> None:
+        """Continue what another aggregator saved."""
+        ledger = self._ledger
+        journal = saved.journal
+        self._configured = self._configured or journal.reporters
+        for owner in saved.owners(self._host):
+            self._lifetime.keep_alive_for(owner)
+        self._foreign_owners.add(journal.host, journal.owners)
+        for attach in saved.attached:
+            self._foreign_owners.add(attach.host, attach.processes)
+        self._cursors.restore(
+            {
+                target: {series: sent for series, sent in counts.items() if series[0] not in OF_ONE_PROCESS}
+                for target, counts in saved.cursors.items()
+            }
+        )
+        with ledger.lock:
+            ledger.retired = journal.retired
+            ledger.exited = OrderedDict.fromkeys(reversed(journal.retired_lately))
+            ledger.describe(journal.descriptions, (-1, -1))
+            ledger.slots.max_series = max(ledger.slots.max_series, journal.max_series)
+            for item in saved.retired:  # first, as they had their slots first
+                ledger.put_retired(item)
+            for record in saved.records:
+                if record.update.identity not in ledger.exited:
+                    self._restore_record(record)
+            ledger.drop_former_lasts()
+
+    def _restore_record(self, record: Record) -> None:
+        account = self._ledger.account(record.update, record.is_ancestor)
+        account.known = max(account.known, record.update.seq)
+        account.ancestors |= frozenset(record.ancestors)
+        for item, seq in zip(record.update.items, record.seqs):
+            self._ledger.put(account, seq, item, Source.JOURNAL)
+        account.source = max(account.source, Source(record.source))
+        if not account.worker.is_ancestor:
+            self._ledger.unconfirmed.add(record.update.identity)
+
+    def inheritance(self) -> Iterator[Attach | Read | Goodbye]:
+        """Yield the requests that hand over everything to another aggregator.
+
+        The total goes as the last update of one more worker. All of it is baseline, as this aggregator's
+        reporters make a last report.
+        """
+        yield Attach(1, self._host, self._lifetime.owners)
+        ancestors: list[Update] = []
+        for worker in self._ledger.workers:
+            updates = [record.update for record in self.records_of(worker.identity)]
+            if worker.is_ancestor:
+                ancestors += updates
+            else:
+                yield from (Read(2, NOTHING, update) for update in updates)
+        with self._ledger.lock:
+            total = list(map(_all_baseline, self._retired_items()))
+        yield Goodbye(3, Update(
+            self._identity, forks.this_process(), self._host, forks.now_ns(), 0, total,
+            self._ledger.descriptions, tuple(ancestors), self._ledger.slots.max_series,
+        ))  # fmt: skip
+
+    def _retired_items(self) -> list[Item]:
+        entries = self._ledger.slots.entries.items()
+        retired = [Item(e.kind, *key, e.retired) for key, e in entries if e.retired is not None]
+        return [*retired, *self._view.for_the_journal()]
+
+
+def _head(worker: Worker, seq: int) -> Update:
+    return Update(worker.identity, worker.process, worker.host, seq, 0, [], {}, program=worker.program)
+
+
+def _baseline(item: Item) -> object:
+    origin = getattr(item.state, "origin", None)
+    return origin is not None and origin.baseline
+
+
+def _all_baseline(item: Item) -> Item:
+    state: Any = item.state
+    return item if item.kind == "gauge" else item._replace(state=with_baseline(state, state.counted))
+
+
+def _pieces(series: list[T]) -> Iterable[list[T]]:
+    """Return a list in pieces; at least one, as a worker without series is one too."""
+    return (series[start : start + _PIECE] for start in range(0, max(1, len(series)), _PIECE))

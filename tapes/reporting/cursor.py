@@ -1,0 +1,109 @@
+"""Cursors: what a receiver of differences, such as StatsD, was sent so far.
+
+Theory. Such a receiver adds up what it gets and forgets it when it restarts. So a reporter sends how much
+each count has grown since its last report, and the cursor keeps that count. It moves when a packet is sent,
+so a failed send loses nothing and sends nothing twice.
+
+The count of a whole service also changes without an event: a worker removes a series, or a count turns out to
+be the baseline of a worker that an earlier aggregator knew (`tapes.metrics.origin`). Such a change is no
+growth, and the cursor moves without a report. After a crash of the aggregator counts may be missing for a
+while. Then the cursor stays where it is, as they will be back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from tapes.naming import Labels
+from tapes.sums import Number
+
+__all__ = ["Cursor", "Sent", "Series"]
+
+Series = tuple[str, Labels]
+
+_WAIT_SECONDS = 1.0
+"""Maximum seconds that a report waits for another one to the same receiver."""
+
+
+class Sent(NamedTuple):
+    """A count at the time of a report.
+
+    Attributes:
+        value: What was added less what was taken away.
+        total: What was added.
+        baseline: How much of the value earlier aggregators had.
+        created: When the series began; 0 in an aggregator, where a series goes on when a worker removes it.
+    """
+
+    value: Number
+    total: Number
+    baseline: Number = 0
+    created: float = 0.0
+
+    def is_behind(self, last: Sent) -> bool:
+        """Return whether it has less than ``last`` besides its baseline: some of the total is missing."""
+        grown = self.total - last.total
+        return self.created == last.created and (grown < 0 or grown < self.baseline - last.baseline)
+
+    def since(self, last: Sent | None) -> Number:
+        """Return how much to send if ``last`` was sent, or nothing."""
+        if last is None or self.created != last.created:
+            return self.value - self.baseline
+        return self.value - last.value - (self.baseline - last.baseline)
+
+
+class Cursor:
+    """What one receiver was sent of a registry; one report at a time reads and moves it.
+
+    Attributes:
+        may_lag: Whether counts may be missing that were sent before.
+        skips_history: Whether everything counted so far is not to be sent.
+    """
+
+    may_lag = False
+    skips_history = False
+
+    def __init__(self) -> None:
+        self._sent: dict[Series, Sent] = {}
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[Mapping[Series, Sent]]:
+        """Keep other reports waiting; gives what was sent.
+
+        Raises:
+            TimeoutError: If another report takes longer than a second.
+        """
+        if self._pid != os.getpid():  # forked: the thread that held the lock does not exist here
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        if not self._lock.acquire(timeout=_WAIT_SECONDS):
+            raise TimeoutError("another report to the same receiver is under way")
+        try:
+            yield self._sent
+        finally:
+            self._lock.release()
+
+    def skip(self, changes: Mapping[Series, Sent | None]) -> None:
+        """Move without sending; ``None`` forgets a series."""
+        for series, sent in changes.items():
+            if sent is None:
+                self._sent.pop(series, None)
+            else:
+                self._sent[series] = sent
+
+    def move(self, changes: Mapping[Series, Sent | None]) -> None:
+        """Move because these counts are about to be sent.
+
+        Raises:
+            OSError: If the move can't be saved; the counts must not be sent then.
+        """
+        self.skip(changes)
+
+    def move_back(self, changes: Mapping[Series, Sent | None]) -> None:
+        """Move back to what was sent before, as these counts could not be sent."""
+        self.skip(changes)
