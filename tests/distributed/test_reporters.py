@@ -92,6 +92,68 @@ def test_a_later_aggregator_reports_no_count_again(short_dir, receiver, connecte
     assert negative == []
 
 
+def kill(process):
+    process.kill()
+    process.wait()
+
+
+def test_a_killed_aggregator_leaves_its_unsent_counts_to_the_next_one(short_dir, receiver, connected):
+    """After SIGKILL the next aggregator sends what was not yet sent: of live workers and of exited ones."""
+    first, second, third = connected
+    seldom = f"StatsdReporter(timedelta(hours=1), '127.0.0.1', {receiver.port})"
+    for round_ in range(1, 4):
+        with aggregator(short_dir, seldom) as process:
+            sent = 11 * (round_ - 1)
+            wait_for(lambda s=sent: receiver.counts().get("c", 0) == s, "the first report has the rest")
+            for number, worker in enumerate((first, second)):
+                worker.counter("c").increment(10**number)
+            wait_for(lambda r=round_: first.snapshot().get("c").value == 11 * r, "both are known")
+            assert receiver.counts().get("c", 0) == sent
+            kill(process)
+    third.counter("c").increment(100)
+    with aggregator(short_dir, seldom) as process:
+        wait_for(lambda: receiver.counts().get("c") == 133, "everything so far is sent")
+        third.counter("c").increment(1000)
+        third.close()
+        kill(process)
+    with aggregator(short_dir, f"StatsdReporter(SHORT, '127.0.0.1', {receiver.port})"):
+        wait_for(lambda: receiver.counts()["c"] == 1133, "the counts of the exited worker are sent")
+        first.counter("c").increment(10000)
+        wait_for(lambda: receiver.counts()["c"] == 11133, "the next count is sent")
+
+
+def test_kills_under_load_send_nothing_twice(short_dir, receiver, connected):
+    """Aggregators that report every 20 ms are killed while workers count: each loses one packet at most."""
+    often = f"StatsdReporter(SHORT, '127.0.0.1', {receiver.port})"
+    stop, counted = threading.Event(), [0] * len(connected)
+
+    def count(number):
+        while not stop.wait(0.001):
+            connected[number].counter("c").increment()
+            counted[number] += 1
+
+    threads = [threading.Thread(target=count, args=(number,)) for number in range(len(connected))]
+    for thread in threads:
+        thread.start()
+    for _ in range(4):
+        with aggregator(short_dir, often) as process:
+            before = receiver.counts().get("c", 0)
+            wait_for(lambda b=before: receiver.counts().get("c", 0) > b + 50, "it reports")
+            kill(process)
+            assert receiver.counts()["c"] <= sum(counted)
+    with aggregator(short_dir, often):
+        stop.set()
+        for thread in threads:
+            thread.join()
+        total = sum(counted)
+        lines = [line for packet in receiver.packets for line in packet.split(b"\n") if line[:2] == b"c:"]
+        largest = max(int(line[2:].partition(b"|")[0]) for line in lines)
+        wait_for(lambda: total - 4 * largest <= receiver.counts()["c"] <= total, "the rest is sent")
+        wait_for(lambda: connected[0].snapshot().get("c").value == total, "all is known")
+    assert total - 4 * largest <= receiver.counts()["c"] <= total
+    print(f"{total - receiver.counts()['c']} of {total} lost, {largest} in the largest packet")
+
+
 FAMILY = """
 import os, sys, time
 from tapes.distributed.registry import DistributedRegistry
