@@ -15,7 +15,7 @@ from tapes.distributed.protocol.messages import Goodbye, Item, Read, Update
 from tapes.distributed.protocol.wire import decode, encode
 from tapes.distributed.worker.outbox import Outbox
 from tapes.reporting.statsd import StatsdReporter
-from tests.unit.test_handler import NOBODY_LIVES, answered, books, crash, write  # noqa: F401 - a fixture
+from tests.unit.handlers import DEAD_PROCESS, answered, crash, write
 
 HOUR = timedelta(hours=1)
 
@@ -83,10 +83,10 @@ class Worker:
         assert decode(keeper.answer(encode(Goodbye(1, goodbye)))).status == "ok"
 
 
-def successor_of(keeper, books, *workers):  # noqa: F811
+def successor_of(keeper, make_handler, *workers):
     """Kill an aggregator; return the next one, which ``workers`` have found."""
     crash(keeper)
-    following = books()
+    following = make_handler()
     following.restore()
     for worker in workers:
         worker.subscribe(following)
@@ -94,9 +94,9 @@ def successor_of(keeper, books, *workers):  # noqa: F811
 
 
 @pytest.mark.parametrize("writes", [True, False], ids=["journal", "tail"])
-def test_a_successor_sends_what_was_not_sent_and_nothing_twice(books, statsd, writes):  # noqa: F811
+def test_a_successor_sends_what_was_not_sent_and_nothing_twice(make_handler, statsd, writes):
     """Whether the journal has the last report or only its tail."""
-    first, one, two = books(), Worker(), Worker()
+    first, one, two = make_handler(), Worker(), Worker()
     assert first.journal.finish()
     for worker in (one, two):
         worker.subscribe(first)
@@ -112,16 +112,16 @@ def test_a_successor_sends_what_was_not_sent_and_nothing_twice(books, statsd, wr
     two.publish()
     two.leave(first)
     one.count(100)  # not even published
-    second = successor_of(first, books, one)
+    second = successor_of(first, make_handler, one)
     statsd.get_report_of(second)
     assert statsd.counts == {"c": 122}
-    statsd.get_report_of(successor_of(second, books, one))
+    statsd.get_report_of(successor_of(second, make_handler, one))
     assert statsd.counts == {"c": 122}
 
 
-def test_a_kill_between_a_move_and_its_packet_loses_that_packet_only(books, statsd, monkeypatch):  # noqa: F811
+def test_a_kill_between_a_move_and_its_packet_loses_that_packet_only(make_handler, statsd, monkeypatch):
     """The cursor is in the journal before the packet goes out."""
-    first, worker = books(), Worker()
+    first, worker = make_handler(), Worker()
     assert first.journal.finish()
     worker.subscribe(first)
     worker.count(10)
@@ -133,13 +133,13 @@ def test_a_kill_between_a_move_and_its_packet_loses_that_packet_only(books, stat
             statsd.get_report_of(first)
         statsd.is_up = True
     worker.count(3)
-    statsd.get_report_of(successor_of(first, books, worker))
+    statsd.get_report_of(successor_of(first, make_handler, worker))
     assert statsd.counts == {"c": 3}
 
 
-def test_what_could_not_be_sent_is_sent_by_the_successor(books, statsd):  # noqa: F811
+def test_what_could_not_be_sent_is_sent_by_the_successor(make_handler, statsd):
     """A failed send moves the cursor back, in the journal too."""
-    first, worker = books(), Worker()
+    first, worker = make_handler(), Worker()
     assert first.journal.finish()
     worker.subscribe(first)
     for number in range(200):
@@ -150,13 +150,13 @@ def test_what_could_not_be_sent_is_sent_by_the_successor(books, statsd):  # noqa
         with pytest.raises(ConnectionRefusedError):
             statsd.get_report_of(first)
     statsd.is_up = True
-    statsd.get_report_of(successor_of(first, books, worker))
+    statsd.get_report_of(successor_of(first, make_handler, worker))
     assert sum(statsd.counts.values()) == len(statsd.lines) == 200
 
 
-def test_counts_wait_while_the_journal_cannot_be_written(books, statsd, monkeypatch):  # noqa: F811
+def test_counts_wait_while_the_journal_cannot_be_written(make_handler, statsd, monkeypatch):
     """As a successor would send them again; gauges and the next report are not affected."""
-    first, worker = books(), Worker()
+    first, worker = make_handler(), Worker()
     assert first.journal.finish()
     worker.subscribe(first)
     worker.count(10)
@@ -168,7 +168,7 @@ def test_counts_wait_while_the_journal_cannot_be_written(books, statsd, monkeypa
     assert statsd.counts == {}
     statsd.get_report_of(first)
     worker.count(1)
-    statsd.get_report_of(successor_of(first, books, worker))
+    statsd.get_report_of(successor_of(first, make_handler, worker))
     assert statsd.counts == {"c": 11}
 
 
@@ -176,9 +176,9 @@ def refuse(fd, data):
     raise OSError(28, "No space left on device")
 
 
-def test_without_a_journal_only_new_counts_are_sent(books, statsd, short_dir):  # noqa: F811
+def test_without_a_journal_only_new_counts_are_sent(make_handler, statsd, short_dir):
     """The worker knows what an earlier aggregator had; the rest is new."""
-    first, live, leaves = books(), Worker(), Worker()
+    first, live, leaves = make_handler(), Worker(), Worker()
     for worker in (live, leaves):
         worker.subscribe(first)
         worker.count(10)
@@ -189,7 +189,7 @@ def test_without_a_journal_only_new_counts_are_sent(books, statsd, short_dir):  
     crash(first)
     for path in short_dir.iterdir():
         path.unlink()
-    second = books()
+    second = make_handler()
     second.restore()
     live.subscribe(second)
     leaves.leave(second)
@@ -197,16 +197,16 @@ def test_without_a_journal_only_new_counts_are_sent(books, statsd, short_dir):  
     assert statsd.counts == {"c": 30}
 
 
-def test_a_receiver_that_the_journal_does_not_know_gets_no_history(books, statsd, monkeypatch):  # noqa: F811
+def test_a_receiver_that_the_journal_does_not_know_gets_no_history(make_handler, statsd, monkeypatch):
     """Neither of live workers nor of retired ones, as another reporter may have sent it there."""
-    first, live, gone = books(), Worker(), Worker()
+    first, live, gone = make_handler(), Worker(), Worker()
     for worker in (live, gone):
         worker.subscribe(first)
         worker.count(10)
     gone.leave(first)
     live.publish()
     write(first)
-    second = successor_of(first, books, live)
+    second = successor_of(first, make_handler, live)
     statsd.get_report_of(second)
     live.count(2)
     live.publish()
@@ -214,25 +214,25 @@ def test_a_receiver_that_the_journal_does_not_know_gets_no_history(books, statsd
     assert statsd.counts == {"c": 2}
     live.count(3)
     live.publish()
-    statsd.get_report_of(successor_of(second, books, live))
+    statsd.get_report_of(successor_of(second, make_handler, live))
     assert statsd.counts == {"c": 5}
 
 
-def test_a_receiver_that_was_sent_nothing_yet_gets_everything_of_the_successor(books, statsd):  # noqa: F811
+def test_a_receiver_that_was_sent_nothing_yet_gets_everything_of_the_successor(make_handler, statsd):
     """The first report comes before the first count."""
-    first, worker = books(), Worker()
+    first, worker = make_handler(), Worker()
     assert first.journal.finish()
     statsd.get_report_of(first)
     worker.subscribe(first)
     worker.count(10)
     worker.publish()
-    statsd.get_report_of(successor_of(first, books, worker))
+    statsd.get_report_of(successor_of(first, make_handler, worker))
     assert statsd.counts == {"c": 10}
 
 
-def test_a_stopped_worker_is_missing_for_a_while_and_nothing_is_sent_twice(books, statsd):  # noqa: F811
+def test_a_stopped_worker_is_missing_for_a_while_and_nothing_is_sent_twice(make_handler, statsd):
     """What it had sent in the last second is in no journal; the others' counts are sent when it is back."""
-    first, stopped, live = books(), Worker(), Worker()
+    first, stopped, live = make_handler(), Worker(), Worker()
     assert first.journal.finish()
     for worker in (stopped, live):
         worker.subscribe(first)
@@ -241,14 +241,14 @@ def test_a_stopped_worker_is_missing_for_a_while_and_nothing_is_sent_twice(books
     stopped.count(5, "d")
     stopped.publish()
     statsd.get_report_of(first)
-    second = successor_of(first, books, live)
+    second = successor_of(first, make_handler, live)
     live.count(7)
     live.count(7, "d")
     live.publish()
     for _ in range(3):
         statsd.get_report_of(second)
     assert statsd.counts == {"c": 100, "d": 7}
-    second = successor_of(second, books, live)
+    second = successor_of(second, make_handler, live)
     statsd.get_report_of(second)
     stopped.count(1)
     stopped.subscribe(second)
@@ -256,18 +256,18 @@ def test_a_stopped_worker_is_missing_for_a_while_and_nothing_is_sent_twice(books
     assert statsd.counts == {"c": 108, "d": 12}
 
 
-def test_the_loss_of_a_dead_worker_holds_up_the_others_until_it_is_retired(books, statsd):  # noqa: F811
+def test_the_loss_of_a_dead_worker_holds_up_the_others_until_it_is_retired(make_handler, statsd):
     """What it had published in its last second is gone; StatsD has it, and gets all that follows."""
-    first, dead, live = books(), Worker(), Worker()
+    first, dead, live = make_handler(), Worker(), Worker()
     assert first.journal.finish()
-    dead.outbox._process = NOBODY_LIVES
+    dead.outbox._process = DEAD_PROCESS
     for worker in (dead, live):
         worker.subscribe(first)
     write(first)
     dead.count(100)
     dead.publish()
     statsd.get_report_of(first)
-    second = successor_of(first, books, live)
+    second = successor_of(first, make_handler, live)
     now = monotonic()
     second.reap_workers(now)
     second.reap_workers(now + 3)
@@ -278,9 +278,9 @@ def test_the_loss_of_a_dead_worker_holds_up_the_others_until_it_is_retired(books
     assert statsd.counts == {"c": 107}
 
 
-def test_a_series_that_a_worker_removed_is_not_sent_again(books, statsd):  # noqa: F811
+def test_a_series_that_a_worker_removed_is_not_sent_again(make_handler, statsd):
     """Neither after a crash, nor when it is made again."""
-    first, one, two = books(), Worker(), Worker()
+    first, one, two = make_handler(), Worker(), Worker()
     for worker in (one, two):
         worker.subscribe(first)
         worker.count(10)
@@ -289,7 +289,7 @@ def test_a_series_that_a_worker_removed_is_not_sent_again(books, statsd):  # noq
     write(first)
     one.registry.remove("c")
     one.publish()
-    second = successor_of(first, books, one, two)
+    second = successor_of(first, make_handler, one, two)
     statsd.get_report_of(second)
     one.count(3)
     two.count(4)
@@ -299,9 +299,9 @@ def test_a_series_that_a_worker_removed_is_not_sent_again(books, statsd):  # noq
     assert statsd.counts == {"c": 27}
 
 
-def test_series_keep_their_slots_at_the_cap(books, statsd):  # noqa: F811
+def test_series_keep_their_slots_at_the_cap(make_handler, statsd):
     """Whatever the order in which workers come back, none moves between its own slot and the overflow."""
-    first, early, late = books(), Worker(max_series=9000), Worker(max_series=9000)
+    first, early, late = make_handler(), Worker(max_series=9000), Worker(max_series=9000)
     early.outbox.registry.max_series = late.outbox.registry.max_series = 2000
     assert first.journal.finish()
     for worker, start in ((early, 0), (late, 1500)):
@@ -312,7 +312,7 @@ def test_series_keep_their_slots_at_the_cap(books, statsd):  # noqa: F811
         statsd.get_report_of(first)
     assert sum(statsd.counts.values()) == 3000
     assert statsd.counts["c.overflow.true"] == 1000
-    second = successor_of(first, books, late, early)
+    second = successor_of(first, make_handler, late, early)
     for worker, start in ((early, 0), (late, 1500)):
         for number in range(start, start + 1500):
             worker.count(1, number=number)
@@ -322,7 +322,7 @@ def test_series_keep_their_slots_at_the_cap(books, statsd):  # noqa: F811
     assert sum(statsd.counts.values()) == 6000
 
 
-def test_the_record_of_an_ancestor_is_sent_once(books, statsd):  # noqa: F811
+def test_the_record_of_an_ancestor_is_sent_once(make_handler, statsd):
     """By whichever child brings it, to whichever aggregator, and when the ancestor comes itself."""
     parent = Worker()
     parent.count(10)
@@ -335,11 +335,11 @@ def test_the_record_of_an_ancestor_is_sent_once(books, statsd):  # noqa: F811
         child.count(1)
         keeper.publication(encode(child.outbox.update(keyframe=True)._replace(ancestors=(record,))))
 
-    one, two, first = Worker(), Worker(), books()
+    one, two, first = Worker(), Worker(), make_handler()
     assert first.journal.finish()
     bring(one, first)
     statsd.get_report_of(first)
-    second = successor_of(first, books)
+    second = successor_of(first, make_handler)
     statsd.get_report_of(second)
     for child in (one, two):
         bring(child, second)
@@ -347,7 +347,7 @@ def test_the_record_of_an_ancestor_is_sent_once(books, statsd):  # noqa: F811
     assert statsd.counts == {"c": 13}
     parent.count(100)
     parent.subscribe(second)
-    third = successor_of(second, books, parent)
+    third = successor_of(second, make_handler, parent)
     for child in (one, two):
         bring(child, third)
     statsd.get_report_of(third)
@@ -355,10 +355,10 @@ def test_the_record_of_an_ancestor_is_sent_once(books, statsd):  # noqa: F811
 
 
 @pytest.mark.parametrize("seed", range(15))
-def test_whatever_happens_the_sum_is_what_was_recorded(books, statsd, seed):  # noqa: F811
+def test_whatever_happens_the_sum_is_what_was_recorded(make_handler, statsd, seed):
     """Workers, publications, reads, goodbyes, reports and crashes at random, against a count by hand."""
     rng = random.Random(seed)
-    keeper = books()
+    keeper = make_handler()
     assert keeper.journal.finish()
     statsd.get_report_of(keeper)
     workers: list[Worker] = []
@@ -401,7 +401,7 @@ def test_whatever_happens_the_sum_is_what_was_recorded(books, statsd, seed):  # 
             worker.leave(keeper)
         elif action == "crash":
             crash(keeper)
-            keeper = books()
+            keeper = make_handler()
             keeper.restore()
             for one in rng.sample(workers, len(workers)):
                 record()
@@ -422,10 +422,10 @@ def test_whatever_happens_the_sum_is_what_was_recorded(books, statsd, seed):  # 
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_without_journals_nothing_is_sent_twice(books, statsd, short_dir, seed):  # noqa: F811
+def test_without_journals_nothing_is_sent_twice(make_handler, statsd, short_dir, seed):
     """Each aggregator sends what is new to it; what it had not sent when it was killed is lost."""
     rng = random.Random(seed)
-    keeper, workers = books(), [Worker() for _ in range(3)]
+    keeper, workers = make_handler(), [Worker() for _ in range(3)]
     for worker in workers:
         worker.subscribe(keeper)
     recorded = sent_at_least = 0
@@ -444,7 +444,7 @@ def test_without_journals_nothing_is_sent_twice(books, statsd, short_dir, seed):
             crash(keeper)
             for path in short_dir.iterdir():
                 path.unlink()
-            keeper = books()
+            keeper = make_handler()
             keeper.restore()
             for one in workers:
                 one.subscribe(keeper)

@@ -18,7 +18,7 @@ from tapes.errors import AddressInUse
 from tapes.reporting import Reporter, ScheduledReporter
 from tapes.reporting.http import HTTPReporter
 from tests.processes import free_port, get, wait_for
-from tests.unit.test_handler import NOBODY_LIVES, Worker, books  # noqa: F401 - a fixture
+from tests.unit.handlers import DEAD_PROCESS, Worker
 
 LONG, SHORT = timedelta(hours=1), timedelta(milliseconds=20)
 
@@ -131,10 +131,10 @@ def is_due(books_):
     return due
 
 
-def test_reports_are_due_when_the_last_worker_says_goodbye(books):  # noqa: F811
+def test_reports_are_due_when_the_last_worker_says_goodbye(make_handler):
     """Not when others live; those that are known by their children alone don't count."""
     one, two = Worker(), Worker()
-    made = books()
+    made = make_handler()
     made.publication(one.publication())
     made.publication(two.publication())
     ancestor = Worker().update()._replace(process=forks.this_process())
@@ -149,10 +149,10 @@ def test_reports_are_due_when_the_last_worker_says_goodbye(books):  # noqa: F811
     assert not is_due(made)
 
 
-def test_reports_are_due_when_the_last_worker_is_found_dead(books):  # noqa: F811
+def test_reports_are_due_when_the_last_worker_is_found_dead(make_handler):
     """Once; and again if a publication of it arrives later."""
-    dead = Worker(process=NOBODY_LIVES)
-    made = books()
+    dead = Worker(process=DEAD_PROCESS)
+    made = make_handler()
     made.publication(dead.publication())
     made.reap_workers(0.0)
     assert is_due(made)
@@ -163,19 +163,19 @@ def test_reports_are_due_when_the_last_worker_is_found_dead(books):  # noqa: F81
     assert is_due(made)
 
 
-def test_a_goodbye_beside_the_dead_is_the_last(books):  # noqa: F811
+def test_a_goodbye_beside_the_dead_is_the_last(make_handler):
     """Also if their death has not been noticed yet."""
-    dead, one = Worker(process=NOBODY_LIVES), Worker()
-    made = books()
+    dead, one = Worker(process=DEAD_PROCESS), Worker()
+    made = make_handler()
     made.publication(dead.publication())
     made.publication(one.publication())
     made.answer(one.goodbye())
     assert is_due(made)
 
 
-def test_reports_are_due_when_they_are_asked_for(books):  # noqa: F811
+def test_reports_are_due_when_they_are_asked_for(make_handler):
     """Whoever lives."""
-    made, worker = books(), Worker()
+    made, worker = make_handler(), Worker()
     made.publication(worker.publication())
     assert decode(made.answer(encode(Flush(3)))) == Reply(3, "ok", b"")
     assert is_due(made)

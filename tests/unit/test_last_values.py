@@ -7,8 +7,8 @@ import pytest
 from tapes.clock import monotonic
 from tapes.distributed.aggregator.ledger import Ledger
 from tapes.testing import ManualClock
-from tests.unit.test_handler import NOBODY_LIVES, books, crash, successor, values, write  # noqa: F401
-from tests.unit.test_handler import Worker as Client
+from tests.unit.handlers import DEAD_PROCESS, crash, successor, values, write
+from tests.unit.handlers import Worker as Client
 from tests.unit.test_ledger import Worker, told_by, value
 
 
@@ -233,9 +233,9 @@ def test_memory_depends_on_series_not_on_workers_that_have_set_them(clock):
 
 
 @pytest.mark.parametrize("how", ["journal", "tail", "both", "died together"])
-def test_a_successor_knows_the_last_value(books, how):  # noqa: F811
+def test_a_successor_knows_the_last_value(make_handler, how):
     """However the worker exited, and whatever of the journal the killed aggregator had come to write."""
-    first, worker = books(), Client(process=NOBODY_LIVES if how == "died together" else None)
+    first, worker = make_handler(), Client(process=DEAD_PROCESS if how == "died together" else None)
     worker.registry.gauge("g", merge="last").set(42)
     worker.registry.gauge("s").set(5)
     if how == "died together":
@@ -251,7 +251,7 @@ def test_a_successor_knows_the_last_value(books, how):  # noqa: F811
     elif how == "journal":
         write(first)
     for _ in range(3):
-        second = successor(first, books)
+        second = successor(first, make_handler)
         second.reap_workers(monotonic())
         assert values(second, "g", "s") == [42, None]
         second.reap_workers(monotonic() + 3)
@@ -264,26 +264,26 @@ def test_a_successor_knows_the_last_value(books, how):  # noqa: F811
     assert values(first, "g") == [43]
 
 
-def test_the_newest_worker_decides_after_a_restart_too(books):  # noqa: F811
+def test_the_newest_worker_decides_after_a_restart_too(make_handler):
     """It merges the name as a sum now: what the journal keeps of it goes."""
-    first, old, new = books(), Client(), Client()
+    first, old, new = make_handler(), Client(), Client()
     old.registry.gauge("g", merge="last").set(42)
     first.answer(old.goodbye())
     write(first)
-    second = successor(first, books)
+    second = successor(first, make_handler)
     new.registry.gauge("g", of="new").set(5)
     second.publication(new.publication())
     assert values(second, "g") == [None]
     write(second)
     crash(second)
-    third = books()
+    third = make_handler()
     third.restore()
     assert values(third, "g") == [None]
 
 
-def test_a_value_of_a_silent_worker_stays(books):  # noqa: F811
+def test_a_value_of_a_silent_worker_stays(make_handler):
     """Its pid means nothing here, so a minute of silence is its end."""
-    keeper, worker = books(), Client(host="elsewhere")
+    keeper, worker = make_handler(), Client(host="elsewhere")
     worker.registry.gauge("g", merge="last").set(7)
     worker.registry.gauge("m", merge="max").set(7)
     keeper.publication(worker.publication())
@@ -291,7 +291,7 @@ def test_a_value_of_a_silent_worker_stays(books):  # noqa: F811
     keeper.reap_workers(1061.0)
     assert values(keeper, "g", "m") == [7, None]
     write(keeper)
-    second = successor(keeper, books)
+    second = successor(keeper, make_handler)
     second.reap_workers(1000.0)
     second.reap_workers(1061.0)
     assert values(second, "g", "m") == [7, None]

@@ -18,7 +18,7 @@ from tapes.distributed.storage import spool
 from tapes.distributed.storage.sweeping import sweep
 from tapes.distributed.transport.address import resolve
 from tapes.processes import Process
-from tests.unit.test_handler import NOBODY_LIVES, Worker, crash, values, write
+from tests.unit.handlers import DEAD_PROCESS, Worker, crash, values, write
 
 BOOT = processes.host_id().partition("/")[0]
 ELSEWHERE = f"{BOOT}/1"
@@ -34,7 +34,7 @@ def books(short_dir, monkeypatch):
     def make(host=ELSEWHERE, lease=None):
         with monkeypatch.context() as patched:
             patched.setattr(processes, "host_id", lambda: host)
-            made = Handler(resolve(f"ipc://{short_dir}/m.ipc"), lease or Lifetime.joined(NOBODY_LIVES), {})
+            made = Handler(resolve(f"ipc://{short_dir}/m.ipc"), lease or Lifetime.joined(DEAD_PROCESS), {})
         kept.append(made)
         return made
 
@@ -77,9 +77,9 @@ def age(place, ago):
 )
 def test_a_young_journal_of_another_namespace_is_taken_over(books, short_dir, host, ago, taken):
     """At most a minute old, or from the future; never of another boot, nor of this namespace if all ended."""
-    first, gone = books(host), counting(3, process=NOBODY_LIVES, host=host)
-    left = counting(4, process=NOBODY_LIVES, host=host)
-    first.answer(counting(200, process=NOBODY_LIVES, host=host).goodbye())
+    first, gone = books(host), counting(3, process=DEAD_PROCESS, host=host)
+    left = counting(4, process=DEAD_PROCESS, host=host)
+    first.answer(counting(200, process=DEAD_PROCESS, host=host).goodbye())
     first.publication(gone.publication())
     assert spool.write(resolve(f"ipc://{short_dir}/m.ipc"), Goodbye(0, left.update()))
     killed(first, short_dir, ago)
@@ -94,9 +94,11 @@ def test_a_journal_that_is_older_than_this_namespace_is_of_another_one(books, sh
     """A container that is started again may get the number of its former namespace."""
     for began, taken in ((100.0, False), (2.0, True)):
         first = books(processes.host_id())
-        first.answer(counting(200, process=NOBODY_LIVES).goodbye())
+        first.answer(counting(200, process=DEAD_PROCESS).goodbye())
         killed(first, short_dir, 20.0)
-        monkeypatch.setattr("tapes.distributed.storage.journal.namespace_seconds", lambda began=began: began)
+        monkeypatch.setattr(
+            "tapes.distributed.storage.saved_journal.namespace_seconds", lambda began=began: began
+        )
         second = books(processes.host_id())
         second.restore()
         assert values(second, "c") == [200 if taken else None]
@@ -130,14 +132,14 @@ def test_last_words_from_before_the_machine_was_started_do_not_count(books, shor
 def test_an_old_journal_is_taken_over_if_a_process_of_this_namespace_lives(books, short_dir, known_by):
     """The aggregator of another container knew it; it may be a supervisor that has no worker just now."""
     first, worker = books(), counting(5)
-    first.answer(counting(200, host=ELSEWHERE, process=NOBODY_LIVES).goodbye())
+    first.answer(counting(200, host=ELSEWHERE, process=DEAD_PROCESS).goodbye())
     if known_by == "worker":
         first.publication(worker.publication())
     else:
         first.answer(encode(Attach(1, processes.host_id(), (forks.this_process(),))))
         first.answer(encode(Attach(1, THIRD, (Process(7, 7),))))
     killed(first, short_dir, HOUR)
-    lease = Lifetime.joined(NOBODY_LIVES)
+    lease = Lifetime.joined(DEAD_PROCESS)
     second = books(processes.host_id(), lease)
     second.restore()
     assert values(second, "c") == [205 if known_by == "worker" else 200]
@@ -201,7 +203,7 @@ def private(short_dir, monkeypatch):
     for name in ("TMPDIR", "XDG_RUNTIME_DIR"):
         monkeypatch.setenv(name, str(short_dir))
     monkeypatch.setattr(service, "parents", lambda: [str(short_dir)])
-    place = short_dir / f"tapes-{NOBODY_LIVES.pid}-{NOBODY_LIVES.started}"
+    place = short_dir / f"tapes-{DEAD_PROCESS.pid}-{DEAD_PROCESS.started}"
     place.mkdir(0o700)
     return place
 
@@ -210,8 +212,8 @@ def journal_in(place, monkeypatch, host, *, worker_of=None):
     """Write the journal of a service on ``host`` whose processes, if it is this host, have ended."""
     with monkeypatch.context() as patched:
         patched.setattr(processes, "host_id", lambda: host)
-        first = Handler(resolve(f"ipc://{place}/metrics.ipc"), Lifetime.joined(NOBODY_LIVES), {})
-    worker = counting(1, process=NOBODY_LIVES, host=worker_of or host)
+        first = Handler(resolve(f"ipc://{place}/metrics.ipc"), Lifetime.joined(DEAD_PROCESS), {})
+    worker = counting(1, process=DEAD_PROCESS, host=worker_of or host)
     first.publication(worker.publication())
     assert first.journal.finish()
     crash(first)

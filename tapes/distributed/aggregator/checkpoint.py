@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from tapes import forks, processes
 from tapes.distributed.aggregator.cursors import Cursors
-from tapes.distributed.aggregator.entries import Source, Worker
+from tapes.distributed.aggregator.entries import BEFORE_ALL, Source, Worker
 from tapes.distributed.aggregator.ledger import Ledger
 from tapes.distributed.aggregator.lifetime import ForeignOwners, Lifetime
 from tapes.distributed.aggregator.merged_view import OF_ONE_PROCESS, MergedView
@@ -30,7 +30,7 @@ from tapes.distributed.protocol.messages import (
     Retired,
     Update,
 )
-from tapes.distributed.storage.journal import Saved
+from tapes.distributed.storage.saved_journal import Saved
 from tapes.metrics.origin import with_baseline
 
 __all__ = ["Checkpoint"]
@@ -80,7 +80,7 @@ class Checkpoint:
             journal = Journal(
                 self._host, self._lifetime.owners, self._configured, self._ledger.retired,
                 tuple(itertools.islice(reversed(self._ledger.exited), _MAX_REMEMBERED)),
-                self._ledger.descriptions, self._ledger.slots.max_series,
+                dict(self._ledger.names.descriptions), self._ledger.slots.max_series,
             )  # fmt: skip
         yield from self._foreign_owners.requests()
         yield journal
@@ -148,14 +148,28 @@ class Checkpoint:
         with ledger.lock:
             ledger.retired = journal.retired
             ledger.exited = OrderedDict.fromkeys(reversed(journal.retired_lately))
-            ledger.describe(journal.descriptions, (-1, -1))
+            ledger.names.describe(journal.descriptions, BEFORE_ALL)
             ledger.slots.max_series = max(ledger.slots.max_series, journal.max_series)
             for item in saved.retired:  # first, as they had their slots first
-                ledger.put_retired(item)
+                self._restore_retired(item)
             for record in saved.records:
                 if record.update.identity not in ledger.exited:
                     self._restore_record(record)
             ledger.drop_former_lasts()
+
+    def _restore_retired(self, item: Item) -> None:
+        state: Any = item.state
+        names, slots = self._ledger.names, self._ledger.slots
+        if names.kind_of(item.name) not in (None, item.kind) or (
+            item.kind == "gauge" and state.mode != "last"
+        ):
+            return
+        names.enter(item.name, item.kind, BEFORE_ALL)
+        entry = slots.entries[slots.take((item.name, item.labels), item.kind)]
+        if item.kind == "gauge":
+            names.enter_mode(item, BEFORE_ALL, "last", "last")
+            state = entry.agreed(state, BEFORE_ALL)
+        entry.retire(state)
 
     def _restore_record(self, record: Record) -> None:
         account = self._ledger.account(record.update, record.is_ancestor)
@@ -185,7 +199,7 @@ class Checkpoint:
             total = list(map(_all_baseline, self._retired_items()))
         yield Goodbye(3, Update(
             self._identity, forks.this_process(), self._host, forks.now_ns(), 0, total,
-            self._ledger.descriptions, tuple(ancestors), self._ledger.slots.max_series,
+            dict(self._ledger.names.descriptions), tuple(ancestors), self._ledger.slots.max_series,
         ))  # fmt: skip
 
     def _retired_items(self) -> list[Item]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from tapes.distributed.protocol.messages import Item, Update
 from tapes.metrics import KINDS, GaugeState, State
+from tapes.metrics.origin import with_baseline
 from tapes.naming import Labels
 from tapes.processes import Process
 from tapes.sums import Number
@@ -128,6 +129,11 @@ class Entry:
             assert isinstance(known, GaugeState)
             self.by_worker[key] = known._replace(mode=state.mode)
         return state
+
+    def correct_baseline(self, key: tuple[bytes, Labels], given: Any) -> None:
+        """Give a worker's count the baseline of the state ``given``."""
+        self.by_worker[key] = with_baseline(self.by_worker[key], given.origin.baseline)
+        self.merged = None
 
     def of_each_worker(
         self, labels: Labels, workers: dict[bytes, str]

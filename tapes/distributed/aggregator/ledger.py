@@ -25,10 +25,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from tapes.distributed.aggregator import entries
-from tapes.distributed.aggregator.entries import BEFORE_ALL, Account, Entry, Key, Rank, Source, Worker
+from tapes.distributed.aggregator.entries import Account, Key, Source, Worker
+from tapes.distributed.aggregator.names import Agreement, Names
 from tapes.distributed.aggregator.series_slots import SeriesSlots
 from tapes.distributed.protocol.messages import Descriptions, Item, Merged, Update
-from tapes.metrics import GaugeState, State
 from tapes.metrics.origin import with_baseline
 from tapes.snapshot import Family, Snapshot
 from tapes.threads import RLock
@@ -46,6 +46,7 @@ class Ledger:
         lock: Held while the accounts and the slots are read or changed.
         accounts: By identity, the workers that have not exited.
         slots: The series.
+        names: What is known of their names.
         exited: The identities of exited workers, the last ones last.
         retired: Number of exited workers.
         unconfirmed: Workers from a journal that have sent nothing since: their newest counts may be missing.
@@ -58,21 +59,10 @@ class Ledger:
         self.exited: OrderedDict[bytes, None] = OrderedDict()
         self.retired = 0
         self.unconfirmed: set[bytes] = set()
+        self.names = Names()
         self._numbers = itertools.count()
         self._entries = self.slots.entries
-        self._kinds: dict[str, str] = {}
-        self._ranks: dict[str, Rank] = {}
-        self._lasts: dict[str, Rank] = {}  # by name, the newest worker that merges it as "last"
-        self._maybe_former: set[str] = set()  # names that may no longer merge as "last"
-        self._described_by: dict[str, Rank] = {}
-        self._descriptions: Descriptions = {}
         self._memory: dict[str, Any] = {}
-
-    @property
-    def descriptions(self) -> Descriptions:
-        """The description of each name."""
-        with self.lock:
-            return dict(self._descriptions)
 
     @property
     def workers(self) -> list[Worker]:
@@ -164,7 +154,7 @@ class Ledger:
                 for name, (kind, every_labels, states) in groups.items()
                 for labels, state in zip(every_labels, states)
             ]
-            return Merged(tick, items, {**self._descriptions, **(described or {})})
+            return Merged(tick, items, {**self.names.descriptions, **(described or {})})
 
     def snapshot(
         self, tick: int, own: Iterable[Item] = (), described: Descriptions | None = None
@@ -172,18 +162,11 @@ class Ledger:
         """Return a snapshot of the whole service as of ``tick``, with the aggregator's ``own`` series."""
         with self.lock:
             groups = self.slots.merged(entries.worker_names(self.accounts.values()), own)
-            texts = {**self._descriptions, **(described or {})}
+            texts = {**self.names.descriptions, **(described or {})}
         families = [
             Family(name, group[0], texts.get(name), *group[1:], tick) for name, group in groups.items()
         ]
         return Snapshot(families, self._memory)
-
-    def describe(self, descriptions: Descriptions, rank: Rank) -> None:
-        """Enter descriptions of a worker of that rank."""
-        for name, description in descriptions.items():
-            if rank >= self._described_by.get(name, rank):
-                self._described_by[name] = rank
-                self._descriptions[name] = description
 
     def account(self, update: Update, is_ancestor: bool) -> Account:
         """Return the account of the sender of ``update``; a new one, if it is unknown."""
@@ -207,7 +190,7 @@ class Ledger:
         refused = [item.name for item in update.items if not self.put(account, update.seq, item, source)]
         self.drop_former_lasts()
         account.source = max(account.source, source)
-        self.describe(update.descriptions, account.rank)
+        self.names.describe(update.descriptions, account.rank)
         if update.base == 0 and not is_ancestor:
             account.keyframe = max(account.keyframe, update.seq)
             self._drop_removed(account, update)
@@ -222,21 +205,20 @@ class Ledger:
         # 1. A late state changes nothing, but a better source corrects the baseline.
         if account.seqs.get(key, 0) >= seq:
             if source > account.source:
-                self._correct_baseline(account, key, item)
+                entry = self._entries[account.slots[key]] if key in account.slots else None
+                if entry is not None and entry.kind == item.kind != "gauge":
+                    entry.correct_baseline((account.worker.identity, item.labels), item.state)
             return True
         if seq < account.keyframe and key not in account.seqs:
             return True  # the series was removed since
         # 2. Of two kinds, that of the newest worker wins.
         agrees, state = True, item.state
-        if self._kinds.setdefault(item.name, item.kind) != item.kind:
-            if account.rank < self._ranks[item.name]:
-                return self._note_refused(account, item.name)
-            self._forget(item.name)
-            self._kinds[item.name] = item.kind
+        agreement = self.names.enter(item.name, item.kind, account.rank)
+        if agreement is not Agreement.SAME:
             agrees = self._note_refused(account, item.name)
-        if self._ranks.setdefault(item.name, account.rank) < account.rank:
-            self._ranks[item.name] = account.rank
-            self._maybe_former.add(item.name)
+            if agreement is Agreement.OLDER:
+                return agrees
+            self._forget(item.name)
         # 3. The slot.
         slot = account.slots.get(key)
         if slot is None:
@@ -246,7 +228,9 @@ class Ledger:
         # 4. The baseline of a count, the merge mode of a gauge.
         baseline = entries.baseline_of(account, entry.by_worker.get(own), item, source)
         if item.kind == "gauge":
-            state = self._agreed(account, item, entry)
+            before = entry.mode
+            state = entry.agreed(item.state, account.rank)
+            self.names.enter_mode(item, account.rank, before, entry.mode)
             agrees = state is item.state or self._note_refused(account, item.name)
         # 5. The state.
         entry.by_worker[own] = state if baseline is None else with_baseline(state, baseline)
@@ -255,19 +239,6 @@ class Ledger:
         if account.dead and not self._outlives(slot):
             self.drop(account, key)
         return agrees
-
-    def put_retired(self, item: Item) -> None:
-        """Add a series of exited workers to the retired total; nothing if it conflicts with another kind."""
-        state: Any = item.state
-        if item.kind == "gauge" and state.mode != "last":
-            return
-        if self._kinds.setdefault(item.name, item.kind) == item.kind:
-            self._ranks.setdefault(item.name, BEFORE_ALL)
-            entry = self._entries[self.slots.take((item.name, item.labels), item.kind)]
-            if item.kind == "gauge":
-                self._lasts.setdefault(item.name, BEFORE_ALL)
-                state = entry.agreed(state, BEFORE_ALL)
-            entry.retire(state)
 
     def drop(self, account: Account, key: Key) -> None:
         """Forget one series of a worker, and its slot if nothing else is in it."""
@@ -283,7 +254,7 @@ class Ledger:
 
         Call it after a whole update, as a name may merge as ``last`` in some of its series only.
         """
-        names, self._maybe_former = self._maybe_former & self._lasts.keys(), set()
+        names = self.names.maybe_former_lasts()
         if not names:
             return
         for account in self.accounts.values():
@@ -295,27 +266,9 @@ class Ledger:
                 self._entries[slot].retired = self._entries[slot].merged = None
                 self.slots.free(slot)
 
-    def _agreed(self, account: Account, item: Item, entry: Entry) -> State:
-        """Return a gauge's state in the mode of the newest worker that has it."""
-        mode = entry.mode
-        state = entry.agreed(item.state, account.rank)
-        assert isinstance(item.state, GaugeState)
-        if item.state.mode == "last":
-            self._lasts[item.name] = max(self._lasts.get(item.name, BEFORE_ALL), account.rank)
-        if mode == "last" != entry.mode:
-            self._maybe_former.add(item.name)
-        return state
-
     def _outlives(self, slot: Key) -> bool:
-        """Return whether a series stays when its worker has exited: a count, or a last value.
-
-        It is a last value if the newest worker that has it merges it as ``last``, and the newest worker that
-        has its name still merges some series of that name so.
-        """
-        name, entry = slot[0], self._entries[slot]
-        if entry.kind != "gauge":
-            return True
-        return entry.mode == "last" and self._lasts.get(name, BEFORE_ALL) >= self._ranks[name]
+        """Return whether a series stays when its worker has exited."""
+        return self.names.outlives(slot[0], self._entries[slot])
 
     def _note_refused(self, account: Account, name: str) -> bool:
         """Note that a worker uses a name in another way than newer ones; return whether that was known."""
@@ -329,16 +282,6 @@ class Ledger:
             for key in [key for key in account.slots if key[0] == name]:
                 self.drop(account, key)
         self.slots.forget(name)
-        self._lasts.pop(name, None)
-
-    def _correct_baseline(self, account: Account, key: Key, item: Item) -> None:
-        """Take over the baseline of a series from ``item``."""
-        entry = self._entries[account.slots[key]] if key in account.slots else None
-        if entry is not None and entry.kind == item.kind != "gauge":
-            own = (account.worker.identity, item.labels)
-            given: Any = item.state
-            entry.by_worker[own] = with_baseline(entry.by_worker[own], given.origin.baseline)
-            entry.merged = None
 
     def _drop_removed(self, account: Account, keyframe: Update) -> None:
         """Forget the series that a worker's keyframe no longer has."""

@@ -2,15 +2,14 @@
 
 Each reporter is in one of three states:
 
-    waiting   Something else has what `start` needs, such as the aggregator of the service's last run, which
-              keeps its port for a moment. `start` is tried at every look, for longer than such an aggregator
-              can live; after that its error is the aggregator's own.
+    waiting   Its port is in use, as the aggregator of the service's last run keeps it for a moment. `start`
+              is tried at every look, for longer than such an aggregator can live; then its error is raised.
     started   It reports.
-    paused    The aggregator is idle (see `.lifetime`): nothing needs the reports, and the next run
-              of the service may need the port. `resume` is tried at every look once the aggregator is not.
+    paused    The aggregator is idle (see `.lifetime`), and the next run of the service may need the port.
+              `resume` is tried at every look once the aggregator is not idle any more.
 
-Everything is called by the aggregator's loop, and returns at once; the reports themselves are made by the
-reporters' own threads.
+The aggregator's loop calls everything here, which returns at once; reports are made by the reporters'
+threads.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from tapes.reporting import Reporter
 __all__ = ["START_SECONDS", "Demand", "Reports"]
 
 START_SECONDS = 4.0
-"""Maximum time to wait for a port or an address that is in use; an idle aggregator lives for 2 s."""
+"""Maximum seconds to wait for a port or an address that is in use; an idle aggregator lives for 2 s."""
 _REPORT_SECONDS = 0.5
-"""Maximum time that a demand waits for reports; a worker waits 1 s for the reply to its goodbye."""
+"""Maximum seconds that a demand waits for reports; a worker waits 1 s for the reply to its goodbye."""
 
 _log = logging.getLogger("tapes.distributed")
 
@@ -44,7 +43,7 @@ class Demand:
 
     @property
     def was_made(self) -> bool:
-        """Whether the reporters know of it."""
+        """Whether it was passed on to the reporters."""
         return self._reported is not None
 
     def make(self, reporters: Sequence[Reporter]) -> None:
@@ -54,7 +53,7 @@ class Demand:
             reporter._report_now(lambda reported=reported: self._note(reported))  # type: ignore[misc]
 
     def is_over(self, now: float) -> bool:
-        """Return whether all have reported, or the time for it is over."""
+        """Return whether all have reported, or took too long."""
         return now >= self._ends or (
             self._reported is not None and all(reported.is_set() for reported in self._reported)
         )
@@ -65,7 +64,7 @@ class Demand:
 
 
 class Reports:
-    """Starts and stops the reporters of an aggregator, and has them report when it is demanded.
+    """Starts and stops the reporters of an aggregator, and has them report on demand.
 
     Args:
         wake: Wakes the aggregator's loop, from any thread.
@@ -95,8 +94,7 @@ class Reports:
         """Try to start those that have not started; return whether all have.
 
         Raises:
-            Exception: What `start` raised, if something else has what a reporter needs for too long, or for
-                any other reason.
+            Exception: What `start` raised, if a port was in use for too long, or for any other reason.
         """
         for reporter in list(self._waiting):
             try:
@@ -110,19 +108,19 @@ class Reports:
         return not self._waiting
 
     def demand(self, now: float) -> Demand:
-        """Have all reporters report; return what tells when they have."""
+        """Have all reporters report; return a demand that is over when they have."""
         demand = Demand(now, self._wake)
         self.is_met(demand, now)
         return demand
 
     def is_met(self, demand: Demand, now: float) -> bool:
-        """Return whether a demand is over; one that came before reporters could start is made now."""
+        """Return whether a demand is over; pass it on if it came before the reporters could start."""
         if self._begun and not demand.was_made:
             demand.make(self._started)
         return demand.is_over(now)
 
     def pause(self) -> None:
-        """Pause those that are started."""
+        """Pause the started reporters."""
         for reporter in self._started:
             if reporter not in self._paused:
                 self._paused.append(reporter)
@@ -132,7 +130,7 @@ class Reports:
                     reporter._warn(f"it failed to pause ({safe_text(error)})")
 
     def resume(self) -> None:
-        """Resume those that are paused, if they can be; else the next call tries it again."""
+        """Resume the paused reporters; the next call tries those again that can't resume yet."""
         for reporter in self._paused.copy():
             try:
                 reporter.resume()
@@ -142,7 +140,7 @@ class Reports:
                 self._paused.remove(reporter)
 
     def stop(self) -> None:
-        """Have all reporters report a last time, beside each other, and wait for them."""
+        """Have all reporters report a last time, all at once, and wait for them."""
         for end in (*(r._no_more_reports for r in self._started), *(r.stop for r in self._started)):
             try:
                 end()

@@ -133,7 +133,8 @@ class Aggregator:
             context = new_context()
             stack.callback(lambda: context.destroy(linger=_LINGER_MILLISECONDS * self._handler.hands_over))
             self._when_free(lambda: self._residence.bind(context))
-            stack.enter_context(self._signals())
+            ignores_terminal = self._lifetime.has_owner  # the owner gets its signals
+            stack.enter_context(_signals(self.stop, ignores_terminal, self._wake_sender.fileno()))
             # 3. Recover, and start the reporters.
             self._recover()
             stack.callback(self._reports.stop)
@@ -204,30 +205,6 @@ class Aggregator:
             self._residence.let_in()
             return False
         return True
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """End on SIGTERM; on the terminal's signals too, unless there is an owner who gets them."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        terminal = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-        handlers: dict[int, Any] = dict.fromkeys(
-            terminal, signal.SIG_IGN if self._lifetime.has_owner else self._on_signal
-        )
-        handlers[signal.SIGTERM] = self._on_signal
-        handlers[signal.SIGCHLD] = signal.SIG_DFL
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        wakeup = signal.set_wakeup_fd(self._wake_sender.fileno(), warn_on_full_buffer=False)
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(wakeup)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        self.stop()
 
     def _serve(self, is_done: Callable[[float], bool]) -> None:
         poller = zmq.Poller()
@@ -339,3 +316,25 @@ class Aggregator:
     def _send(self, reply: Sequence[bytes | memoryview]) -> None:
         with contextlib.suppress(zmq.ZMQError):  # the client has gone
             self._residence.requests.send_multipart(reply, zmq.NOBLOCK)
+
+
+@contextlib.contextmanager
+def _signals(stop: Callable[[], None], ignores_terminal: bool, wakeup_fd: int) -> Iterator[None]:
+    """Call ``stop`` on SIGTERM, and on the terminal's signals or ignore those; in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    terminal = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    handlers: dict[int, Any] = dict.fromkeys(
+        terminal, signal.SIG_IGN if ignores_terminal else lambda *_: stop()
+    )
+    handlers[signal.SIGTERM] = lambda *_: stop()
+    handlers[signal.SIGCHLD] = signal.SIG_DFL
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    wakeup = signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,15 +1,14 @@
 """A message of a stranger, value by value, in bounded time and memory.
 
-Theory. What MessagePack makes of bytes can be fifty times as long as they are: a byte becomes a number or an
-empty list, and five bytes announce a list of four thousand million. So every value is read in two steps: an
-unpacker that builds nothing runs over it, and finds out where it ends and that all that it announces is
-there; only then another one builds it. What has parts is built in pieces of `PIECE_BYTES` at most; what is
-longer is a list whose elements are read one by one, or a text, which may have any length.
+Theory. MessagePack can make fifty bytes of one: a byte becomes a number or an empty list, and five bytes
+announce a list of four thousand million. So every value is read in two steps. An unpacker that builds nothing
+runs over it, finds its end, and checks that everything announced is there; only then another one builds it.
+Values with parts are built in pieces of `PIECE_BYTES` at most. Longer ones are lists, whose elements are read
+one by one, or texts, which may have any length.
 
 Bounds. Reading n bytes takes time in proportion to n, and on CPython 128 MB for a piece at most, beside what
-the reader's user keeps. What `.decoding` keeps is checked, and takes 32 bytes for each byte
-at most; what real workers send, twice its length. Nesting is bounded by the unpacker: 1,024 lists, and on
-PyPy the recursion limit.
+`.decoding` keeps. That is checked, and takes at most 32 bytes for each byte; messages of real workers take
+twice their length. The unpacker bounds nesting: 1,024 lists, and on PyPy the recursion limit.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ PIECE_BYTES = 2 << 20
 _READ_BYTES = 1 << 16
 
 _HAS_PARTS = frozenset((*range(0x80, 0xA0), 0xC1, *range(0xC7, 0xCA), *range(0xD4, 0xD9), *range(0xDC, 0xE0)))
-"""How maps, lists, extensions and nonsense begin."""
+"""First bytes of maps, lists, extensions and unused codes."""
 
 T = TypeVar("T")
 
 
 def check(holds: bool, what: str) -> None:
-    """Raise `WireError` of a message with ``what``, unless something ``holds``."""
+    """Raise `WireError` for a message with ``what``, unless ``holds`` is true."""
     if not holds:
         raise WireError(f"a message with {what}")
 
@@ -45,9 +44,9 @@ def _refuse(*parts: Any) -> NoReturn:
 
 
 class Unpacker:
-    """The values of a message, in their order; lists become tuples.
+    """Reads the values of a message, one after the other; lists become tuples.
 
-    Whatever is wrong is an exception of some kind, and ends the reading.
+    Any fault raises an exception of some kind, and ends the reading.
     """
 
     __slots__ = ("_ahead", "_data", "_here")
@@ -66,26 +65,26 @@ class Unpacker:
         return bool(self._ahead.tell() == len(self._data))
 
     def count(self) -> int:
-        """Read the beginning of a list; return how many elements follow, by its own account."""
+        """Read the head of a list; return the number of elements that it announces."""
         self._ahead.read_array_header()
         count: int = self._here.read_array_header()
         return count
 
     def each(self, read: Callable[[Unpacker], T], most: int | None = None) -> list[T]:
-        """Return the elements of a list, each as ``read`` returns it; there may be ``most``."""
+        """Return the elements of a list, ``most`` at most, each as ``read`` returns it."""
         count = self.count()
         check(most is None or count <= most, "a list that is too long")
         return [read(self) for _ in range(count)]
 
     def flat(self) -> Any:
-        """Return the next value, which has no parts: a number, or text or bytes of any length."""
+        """Return the next value, which has no parts: a number, or a text or bytes of any length."""
         ahead = self._ahead
         check(self._data[ahead.tell()] not in _HAS_PARTS, "parts where there are none")
         ahead.skip()
         return self._here.unpack()
 
     def piece(self) -> Any:
-        """Return the next value, whatever it is made of."""
+        """Return the next value, with all of its parts."""
         ahead = self._ahead
         start = ahead.tell()
         ahead.skip()
@@ -93,7 +92,7 @@ class Unpacker:
         return self._here.unpack()
 
     def either(self, in_parts: Callable[[Unpacker], Any]) -> Any:
-        """Return the next value: as a `piece`, or as ``in_parts`` reads it, if it is too long for one."""
+        """Return the next value as a `piece`; if it is too long for one, as ``in_parts`` reads it."""
         ahead = self._ahead
         start = ahead.tell()
         ahead.skip()

@@ -13,9 +13,9 @@ import os
 import time
 
 from tapes import processes, service
-from tapes.distributed.storage.journal import read_journal
 from tapes.distributed.storage.locks import unlock
 from tapes.distributed.storage.runtime_directory import START_LOCK, open_private, remove_files
+from tapes.distributed.storage.saved_journal import read_journal
 from tapes.errors import TapesError, WireError
 from tapes.processes import lives
 from tapes.service import SOCKET
