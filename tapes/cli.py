@@ -13,6 +13,7 @@ from tapes.environment import is_disabled
 from tapes.errors import TapesError
 from tapes.forks import this_process
 from tapes.reporting.configured import HTTP, STATSD
+from tapes.service import Service
 
 __all__ = ["main"]
 
@@ -57,7 +58,7 @@ def _run(command: list[str], reporters: dict[str, str | None], addr: str | None)
     os.environ.update({name: told for name, told in reporters.items() if told is not None})
     try:
         if not is_disabled():
-            from tapes.distributed.supervision.rendezvous import Service, ensure_aggregator
+            from tapes.distributed.supervision.rendezvous import ensure_aggregator
 
             ensure_aggregator(Service(this_process(), f"tapes run (pid {os.getpid()})"), addr)
     except TapesError as error:

@@ -14,11 +14,6 @@ from typing import Any
 from tapes import forks, processes, service, threads
 from tapes.errors import InvalidArgument
 
-__all__ = [
-    "LABELS", "configured_address", "configured_labels", "connected_parent", "hand_down", "is_disabled",
-    "is_spawned", "may_start", "service_address", "warn_if_unused",
-]  # fmt: skip
-
 LABELS = "TAPES_LABELS"
 _CONNECTED = "TAPES_CONNECTED"
 """Where the process that started this one has connected its registries: its pid, and the addresses."""

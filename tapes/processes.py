@@ -14,12 +14,6 @@ from functools import lru_cache
 from math import inf
 from typing import NamedTuple
 
-__all__ = [
-    "Process", "ProcessWatch", "host_id", "is_same_boot", "lives", "namespace_seconds", "process_of",
-    "program_of", "reaps", "stat_fields",
-]  # fmt: skip
-
-
 _MAX_PROGRAM = (1 << 62) - 1
 _PROGRAM_SECONDS = 1.0
 """Seconds between two checks of the program of a process: no event reports an ``exec``."""
@@ -79,12 +73,7 @@ def host_id() -> str:
 
 
 class ProcessWatch:
-    """Detects that a process has ended, or has executed another program.
-
-    Args:
-        process: The process.
-        program: Its program, as `program_of` returns it; 0 if that does not matter.
-    """
+    """Detects that a process has ended, or executes another program than ``program`` (0 for any)."""
 
     def __init__(self, process: Process, program: int = 0) -> None:
         self._process = process

@@ -32,11 +32,6 @@ from tapes import forks, processes
 from tapes.hashing import blake2b
 from tapes.processes import Process
 
-__all__ = [
-    "SOCKET", "Service", "address", "directories", "directory_name", "is_private", "is_private_to",
-    "parents", "places", "supervisor_of", "this_service",
-]  # fmt: skip
-
 SOCKET = "metrics.ipc"
 """The name of the aggregator's socket in a private directory."""
 
@@ -53,7 +48,7 @@ _ROUNDS = 2000
 
 
 class Service(NamedTuple):
-    """A service."""
+    """A service: its supervisor, and what that is."""
 
     root: Process  # its supervisor: the process that all of its workers descend from
     description: str  # a description of that process, for the log
@@ -107,7 +102,6 @@ def _parent(pid: int) -> int:
 
 
 def _command(pid: int) -> bytes:
-    """Return the command line of a process; empty if it can't be seen."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             return file.read()
@@ -190,9 +184,7 @@ def directories(process: Process, uid: int) -> Iterator[str]:
 
 
 class _Listing(NamedTuple):
-    """The names of private directories in a directory."""
-
-    names: list[str]
+    names: list[str]  # of private directories in a directory
     changed: int  # modification time of the directory, in nanoseconds
     is_settled: bool  # that time was old; otherwise a later change may have the same time
     valid_until: float  # when the directory may be listed again: listing a large one is slow

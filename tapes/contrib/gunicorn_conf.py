@@ -54,8 +54,9 @@ def on_starting(server: _Any) -> None:
         if not may_start():
             return
         from tapes.distributed.storage.runtime_directory import User
-        from tapes.distributed.supervision.rendezvous import Service, ensure_aggregator
+        from tapes.distributed.supervision.rendezvous import ensure_aggregator
         from tapes.forks import this_process
+        from tapes.service import Service
 
         user = User(server.cfg.uid, server.cfg.gid) if _os.geteuid() == 0 else User.ourselves()
         endpoints = ensure_aggregator(Service(this_process(), f"gunicorn (pid {_os.getpid()})"), user=user)

@@ -23,9 +23,10 @@ import tapes
 from tapes.clock import tick_at
 from tapes.distributed.registry import RegistryAggregator
 from tapes.distributed.supervision import restart
-from tapes.distributed.supervision.rendezvous import Service, ensure_aggregator
+from tapes.distributed.supervision.rendezvous import ensure_aggregator
 from tapes.errors import AggregatorUnavailable
 from tapes.forks import this_process
+from tapes.service import Service
 
 PACE = 8
 """The speed of the events' time relative to the clock, until it has caught up."""

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from tapes.distributed.transport.address import Endpoints
 from tapes.errors import AddressError, AddressInUse
 
-__all__ = ["Lock", "is_served", "is_supervised", "needs_restart", "unlock"]
-
 _ATTEMPTS, _PAUSE_SECONDS = 20, 0.005
 
 

@@ -22,12 +22,6 @@ from tapes.errors import AddressError, AggregatorUnavailable
 from tapes.processes import Process
 from tapes.service import SOCKET
 
-__all__ = [
-    "START_LOCK", "User", "choose_place", "clear", "current_place", "has_aggregator", "is_removed",
-    "is_same_service", "open_private", "other_places", "place_of", "private_directory", "remove_files",
-    "restore",
-]  # fmt: skip
-
 START_LOCK = ".start"
 """Follows the path of the socket in the name of the start lock."""
 _PROBE = SOCKET + ".probe"
@@ -156,10 +150,7 @@ def _is_usable(place: Endpoints) -> bool:
 
 
 def _make_private(directory: str, user: User, *, is_new_place: bool = False) -> None:
-    """Make a private directory if it does not exist; raises OSError if it can't be used.
-
-    Of a new place it is not known whether ``user`` can reach it, and whether files can be written to it.
-    """
+    """Make a private directory if it does not exist; raises OSError if it can't be used."""
     if is_new_place and user.uid != os.geteuid() and not _is_open_to_all(os.path.dirname(directory)):
         raise PermissionError(f"it is closed to user {user.uid}")
     with contextlib.suppress(FileExistsError):
@@ -174,7 +165,6 @@ def _make_private(directory: str, user: User, *, is_new_place: bool = False) -> 
 
 
 def _is_of_another(endpoints: Endpoints) -> bool:
-    """Return whether the private directory of ``endpoints`` exists and belongs to another user."""
     directory = private_directory(endpoints)
     if directory is None or os.geteuid() == 0:  # root uses the directory of the user that its service runs as
         return False
@@ -260,7 +250,6 @@ def remove_files(directory: str) -> None:
 
 
 def _is_open_to_all(directory: str) -> bool:
-    """Return whether every user can reach the files in ``directory``."""
     while True:
         if not os.stat(directory).st_mode & stat.S_IXOTH:
             return False

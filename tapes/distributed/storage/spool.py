@@ -18,8 +18,6 @@ from tapes.distributed.protocol.wire import MAX_BYTES, decode, encode
 from tapes.distributed.transport.address import Endpoints
 from tapes.errors import WireError
 
-__all__ = ["SUFFIX", "Spool", "discard", "write", "write_all"]
-
 _log = logging.getLogger("tapes.distributed")
 
 SUFFIX = ".spool-"

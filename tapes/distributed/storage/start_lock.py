@@ -15,8 +15,6 @@ from tapes.distributed.storage.runtime_directory import START_LOCK, User, privat
 from tapes.distributed.transport.address import Endpoints
 from tapes.errors import AddressError, AggregatorUnavailable
 
-__all__ = ["start_lock"]
-
 _MAX_WAIT_SECONDS, _PAUSE_SECONDS = 20.0, 0.01
 """Maximum seconds to wait for the lock, and seconds between two attempts."""
 
@@ -57,8 +55,6 @@ def start_lock(endpoints: Endpoints, user: User, *, wait: bool = True) -> Iterat
 
 
 class _StartLock:
-    """The start lock of ``endpoints``, for one process."""
-
     def __init__(self, endpoints: Endpoints, user: User) -> None:
         self.path = f"{endpoints.path}{START_LOCK}"
         self._endpoints = endpoints

@@ -20,8 +20,6 @@ from tapes.errors import TapesError, WireError
 from tapes.processes import lives
 from tapes.service import SOCKET
 
-__all__ = ["sweep"]
-
 _LEFT_SECONDS = 3600.0
 """Minimum age of a directory that is removed although its service may run in another pid namespace.
 
@@ -72,15 +70,12 @@ def _may_be_used(directory: str) -> bool:
 
 
 def _age_of(directory: str) -> float:
-    """Return the seconds since any file in a private directory was written.
-
-    A file with a time in the future, left by a clock that was set back, gets the current time.
-    """
+    """Return the seconds since any file in a private directory was written."""
     with open_private(directory, os.geteuid()) as fd:
         now, ages = time.time(), []
         for name in (*os.listdir(fd), "."):
             with contextlib.suppress(FileNotFoundError):
                 ages.append(now - os.stat(name, dir_fd=fd, follow_symlinks=False).st_mtime)
-                if ages[-1] < -_SKEW_SECONDS:
+                if ages[-1] < -_SKEW_SECONDS:  # a time in the future, as the clock was set back
                     os.utime(name, dir_fd=fd, follow_symlinks=False)
         return max(0.0, min(ages))

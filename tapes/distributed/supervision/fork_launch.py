@@ -18,8 +18,6 @@ from collections.abc import Callable
 
 from tapes import forks
 
-__all__ = ["close_all_but", "fork", "is_frozen"]
-
 _MAX_DESCRIPTORS = 1 << 16
 
 

@@ -22,8 +22,6 @@ from tapes.distributed.transport.address import Endpoints
 from tapes.errors import AddressInUse, AggregatorUnavailable
 from tapes.processes import Process
 
-__all__ = ["launch"]
-
 _NOT_INHERITED = (
     "GUNICORN_FD", "GUNICORN_PID", "LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET",
     "TAPES_ADDR", "TAPES_CONNECTED", "TAPES_LABELS",
@@ -75,7 +73,6 @@ def launch(endpoints: Endpoints, owner: Process, reason: str, user: User, *, wai
 
 
 def _start_process(arguments: list[str], readiness: Readiness) -> None:
-    """Start a process with ``arguments`` for `tapes.distributed.aggregator.main.serve`."""
     environment = {name: text for name, text in os.environ.items() if name not in _NOT_INHERITED}
     if fork_launch.is_frozen():
         fork_launch.fork(

@@ -13,8 +13,6 @@ import os
 
 from tapes.processes import stat_fields
 
-__all__ = ["set_title"]
-
 _NAME = b"tapes-aggr"
 """The name in ``top`` and ``ps -e``; at most 15 bytes."""
 

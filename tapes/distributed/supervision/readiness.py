@@ -1,4 +1,4 @@
-"""The pipe on which a starting aggregator reports that it is ready, or why it can't start."""
+"""The pipe between a starting aggregator and its starter."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import select
 
 from tapes import threads
 from tapes.errors import AddressError, AggregatorUnavailable, InvalidArgument, TapesError
-
-__all__ = ["Readiness"]
 
 _READY_SECONDS = 10.0
 _END = b"\0"

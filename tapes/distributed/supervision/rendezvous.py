@@ -22,8 +22,6 @@ from tapes.errors import TapesError
 from tapes.processes import Process
 from tapes.service import Service
 
-__all__ = ["Attachment", "Service", "attach", "choose_address", "ensure_aggregator"]
-
 
 class Attachment(enum.Enum):
     """The result of `attach`."""
@@ -99,10 +97,7 @@ def attach(endpoints: Endpoints, supervisor: Process) -> Attachment:
 def _start_and_attach(
     endpoints: Endpoints, service: Service, user: runtime_directory.User, before: Attachment
 ) -> Attachment:
-    """Start or replace the aggregator if necessary, and attach; the caller holds the start lock.
-
-    ``before`` is the result of the last `attach`.
-    """
+    """Start or replace the aggregator if necessary, and attach; ``before`` is the last result of that."""
     # 1. Have an aggregator of an older release exit.
     if before is Attachment.OLDER:
         replace(endpoints)

@@ -29,8 +29,6 @@ from tapes.distributed.transport.requests import request_hand_over
 from tapes.environment import may_start
 from tapes.once import OnceLogger
 
-__all__ = ["Restarter", "replace"]
-
 _EXIT_SECONDS = 5.0
 """Maximum seconds that an aggregator takes to exit after it has agreed to hand over."""
 _SUPERVISED_SECONDS = 1.0
@@ -41,12 +39,7 @@ _log = logging.getLogger("tapes.distributed")
 
 
 class Restarter:
-    """Restarts the aggregator of a service; for use by one thread.
-
-    Args:
-        endpoints: Where the aggregator listens.
-        follow: Called with the endpoints of an aggregator that has moved.
-    """
+    """Restarts the aggregator of a service, or calls ``follow`` if it has moved; for use by one thread."""
 
     def __init__(self, endpoints: Endpoints, follow: Callable[[Endpoints], None]) -> None:
         self._endpoints = endpoints
@@ -114,10 +107,7 @@ class Restarter:
 
 
 def replace(endpoints: Endpoints) -> bool:
-    """Have an aggregator of an older release exit; return whether it did.
-
-    The caller holds the start lock.
-    """
+    """Have an aggregator of an older release exit; return whether it did; the caller holds the start lock."""
     if endpoints.path is None:
         return False
     hands_over = request_hand_over(endpoints)
@@ -143,10 +133,7 @@ def _start_elsewhere(endpoints: Endpoints) -> None:
 
 
 def _user_of(endpoints: Endpoints) -> runtime_directory.User:
-    """Return the user of the last aggregator.
-
-    It owns the lock file; that is no evidence in a directory where every user can create files.
-    """
+    # The last aggregator's user owns its lock file; that is no evidence where all users can create files.
     with contextlib.suppress(OSError):
         found = os.lstat(endpoints.lock or "")
         if not os.stat(os.path.dirname(endpoints.lock or "")).st_mode & stat.S_IWOTH:

@@ -21,8 +21,6 @@ from tapes.backoff import Backoff
 from tapes.distributed.supervision.readiness import Readiness
 from tapes.processes import Process, lives
 
-__all__ = ["Supervisor"]
-
 _FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 0.1, 5.0
 _TERM_SECONDS = 0.2
 """Seconds between two SIGTERM to an aggregator that has to end."""

@@ -18,8 +18,6 @@ from typing import NamedTuple
 from tapes.distributed.transport.curve import HOW_TO_MAKE_ONE, KeyFile
 from tapes.errors import AddressError
 
-__all__ = ["DEFAULT_ADDR", "Endpoints", "resolve"]
-
 
 class _DefaultAddress(str):
     """The default; an equal address that a caller passes is of another type."""

@@ -31,8 +31,6 @@ from tapes import threads
 from tapes.errors import AddressError, AggregatorUnavailable
 from tapes.once import OnceLogger
 
-__all__ = ["HOW_TO_MAKE_ONE", "VARIABLE", "KeyFile", "Pair", "as_client", "as_server", "start_zap_handler"]
-
 VARIABLE = "TAPES_CURVE_KEY"
 HOW_TO_MAKE_ONE = (
     'make one with: python -c "import os, zmq.auth; os.umask(0o077); '

@@ -16,8 +16,6 @@ import zmq
 from tapes.errors import AggregatorUnavailable
 from tapes.threads import unpatched
 
-__all__ = ["check_descriptors", "check_memory", "new_context"]
-
 _DESCRIPTORS = 16
 """Descriptors that a first socket needs, and some to spare."""
 _THREADS = 3
@@ -67,7 +65,6 @@ def check_memory(length: int) -> None:
 
 
 def _check_threads() -> None:
-    """Raise `AggregatorUnavailable` unless the threads of a context can be started."""
     finish: Any = unpatched("_thread", "allocate_lock")()
     finish.acquire()
     idents: list[int] = []

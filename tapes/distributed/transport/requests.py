@@ -17,11 +17,6 @@ from tapes.distributed.transport.sockets import Socket, new_request_socket
 from tapes.errors import AggregatorUnavailable, WireError
 from tapes.processes import Process, host_id
 
-__all__ = [
-    "MAX_WAIT_SECONDS", "TIMEOUT_SECONDS", "OlderAggregator", "Request", "flush", "incarnation",
-    "keep_alive_for", "request", "request_all", "request_hand_over",
-]  # fmt: skip
-
 Request = Read | Attach | Goodbye | Flush | HandOver
 
 TIMEOUT_SECONDS = 1.0

@@ -14,8 +14,6 @@ from tapes.distributed.transport.preflight import new_context
 from tapes.distributed.transport.sockets import Socket, new_request_socket
 from tapes.errors import AggregatorUnavailable, WireError
 
-__all__ = ["SocketPool"]
-
 
 class SocketPool:
     """Sockets for requests, each used by one thread at a time; opened when first needed.

@@ -30,8 +30,6 @@ from tapes.distributed.transport.address import Endpoints
 from tapes.distributed.transport.preflight import check_descriptors
 from tapes.errors import AddressError, AddressInUse
 
-__all__ = ["Socket", "announced_version", "bind", "bind_again", "new_publisher", "new_request_socket"]
-
 Socket = zmq.Socket[bytes]
 
 _QUEUE = 4
