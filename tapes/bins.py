@@ -2,10 +2,10 @@
 
 Theory. A value is put into the bin of numbers that share its sign, its exponent and the upper seven bits of
 its mantissa, rounded to nearest: 128 bins an octave. The upper sixteen bits of an IEEE 754 single (known as
-bfloat16) are just that, so the bin's key is a bit pattern that the machine computes by itself. A bin stands
-for its centre, which is off by at most half a bin: 2^-8 = 0.39 % at the bottom of an octave, less above.
+bfloat16) are just that, so the bin's key is a bit pattern that the machine computes. All values of a bin
+become its centre, which is off by at most half a bin: 2^-8 = 0.39 % at the bottom of an octave, less above.
 Whole numbers up to 256 have eight significant bits or fewer and are their own centres: they are exact.
-Magnitudes from 1e-30 to 1e30 lie well inside the range of a single (1e-38 to 3e38); what is larger counts in
+Magnitudes from 1e-30 to 1e30 are well inside the range of a single (1e-38 to 3e38); what is larger counts in
 the outermost bin, and what is too small for a single counts as zero.
 
 The key is the pattern read as a number, negated for negative values, so keys sort as their values do and
@@ -18,8 +18,8 @@ others is seen likewise: with every sign bit clear, adding ``0x8000 - k`` to the
 its sign bit where the key is ``k`` or more, and carries nowhere. A batch between the extremes known so far
 needs no search for new ones.
 
-PyPy compiles the plain loop to better code than it has for big integers, so it takes that; both give the same
-keys, and tests hold them to it.
+PyPy compiles the plain loop to better code than its big integers have, so it uses the loop. Both give the
+same keys, and tests check that.
 
 Source: the bins are those of HDR histograms and of DDSketch's linear interpolation, at a fixed precision.
 """
@@ -41,13 +41,13 @@ MAX_KEY = 0x7F7F
 """The key of the outermost bin, about 3.4e38; the outermost negative bin has ``-MAX_KEY``."""
 
 _OUTERMOST = 3.38e38
-"""What is below it has a key below or at `MAX_KEY` as it comes."""
+"""A value below it has a key of at most `MAX_KEY` without correction."""
 _NEGATIVE_ZERO = -0x8000
 
 _LARGEST = 2.0**128 - 2.0**104
 """The largest single."""
 _MANY = 32
-"""Fewer values are searched for extremes at once."""
+"""Minimum number of values for which the check of extremes saves time."""
 
 _Binned = tuple["array[int]", float, float]
 
@@ -62,8 +62,8 @@ def _lanes(size: int, pattern: int) -> int:
 
 @lru_cache(maxsize=256)
 def _limits(size: int, low: float, high: float) -> tuple[int, int, int]:
-    """Return every lane's sign bit, and what sets it where the key is above that of ``low``, or is not below
-    that of ``high``.
+    """Return every lane's sign bit, what sets it where a key is above that of ``low``, and what sets it where
+    a key is not below that of ``high``.
     """
     signs, ones = _lanes(size, 0x80000000), _lanes(size, 0x10000)
     return signs, signs - (bin_key(low) + 1) * ones, signs - bin_key(high) * ones
@@ -105,7 +105,7 @@ def bin_keys(values: Sequence[Number], low: float = inf, high: float = -inf) -> 
     """Return the key of every value, and the extremes of ``values``, ``low`` and ``high``.
 
     Args:
-        values: Finite numbers, one at least; of others the answer means nothing.
+        values: Finite numbers, one at least; for others the result is meaningless.
         low: The least value known so far.
         high: The greatest.
 
@@ -132,7 +132,7 @@ def bin_key(value: Number) -> int:
 
 @lru_cache(maxsize=4096)
 def bin_value(key: int) -> float:
-    """Return the value that the bin ``key`` stands for, its centre."""
+    """Return the centre of the bin ``key``."""
     magnitude = abs(key)
     exponent, mantissa = magnitude >> 7, magnitude & 0x7F
     value = ldexp(mantissa | 0x80, exponent - 134) if exponent else ldexp(mantissa, -133)

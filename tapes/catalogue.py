@@ -1,87 +1,84 @@
-"""The catalogue: which names there are, of which kind, and that none hides what belongs to another.
+"""The catalogue: which names exist, of which kind, and that none hides what belongs to another.
 
-Lock-free, as the registry is: dictionaries decide races, and places are handed out by a counter.
+Like the registry it takes no lock: dictionaries decide races.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import logging
 from collections.abc import Callable, ItemsView
 
 from tapes.errors import KindConflict
 from tapes.metrics import Metric
 from tapes.naming import Labels
+from tapes.once import OnceLogger
 from tapes.snapshot import FIELDS
 
 __all__ = ["MAX_SERIES", "OVERFLOW", "Catalogue", "NameEntry", "warn_of_overflow"]
 
 MAX_SERIES = 2000
-"""So many label sets a name has, unless told otherwise."""
+"""Default maximum of label sets of a name."""
 OVERFLOW = ("overflow", "true")
-"""The label of the series that takes what has no place of its own."""
+"""The label of the series that stands in for all label sets beyond the maximum."""
 
 _log = logging.getLogger("tapes.registry")
 
 
 class NameEntry:
-    """All metrics of one name, and how many more there may be."""
+    """All metrics of one name."""
 
-    __slots__ = ("_places", "by_labels", "free_places", "kind", "overflowing")
+    __slots__ = ("by_labels", "kind")
 
     def __init__(self, kind: type[Metric]) -> None:
         self.kind = kind
         self.by_labels: dict[Labels, Metric] = {}
-        self.overflowing = False
-        self.free_places: list[int] = []
-        self._places = itertools.count()
 
-    def take_place(self) -> int:
-        """Return the number of a free place, from 0."""
-        try:
-            return self.free_places.pop()
-        except IndexError:
-            return next(self._places)
+    def is_full(self, max_series: int, overflow: Labels) -> bool:
+        """Return whether there are ``max_series`` label sets, not counting ``overflow``.
+
+        Threads that make a series at the same moment may each see the last free place.
+        """
+        return len(self.by_labels) - (overflow in self.by_labels) >= max_series
 
 
 class Catalogue:
     """Names to their metrics."""
 
     def __init__(self) -> None:
-        self._metrics: dict[str, NameEntry] = {}
+        self._entries: dict[str, NameEntry] = {}
         self._below: dict[str, dict[str, str]] = {}
+        self._once = OnceLogger(_log)
 
     def get(self, name: str) -> NameEntry | None:
-        """Return the metrics of ``name``, or ``None`` if there never were any."""
-        return self._metrics.get(name)
+        """Return the entry of ``name``, or ``None`` if it never had one."""
+        return self._entries.get(name)
 
     def items(self) -> ItemsView[str, NameEntry]:
-        """Return all names and their metrics, as of now."""
-        return self._metrics.copy().items()  # in one step, as others may register meanwhile
+        """Return all names and their entries, as of now."""
+        return self._entries.copy().items()  # in one step, as others may register meanwhile
 
-    def metrics_of(self, kind: type[Metric], name: str) -> NameEntry:
-        """Return the metrics of ``name``; entered into the catalogue if it isn't there.
+    def entry_of(self, kind: type[Metric], name: str) -> NameEntry:
+        """Return the entry of ``name``; make it if it does not exist.
 
         Raises:
             KindConflict: If the name belongs to another kind, would hide a field of the metric above it, or
                 has a metric below it that would hide one of its own.
         """
-        metrics = self._metrics.get(name)
-        if metrics is None:
+        entry = self._entries.get(name)
+        if entry is None:
             self._check_hiding(kind.kind, name)
-            metrics = self._metrics.setdefault(name, NameEntry(kind))
-        if metrics.kind is not kind and not metrics.by_labels:  # all its series were removed
+            entry = self._entries.setdefault(name, NameEntry(kind))
+        if entry.kind is not kind and not entry.by_labels:  # all its series were removed
             self._check_hiding(kind.kind, name)
-            metrics = self._metrics[name] = NameEntry(kind)
-        if metrics.kind is not kind:
+            entry = self._entries[name] = NameEntry(kind)
+        if entry.kind is not kind:
             raise KindConflict(
-                f"{name!r} is a {metrics.kind.kind} already",
+                f"{name!r} is a {entry.kind.kind} already",
                 got=f"{kind.kind}({name!r})",
-                expected=f"{metrics.kind.kind}({name!r})",
+                expected=f"{entry.kind.kind}({name!r})",
                 remedy="choose another name for one of them",
             )
-        return metrics
+        return entry
 
     def find_or_make(
         self,
@@ -92,62 +89,53 @@ class Catalogue:
         max_series: int,
         overflow: Labels,
     ) -> Metric:
-        """Return the metric of these labels; built if it isn't there, unless all places are taken.
+        """Return the metric of these labels; build it if it does not exist and the name is not full.
 
         Args:
             name: The full name.
             labels: The labels.
             kind: The kind of metric.
             build: Makes one, given its labels.
-            max_series: How many places a name has.
-            overflow: The labels of the metric that takes what has no place.
+            max_series: Maximum number of label sets of a name.
+            overflow: The labels of the metric that stands in for all others.
 
         Raises:
-            KindConflict: As `metrics_of`.
+            KindConflict: As `entry_of`.
         """
-        metrics = self.metrics_of(kind, name)
-        metric = metrics.by_labels.get(labels)
+        entry = self.entry_of(kind, name)
+        metric = entry.by_labels.get(labels)
         if metric is not None:
             return metric
-        place = metrics.take_place()
-        within = place < max_series
-        if not within and labels not in metrics.by_labels:  # another thread may have made it meanwhile
-            if not metrics.overflowing:
-                metrics.overflowing = True
-                warn_of_overflow(name, max_series)
+        # Another thread may have made it meanwhile, and so have filled the name.
+        if entry.is_full(max_series, overflow) and labels not in entry.by_labels:
+            warn_of_overflow(self._once, name, max_series)
             labels = overflow
-            metric = metrics.by_labels.get(labels)
-            if metric is not None:
-                return metric
-        made = build(labels)
-        metric = metrics.by_labels.setdefault(labels, made)
-        if within and metric is not made:
-            metrics.free_places.append(place)
-        return metric
+            metric = entry.by_labels.get(labels)
+        return metric or entry.by_labels.setdefault(labels, build(labels))
 
     def _check_hiding(self, kind: str, name: str) -> None:
         segments = name.split(".")
         parents = [".".join(segments[:depth]) for depth in range(1, len(segments))]
         for parent, segment in zip(parents, segments[1:]):
-            above = self._metrics.get(parent)
+            above = self._entries.get(parent)
             if above is not None and above.by_labels and segment in FIELDS[above.kind.kind]:
                 raise _hides(name, kind, segment, parent, above.kind.kind)
         for segment, child in self._below.get(name, {}).items():
-            below = self._metrics.get(child)
+            below = self._entries.get(child)
             if segment in FIELDS[kind] and below is not None and below.by_labels:
                 raise _hides(child, below.kind.kind, segment, name, kind)
         for parent, segment in zip(parents, segments[1:]):
             self._below.setdefault(parent, {})[segment] = name
 
 
-def warn_of_overflow(name: str, max_series: int) -> None:
-    """Log that a name has no place for further label sets."""
-    with contextlib.suppress(Exception):  # whatever logging is made to do, it is not the request's
-        _log.warning(
-            "%r has reached %d label sets; further ones are recorded as overflow=\"true\". "
-            "Is a label's value unbounded, like a raw path or an id?",
-            name, max_series,
-        )  # fmt: skip
+def warn_of_overflow(once: OnceLogger, name: str, max_series: int) -> None:
+    """Log, once for each name, that its further label sets become one series."""
+    once.warning(
+        name,
+        "%r has reached %d label sets; further ones are recorded as overflow=\"true\". "
+        "Is a label's value unbounded, like a raw path or an id?",
+        name, max_series,
+    )  # fmt: skip
 
 
 def _hides(child: str, child_kind: str, segment: str, parent: str, parent_kind: str) -> KindConflict:

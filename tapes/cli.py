@@ -17,31 +17,33 @@ from tapes.service import Service
 
 __all__ = ["main"]
 
-_NOT_FOUND, _NOT_RUNNABLE = 127, 126  # as shells say it
+_NOT_FOUND, _NOT_RUNNABLE = 127, 126  # the exit statuses of shells
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; ends the process, or becomes another."""
+    """Run the command line; exits, or becomes the command."""
     parser = argparse.ArgumentParser(prog="tapes", description="Metrics for services of many processes.")
     parser.add_argument("--version", action="version", version=f"tapes {tapes.__version__}")
     commands = parser.add_subparsers(dest="action", required=True)
     run = commands.add_parser(
         "run",
-        help="run a command whose processes answer for each other",
-        description="Start an aggregator and become COMMAND: every process that it starts and that uses "
-        "tapes connects by itself. The aggregator leaves 2 s after the last of them.",
+        help="run a command whose processes share their metrics",
+        description="Start an aggregator and become COMMAND. Every process that COMMAND starts and that uses "
+        "tapes connects to it. The aggregator exits 2 s after the last of them.",
         usage="tapes run [--http [HOST:]PORT] [--statsd ADDRESS] [--addr ADDR] -- COMMAND [ARGUMENT ...]",
     )
     run.add_argument(
-        "--http", metavar="[HOST:]PORT", help="have the aggregator answer over HTTP; on loopback"
+        "--http", metavar="[HOST:]PORT", help="serve the metrics over HTTP; on loopback by default"
     )
     run.add_argument(
         "--statsd",
         metavar="ADDRESS",
-        help="have the aggregator report to StatsD every 10 s: [tcp://]HOST[:PORT] or unix:///PATH, "
+        help="report to StatsD every 10 s: [tcp://]HOST[:PORT] or unix:///PATH, "
         "with any of ?prefix=NAME&interval=SECONDS&tags=1",
     )
-    run.add_argument("--addr", help="where to meet (default: TAPES_ADDR, or a private directory)")
+    run.add_argument(
+        "--addr", help="the aggregator's address (default: TAPES_ADDR, or in a private directory)"
+    )
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     command = given.command[1:] if given.command[:1] == ["--"] else given.command
@@ -53,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(command: list[str], reporters: dict[str, str | None], addr: str | None) -> None:
     program = shutil.which(command[0])
     if program is None:
-        sys.stderr.write(f"tapes: there is no command {command[0]!r}\n")
+        sys.stderr.write(f"tapes: command not found: {command[0]!r}\n")
         sys.exit(_NOT_FOUND)
-    os.environ.update({name: told for name, told in reporters.items() if told is not None})
+    os.environ.update({name: value for name, value in reporters.items() if value is not None})
     try:
         if not is_disabled():
             from tapes.distributed.supervision.rendezvous import ensure_aggregator
@@ -64,9 +66,9 @@ def _run(command: list[str], reporters: dict[str, str | None], addr: str | None)
     except TapesError as error:
         sys.exit(f"tapes: {error}")
     for name in reporters:
-        os.environ.pop(name, None)  # the aggregator that there is reports already
+        os.environ.pop(name, None)  # the running aggregator reports already
     try:
-        # To become the command, and not to be its parent, passes on every signal and its exit status.
+        # Becoming the command, rather than its parent, passes on every signal and its exit status.
         os.execv(program, command)  # noqa: S606 - the command is the user's own
     except OSError as error:
         sys.stderr.write(f"tapes: {command[0]} can't be run ({error.strerror})\n")

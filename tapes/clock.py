@@ -1,9 +1,9 @@
-"""Time as tapes sees it: one monotonic clock and one grid of ticks for all processes of a host.
+"""Time: one monotonic clock and one grid of ticks for all processes of a host.
 
 Rates of several processes can be added exactly only if all of them tick at the same moments. The host's
-monotonic clock counts from the same origin in every process, so its multiples of five seconds are a grid
-that all share without a word being exchanged: tick ``k`` is the moment ``5·k``, and an event at time ``t``
-belongs to the interval that tick ``floor(t / 5)`` opened.
+monotonic clock has the same origin in every process. So its multiples of five seconds are a grid that all
+processes share without any communication: tick ``k`` is the moment ``5·k``, and an event at time ``t``
+belongs to the interval that tick ``floor(t / 5)`` opens.
 
 Source: the interval is Dropwizard's (``Meter.TICK_INTERVAL``); the common grid is ours.
 """
@@ -23,7 +23,7 @@ TICK_SECONDS = 5.0
 monotonic: Clock = time.monotonic
 
 wall: Clock = time.time
-"""Seconds since 1970: what others are told of when something began, and nothing else."""
+"""Seconds since 1970; used only to publish when something began."""
 
 
 def tick_at(now_seconds: float) -> int:

@@ -1,7 +1,7 @@
-"""A distribution to ask questions of.
+"""One view of a sketch, which answers questions such as quantiles.
 
-What a reader gets of a sketch. It costs nothing until it is asked something: most readers want one of the two
-views of a distribution, and of that a few numbers.
+It costs nothing until it is asked: most readers want one of the two views of a sketch, and a few numbers of
+that.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def _keys_of(bounds: tuple[float, ...]) -> list[int]:
 
 
 class Bins(NamedTuple):
-    """What a view is made of.
+    """The data of a distribution.
 
     Attributes:
-        keys: Of the bins that have a value, ascending.
-        weights: How many values each has, or what they weigh.
+        keys: The keys of the bins that have a value, ascending.
+        weights: The number of values in each bin, or their weight.
         total: The sum of the values, weighted likewise.
         low, high: The smallest and the largest value.
     """
@@ -51,7 +51,7 @@ class Bins(NamedTuple):
 
 
 class Distribution:
-    """A distribution to ask questions of: bins with weights, in the order of their values."""
+    """Answers questions on a distribution: bins with weights, in the order of their values."""
 
     __slots__ = ("_load", "_loaded")
 
@@ -60,7 +60,7 @@ class Distribution:
         self._loaded: tuple[Bins, list[Number]] | None = None
 
     def _bins(self) -> tuple[Bins, list[Number]]:
-        """Return the bins and their cumulative weights, put together by the first question."""
+        """Return the bins and their cumulative weights, computed by the first question."""
         loaded = self._loaded
         if loaded is None:
             bins = self._load()
@@ -69,7 +69,7 @@ class Distribution:
 
     @property
     def count(self) -> Number:
-        """How many values; a whole number for the lifetime view, a sum of weights for the recent one."""
+        """The number of values; a whole number for the lifetime view, a sum of weights for the recent one."""
         _, cumulative = self._bins()
         return cumulative[-1] if cumulative else 0
 
@@ -94,8 +94,8 @@ class Distribution:
     def mean(self) -> float:
         """The mean of the values; 0.0 when empty.
 
-        Exact over the lifetime. A recent sum keeps what rounding left of values that have long been
-        outweighed; so it is held against the bins, which forget: within 0.4 % of the values' magnitudes.
+        Exact over the lifetime. A recent sum keeps rounding errors of values that have long lost their
+        weight. So it is limited by the bins, which forget: to within 0.4 % of the values' magnitudes.
         """
         bins, cumulative = self._bins()
         if not cumulative:
@@ -141,7 +141,7 @@ class Distribution:
             return self.min
         if q == 1.0:
             return self.max
-        rank = q * cumulative[-1] * (1 - 1e-9)  # what a product of floats may be too large by
+        rank = q * cumulative[-1] * (1 - 1e-9)  # a product of floats may be too large
         if isinstance(cumulative[-1], int):
             rank = max(1, ceil(rank))
         index = min(bisect_left(cumulative, rank), len(cumulative) - 1)
@@ -150,13 +150,13 @@ class Distribution:
     def fraction_below(self, x: float) -> float:
         """Return the share of values at or below ``x``, from 0.0 to 1.0; 0.0 when empty.
 
-        The whole bin of ``x`` counts: what is at or below ``x`` always, what is up to 0.8 % above may.
+        The whole bin of ``x`` counts: values up to 0.8 % above ``x`` may count too.
         """
         count = self.count
         return self.count_below(x) / count if count else 0.0
 
     def count_below(self, x: float) -> Number:
-        """Return how many values are at or below ``x``, counting the whole bin of ``x``."""
+        """Return the number of values at or below ``x``, counting the whole bin of ``x``."""
         bins, cumulative = self._bins()
         if not cumulative or x < bins.low:
             return 0

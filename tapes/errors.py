@@ -14,9 +14,9 @@
     ├── AggregatorUnavailable  RuntimeError      the aggregator can't be started, or did not answer in time
     └── WireError              ValueError        a message that is not one of ours
 
-Each is built from data and says the same four things in the same order: what is wrong, what was got,
-what was expected, and what to do about it. Each also derives from the built-in exception that a caller
-would have caught without knowing tapes.
+Each is built from data and has the same four parts in the same order: what is wrong, what was got, what was
+expected, and what to do. Each also derives from the built-in exception that a caller who does not know tapes
+would catch.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class TapesError(Exception):
     Args:
         what: What is wrong, without a full stop.
         got: The offending value; shown through ``repr``.
-        expected: What would have been right, in words.
-        remedy: What the reader can do now, in words.
+        expected: What would have been right.
+        remedy: What the reader can do now.
 
     Attributes:
         what, got, expected, remedy: As given; ``got`` is ``None`` where nothing was.
@@ -109,7 +109,7 @@ class UnknownAttribute(TapesError, AttributeError):
     Args:
         what: What is wrong.
         attribute: The name.
-        expected: Which names there are, in words.
+        expected: Which names exist.
         remedy: What to use.
     """
 
@@ -130,8 +130,8 @@ class MissingExtra(TapesError, ImportError):
     """An optional dependency is not installed.
 
     Args:
-        feature: What needs it.
-        extra: The extra of tapes that brings it.
+        feature: What needs the packages.
+        extra: The extra of tapes that installs them.
     """
 
     def __init__(self, feature: str, extra: str) -> None:
@@ -158,7 +158,7 @@ class WireError(TapesError, ValueError):
 
 
 def short_repr(value: Any) -> str:
-    """Return what ``repr`` says, 120 characters at most; never raises."""
+    """Return the ``repr`` of a value, 120 characters at most; never raises."""
     try:
         text = repr(value)
     except Exception:  # a broken __repr__ must not hide the error that is being reported

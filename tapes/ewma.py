@@ -14,10 +14,10 @@ is Dropwizard's number to the digit. Over many states ``L`` is a sum, and a sing
 streams would have been made with the first of them: only states with the earliest ``f`` add their ``c₀``.
 All processes of a host tick on one grid (`tapes.clock`), so nothing else has to agree.
 
-The price of the common grid: the first tick may come sooner than 5 s after the meter was made, and what it
-counted is still taken for 5 s' worth, so that a rate may begin too low; that fades as the average does.
+The common grid has a price. The first tick may come sooner than 5 s after the meter was made, and its count
+is still taken for that of 5 s. So a rate may begin too low; the error fades as the average does.
 
-Between ticks nothing happens: a state names its tick and the events ``pending`` since, and advancing by n
+Between ticks nothing happens. A state has its tick and the events ``pending`` since then. Advancing by n
 ticks is one tick and a power, however long the gap.
 
 Source: Dropwizard metrics, ``EWMA`` and ``Meter``; UNIX load averages before them.

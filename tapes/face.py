@@ -1,7 +1,7 @@
-"""What the public classes show of themselves.
+"""Hiding internal methods of public classes.
 
-A metric and a registry have methods that only the rest of tapes calls. Those stay reachable, but neither
-``dir()``, which completion asks, nor ``help()`` lists them.
+A metric and a registry have methods that only tapes itself calls. They stay reachable, but neither ``dir()``,
+which completion uses, nor ``help()`` lists them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["Face", "Faced"]
 
 
 class Face(ABCMeta):
-    """The type of a class that hides ``_internal`` names; ``help()`` and Sphinx ask ``dir(cls)``.
+    """The type of a class that hides ``_internal`` names; ``help()`` and Sphinx use ``dir(cls)``.
 
     A subclass may be abstract too.
     """

@@ -1,4 +1,4 @@
-"""A metaclass that gives every class its own metrics, named after it."""
+"""A metaclass that gives every class its own metrics, named after the class."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["metered_meta"]
 def metered_meta(metrics: Iterable[tuple[str, str, Callable[[str], Any]]], base: type = type) -> type:
     """Return a metaclass that adds metrics to every class made with it, subclasses included.
 
-    The metrics are there when ``__init_subclass__`` and ``__set_name__`` run. Everything else is the base
+    The metrics exist when ``__init_subclass__`` and ``__set_name__`` run. Everything else is the base
     metaclass's: keywords of the class statement, ``__prepare__``, ``__slots__``.
 
-    A type checker can't see what a metaclass adds; declare it. mypy, which follows no metaclass that is an
-    expression, also wants to be told so:
+    A type checker can't see what a metaclass adds, so declare it. mypy also needs a comment, as it follows no
+    metaclass that is an expression:
 
         class Endpoint(metaclass=metered_meta([…])):  # type: ignore[metaclass]
             latency: ClassVar[Timer]
@@ -46,7 +46,10 @@ def metered_meta(metrics: Iterable[tuple[str, str, Callable[[str], Any]]], base:
     wanted = [_checked(metric) for metric in metrics]
     if not (isinstance(base, type) and issubclass(base, type)):
         raise InvalidArgument("base", got=base, expected="a metaclass, like abc.ABCMeta")
+    return _metaclass(wanted, base)
 
+
+def _metaclass(wanted: list[tuple[str, str, Callable[[str], Any]]], base: type) -> type:
     def __new__(  # noqa: N807 - it becomes the metaclass's
         mcls: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any
     ) -> Any:

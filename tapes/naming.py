@@ -1,8 +1,8 @@
 """Names and labels: what is allowed, and how a label set is written.
 
-A name is dot-separated; each segment is a level of the tree that ``get_stats()`` returns. A label set is
-kept as a tuple of ``(name, value)`` pairs sorted by name, so that equal sets are equal tuples however they
-were spelled.
+A name is dot-separated; each segment is a level of the tree that ``get_stats()`` returns. A label set is a
+tuple of ``(name, value)`` pairs sorted by name, so equal sets are equal tuples in whatever order they were
+written.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MAX_LABEL_CHARACTERS = 1024
 
 _HASH_BYTES = 8
 _CUT = "…"
-"""Stands between the beginning of a value that was cut and the hash of the whole."""
+"""Separates the beginning of a cut value from the hash of the whole value."""
 _KEPT = MAX_LABEL_CHARACTERS - len(_CUT) - 2 * _HASH_BYTES
 
 _DESCRIBED = {"help", "unit", "buckets"}
@@ -124,10 +124,10 @@ def canonical_labels(labels: Mapping[str, Any] | None, more_labels: Mapping[str,
 
 
 def label_text(value: Any) -> str:
-    """Return a label's value as a plain string; a string subclass is the string that it equals.
+    """Return a label's value as a plain string; an object of a string subclass becomes the equal string.
 
-    Of more than `MAX_LABEL_CHARACTERS` the beginning stays, with a mark and the hash of the whole, so that
-    two values that differ stay two.
+    A value of more than `MAX_LABEL_CHARACTERS` is cut. A mark and the hash of the whole value follow, so that
+    different values stay different.
     """
     text = str.__str__(value) if isinstance(value, str) else str(value)
     if len(text) <= MAX_LABEL_CHARACTERS:

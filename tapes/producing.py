@@ -1,18 +1,18 @@
-"""Runs the producers of gauges, so that one that fails or hangs holds up no other.
+"""Runs the producers of gauges, so that one that fails or hangs does not delay the others.
 
 A round runs producers in helper threads, as a call that hangs can't be interrupted:
 
 1. One helper takes gauges from a queue, in the context (`contextvars`) of the reader.
 2. Every 0.1 s in which the queue does not become empty, another helper starts to take from it.
-3. What still runs after 1 s is *late*. The reader goes on without it. It keeps its thread until it returns,
-   and is not run again before that.
-4. A reader runs what failed at once again, in its own thread, as long as the second is not over: some
+3. A producer that still runs after 1 s is *late*. The reader continues without it. It keeps its thread until
+   it returns, and is not run again before that.
+4. A producer that failed at once is run again in the reader's own thread, unless the second is over. Some
    producers work only there, such as one that counts the tasks of the running event loop.
 
-Failures and late producers are counted and logged by the reader, for each of them once a round.
+The reader counts and logs failures and late producers, each of them once a round.
 
-Where gevent or eventlet has replaced threads, each producer runs in a greenlet of the reader's thread: a
-producer that waits in another thread would leave an event loop behind there.
+If gevent or eventlet has replaced threads, each producer runs in a greenlet of the reader's thread: one that
+waits in another thread would leave an event loop there.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from tapes.metrics import Gauge
 __all__ = ["run_producers"]
 
 _AT_ONCE_SECONDS = 0.01
-"""Maximum seconds of a failure that may be due to the thread."""
+"""Maximum seconds of a run that may have failed because of its thread."""
 _STEP_SECONDS = 0.1
-"""Seconds after which another helper starts, if gauges still wait."""
+"""Seconds after which another helper starts if gauges still wait."""
 _PATIENCE_SECONDS = 1.0
 """Maximum seconds that a round waits."""
 
@@ -43,9 +43,9 @@ def run_producers(gauges: Iterable[Gauge], max_age_seconds: float = 0.0, *, is_r
     """Run the producers of ``gauges`` whose values are older than ``max_age_seconds``; takes 1 s at most.
 
     Args:
-        gauges: Those without a producer are left out, and so are those whose producer runs just now.
-        max_age_seconds: The least age of a value.
-        is_read: Whether a reader waits in this thread. It runs what failed once more, here.
+        gauges: Those without a producer are skipped, and so are those whose producer runs at the moment.
+        max_age_seconds: The maximum age of a value that is kept.
+        is_read: Whether a reader waits in this thread. Then producers that failed are run again here.
     """
     due = [gauge for gauge in gauges if gauge.is_due(max_age_seconds)]
     if not due:
@@ -61,7 +61,9 @@ def run_producers(gauges: Iterable[Gauge], max_age_seconds: float = 0.0, *, is_r
         error: BaseException | None = failure
         may_be_the_thread = isinstance(failure, Exception) and seconds < _AT_ONCE_SECONDS
         if is_read and may_be_the_thread and time.monotonic() < deadline:
-            error = gauge.run_producer(Exception)  # any other is a signal handler's, and ends the read
+            error = gauge.run_producer(
+                Exception
+            )  # any other exception is of a signal handler, and ends the read
         if error is not None:
             gauge.note_failure(f"its producer failed: {short_repr(error)}")
 
@@ -90,7 +92,7 @@ class _Round:
         self.end()
 
     def end(self) -> None:
-        """Note which are late."""
+        """Note which producers are late."""
         self._queue.clear()
         if not self._unfinished:  # a fork that follows meets no thread
             for helper in self._helpers:

@@ -124,8 +124,6 @@ class Registry(Makers):
         if metrics is None or metric is None:
             return False
         self._rejections.forget(full_name, key)
-        if OVERFLOW not in key:
-            metrics.free_places.append(0)
         self._forget(metric)
         self.structure_token = object()
         return True

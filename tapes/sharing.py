@@ -1,7 +1,7 @@
-"""Work that several callers share, and how much of it is done at once.
+"""Work that several callers share, and how many of them are served at once.
 
-`Shared`: when many ask for the same thing at the same time, it is made once for all of them. An answer must
-contain everything that was recorded before it was asked for. So readers that come while it is being made
+`Shared`: if many request the same thing at the same time, it is made once for all of them. An answer must
+contain everything that was recorded before the request. So requests that come while an answer is being made
 can't have that one; they share the next.
 
 `Pressure`: how many readers a process answers at once, and for how much of its time.
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class _Call(Generic[T]):
-    """One call of the function, for all who wait for it."""
+    """One call of the function, for all callers that wait for it."""
 
     def __init__(self) -> None:
         self.leader = _me()
@@ -59,10 +59,11 @@ class Shared(Generic[T]):
 
         Args:
             key: What the function makes; functions of one key are exchangeable.
-            function: Called by one of all who wait for it.
+            function: Called by one of all callers that wait for it.
 
         Raises:
-            AggregatorUnavailable: If others have not made it in time. Otherwise what ``function`` raises.
+            AggregatorUnavailable: If the call of another caller takes too long.
+            Exception: What ``function`` raises.
         """
         with self._lock:
             running, call = self._running.get(key), self._next.get(key)
@@ -87,7 +88,7 @@ class Shared(Generic[T]):
     def _lead(
         self, key: Hashable, call: _Call[T], running: _Call[T] | None, function: Callable[[], T]
     ) -> None:
-        """Wait for the call before this one, and make it."""
+        """Wait for the call before this one, then make this one."""
         try:
             if running is not None:
                 self._wait_for(key, running)
@@ -103,12 +104,12 @@ class Shared(Generic[T]):
             call.ended.release()
 
     def _wait_for(self, key: Hashable, call: _Call[T]) -> None:
-        """Wait for the end of a call that another thread makes. One that hangs holds up no later caller."""
+        """Wait for the end of a call of another thread; one that hangs does not block later callers."""
         if not call.wait(self._seconds):
             with self._lock:
                 self._forget(key, call)
             raise AggregatorUnavailable(
-                f"so many ask for the metrics that none was answered within {self._seconds:g} s",
+                f"too many readers: the metrics could not be collected within {self._seconds:g} s",
                 remedy="ask again",
             )
 
@@ -134,9 +135,9 @@ def _me() -> int:
 class Pressure:
     """How many readers are answered at once, and for how much time.
 
-    Reading a large service takes time, and a burst of readers must not take all of it from requests. While
-    slow reads are under way they use up an allowance of seconds, which comes back when none is. Once it is
-    used up, one reader at a time is answered.
+    Reading a large service takes time, and a burst of readers must not take all of it from requests. Slow
+    reads use up an allowance of seconds, which grows again while there are none. Once it is used up, one
+    reader at a time is answered.
 
     Args:
         most: Maximum readers at once.
@@ -147,15 +148,15 @@ class Pressure:
     """Seconds of each read that are free."""
     _ALLOWANCE_SECONDS = 0.8
     _PACE = 0.5
-    """Seconds of the allowance that come back in a second without a reader."""
+    """Seconds that the allowance grows in a second without a reader."""
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._most = most
         self._clock = clock
-        self.begin_anew()
+        self.reset()
 
-    def begin_anew(self) -> None:
-        """Forget all readers: in a forked child the threads that answer them are not there."""
+    def reset(self) -> None:
+        """Forget all readers: a forked child has none of the threads that answer them."""
         self._lock = RLock()
         self._readers = 0
         self._allowance = self._ALLOWANCE_SECONDS

@@ -1,21 +1,24 @@
 """The log-linear sketch: a distribution in a few hundred numbers, exact to merge.
 
-Theory. `tapes.bins` gives every value a bin that depends on the value alone, hence merging is addition of
+Theory. `tapes.bins` gives every value a bin that depends on the value alone. Hence merging is addition of
 counts: commutative, associative and exact. A constant stream is exact too, because answers are clamped to the
 exact minimum and maximum.
 
-Two views of the same stream come from one sketch. *Lifetime* has every value since the start. *Recent* has
-the same bins with weights that fall by e^(-0.015·t), Dropwizard's exponentially decaying reservoir with its
-sampling taken out: deterministic, and mergeable because a weight is a sum. It advances on the 5 s grid of
-`tapes.clock`. A state keeps its weights as of the tick of its newest value and is never touched by time
-alone; a merge brings all weights to the newest of those ticks. So an idle stream keeps what it last knew.
+One sketch gives two views of a stream. *Lifetime* has every value since the start. *Recent* has the same bins
+with weights that fall by e^(-0.015·t). It is Dropwizard's exponentially decaying reservoir without the
+sampling: deterministic, and mergeable because a weight is a sum. It advances on the 5 s grid of
+`tapes.clock`. A sketch keeps its weights as of the tick of its newest value; time alone never changes it. A
+merge brings all weights to the newest of those ticks. So an idle stream keeps its last view.
 
-A `Sketch` is immutable: folding and merging return new ones, so any thread, signal handler or reader that
-holds one holds a consistent cut. What makes that cheap is that values come in three steps. A fold only adds
-their keys to a list of `pending` ones, two bytes each, and keeps count, sum and extremes. Thousands of these
-are counted at once, without a line of Python for each, into `fresh` counts of the current tick. These go
-into the bins when the tick changes and when a reader asks (`compacted`). Bins are three flat arrays in the
-order of their keys: twelve bytes a bin, more only where a count is beyond 65,535.
+A `Sketch` is immutable: folding and merging return new ones. So any thread, signal handler or reader that
+has one has a consistent cut. To be cheap, values are added in three steps:
+
+1. A fold adds their keys to a list of `pending` ones, two bytes each, and updates count, sum and extremes.
+2. Thousands of pending keys are counted at once, in C, into `fresh` counts of the current tick.
+3. Fresh counts go into the bins when the tick changes and when a reader asks (`compacted`).
+
+Bins are three flat arrays in the order of their keys: twelve bytes a bin, more only if a count is beyond
+65,535.
 
 Source: the decay is Cormode et al., "Forward Decay", 2009, with Dropwizard's alpha of 0.015 per second.
 """
@@ -39,16 +42,16 @@ from tapes.sums import Number, check_sum, exact_sum, sum_of_batch
 __all__ = ["EMPTY", "MAX_VALUES", "PENDING", "Sketch", "counts_array"]
 
 PENDING = 4096
-"""So many pending keys are counted at once, and two more for each fresh count that is there already."""
+"""Pending keys that are counted at once; two more for each fresh count that exists already."""
 
 MAX_VALUES = (1 << 64) - 1
-"""The arrays have no room for more."""
+"""Maximum of a count; the arrays have no room for more."""
 
 _PLAIN = frozenset({int, float})
 _HUGE = 1e288
 """Sums need a check only if there was a larger value: `MAX_VALUES` smaller ones add up to a float."""
 _FEW = 8
-"""Fresh keys are few where there are so many bins for each."""
+"""Fresh keys are few if there are at least this many bins for each."""
 _DECAY_PER_TICK = 0.015 * TICK_SECONDS
 _FORGOTTEN = 1e-15
 """A recent weight below this is dropped: one value, 38 minutes after it was the newest."""
@@ -60,17 +63,17 @@ class Sketch(NamedTuple):
     """The mergeable state of a distribution; see the module for its theory.
 
     Attributes:
-        count: How many values, those with pending keys included.
+        count: The number of values, those with pending keys included.
         sum_parts: Numbers whose exact sum is that of all values; canonical once compacted.
         low, high: The exact smallest and largest value; meaningless while ``count`` is 0.
         keys: The keys of the bins, ascending.
-        counts: How many values each bin has, over the lifetime.
-        tick: The tick as of which the recent weights stand.
+        counts: The number of values in each bin, over the lifetime.
+        tick: The tick as of which the recent weights are.
         weights: The recent weight of each bin; a value weighs 1.0 in its own tick.
         recent_sum: The sum of all values, weighted likewise.
         fresh_keys, fresh_counts: Values of this tick that are counted, but not in the bins yet.
-        pending: The keys of further values of this tick, in any order. The values of bins, fresh counts and
-            pending keys together are ``count``.
+        pending: The keys of further values of this tick, in any order. Bins, fresh counts and pending keys
+            together have ``count`` values.
     """
 
     count: int = 0  # type: ignore[assignment]  # shadows tuple.count, on purpose
@@ -94,13 +97,12 @@ class Sketch(NamedTuple):
             tick: The tick in which they were recorded.
             least: The least value that may be among them; the same for all batches of a sketch.
 
-        Cost: 0.17 µs a value for 250 bins, 0.28 µs for 1,500, in batches of 256 on CPython 3.11, with all
-        that follows until it is compacted (`make bench`).
+        Cost: 0.17 µs a value for 250 bins, 0.28 µs for 1,500, in batches of 256, compaction included.
 
         Raises:
-            ValueError, TypeError, OverflowError: If any value is not a finite number, or below ``least``, or
-                a sum would be beyond the range of floats, or the first or the last is no plain ``int`` or
-                ``float``; nothing is added. Foreign numbers between these two may warn.
+            ValueError, TypeError, OverflowError: If a value is not a finite number or is below ``least``, if
+                a sum would be beyond the range of floats, or if the first or the last value is no plain
+                ``int`` or ``float``. Nothing is added then. Foreign numbers between these two may warn.
         """
         if type(values[0]) not in _PLAIN or type(values[-1]) not in _PLAIN:
             raise TypeError("not all are plain numbers")
@@ -130,8 +132,8 @@ class Sketch(NamedTuple):
             fresh_counts,
             pending + new,
         )
-        few = len(folded.pending) < PENDING + 2 * len(folded.fresh_keys)
-        return folded if few else folded._counted()
+        is_short = len(folded.pending) < PENDING + 2 * len(folded.fresh_keys)
+        return folded if is_short else folded._counted()
 
     @property
     def is_compacted(self) -> bool:
@@ -139,7 +141,7 @@ class Sketch(NamedTuple):
         return not self.pending and not self.fresh_keys
 
     def _fresh(self) -> Counter[int]:
-        """Return the keys of all values that are not in the bins, and how many there are of each."""
+        """Return the keys of all values that are not in the bins, with their counts."""
         fresh = Counter(dict(zip(self.fresh_keys, self.fresh_counts)))
         fresh.update(self.pending)
         return fresh
@@ -187,7 +189,7 @@ class Sketch(NamedTuple):
         )
 
     def _with_few(self, fresh: Counter[int]) -> Sketch:
-        """Return the same with ``fresh`` in their bins, at a price that depends on how few they are."""
+        """Return the same with ``fresh`` in their bins, at a cost for each of them."""
         keys, counts, weights = self.keys[:], self.counts[:], self.weights[:]
         for key, count in fresh.items():
             place = bisect_left(keys, key)
@@ -218,7 +220,7 @@ class Sketch(NamedTuple):
         full = [sketch for sketch in sketches if sketch.count]
         if len(full) < 2:
             return full[0].compacted() if full else EMPTY
-        if sum(sketch.count for sketch in full) > MAX_VALUES:  # somebody lies; it must not break the rest
+        if sum(sketch.count for sketch in full) > MAX_VALUES:  # a worker lies; it must not break the others
             return max(full).compacted()
         tick = max(sketch.tick for sketch in full)
         counts: dict[int, int] = {}

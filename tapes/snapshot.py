@@ -1,8 +1,8 @@
-"""What a reader sees: one consistent, frozen cut of a registry.
+"""Snapshots: consistent, frozen cuts of a registry.
 
-A snapshot is a mapping of names to families, a family is the series of one name, and a series carries its
-labels and its values. Reporters and expositions see nothing else, so they need not know whether the numbers
-come from one process or from fifty.
+A snapshot maps names to families, a family is the series of one name, and a series has its labels and its
+values. Reporters and expositions use nothing else, so they do not depend on whether the numbers come from one
+process or from fifty.
 
 Times are in seconds, rates in events per second.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from math import inf, isfinite
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -21,6 +20,7 @@ import addict
 from tapes.distribution import Distribution
 from tapes.errors import InvalidArgument
 from tapes.naming import Labels, canonical_labels, selector
+from tapes.once import OnceLogger
 from tapes.sums import Number
 
 __all__ = [
@@ -37,12 +37,12 @@ __all__ = [
     "TimerSeries",
 ]
 
-_log = logging.getLogger("tapes.snapshot")
+_once = OnceLogger(logging.getLogger("tapes.snapshot"))
 
 if TYPE_CHECKING:  # addict has no types
 
     class Stats(dict[str, Any]):
-        """What ``get_stats()`` returns: an `addict.Dict`, whose items are attributes too; frozen."""
+        """The result of ``get_stats()``: a frozen `addict.Dict`, whose items are attributes too."""
 
         def __getattr__(self, name: str) -> Any: ...
 else:
@@ -61,7 +61,7 @@ class CounterSeries(NamedTuple):
     Attributes:
         total: What was added; never falls.
         decremented: Whether anything was ever taken away.
-        created: When it began to count, in seconds since 1970; of several processes the first.
+        created: When it began to count, in seconds since 1970; the earliest time of several processes.
     """
 
     labels: Labels
@@ -76,7 +76,7 @@ class CounterSeries(NamedTuple):
 
 
 class GaugeSeries(NamedTuple):
-    """A gauge: its value now, merged as its mode says."""
+    """A gauge: its value now, merged by its mode."""
 
     labels: Labels
     value: Number
@@ -87,7 +87,7 @@ class GaugeSeries(NamedTuple):
 
 
 class MeterSeries(NamedTuple):
-    """A meter: how many events, and at which rate over the last 1, 5 and 15 minutes."""
+    """A meter: the number of events, and their rates over the last 1, 5 and 15 minutes."""
 
     labels: Labels
     count: Number  # type: ignore[assignment]  # shadows tuple.count, on purpose
@@ -111,7 +111,7 @@ class HistogramSeries(NamedTuple):
 
     @property
     def count(self) -> Number:  # type: ignore[override]  # likewise
-        """How many values there were since the start."""
+        """The number of values since the start."""
         return self.lifetime.count
 
     @property
@@ -137,7 +137,7 @@ class TimerSeries(NamedTuple):
 
     @property
     def count(self) -> Number:  # type: ignore[override]  # likewise
-        """How many durations there were since the start."""
+        """The number of durations since the start."""
         return self.lifetime.count
 
     @property
@@ -180,23 +180,17 @@ def _distribution_fields(lifetime: Distribution, recent: Distribution) -> dict[s
     return fields
 
 
-@lru_cache(maxsize=256)
-def _log_hidden(name: str) -> None:
-    """Log, once for each name, that it has no place in the tree."""
-    _log.warning("%r is not in the tree: another worker's metric above it has a field of that name", name)
-
-
 class _State(Protocol):
     def series(self, labels: Labels, tick: int) -> Series | None: ...
 
 
 class Description(NamedTuple):
-    """What ``describe()`` says of a metric.
+    """The description of a metric, by ``describe()``.
 
     Attributes:
-        text: What it means; empty where nothing was said.
+        text: What it means; empty if not given.
         unit: The unit of its values, or ``None``; always ``"seconds"`` for timers.
-        buckets: The upper bounds of its buckets where it is exposed as such; empty for the usual ones.
+        buckets: The upper bounds of its buckets; empty for the default ones.
     """
 
     text: str = ""
@@ -205,7 +199,7 @@ class Description(NamedTuple):
 
     @classmethod
     def checked(cls, text: str, unit: str | None, buckets: Sequence[float]) -> Description:
-        """Return one of these; raises `InvalidArgument` for what can't be one."""
+        """Return a description; raises `InvalidArgument` if an argument is not valid."""
         if not isinstance(text, str) or not (unit is None or isinstance(unit, str)):
             raise InvalidArgument(
                 "describe()", got=(text, unit), expected="a sentence, and a unit like 'bytes' or None"
@@ -228,8 +222,8 @@ class Description(NamedTuple):
 class Family:
     """All series of one name, frozen.
 
-    For who needs a few numbers of very many series, ``labels`` and ``states`` are what these are made of, in
-    any order, and ``tick`` what they are as of.
+    ``labels`` and ``states``, in any order, are what series are made of, as of ``tick``. Use them to read few
+    numbers of many series.
 
     Attributes:
         kind: ``"counter"``, ``"gauge"``, ``"meter"``, ``"histogram"`` or ``"timer"``.
@@ -261,7 +255,7 @@ class Family:
 
     @property
     def series(self) -> tuple[Series, ...]:
-        """What there is to see of each, sorted by labels; put together when first asked for."""
+        """The series, sorted by labels; made when first read."""
         series = self._series
         if series is None:
             states = sorted(zip(self.labels, self.states), key=itemgetter(0))
@@ -275,9 +269,9 @@ class Snapshot:
 
     Args:
         families: In any order.
-        memory: Where readers keep what spares them work with the next snapshot of the same source, each
-            under a key of its own: what is true of names and labels, never numbers. A source hands the same
-            one to all its snapshots; so what is kept is replaced as a whole, as several threads may read.
+        memory: A cache for readers, each under a key of its own. It may have facts about names and labels,
+            but no numbers. A source gives the same cache to all its snapshots, and several threads may read,
+            so a reader replaces its entry as a whole.
     """
 
     __slots__ = ("_families", "memory")
@@ -293,7 +287,7 @@ class Snapshot:
         return len(self._families)
 
     def family(self, name: str) -> Family | None:
-        """Return all of one name, or ``None`` if there is no such metric."""
+        """Return the family of ``name``, or ``None`` if there is no such metric."""
         return self._families.get(name)
 
     def series(self, name: str) -> tuple[Series, ...]:
@@ -312,14 +306,14 @@ class Snapshot:
     def stats(self) -> Stats:
         """Return all values as a frozen tree of dicts, nested on the dots of the names.
 
-        A labelled series hangs below its name under its selector: ``tree.jobs.done['{queue="mail"}']``.
+        A labelled series is below its name, under its selector: ``tree.jobs.done['{queue="mail"}']``.
         """
         tree = Stats(self.tree())
         tree.freeze()
         return tree
 
     def tree(self) -> dict[str, Any]:
-        """Return what `stats` does as plain dicts, for those who write it."""
+        """Return the same as `stats` as plain dicts, to be written."""
         tree: dict[str, Any] = {}
         for family in self:
             if not family.series:
@@ -328,7 +322,11 @@ class Snapshot:
             for segment in family.name.split("."):
                 node = node.setdefault(segment, {}) if isinstance(node, dict) else None
             if not isinstance(node, dict):
-                _log_hidden(family.name)  # only workers that disagree on names can come here
+                _once.warning(  # only workers that disagree on names can come here
+                    family.name,
+                    "%r is not in the tree: another worker's metric above it has a field of that name",
+                    family.name,
+                )
                 continue
             for series in family.series:
                 if series.labels:

@@ -34,11 +34,11 @@ __all__ = [
 _MAX_FLOAT = sys.float_info.max
 _FLOAT_DIGITS = 2.0**53
 LARGE = 1e308
-"""A number between it and its negative is finite; a sum of positive ones below it has only such summands."""
+"""A number between it and its negative is finite. A sum of positive numbers below it has only finite ones."""
 LIMIT = 2.0**63
-"""Totals that one process counts are smaller; merged over workers they may be larger."""
+"""The totals of one process are smaller; merged over workers they may be larger."""
 MAX_STEP = 1 << 53
-"""Maximum of what one call adds to a total: a float can hold every whole number up to it."""
+"""Maximum that one call adds to a total: a float can hold every whole number up to it."""
 SUM_TOO_LARGE = "the sum would be beyond the range of floats"
 
 Number = int | float

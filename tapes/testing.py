@@ -1,8 +1,8 @@
-"""What helps to test code that records, yours and ours.
+"""Helpers for tests of code that records.
 
-`strict` makes what production drops and counts an exception where it happens; `assert_recorded` compares
-what was recorded and shows all of it when that differs; `ManualClock` stands still until it is told to move.
-With pytest there are fixtures, in every project that has tapes installed:
+`strict` raises an exception where production drops and counts a bad value. `assert_recorded` compares what
+was recorded, and shows all of it if that differs. `ManualClock` moves only when you advance it. With pytest
+there are fixtures, in every project that has tapes installed:
 
     def test_a_job_is_counted(tapes_registry):
         run_job()
@@ -23,6 +23,7 @@ from tapes.naming import Labels, canonical_labels, selector
 from tapes.producing import run_producers
 from tapes.registry import Registry, default_registry
 from tapes.session import LocalSession
+from tapes.snapshot import Snapshot
 
 __all__ = ["ManualClock", "assert_recorded", "strict"]
 
@@ -31,10 +32,10 @@ __tracebackhide__ = True
 
 
 class ManualClock:
-    """A clock for tests: it shows what it is told to.
+    """A clock for tests; it moves only when you advance it.
 
     Args:
-        start_seconds: What it shows first.
+        start_seconds: The time at which it starts.
 
     Example:
         >>> import tapes
@@ -51,11 +52,11 @@ class ManualClock:
         self._now_seconds = float(start_seconds)
 
     def __call__(self) -> float:
-        """Return what it shows, in seconds."""
+        """Return its time, in seconds."""
         return self._now_seconds
 
     def advance(self, seconds: float) -> None:
-        """Move on by ``seconds``, zero or more."""
+        """Move forward by ``seconds``, zero or more."""
         if seconds < 0:
             raise InvalidArgument("advance(seconds)", got=seconds, expected="zero or more")
         self._now_seconds += seconds
@@ -63,12 +64,12 @@ class ManualClock:
 
 @contextmanager
 def strict(registry: Registry = default_registry) -> Iterator[Registry]:
-    """Let bad values raise where they are recorded, and begin and end with nothing recorded.
+    """Raise bad values where they are recorded; begin and end with nothing recorded.
 
-    Within the block a value that would be dropped and counted raises `BadValue` from the very call that
-    records it, and a gauge's failing producer raises it from the read. What was recorded before is forgotten,
-    what is recorded within is forgotten at the end; gauges keep what they were set to. Metrics made before
-    the block take part. For tests only: recording is slow, and the registry must not be connected.
+    In the block, a value that production drops and counts raises `BadValue` from the call that records it. A
+    failing producer of a gauge raises it from the read. What was recorded before is forgotten at the
+    beginning, and what is recorded in the block at its end; gauges keep their values. Metrics made before the
+    block take part. For tests only: recording is slow, and the registry must not be connected.
 
     Args:
         registry: By default the one behind ``tapes.counter()`` and its siblings.
@@ -102,7 +103,7 @@ def strict(registry: Registry = default_registry) -> Iterator[Registry]:
 
 
 def _hide_frames_below() -> None:
-    """Let pytest show the line that records a bad value, and no frame of what it calls in tapes."""
+    """Make pytest show the line that records a bad value, and no frame of tapes below it."""
     kinds = (Registry, Counter, Gauge, Histogram, Meter, Timer)
     names = {every.__module__ for kind in kinds for every in kind.__mro__ if every is not object}
     for name in names | {run_producers.__module__, LocalSession.__module__}:
@@ -110,12 +111,12 @@ def _hide_frames_below() -> None:
 
 
 def _is_bad_value(raised: Any) -> bool:
-    """Return whether pytest's ``ExceptionInfo`` is of a bad value; any other error shows all frames."""
+    """Return whether pytest's ``ExceptionInfo`` is of a bad value; other errors show all frames."""
     return isinstance(raised.value, BadValue)
 
 
 def _forget(registry: Registry, make_buffer: Callable[[Metric], list[Any]]) -> None:
-    """Let every metric start again from zero, with a new buffer."""
+    """Start every metric again from zero, with a new buffer."""
     for metric in registry.metrics():
         metric._pending.clear()
         metric.drain()
@@ -123,7 +124,7 @@ def _forget(registry: Registry, make_buffer: Callable[[Metric], list[Any]]) -> N
 
 
 class _Strict(Registry):
-    """What a registry does otherwise in a strict block."""
+    """A registry in a strict block."""
 
     def _make(self, *args: Any) -> Any:
         metric = super()._make(*args)
@@ -147,7 +148,7 @@ class _Strict(Registry):
 
 
 class _CheckedBuffer(list[Any]):
-    """A buffer that is folded with every value, so that a bad one is found by who brought it."""
+    """A buffer that is folded with every value, so that the call that records a bad one raises."""
 
     def __init__(self, metric: Metric) -> None:
         super().__init__()
@@ -175,7 +176,7 @@ def assert_recorded(
             Each is compared by ``==``, so ``pytest.approx(…)`` will do. Without any, not all may be 0.
 
     Raises:
-        AssertionError: If not; it tells what differs and everything that was recorded.
+        AssertionError: If not; it shows what differs and everything that was recorded.
 
     Example:
         >>> import tapes
@@ -201,12 +202,16 @@ def assert_recorded(
         for field, value in fields.items()
         if field not in recorded or recorded[field] != value
     ]
-    if not differences and any(recorded.values() if not fields else recorded):
-        return
-    what = f"{wanted}: {', '.join(differences)}" if recorded and fields else f"{wanted} was not recorded"
-    lines = [what, "recorded:"]
+    if differences or not any(recorded if fields else recorded.values()):
+        what = f": {', '.join(differences)}" if recorded and fields else " was not recorded"
+        raise AssertionError(f"{wanted}{what}\nrecorded:\n{_shown(snapshot)}")
+
+
+def _shown(snapshot: Snapshot) -> str:
+    """Return every series of ``snapshot`` with its fields, one in a line."""
+    lines = []
     for family in snapshot:
-        for one in family.series:
-            shown = ", ".join(f"{field}={value!r}" for field, value in one.fields().items())
-            lines.append(f"  {family.name}{selector(one.labels)}: {shown}")
-    raise AssertionError("\n".join(lines if len(lines) > 2 else [*lines, "  nothing"]))
+        for series in family.series:
+            shown = ", ".join(f"{field}={value!r}" for field, value in series.fields().items())
+            lines.append(f"  {family.name}{selector(series.labels)}: {shown}")
+    return "\n".join(lines or ["  nothing"])

@@ -1,6 +1,6 @@
-"""How a snapshot is written: its forms, and which of them a client gets.
+"""Writing a snapshot: the formats, and which of them a client gets.
 
-Forms: ``json`` is the tree of ``get_stats()``; ``prometheus`` is the text format 0.0.4; ``openmetrics`` is
+``json`` is the tree of ``get_stats()``; ``prometheus`` is the text format 0.0.4; ``openmetrics`` is
 OpenMetrics 1.0.0.
 """
 
@@ -24,10 +24,10 @@ _MAX_RANGES = 32  # maximum number of media ranges of an ``Accept`` header that 
 
 
 class Form(NamedTuple):
-    """One way to write a snapshot.
+    """One format of a snapshot.
 
     Attributes:
-        content_type: What HTTP says of it.
+        content_type: Its media type.
         write: Writes a snapshot.
     """
 
@@ -61,27 +61,27 @@ def render(registry: Registry, form: str) -> bytes:
 
 
 def write(snapshot: Snapshot, form: str) -> bytes:
-    """Write ``snapshot`` in the form of that name."""
+    """Write ``snapshot`` in the format of that name."""
     return FORMS[form].write(snapshot)
 
 
 def negotiate(accept: str = "", wanted: str = "") -> str:
-    """Return the name of the form that a client gets.
+    """Return the name of the format that a client gets.
 
-    A form has the quality of the range that names it most closely: its media type with its version, its media
-    type without one, ``text/*``, ``*/*``. The highest quality wins, then the closest range, then the one that
-    comes first, then JSON. Who names a format that only scrapers know gets the text format where others get
-    JSON: by ``*/*``, and where nothing that we write is acceptable.
+    A format has the quality of the range that matches it most closely: its media type with its version, its
+    media type without one, ``text/*``, ``*/*``. The highest quality wins, then the closest range, then the
+    first range, then JSON. A client that names a format of scrapers gets the text format where others get
+    JSON: for ``*/*``, and if none of the formats is acceptable.
 
-    Only the first 32 ranges within the first 2,048 characters are read, so that no header costs more than a
+    Only the first 32 ranges within the first 2,048 characters are read, so no header costs more than a
     millisecond.
 
     Args:
         accept: The request's ``Accept`` header; several lines are one list, joined by commas.
-        wanted: What ``?format=`` says; wins over ``accept``.
+        wanted: The value of ``?format=``; wins over ``accept``.
 
     Raises:
-        InvalidArgument: If ``wanted`` is no form.
+        InvalidArgument: If ``wanted`` is no format.
     """
     if wanted:
         if wanted in FORMS:
@@ -120,7 +120,7 @@ _OWN_RANGES = {name: _parsed(form.content_type) for name, form in FORMS.items()}
 
 
 def _closeness(name: str, kind: str, parameters: dict[str, str]) -> int:
-    """Return how closely a range names the form of that name; 0 if it doesn't."""
+    """Return how closely a range matches the format of that name; 0 if it does not."""
     own_kind, own_parameters = _OWN_RANGES[name]
     if kind == own_kind:
         version = parameters.get("version")

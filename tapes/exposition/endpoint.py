@@ -1,4 +1,4 @@
-"""What ``/metrics`` answers, and to whom, whoever serves it."""
+"""The answers of ``/metrics``, for all adapters and servers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Answer = tuple[int, dict[str, str], bytes]
 MAX_READERS = 32
 """Maximum readers that a process answers at once."""
 _pressure = Pressure(MAX_READERS)
-forks.renew_in_child(_pressure.begin_anew)
+forks.renew_in_child(_pressure.reset)
 
 TOKEN_VARIABLE = "TAPES_METRICS_TOKEN"  # noqa: S105 - it names the token
-"""The environment variable with the token that readers have to show, if it is set."""
+"""The environment variable with the token that readers must send, if it is set."""
 
 
 def answer(registry: Registry, accept: str = "", query: str = "") -> Answer:
@@ -48,24 +48,24 @@ def answer(registry: Registry, accept: str = "", query: str = "") -> Answer:
 
 
 def refusal(method: str, authorization: str = "", allowed: bool | None = None) -> Answer | None:
-    """Return the answer to a request that gets no metrics; ``None`` for one that may have them.
+    """Return the answer to a request that may not read the metrics; ``None`` if it may.
 
     Args:
         method: The request's method.
         authorization: Its ``Authorization`` header, or empty.
-        allowed: What a guard of the application says; it decides alone. Where there is none, the token of
-            `TOKEN_VARIABLE` has to be shown, if that is set.
+        allowed: The decision of the application's guard. Without a guard, the request must have the token of
+            `TOKEN_VARIABLE`, if that is set.
     """
     if method not in ("GET", "HEAD"):
         status, headers, body = plain(405, "The metrics can only be read.")
         return status, {**headers, "Allow": "GET, HEAD"}, body
     if allowed is not None:
-        return None if allowed else plain(403, "The metrics are not for everybody.")
+        return None if allowed else plain(403, "You may not read the metrics.")
     if TOKEN_VARIABLE not in os.environ:
         return None
     token = os.fsencode(os.environ[TOKEN_VARIABLE]).strip()  # files of secrets often end with a line's end
     if not token:
-        return plain(403, f"{TOKEN_VARIABLE} is set, but empty, so nobody may read the metrics.")
+        return plain(403, f"{TOKEN_VARIABLE} is set, but empty, so all readers are refused.")
     is_short = len(authorization) <= len(token) + MAX_CHARACTERS
     scheme, _, shown = authorization.partition(" ") if is_short else ("", "", "")
     if scheme.lower() == "bearer":
@@ -74,7 +74,7 @@ def refusal(method: str, authorization: str = "", allowed: bool | None = None) -
                 return None
         except UnicodeEncodeError:
             pass
-    status, headers, body = plain(401, f"Show the token of {TOKEN_VARIABLE}: Authorization: Bearer TOKEN.")
+    status, headers, body = plain(401, f"Send the token of {TOKEN_VARIABLE}: Authorization: Bearer TOKEN.")
     return status, {**headers, "WWW-Authenticate": 'Bearer realm="metrics"'}, body
 
 

@@ -1,15 +1,15 @@
 """The Prometheus text format and OpenMetrics.
 
 Counters and meters are counters (``…_total``), gauges are gauges, timers and histograms are histograms with
-cumulative buckets. A bucket's bound includes the whole bin of the sketch that it falls into: what is at or
-below it always counts, what is up to 0.8 % above may. OpenMetrics also says when each began (``…_created``).
+cumulative buckets. A bucket includes the whole bin of the sketch that its bound is in: values up to 0.8 %
+above the bound may count too. OpenMetrics also has the time at which each began (``…_created``).
 
-Both formats show the same families: what would collide in one of them is left out of both. Names are written
-in letters, digits and ``_`` alone, which every scraper takes whatever it has said of escaping.
+Both formats show the same families: a family that would collide in one of them is left out of both. Names
+have only letters, digits and ``_``, which every scraper accepts whatever escaping it supports.
 
-Theory of the cost. Most of a line, its labels, never changes, and the order of the lines does only when
-series come or go. Both are remembered from one snapshot of a source to the next, family by family, so that
-what is left is to read the numbers and to put them behind. No number is remembered.
+Theory of the cost. Most of a line, its labels, never changes. The order of the lines changes only when series
+come or go. Both are kept from one snapshot of a source to the next, family by family. So a scrape only reads
+the numbers and appends them. No number is kept.
 
 Source: the Prometheus text format 0.0.4 and OpenMetrics 1.0.0 for the syntax; OpenTelemetry's HTTP semantic
 conventions for the buckets of timers, its SDK's defaults for those of histograms.
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from math import isfinite
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -30,10 +30,10 @@ from tapes.exposition.spelling import (
     escape_help,
     metric_name,
     unit_name,
-    within_floats,
     without_le,
 )
 from tapes.naming import Labels
+from tapes.once import OnceLogger
 from tapes.registry import Registry
 from tapes.snapshot import Family, Snapshot
 from tapes.sums import Number
@@ -58,28 +58,27 @@ _CLAIMS = {
     "gauge": ("",),
     "histogram": ("", "_bucket", "_sum", "_count", "_created"),
 }
-"""Type to what a family's samples may be called, in either format, after its name."""
+"""Type to the suffixes of a family's sample names, in either format."""
 
 _NUMBERS: dict[str, Callable[[Any], Any]] = {
     "counter": attrgetter("up.value"), "meter": attrgetter("count.value"), "gauge": attrgetter("value"),
 }  # fmt: skip
-"""Kind to where a state has its number."""
+"""Kind to what reads the number of a state."""
 
 _TAKEN_AWAY = attrgetter("down.value")
-_PAIRS_LOGGED = 1 << 12
 _MEMORY = "prometheus"
 
-_log = logging.getLogger("tapes.exposition")
+_once = OnceLogger(logging.getLogger("tapes.exposition"), max_keys=4096)
 
 
 class _Written(NamedTuple):
-    """What the labels of a family's series look like once written.
+    """The written labels of a family's series.
 
     Attributes:
-        kind: The family's.
-        labels: The labels, in the order in which the family has them.
-        order: Where in it the series are that are shown, sorted by labels.
-        heads: What is written between each one's name and number.
+        kind: The family's kind.
+        labels: The labels, in the order of the family.
+        order: The indexes of the series that are shown, sorted by labels.
+        heads: The text between the name and the number of each one.
     """
 
     kind: str
@@ -89,7 +88,7 @@ class _Written(NamedTuple):
 
 
 class _Metric(NamedTuple):
-    """A family of Prometheus's: its name without the suffixes of samples, its type, and what writes them."""
+    """A family in Prometheus's sense: its name without suffixes, its type, and what writes its samples."""
 
     name: str
     type: str
@@ -127,7 +126,12 @@ def write(snapshot: Snapshot, *, openmetrics: bool = False) -> bytes:
             claims = [name + suffix for suffix in _CLAIMS[metric.type]]
             taken = [owners[claim] for claim in claims if claim in owners]
             if taken:
-                _collision(name, taken[0], family.name)
+                _once.warning(
+                    (name, taken[0], family.name),
+                    "%r is not exposed: its Prometheus name %s, or one of its samples', is taken by %r; "
+                    "rename one",
+                    family.name, name, taken[0],
+                )  # fmt: skip
                 continue
             samples = metric.samples(openmetrics)
             if samples:
@@ -141,7 +145,7 @@ def write(snapshot: Snapshot, *, openmetrics: bool = False) -> bytes:
 
 
 def _head(metric: _Metric, family: Family, openmetrics: bool) -> Iterator[str]:
-    """Yield the lines that say what a family of Prometheus's is."""
+    """Yield the lines that describe a family of Prometheus."""
     name = metric.name if openmetrics or metric.type != "counter" else metric.name + "_total"
     text = family.text.strip() or f"The {family.kind} {family.name}, recorded by tapes."
     yield f"# HELP {name} {escape_help(text, openmetrics)}"
@@ -152,7 +156,7 @@ def _head(metric: _Metric, family: Family, openmetrics: bool) -> Iterator[str]:
 
 
 def _metrics(family: Family, written: _Written) -> Iterator[_Metric]:
-    """Yield what ``family`` is to Prometheus."""
+    """Yield the families of Prometheus that ``family`` becomes."""
     name = metric_name(family.name)
     kind = _TYPES[family.kind]
     states: list[Any] = list(map(family.states.__getitem__, written.order))
@@ -179,7 +183,6 @@ def _metrics(family: Family, written: _Written) -> Iterator[_Metric]:
 def _counters(
     name: str, heads: Sequence[str], numbers: list[Number], states: list[Any], openmetrics: bool
 ) -> list[str]:
-    numbers = within_floats(numbers)
     if not openmetrics:
         return [f"{name}_total{head}{number!r}" for head, number in zip(heads, numbers)]
     return [
@@ -192,7 +195,7 @@ def _gauges(name: str, heads: Sequence[str], numbers: list[Number | None], openm
     known = [number for number in numbers if number is not None]
     if len(known) < len(numbers):  # the producers of some failed
         heads = [head for head, number in zip(heads, numbers) if number is not None]
-    return [f"{name}{head}{number!r}" for head, number in zip(heads, within_floats(known))]
+    return [f"{name}{head}{number!r}" for head, number in zip(heads, known)]
 
 
 def _distributions(
@@ -217,13 +220,13 @@ def _distributions(
 
 
 def _began(name: str, head: str, state: Any) -> str:
-    """Return a further line that says when a series began, if that is known."""
+    """Return a further line with the time at which a series began, if that is known."""
     created = state.origin.created
     return f"\n{name}_created{head}{created:.3f}" if isfinite(created) else ""
 
 
 def _written(family: Family) -> _Written:
-    """Write the labels of a family; of series that look the same, the first is shown."""
+    """Write the labels of a family; of series that are written alike, the first one is shown."""
     labels = family.labels
     free_le = _TYPES[family.kind] == "histogram"
     order: list[int] = []
@@ -231,26 +234,12 @@ def _written(family: Family) -> _Written:
     for place in sorted(range(len(labels)), key=labels.__getitem__):
         text = braces(without_le(labels[place]) if free_le else labels[place])
         if text in heads:
-            _same_series(family.name, text)
+            _once.warning(
+                (family.name, text),
+                "a series of %r is not exposed: another one of it is written %s too; give one other labels",
+                family.name, text.strip(),
+            )  # fmt: skip
             continue
         heads[text] = None
         order.append(place)
     return _Written(family.kind, labels, order, list(heads))
-
-
-@lru_cache(maxsize=_PAIRS_LOGGED)
-def _collision(name: str, first: str, second: str) -> None:
-    """Log, once for each pair, that the second metric can't be shown."""
-    _log.warning(
-        "%r is not exposed: its Prometheus name %s, or one of its samples', is taken by %r; rename one",
-        second, name, first,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=_PAIRS_LOGGED)
-def _same_series(name: str, head: str) -> None:
-    """Log, once for each, that a series can't be shown."""
-    _log.warning(
-        "a series of %r is not exposed: another one of it is written %s too; give one other labels",
-        name, head.strip(),
-    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How Prometheus spells names, labels and numbers, in both of its formats.
+"""How names, labels and numbers are written in both formats of Prometheus.
 
 Source: the Prometheus text format 0.0.4 and OpenMetrics 1.0.0, the latter's canonical numbers for bounds;
 promlint for what a name should not have.
@@ -7,22 +7,18 @@ promlint for what a name should not have.
 from __future__ import annotations
 
 import re
-import sys
 from functools import lru_cache
 
 from tapes.naming import Labels, escape_label_value
-from tapes.sums import Number
 
-__all__ = ["bound_labels", "braces", "escape_help", "metric_name", "unit_name", "within_floats", "without_le"]
-
-_MOST = sys.float_info.max
+__all__ = ["bound_labels", "braces", "escape_help", "metric_name", "unit_name", "without_le"]
 
 
 @lru_cache(maxsize=4096)
 def metric_name(name: str) -> str:
-    """Write a metric's name as Prometheus wants it: what is no letter, digit or ``_`` becomes ``_``.
+    """Write a metric's name for Prometheus: every character but letters, digits and ``_`` becomes ``_``.
 
-    So do colons, which are for the names of recording rules.
+    So do colons, which are reserved for recording rules.
     """
     name = re.sub(r"[^a-zA-Z0-9_]", "_", name)
     return "_" + name if name[0].isdigit() else name
@@ -30,12 +26,12 @@ def metric_name(name: str) -> str:
 
 @lru_cache(maxsize=256)
 def unit_name(unit: str | None) -> str:
-    """Write a unit as the end of a name; empty if nothing of it can be."""
+    """Write a unit as the end of a name; empty if it has no character that a name may have."""
     return re.sub(r"[^a-zA-Z0-9]+", "_", unit or "").strip("_")
 
 
 def braces(labels: Labels) -> str:
-    """Write what is between a sample's name and its number: any labels in braces, and a space."""
+    """Write the text between a sample's name and its number: any labels in braces, and a space."""
     pairs = ",".join([f'{name}="{escape_label_value(value)}"' for name, value in labels])
     if not pairs.isascii():
         pairs = pairs.encode("utf-8", "replace").decode()
@@ -43,7 +39,7 @@ def braces(labels: Labels) -> str:
 
 
 def without_le(labels: Labels) -> Labels:
-    """Return ``labels`` with ``le``, which is the bucket's bound, under a name that is free."""
+    """Return ``labels`` with ``le``, the label of a bucket's bound, under another name."""
     names = [name for name, _ in labels]
     if "le" not in names:
         return labels
@@ -53,22 +49,15 @@ def without_le(labels: Labels) -> Labels:
     return tuple((free if name == "le" else name, value) for name, value in labels)
 
 
-def within_floats(numbers: list[Number]) -> list[Number]:
-    """Return ``numbers``, with whole ones that no float can hold replaced by the largest float."""
-    if numbers and max(map(abs, numbers)) > _MOST:
-        return [max(-_MOST, min(number, _MOST)) for number in numbers]
-    return numbers
-
-
 @lru_cache(maxsize=256)
 def bound_labels(bounds: tuple[float, ...]) -> list[str]:
-    """Return what is written between a bucket's other labels and its number, for each bound and +Inf."""
+    """Return the text between a bucket's other labels and its number, for each bound and +Inf."""
     return [f'le="{bound}"}} ' for bound in [*map(_canonical, bounds), "+Inf"]]
 
 
 def _canonical(bound: float) -> str:
-    """Write a bound as Go does, with ``.0`` behind whole numbers: people's queries name it."""
-    text = repr(bound + 0.0)  # of both zeros the positive one
+    """Write a bound as Go does, with ``.0`` after whole numbers: queries contain it."""
+    text = repr(bound + 0.0)  # both zeros become the positive one
     sign, digits = text[: bound < 0], text[bound < 0 :]
     whole, _, fraction = digits.partition(".")
     if "e" in digits or len(whole) < 7:

@@ -1,7 +1,7 @@
-"""What a process records, one kind a file.
+"""The kinds of metrics, one in a file.
 
-A metric appends what it is given to a buffer and folds the buffer into an immutable, mergeable state from
-time to time (`tapes.metrics.base`). Metrics are made by a registry, never by hand.
+A metric appends what it records to a buffer, and folds the buffer into an immutable, mergeable state from
+time to time (`tapes.metrics.folding`). Only a registry makes metrics.
 """
 
 from tapes.metrics.base import Metric, State

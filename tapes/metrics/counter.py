@@ -1,4 +1,4 @@
-"""Counter: how many, up and down."""
+"""Counter: how many things have happened."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Counter", "CounterState", "add_ones", "add_up"]
 
 
 class CounterState(NamedTuple):
-    """What was added and what was taken away, apart: the first never falls, whatever the second does."""
+    """What was added and what was taken away, apart, so that the first never falls."""
 
     up: Total = Total()
     down: Total = Total()

@@ -32,11 +32,11 @@ _log = logging.getLogger("tapes.registry")
 
 
 def check_gauge(producer: Any, merge: Any, weak: Any) -> None:
-    """Check what a gauge is made with.
+    """Check the arguments of a gauge's maker.
 
     Raises:
-        InvalidArgument: If ``producer`` is not callable, or can't be weakly referenced where it should be,
-            ``merge`` is none of `MERGE_MODES`, or ``weak`` is no bool.
+        InvalidArgument: If ``producer`` is not callable, or can't be weakly referenced although ``weak`` is
+            set, if ``merge`` is none of `MERGE_MODES`, or ``weak`` is no bool.
     """
     if merge not in MERGE_MODES:
         raise InvalidArgument("a gauge's merge mode", got=merge, expected=" or ".join(MERGE_MODES))
@@ -66,7 +66,7 @@ def check_gauge(producer: Any, merge: Any, weak: Any) -> None:
 _UP = object()
 
 UP_ONE, DOWN_ONE = (1, _UP, None), (1, DOWN, None)
-"""What steps of one append to the buffer of a gauge that was never set; for adapters, which save the call."""
+"""Steps of one in the buffer of a gauge that was never set; adapters append them, which saves a call."""
 
 
 def _is_same(one: Any, other: Any) -> bool:
@@ -88,11 +88,11 @@ class _Run(NamedTuple):
     start: float
 
 
-class _Standing(NamedTuple):
+class _BasedState(NamedTuple):
     """A gauge's state, and the value set last that it is based on.
 
-    Setting replaces; it needs no buffer. A step up or down says which value it started from: steps from an
-    earlier one were overtaken.
+    Setting replaces the value, so it needs no buffer. A step up or down has the value that it started from.
+    Steps from an earlier value do not count any more.
     """
 
     state: GaugeState
@@ -133,15 +133,15 @@ class Gauge(Metric):
         """Take the value from ``producer`` at every read from now on, in place of an earlier producer.
 
         Args:
-            producer: A zero-argument callable that returns a finite number.
-            weak: Do not keep ``producer`` alive, nor the object that it is a method of; once that is gone
-                the gauge has no value.
+            producer: A callable without arguments that returns a finite number.
+            weak: Do not keep ``producer`` alive, nor the object of a method. Once it is gone the gauge has no
+                value.
         """
         before = self._producer and self._producer()
         is_same = before is not None and _is_same(before, producer)
         if before is not None and not (is_same or self._is_replaced):
             self._is_replaced = True
-            with contextlib.suppress(Exception):  # whatever logging is made to do, it is not the caller's
+            with contextlib.suppress(Exception):  # a failing logging handler must not break the caller
                 _log.warning(
                     "gauge %r got another producer; the newest one is used (this is logged once). "
                     "Give each its own name or labels to keep both.",
@@ -153,51 +153,52 @@ class Gauge(Metric):
             self._producer = weakref.WeakMethod(producer)
         else:
             self._producer = weakref.ref(producer)
-        if not is_same:  # a run of the earlier one counts no more
+        if not is_same:  # a run of the earlier one does not count any more
             self._run, self._is_late = None, False
-        self._rouse()
+        self._wake()
 
     def sleep(self, wake: Callable[[], bool]) -> None:
         """Have ``wake`` called when the gauge is next set or moved, or gets a producer."""
         super().sleep(wake)
         self._sleeps = True
 
-    def _rouse(self) -> None:
+    def _wake(self) -> None:
         if isinstance(self._buffer, SleepingBuffer):
             self._buffer.rouse()
         self._sleeps = isinstance(self._buffer, SleepingBuffer)
 
     @property
     def has_producer(self) -> bool:
-        """Whether the value is produced by a callable that is still there."""
+        """Whether the gauge has a producer that still exists."""
         return self._producer is not None and self._producer() is not None
 
     @property
     def awaits_producer(self) -> bool:
-        """Whether its producer has yet to run; not if a read has waited for it in vain."""
+        """Whether its producer has not run yet; false if a read has waited for it in vain."""
         return self.has_producer and self._produced.since is None and not self._is_late
 
     def set(self, value: Number) -> None:
-        """Stand at ``value``, any finite number; a bad one is dropped, counted and logged.
+        """Set the value, any number that a float can hold; a bad one is dropped, counted and logged.
 
-        Cost: a comparison and a store. Never raises, never waits.
+        Whole numbers of 2^63 and more become floats. Cost: a comparison and a store. Never raises, never
+        waits.
         """
         if type(value) in (int, float) and -LIMIT < value < LIMIT:  # which NaN is not
             self._set = (value, self._clock() if self.mode == "last" else None)
         else:
             self._set_unusual(value)
         if self._sleeps:
-            self._rouse()
+            self._wake()
 
     def increment(self, n: Number = 1) -> None:
-        """Move up by ``n``, any finite number; a bad one is dropped, counted and logged."""
+        """Move up by ``n``, any number that a float can hold; a bad one is dropped, counted and logged."""
         buffer = self._buffer
         buffer.append((n, _UP, self._set))
         if len(buffer) >= FULL:
             self._fold(0.0)
 
     def decrement(self, n: Number = 1) -> None:
-        """Move down by ``n``, any finite number; a bad one is dropped, counted and logged."""
+        """Move down by ``n``, any number that a float can hold; a bad one is dropped, counted and logged."""
         buffer = self._buffer
         buffer.append((n, DOWN, self._set))
         if len(buffer) >= FULL:
@@ -206,7 +207,7 @@ class Gauge(Metric):
     def is_due(self, max_age_seconds: float) -> bool:
         """Return whether its producer is to run: its last value is older, and it does not run already.
 
-        One that runs may itself be the reader. The last value of one that hangs goes after 10 s.
+        A producer that runs may itself read. The last value of one that hangs is dropped after 10 s.
         """
         if self._producer is None:
             return False
@@ -218,7 +219,7 @@ class Gauge(Metric):
         return last.since is None or now - last.since >= max_age_seconds
 
     def run_producer(self, caught: type[BaseException]) -> BaseException | None:
-        """Run the producer, and keep its value; return what it raised, if that is a ``caught``."""
+        """Run the producer and keep its value; return the exception that it raised, if it is a ``caught``."""
         producing, now = self._producer, self._clock()
         producer = producing and producing()
         if producer is None:
@@ -237,11 +238,11 @@ class Gauge(Metric):
         return failure
 
     def note_failure(self, why: str) -> None:
-        """Count and log that its producer gave no value."""
+        """Count and log that its producer returned no value."""
         self._owner.rejected(self, self._producer and self._producer(), why)
 
     def note_late(self, seconds: float) -> None:
-        """Note that its producer has run for ``seconds``; counted and logged once for each run."""
+        """Count and log, once for each run, that its producer has run for ``seconds``."""
         run = self._run
         if run is not None and not self._is_late:
             self._is_late = True
@@ -263,7 +264,7 @@ class Gauge(Metric):
         return state
 
     def total_state(self) -> GaugeState:
-        """Return the value with what was inherited: steps go on from there, setting replaces it."""
+        """Return the value with what was inherited: steps start from that, setting replaces it."""
         own, inherited = self.collect(), self._inherited
         if inherited is None or self._producer is not None or self._set is not None:
             return own
@@ -271,7 +272,7 @@ class Gauge(Metric):
         return GaugeState.add((before, own))
 
     def detach_inherited(self) -> Metric | None:
-        """Stand at nothing of its own in a forked child; return a gauge of the value, if it was ever set."""
+        """Begin without a value in a forked child; return a gauge of the value, if it was ever set."""
         if self._producer is not None:
             self._produced = GaugeState(None, self.mode, None)
             self._is_late = False
@@ -281,14 +282,14 @@ class Gauge(Metric):
         return aside
 
     def note_baseline(self, state: Any) -> None:
-        """Nothing: it is not a count."""
+        """Do nothing: it is not a count."""
 
     def drain(self) -> GaugeState:
-        """Return the value, which stays: it is not a count that could be handed over."""
+        """Return the value and keep it: it is not a count."""
         return self.collect()
 
     def is_unchanged_since(self, state: State | None) -> bool:
-        """Return whether ``state`` is all there is, with nothing to be folded."""
+        """Return whether ``state`` is the present one, with nothing to be folded."""
         if self._producer is not None:
             return self._produced is state
         return self._state.state is state and not self._pending and self._is_compacted()
@@ -310,16 +311,16 @@ class Gauge(Metric):
     def _raw(self, value: Any) -> Any:
         return value[0]
 
-    def _initial(self, now: float) -> _Standing:
-        return _Standing(GaugeState(0, self.mode, None), None)
+    def _initial(self, now: float) -> _BasedState:
+        return _BasedState(GaugeState(0, self.mode, None), None)
 
     def _is_compacted(self) -> bool:
         return self._state.base is self._set
 
-    def _compacted(self) -> _Standing:
+    def _compacted(self) -> _BasedState:
         return self._absorb(self._state, [])
 
-    def _absorb(self, state: Any, values: list[Any]) -> _Standing:
+    def _absorb(self, state: Any, values: list[Any]) -> _BasedState:
         (value, _, since), before = state
         base = self._set  # read after the values were taken, so none of them is newer
         if base is None:
@@ -327,7 +328,7 @@ class Gauge(Metric):
             ups, downs = (sum(map(is_, values, repeat(step))) for step in (UP_ONE, DOWN_ONE))
             if ups + downs == len(values):
                 since = self._clock() if since is None and values else since
-                return _Standing(GaugeState(checked_number(value + ups - downs), self.mode, since), None)
+                return _BasedState(GaugeState(checked_number(value + ups - downs), self.mode, since), None)
         elif base is not before:
             value, since = base
         for number, how, its_base in values:
@@ -340,4 +341,4 @@ class Gauge(Metric):
                     raise ValueError(SUM_TOO_LARGE) from None
         if since is None and (values or base is not None):
             since = self._clock()
-        return _Standing(GaugeState(value, self.mode, since), base)
+        return _BasedState(GaugeState(value, self.mode, since), base)

@@ -37,7 +37,7 @@ class HistogramState(NamedTuple):
 
     @property
     def counted(self) -> Number:
-        """How many values."""
+        """The number of values."""
         return self.sketch.count
 
     def series(self, labels: Labels, tick: int) -> HistogramSeries:
@@ -64,7 +64,7 @@ class Histogram(Metric):
     __slots__ = ()
 
     def update(self, value: Number) -> None:
-        """Add ``value``, any finite number; a bad one is dropped, counted and logged.
+        """Add ``value``, any number that a float can hold; a bad one is dropped, counted and logged.
 
         Cost: an append; `Sketch.fold` for what folding adds. Never raises, never waits.
         In the recent view a value counts as of its fold.

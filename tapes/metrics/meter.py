@@ -41,7 +41,7 @@ class MeterState(NamedTuple):
 
     @property
     def counted(self) -> Number:
-        """How many events."""
+        """The number of events."""
         return self.count.value
 
     def series(self, labels: Labels, tick: int) -> MeterSeries:
@@ -53,8 +53,8 @@ class MeterState(NamedTuple):
 class Ticking(Metric):
     """A metric whose events belong to the tick in which they were recorded.
 
-    What is in the buffer belongs to ``_tick``, which ends at ``_tick_end``: the first recorder after that
-    folds the buffer before it adds its own event. If another thread is folding just then it does not wait,
+    The values in the buffer belong to ``_tick``, which ends at ``_tick_end``. The first recorder after that
+    folds the buffer before it adds its own event. If another thread folds at that moment, it does not wait,
     and its event counts as of the tick before.
     """
 
@@ -93,7 +93,7 @@ class Meter(Ticking):
     __slots__ = ()
 
     def mark(self, n: Number = 1) -> None:
-        """Note ``n`` events as of now, from 0 to 2^53; a bad ``n`` is dropped, counted and logged.
+        """Count ``n`` events, from 0 to 2^53, as of now; a bad ``n`` is dropped, counted and logged.
 
         Cost: a clock read and an append. Never raises, never waits.
         """

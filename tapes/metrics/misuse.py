@@ -1,9 +1,9 @@
-"""What a metric answers where it is used as one of another library.
+"""Errors for uses of a metric that are right in other libraries.
 
-Names that a metric does not have, but that other libraries use, are descriptors that raise an
-`AttributeError` which names the right method. ``hasattr()`` is false of them, type checkers do not see
-them, ``dir()`` does not list them. A ``__getattr__`` would slow down every method call on CPython 3.11;
-for names that are mistyped, Python itself suggests the right one.
+Names that a metric does not have, but that metrics of other libraries have, are descriptors that raise an
+`AttributeError` with the right method. ``hasattr()`` is false for them, type checkers do not see them, and
+``dir()`` does not list them. A ``__getattr__`` would slow down every method call on CPython 3.11. For
+mistyped names, Python itself suggests the right one.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class _Unknown:
 
 
 class Guided(Faced):
-    """The base of metrics: wrong uses are errors that name the right one."""
+    """The base of metrics; the error of a wrong use names the right one."""
 
     __slots__ = ()
 
@@ -90,7 +90,7 @@ class Guided(Faced):
             setattr(cls, name, _Unknown(str(kind), name, remedy))
         cls._internal = cls._internal.union(_ADVICE.get(kind or "", ()))
 
-    if not TYPE_CHECKING:  # which know what __init__ takes
+    if not TYPE_CHECKING:  # type checkers know what __init__ takes
 
         def __new__(cls, *args: Any, **options: Any) -> Any:  # noqa: D102
             if len(args) < 4:
@@ -105,12 +105,12 @@ class Guided(Faced):
 
 
 class LabelsOf(tuple[tuple[str, str], ...]):
-    """The labels of a metric; equal to the tuple of their names and values."""
+    """The labels of a metric; equal to the plain tuple of names and values."""
 
     __slots__ = ()
 
     def __call__(self, *args: Any, **labels: Any) -> Any:
-        """Raise: a metric has its labels from its maker.
+        """Raise an error: a metric has its labels from its maker.
 
         Raises:
             InvalidCall: Always.

@@ -1,14 +1,12 @@
-"""How a process notices, at no cost, that it begins to record.
+"""Noticing, at no cost, that a process begins to record.
 
-Theory. A metric has one list of pending values, and recording appends to what is in ``_buffer``. As a rule
-that is the same list. In a metric that *sleeps* it is a `SleepingBuffer`: an empty list whose ``append``
-appends to the list of pending values, calls ``wake``, and puts that list in its own place if ``wake``
-agrees. So the first value recorded wakes the metric, every later one finds a plain list, and no recording
-call has anything to check.
+Theory. A metric has one list of pending values, and recording appends to ``_buffer``. Usually that is the
+same list. In a metric that *sleeps* it is a `SleepingBuffer`: an empty list whose ``append`` appends to the
+list of pending values, calls ``wake``, and replaces itself by that list if ``wake`` returns true. So the
+first value recorded wakes the metric, later ones go to a plain list, and no recording call checks anything.
 
-The list of pending values stays the same one throughout. A thread that still holds the sleeping buffer, or
-one that held the plain list when the metric was put to sleep, appends to that list too: no value is lost,
-and a metric may be put to sleep at any time.
+The list of pending values is always the same one. A thread that still has the sleeping buffer, or the plain
+list, appends to that list too. So no value is lost, and a metric may be put to sleep at any time.
 """
 
 from __future__ import annotations
@@ -23,9 +21,9 @@ class SleepingBuffer(list[Any]):
     """The buffer of a metric that sleeps; always empty.
 
     Args:
-        metric: The metric that wakes with the first value.
-        wake: Called after each value that comes here; returns whether the metric is to stay awake.
-        full: How many pending values are folded.
+        metric: The metric that the first value wakes.
+        wake: Called after each value; returns whether the metric is to stay awake.
+        full: The number of pending values that are folded.
     """
 
     __slots__ = ("_full", "_metric", "_pending", "_wake")
@@ -38,13 +36,13 @@ class SleepingBuffer(list[Any]):
         self._wake = wake
 
     def append(self, value: Any) -> None:
-        """Append ``value`` to what is pending, and wake the metric, unless it is to sleep on."""
+        """Append ``value`` to the pending values, and wake the metric unless it is to stay asleep."""
         self._pending.append(value)
         self.rouse()
-        if len(self._pending) >= self._full:  # who records sees an empty list
+        if len(self._pending) >= self._full:  # the recorder sees an empty list
             self._metric._fold(self._metric._clock())
 
     def rouse(self) -> None:
-        """Wake the metric, unless it is to sleep on."""
+        """Wake the metric unless it is to stay asleep."""
         if self._wake() and self._metric._buffer is self:
             self._metric._buffer = self._pending

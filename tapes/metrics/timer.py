@@ -44,7 +44,7 @@ class TimerState(NamedTuple):
 
     @property
     def counted(self) -> Number:
-        """How many durations."""
+        """The number of durations."""
         return self.sketch.count
 
     def series(self, labels: Labels, tick: int) -> TimerSeries:
@@ -74,11 +74,11 @@ class Timer(Ticking):
     def time(self, function: None = None) -> Timing:
         """Return a context manager, also usable as a decorator, that records how long its block took.
 
-        The duration is recorded when the block ends, also by an exception. A decorated function is timed
-        per call, nested and recursive calls each on their own. Coroutines, generators and asynchronous
-        generators are timed from their first step to their end: exhaustion, ``close()``, an exception. So is
-        a call that returns one of these, a future or another awaitable: until that has ended. Each block
-        needs a ``time()`` of its own. ``async with`` works too.
+        The duration is recorded when the block ends, also by an exception. A decorated function is timed for
+        each call, also nested and recursive ones. Coroutines, generators and asynchronous generators are
+        timed from their first step to their end: exhaustion, ``close()`` or an exception. A call that returns
+        one of these, a future or another awaitable is timed until that has ended. Each block needs a
+        ``time()`` of its own. ``async with`` works too.
         """
         if function is not None:
             raise InvalidCall(
@@ -99,7 +99,7 @@ class Timer(Ticking):
         self._record(seconds, self._clock())
 
     def _record(self, seconds: Number | timedelta, now: float) -> None:
-        """Add a duration that ended at ``now`` on this timer's clock, for callers that have just looked."""
+        """Add a duration that ended at ``now`` on this timer's clock; for callers that have just read it."""
         if now >= self._tick_end:
             self._fold(now)
         buffer = self._buffer

@@ -93,7 +93,7 @@ class Timing:
 
 
 class _Resumed(Timing):
-    """A measurement that goes on after ``_spent`` seconds."""
+    """A measurement that continues after ``_spent`` seconds."""
 
     __slots__ = ("_spent",)
     _spent: float
@@ -163,7 +163,7 @@ def _timed_async_generator(function: Callable[..., Any], time: _Times) -> Callab
                 except GeneratorExit:
                     await generator.aclose()
                     raise
-                except BaseException as error:  # whatever the consumer throws is the generator's to handle
+                except BaseException as error:  # the generator handles what the consumer throws
                     step = generator.athrow(error)
                 else:
                     step = generator.asend(sent)
@@ -178,13 +178,13 @@ _WRAPS: tuple[tuple[Callable[[Any], bool], Callable[..., Callable[..., Any]]], .
 )
 
 _ENDED = frozenset({type(None), bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset})
-"""Types of results with which the work of a call has ended, so that most calls are looked at no further."""
+"""Types of results that show that a call has ended; most calls need no further check."""
 
 
 def _rest_of(result_type: type) -> _Rest | None:
-    """Return what times the work that goes on after a call, ``None`` if none does.
+    """Return what times the work that continues after a call; ``None`` if the call has ended.
 
-    The type decides: a mock, or an object that makes its attributes when asked, has every attribute.
+    The type decides: a mock, or an object that creates attributes on access, has every attribute.
     """
     if issubclass(result_type, CoroutineType):
         return _rest_of_coroutine
@@ -205,13 +205,13 @@ def _futures_of_threads() -> tuple[type, ...]:
 
 
 def _can_only_be_awaited(result_type: type) -> bool:
-    """Return whether objects of a type have no method but ``__await__`` and private ones."""
+    """Return whether objects of a type have no methods except ``__await__`` and private ones."""
     special = {name for name in dir(result_type) if name.startswith("__") and name.endswith("__")}
     public = [name for name in dir(result_type) if not name.startswith("_")]
     return not public and special <= _OF_EVERY_AWAITABLE
 
 
-class _NoMore:
+class _OnlyAwaitable:
     __slots__ = ("__dict__", "__weakref__")
 
     def __await__(self) -> Generator[Any, Any, Any]:
@@ -220,14 +220,15 @@ class _NoMore:
 
 _ITERABLE = inspect.CO_ITERABLE_COROUTINE
 _OF_EVERY_AWAITABLE = {
-    *dir(_NoMore), "__annotations__", "__del__", "__firstlineno__", "__static_attributes__", "__orig_bases__",
-    "__parameters__", "__class_getitem__", "__annotate__", "__annotate_func__", "__annotations_cache__",
+    *dir(_OnlyAwaitable), "__annotations__", "__del__", "__firstlineno__", "__static_attributes__",
+    "__orig_bases__", "__parameters__", "__class_getitem__", "__annotate__", "__annotate_func__",
+    "__annotations_cache__",
 }  # fmt: skip
-"""Special names that an object has which can only be awaited."""
+"""Special names of an object that can only be awaited."""
 
 
 class _Owned:
-    """A coroutine that is closed with its wrapper: where neither was awaited, only the wrapper warns."""
+    """A coroutine that is closed with its wrapper: if neither was awaited, only the wrapper warns."""
 
     __slots__ = ("coroutine",)
 

@@ -1,7 +1,7 @@
-"""Who writes a registry's values, when, and where to.
+"""Reporters: they write the values of a registry somewhere, when asked or on a schedule.
 
-A reporter is given a registry, or gets the default one; inside an aggregator it gets the merged view of all
-workers instead. Override `ScheduledReporter.report` to write one of your own.
+A reporter has a registry, the default one if none is given. In an aggregator it gets the merged view of all
+workers instead. To write a reporter of your own, override `ScheduledReporter.report`.
 """
 
 from tapes.reporting.base import Reporter

@@ -1,4 +1,4 @@
-"""What all reporters share: which registry, and what becomes of a report that fails."""
+"""What all reporters share: a registry, and what happens when a report fails."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ R = TypeVar("R", bound="Reporter")
 FAILED = "tapes.reports.failed"
 """The counter {reporter} of reports that failed."""
 SKIPPED = "tapes.reports.skipped"
-"""The counter {reporter} of reports that were left out, as the one before was not done."""
+"""The counter {reporter} of reports that were skipped because the one before was not done."""
 
 _LOG_SECONDS = 60.0
+"""Minimum seconds between two warnings of a reporter."""
 
 _log = logging.getLogger("tapes.reporting")
 
@@ -32,12 +33,12 @@ class Reporter:
     """Writes the values of a registry somewhere.
 
     Args:
-        interval: The time between reports; ``None`` for a reporter that answers when it is asked.
+        interval: The time between reports; ``None`` for a reporter that answers requests.
         registry: What to report; the default registry if ``None``. An aggregator replaces it by the merged
             view of all workers before it calls `start`.
 
     Raises:
-        InvalidArgument: If the interval is not a positive ``timedelta``, or the registry is none.
+        InvalidArgument: If the interval is not a positive ``timedelta``, or ``registry`` is not a registry.
     """
 
     def __init__(self, interval: timedelta | None = None, registry: Registry | None = None) -> None:
@@ -52,33 +53,33 @@ class Reporter:
             raise InvalidArgument(f"the registry of {name}", got=registry, expected="a Registry, or None")
         self.interval = interval
         self.registry = default_registry if registry is None else registry
-        self._quiet_until = 0.0
-        self._unsaid = 0
+        self._warn_again_at = 0.0
+        self._suppressed = 0
 
     def report(self) -> None:
         """Write all values once; for subclasses to override. What it raises is counted and logged."""
         raise NotImplementedError(f"{type(self).__name__} has no report()")
 
     def start(self) -> None:
-        """Begin to report; returns at once."""
+        """Start reporting; returns at once."""
         raise NotImplementedError(f"{type(self).__name__} has no start()")
 
     def stop(self) -> None:
-        """End it, and release what it holds; nothing if it wasn't started."""
+        """Stop reporting and release all resources; does nothing if it was not started."""
         raise NotImplementedError(f"{type(self).__name__} has no stop()")
 
     def pause(self) -> None:
-        """Give back what only one process can hold, such as a port: nothing needs the reports for now.
+        """Release what only one process can hold, such as a port.
 
-        An aggregator calls it when its service has ended, 2 s before it ends itself, so that the next start
-        of the service finds the port free. `resume` or `stop` follows. By default it does nothing; a reporter
+        An aggregator calls it when its service has exited, 2 s before it exits itself. So the next start of
+        the service finds the port free. `resume` or `stop` follows. By default it does nothing; a reporter
         that binds something in `start` should override both. It should return at once.
         """
 
     def resume(self) -> None:
-        """Take again what `pause` gave back: another process has joined the service.
+        """Acquire again what `pause` released: another process has joined the service.
 
-        An aggregator calls it again every 0.1 s for as long as it raises.
+        An aggregator calls it again every 0.1 s while it raises.
         """
 
     def __enter__(self: R) -> R:
@@ -94,36 +95,36 @@ class Reporter:
         self.stop()
 
     def _release(self) -> None:
-        """Let go of what reports need, after the last one."""
+        """Release what reports need; called after the last one."""
 
     def _report_now(self, done: Callable[[], None]) -> None:
-        """Report beside the schedule, and call ``done`` after it, from any thread; returns at once.
+        """Report now, outside of the schedule, and then call ``done`` from any thread; returns at once.
 
-        A reporter without a schedule has nothing to report.
+        A reporter without a schedule only calls ``done``.
         """
         done()
 
     def _no_more_reports(self) -> None:
-        """Report a last time, without anybody waiting for it; `stop` follows."""
+        """Start the last report; returns at once. `stop` follows and waits for it."""
 
     def _count(self, name: str, n: int = 1) -> None:
-        """Add ``n`` to the counter ``name`` {reporter}, which tells of this reporter's troubles."""
+        """Add ``n`` to the counter ``name`` {reporter}, which counts problems of this reporter."""
         with contextlib.suppress(TapesError):  # if the name belongs to another kind of metric
             self.registry.own(Counter, name, reporter=type(self).__name__).increment(n)
 
     def _failed(self, error: BaseException) -> None:
-        """Count a report that failed, and log it unless something was logged in the last minute."""
+        """Count a report that failed, and log it, once a minute at most."""
         self._count(FAILED)
-        expected = isinstance(error, (OSError, TapesError))  # the network's or the service's, and no mistake
+        expected = isinstance(error, (OSError, TapesError))  # of the network or the service; no mistake
         self._warn(f"a report failed ({type(error).__name__}: {safe_text(error)})", traceback=not expected)
 
     def _warn(self, what: str, *, traceback: bool = False) -> None:
-        """Log ``what``, once a minute at most."""
+        """Log ``what``, once a minute at most, with the number of warnings that were not logged."""
         now = monotonic()
-        if now < self._quiet_until:
-            self._unsaid += 1
+        if now < self._warn_again_at:
+            self._suppressed += 1
             return
-        more = f" (and {self._unsaid} times in the last minute)" if self._unsaid else ""
-        self._quiet_until, self._unsaid = now + _LOG_SECONDS, 0
-        with contextlib.suppress(Exception):  # whatever logging is made to do
+        more = f" (and {self._suppressed} times in the last minute)" if self._suppressed else ""
+        self._warn_again_at, self._suppressed = now + _LOG_SECONDS, 0
+        with contextlib.suppress(Exception):  # a failing logging handler must not end the schedule
             _log.warning("tapes: %s: %s%s", type(self).__name__, what, more, exc_info=traceback)

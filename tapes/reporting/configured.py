@@ -1,4 +1,4 @@
-"""Reporters that the environment asks for, as they are given on a command line."""
+"""Reporters that environment variables configure, as ``tapes run`` does."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _STATSD_FORM = "[tcp://]HOST[:PORT] or unix:///PATH, and after a ? any of prefix
 
 
 def reporters_from(environment: Mapping[str, str]) -> list[Reporter]:
-    """Return the reporters of ``TAPES_HTTP`` and ``TAPES_STATSD``, where these are set.
+    """Return the reporters of ``TAPES_HTTP`` and ``TAPES_STATSD``, if these are set.
 
     Raises:
-        InvalidArgument: If one of them can't be understood.
+        InvalidArgument: If one of them has no valid value.
     """
     makers = {HTTP: _http, STATSD: _statsd}
     return [make(environment[name]) for name, make in makers.items() if environment.get(name)]
 
 
 def _http(address: str) -> Reporter:
-    """Return the reporter of ``[HOST:]PORT``; raises `InvalidArgument` if it can't be understood."""
+    """Return the reporter of ``[HOST:]PORT``; raises `InvalidArgument` if it is not valid."""
     host, _, port = address.rpartition(":")
     try:
         if not (port.isascii() and port.isdigit()):
@@ -44,7 +44,7 @@ def _statsd(address: str) -> Reporter:
     """Return the reporter of ``[tcp://]HOST[:PORT]`` or ``unix:///PATH``, with options after a ``?``.
 
     Raises:
-        InvalidArgument: If it can't be understood.
+        InvalidArgument: If it is not valid.
     """
     try:
         url = urlsplit(address if "://" in address else f"udp://{address}")
@@ -53,15 +53,15 @@ def _statsd(address: str) -> Reporter:
         tags = {"1": True, "0": False}[options.pop("tags", ["0"])[-1]]
         prefix = options.pop("prefix", [""])[-1] or None
         if options or url.fragment or url.username is not None:
-            raise ValueError(f"nothing is known of {sorted(options)}")
-        told: dict[str, Any]
+            raise ValueError(f"unknown options {sorted(options)}")
+        target: dict[str, Any]
         if url.scheme == "unix" and url.path and not url.netloc:
-            told = {"host": f"unix://{unquote(url.path)}"}
+            target = {"host": f"unix://{unquote(url.path)}"}
         elif url.scheme in ("udp", "tcp") and url.hostname and url.path in ("", "/"):
             port = 8125 if url.port is None else url.port
-            told = {"host": url.hostname, "port": port, "protocol": url.scheme}
+            target = {"host": url.hostname, "port": port, "protocol": url.scheme}
         else:
             raise ValueError("no such address")
-        return StatsdReporter(interval, prefix=prefix, tags=tags, **told)
+        return StatsdReporter(interval, prefix=prefix, tags=tags, **target)
     except (ValueError, KeyError, OverflowError):  # our own errors are among these
         raise InvalidArgument(STATSD, got=address, expected=_STATSD_FORM) from None

@@ -1,4 +1,4 @@
-"""Metrics over HTTP, for applications that have no HTTP of their own."""
+"""Metrics over HTTP, for applications without a web server."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ _PATHS = frozenset({"", "/", "/metrics", "/metrics/"})
 _CLIENT_TIMEOUT_SECONDS = 10.0
 """Maximum seconds for a client to send a request, and to take the answer."""
 _HURRY_SECONDS = 1.0
-"""The same for the request while there are as many clients as there may be."""
+"""The same for the request while the maximum of clients is connected."""
 _MAX_CLIENTS = 64
 """Maximum clients that are answered at once, each by a thread."""
 _MAX_REFUSED = 256
 """Maximum connections that stay open after a refusal."""
-_FAREWELL_SECONDS = 1.0
-"""Maximum seconds that a refused client has to close its connection."""
+_CLOSE_SECONDS = 1.0
+"""Maximum seconds for a refused client to close its connection."""
 _LOOK_SECONDS = 0.1
+"""Seconds between two looks for clients that have taken too long."""
 _REFUSAL_BODY = b"There are too many readers. Ask again in a second.\n"
 _REFUSAL = (
     b"HTTP/1.1 503 Service Unavailable\r\nServer: tapes\r\nContent-Type: text/plain; charset=utf-8\r\n"
@@ -45,13 +46,13 @@ _log = logging.getLogger("tapes.reporting.http")
 
 
 class HTTPReporter(Reporter):
-    """Answers ``GET /`` and ``GET /metrics`` with all values, as JSON or whatever the client asks for.
+    """Answers ``GET /`` and ``GET /metrics`` with all values, as JSON or in the format that the client wants.
 
-    For web applications, prefer the adapters of `tapes.contrib`. Listens on loopback unless told otherwise;
-    if ``TAPES_METRICS_TOKEN`` is set, readers have to show it (``Authorization: Bearer TOKEN``).
+    For web applications, prefer the adapters of `tapes.contrib`. It listens on loopback by default. If
+    ``TAPES_METRICS_TOKEN`` is set, clients must send it (``Authorization: Bearer TOKEN``).
 
     Args:
-        port: The TCP port; 0 takes a free one, see the attribute ``port`` after `start`.
+        port: The TCP port; with 0 the system chooses one, see the attribute ``port`` after `start`.
         registry: What to report; the default registry if ``None``.
         host: The address to listen on.
     """
@@ -68,13 +69,13 @@ class HTTPReporter(Reporter):
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Listen, and answer from a daemon thread, and another one for each client.
+        """Listen in a daemon thread, and answer each client in another one.
 
         A forked child does not listen: the port stays with the process that started it.
 
         Raises:
             InvalidArgument: If it was started already.
-            AddressInUse: If something else listens on the port.
+            AddressInUse: If another process listens on the port.
             AddressError: If the address can't be bound for another reason.
         """
         forks.detect_fork()
@@ -88,7 +89,7 @@ class HTTPReporter(Reporter):
             kind = AddressInUse if error.errno == errno.EADDRINUSE else AddressError
             raise kind(
                 f"HTTPReporter can't listen on {self.host}:{self.port} ({error.strerror or error})",
-                remedy="choose another port, or stop what listens there"
+                remedy="choose another port, or stop the process that listens there"
                 if kind is AddressInUse
                 else "choose a host of this machine and a port that this user may use",
             ) from None
@@ -103,7 +104,7 @@ class HTTPReporter(Reporter):
         forks.register_user(server)
 
     def stop(self) -> None:
-        """Stop listening; nothing if it wasn't started."""
+        """Stop listening; does nothing if it was not started."""
         server, thread = self._server, self._thread
         self._server = self._thread = None
         if server is not None and thread is not None and server.is_open:
@@ -129,7 +130,7 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, reporter: HTTPReporter) -> None:
         self.reporter = reporter
         self.is_open = True
-        self.asking: dict[socket.socket, float] = {}  # whose request has not come, and since when
+        self.waiting: dict[socket.socket, float] = {}  # clients without a complete request, and since when
         self._clients: set[socket.socket] = set()
         self._refused: deque[tuple[socket.socket, float]] = deque()
         self._looked = 0.0
@@ -137,11 +138,11 @@ class _Server(ThreadingHTTPServer):
         super().__init__((reporter.host, reporter.port), _Handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Note that a client was cut off, or cut us off."""
+        """Log that a connection to a client was broken."""
         _log.debug("tapes: a request from %s failed", client_address, exc_info=True)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer a client in a thread of its own, or refuse it."""
+        """Answer a client in a thread of its own, or refuse it if there are too many."""
         if len(self._clients) >= _MAX_CLIENTS:
             self._refuse(request)
             return
@@ -153,31 +154,31 @@ class _Server(ThreadingHTTPServer):
             self._refuse(request)
 
     def shutdown_request(self, request: Any) -> None:
-        """End the connection to a client."""
+        """Close the connection to a client."""
         self._clients.discard(request)
-        self.asking.pop(request, None)
+        self.waiting.pop(request, None)
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """End what has taken too long; called for each client, and ten times a second."""
+        """Close connections that have taken too long; called for each client, and ten times a second."""
         now = monotonic()
         if now - self._looked < _LOOK_SECONDS:
             return
         self._looked = now
         patience = _CLIENT_TIMEOUT_SECONDS if len(self._clients) < _MAX_CLIENTS else _HURRY_SECONDS
-        for client, since in list(self.asking.items()):
+        for client, since in list(self.waiting.items()):
             if now - since > patience:
                 with contextlib.suppress(OSError):
-                    client.shutdown(socket.SHUT_RDWR)  # its thread ends it
+                    client.shutdown(socket.SHUT_RDWR)  # its thread closes it
         for _ in range(len(self._refused)):
             client, since = self._refused.popleft()
-            if now - since > _FAREWELL_SECONDS or _has_closed(client):
+            if now - since > _CLOSE_SECONDS or _has_closed(client):
                 client.close()
             else:
                 self._refused.append((client, since))
 
     def _refuse(self, client: socket.socket) -> None:
-        """Send a 503. A connection that is closed with a request unread is reset, and the answer with it."""
+        """Send a 503, and close the connection later: closing it with an unread request loses the answer."""
         with contextlib.suppress(OSError):
             client.setblocking(False)
             client.send(_REFUSAL)
@@ -203,7 +204,7 @@ class _Server(ThreadingHTTPServer):
         self.after_in_helper()
 
     def after_in_helper(self) -> None:
-        """In a forked child, let go of the port, at which clients would wait in vain."""
+        """In a forked child, close the port: its clients would get no answer."""
         self.is_open = False
         self.socket.close()
 
@@ -222,7 +223,7 @@ def _has_closed(client: socket.socket) -> bool:
 
 
 class _Head:
-    """The head of a request: at most `_MAX_OF_HEAD` bytes, where the standard library allows 6 MB."""
+    """The head of a request: at most `_MAX_OF_HEAD` bytes; the standard library allows 6 MB."""
 
     def __init__(self, rfile: Any) -> None:
         self._rfile = rfile
@@ -247,11 +248,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """Wait for a request, and answer it."""
-        self.server.asking[self.connection] = monotonic()
+        self.server.waiting[self.connection] = monotonic()
         try:
             super().handle_one_request()
         finally:
-            self.server.asking.pop(self.connection, None)
+            self.server.waiting.pop(self.connection, None)
 
     def parse_request(self) -> bool:
         """Parse the request's head, if it is not too large; otherwise answer 431."""
@@ -260,12 +261,12 @@ class _Handler(BaseHTTPRequestHandler):
             return super().parse_request()
         finally:
             self.rfile = rfile
-            self.server.asking.pop(self.connection, None)
+            self.server.waiting.pop(self.connection, None)
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
         if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
-            self.close_connection = True  # what it sends is not read
+            self.close_connection = True  # its body is not read
         if path not in _PATHS:
             status, headers = 404, {"Content-Type": "text/plain; charset=utf-8"}
             body = b"There is nothing here. The metrics are at /metrics.\n"

@@ -1,16 +1,16 @@
 """Reports on a schedule, from a thread.
 
 Theory. A schedule is a grid of moments: the start, and every interval after it. A report belongs to a moment
-of the grid, so nothing drifts, whatever a report takes; moments that pass while a report is under way are
-skipped and counted. A run of the schedule is an object of its own: one that was left behind, as it hung when
-it was stopped, can't disturb the next.
+of the grid, so nothing drifts, however long a report takes. Moments that pass during a report are skipped and
+counted. A run of the schedule is an object of its own: a run that hung when it was stopped can't disturb the
+next one.
 
-Who needs a report now can demand one: the schedule's own thread makes it, so there are never two at once. The
-demand is met by the first report that begins after it, and the schedule stays as it is.
+A report can be requested at any time. The schedule's own thread makes it, so there are never two at once. The
+first report that begins after the request answers it, and the schedule does not change.
 
-A thread does not survive a fork, and what it was doing would be torn in the child. So it ends before a fork,
-and the schedule goes on by new ones in both processes; a report that hangs holds up nobody for long. uWSGI
-forks in C, where nothing can be done before: there the schedule begins in the workers.
+A thread does not survive a fork, and its work would be torn in the child. So it ends before a fork, and a new
+one continues the schedule in both processes. A fork waits only briefly for a report that hangs. uWSGI forks
+in C, where nothing can run before the fork: there the schedule begins in the workers.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from tapes.reporting.base import SKIPPED, Reporter
 __all__ = ["STOP_SECONDS", "Grid", "Run", "Scheduled", "ScheduledReporter"]
 
 STOP_SECONDS = 2.0
-"""So long `stop` waits for a report that is under way and for the final one."""
+"""Maximum seconds that `stop` waits for a report that is running and for the last one."""
 _PAUSE_SECONDS = 0.25
-"""So long a fork waits for a report that is under way."""
+"""Maximum seconds that a fork waits for a report that is running."""
 
 
 class Grid:
@@ -49,38 +49,38 @@ class Grid:
 
     @property
     def wait_seconds(self) -> float:
-        """How long it is until then; no longer than a thread can wait."""
+        """The seconds until then; at most what a thread can wait."""
         return min(max(0.0, self.due - monotonic()), threading.TIMEOUT_MAX)
 
     def pass_by(self, now: float) -> int:
-        """Go on to the first moment after ``now``; return how many were left out on the way there."""
+        """Advance to the first moment after ``now``; return the number of moments that were skipped."""
         before = self._number
         self._number = max(before, int((now - self._start) // self._interval)) + 1
         return self._number - before - 1
 
 
 class Run:
-    """A schedule that is kept from its start until it is stopped."""
+    """One run of a schedule, from its start until it is stopped."""
 
     def start(self) -> None:
-        """Begin with it."""
+        """Start it."""
         raise NotImplementedError
 
     def report_now(self, done: Callable[[], None]) -> None:
-        """Report beside the schedule, if it can, and call ``done`` after that."""
+        """Report outside of the schedule, if possible, and then call ``done``."""
         done()
 
-    def tell(self) -> None:
-        """Tell it to report a last time and to end."""
+    def request_stop(self) -> None:
+        """Have it report a last time and end; returns at once."""
         raise NotImplementedError
 
     def stop(self) -> None:
-        """Wait until it has; 2 s at most since it was told."""
+        """Wait for its end, until 2 s after `request_stop`."""
         raise NotImplementedError
 
 
 class Scheduled(Reporter):
-    """What reporters with a schedule share, whoever keeps it."""
+    """What reporters with a schedule share, whether a thread or a loop runs it."""
 
     def __init__(self, interval: timedelta, registry: Registry | None = None) -> None:
         if interval is None:
@@ -90,7 +90,7 @@ class Scheduled(Reporter):
         self._run: Run | None = None
 
     def start(self) -> None:
-        """Report for the first time as soon as may be, and every interval from then on; returns at once.
+        """Report for the first time as soon as possible, then every interval; returns at once.
 
         Raises:
             InvalidArgument: If it was started already.
@@ -109,16 +109,16 @@ class Scheduled(Reporter):
             raise
 
     def stop(self) -> None:
-        """Report a last time and end the schedule; nothing if it wasn't started.
+        """Report a last time and end the schedule; does nothing if it was not started.
 
-        Takes 2 s at most: a report that hangs is left to itself.
+        Takes 2 s at most: a report that hangs is abandoned.
         """
         run = self._run
         if run is None:
             self._release()
             return
         self._forget_run()
-        run.tell()
+        run.request_stop()
         run.stop()
 
     def _report_now(self, done: Callable[[], None]) -> None:
@@ -129,7 +129,7 @@ class Scheduled(Reporter):
 
     def _no_more_reports(self) -> None:
         if self._run is not None:
-            self._run.tell()
+            self._run.request_stop()
 
     def _forget_run(self) -> None:
         self._run = None
@@ -143,12 +143,12 @@ class Scheduled(Reporter):
 class ScheduledReporter(Scheduled):
     """Calls `report` from a daemon thread: at once, then every interval, and a last time when it is stopped.
 
-    Subclasses override `report`. What it raises is counted in ``tapes.reports.failed``, logged once a minute
-    at most, and does not end the schedule. If a report takes longer than the interval, the moments that it
-    misses are counted in ``tapes.reports.skipped``.
+    Subclasses override `report`. An exception of it is counted in ``tapes.reports.failed``, logged once a
+    minute at most, and does not end the schedule. If a report takes longer than the interval, the moments
+    that it misses are counted in ``tapes.reports.skipped``.
 
-    A forked child of a process that reports goes on reporting by itself; a first call of `start` there does
-    nothing. At the end of the process the reporter stops by itself.
+    A forked child of a process that reports continues to report; a first call of `start` there does nothing.
+    When the process exits, the reporter stops.
 
     Args:
         interval: The time between the beginnings of reports; a ``timedelta``.
@@ -180,8 +180,8 @@ class ScheduledReporter(Scheduled):
             InvalidArgument: If it was started already.
         """
         forks.detect_fork()
-        if self._run is not None and self._run.goes_on:
-            self._run.goes_on = False
+        if self._run is not None and self._run.is_inherited:
+            self._run.is_inherited = False
         else:
             super().start()
 
@@ -190,7 +190,7 @@ class ScheduledReporter(Scheduled):
 
 
 class _Alarm(threading.Event):
-    """Wakes a thread: to end if ``ends`` is set, and else to report now."""
+    """Wakes a thread: to end if ``ends`` is set, otherwise to report now."""
 
     ends = False
 
@@ -203,7 +203,7 @@ class _ThreadRun(Run):
     """A thread that reports at the moments of a grid; another one after each fork.
 
     Attributes:
-        goes_on: Whether this process was forked from one that started it, and has not done so itself.
+        is_inherited: Whether only a parent of this process has started it.
     """
 
     _thread: threading.Thread
@@ -213,10 +213,10 @@ class _ThreadRun(Run):
         self._reporter = reporter
         self._grid = grid
         self._lock = threading.Lock()
-        self._holds = 0
-        self._told_at: float | None = None
-        self._demands: deque[Callable[[], None]] = deque()
-        self.goes_on = False
+        self._forks = 0
+        self._stop_requested_at: float | None = None
+        self._requests: deque[Callable[[], None]] = deque()
+        self.is_inherited = False
         self._renew()
         forks.register_user(self)
 
@@ -228,67 +228,67 @@ class _ThreadRun(Run):
 
     def _start_in_worker(self) -> None:
         forks.detect_fork()
-        if self._told_at is None and self._thread.ident is None:
+        if self._stop_requested_at is None and self._thread.ident is None:
             self._thread.start()
 
     def report_now(self, done: Callable[[], None]) -> None:
-        self._demands.append(done)
+        self._requests.append(done)
         self._alarm.set()
 
-    def tell(self) -> None:
-        if self._told_at is None:
-            self._told_at = monotonic()
+    def request_stop(self) -> None:
+        if self._stop_requested_at is None:
+            self._stop_requested_at = monotonic()
             self._alarm.end()
 
     def stop(self) -> None:
-        since = 0.0 if self._told_at is None else monotonic() - self._told_at
+        since = 0.0 if self._stop_requested_at is None else monotonic() - self._stop_requested_at
         if not self._has_ended_within(max(0.0, STOP_SECONDS - since)):
             self._reporter._warn(f"its last report was not done within {STOP_SECONDS:g} s")
 
     def before_fork(self) -> None:
         """End the thread without a last report, unless a report takes too long."""
         with self._lock:  # threads may fork at the same time
-            self._holds += 1
-            is_ours = self._thread is threading.current_thread()  # a report that forks goes on
-            if self._holds == 1 and self._told_at is None and not is_ours:
+            self._forks += 1
+            is_ours = self._thread is threading.current_thread()  # a report that forks continues
+            if self._forks == 1 and self._stop_requested_at is None and not is_ours:
                 self._is_paused = True
                 self._alarm.end()
                 if not self._has_ended_within(_PAUSE_SECONDS):
                     self._is_paused = self._alarm.ends = False
 
     def after_in_parent(self) -> None:
-        """In the parent after a fork, go on by another thread, unless the one before goes on itself."""
+        """In the parent after a fork, continue in another thread, unless the one before still runs."""
         with self._lock:
-            self._holds -= 1
-            if not self._holds and self._told_at is None and not self._thread.is_alive():
+            self._forks -= 1
+            if not self._forks and self._stop_requested_at is None and not self._thread.is_alive():
                 self._renew()
                 self._thread.start()
 
     def after_in_child(self, parent: processes.Process, version: int) -> None:
-        """Likewise in a forked child."""
+        """In a forked child, continue in a new thread."""
         self._lock = threading.Lock()
-        self._holds = 0
-        self._demands.clear()  # of the parent
-        if self._told_at is None:
+        self._forks = 0
+        self._requests.clear()  # of the parent
+        if self._stop_requested_at is None:
             if self._thread is threading.current_thread():
                 self._alarm.end()
-            self.goes_on = True
+            self.is_inherited = True
             self._renew()
             self._thread.start()
 
     def after_in_helper(self) -> None:
-        """Nothing: where the thread is not, it does not report."""
+        """Do nothing: without its thread it does not report."""
 
     def _renew(self) -> None:
         self._alarm = _Alarm()
-        if self._demands:  # of before the fork
+        if self._requests:  # of before the fork
             self._alarm.set()
         self._is_paused = False
         name = f"tapes-{type(self._reporter).__name__}"
         self._thread = threading.Thread(target=self._go, args=(self._alarm,), name=name, daemon=True)
 
     def _has_ended_within(self, timeout_seconds: float) -> bool:
-        """Wait for the end of the thread; return whether it has ended, or it is itself that asks."""
+        """Wait for the end of the thread; return whether it has ended, or is the calling thread."""
         if self._thread is threading.current_thread() or self._thread.ident is None:
             return True
         self._thread.join(timeout_seconds)
@@ -301,7 +301,7 @@ class _ThreadRun(Run):
             alarm.clear()
             if alarm.ends:
                 break
-            if not (is_due or self._demands):  # a fork did not wait for a report to end
+            if not (is_due or self._requests):  # a fork did not wait for a report to end
                 continue
             self._report()
             missed = self._grid.pass_by(monotonic()) if is_due else 0
@@ -312,10 +312,10 @@ class _ThreadRun(Run):
             self._reporter._release()
 
     def _report(self) -> None:
-        demands = [self._demands.popleft() for _ in range(len(self._demands))]  # later ones need another
+        requests = [self._requests.popleft() for _ in range(len(self._requests))]  # later ones need another
         try:
             self._reporter.report()
-        except BaseException as error:  # nothing that ends a thread may end the schedule
+        except BaseException as error:  # not even SystemExit may end the schedule
             self._reporter._failed(error)
-        for done in demands:
+        for done in requests:
             done()

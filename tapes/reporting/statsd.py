@@ -225,7 +225,7 @@ class StatsdClient:
         packet: list[_Line] = []
         size = 0
         for line in lines:
-            if packet and size + len(line.text) + 1 > self._transport.most_bytes:
+            if packet and size + len(line.text) + 1 > self._transport.max_bytes:
                 yield packet
                 packet, size = [], 0
             packet.append(line)

@@ -1,9 +1,9 @@
 """A connection to a receiver of lines, over UDP, TCP or a unix socket.
 
-What counts as sent: a datagram that the system took, and of which it didn't say at once that nobody is there
-(on one host it knows); of a stream, the lines that were handed over as a whole. Everything else raises, and
-the next send begins with another look at the address. A stream that the receiver has closed is noticed before
-something is sent into it.
+A datagram counts as sent if the system accepts it and reports no receiver missing (on one host it knows at
+once). Of a stream, the lines that the system accepts as a whole count as sent. Everything else raises, and
+the next send looks up the address again. A stream that the receiver has closed is noticed before the next
+send.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ __all__ = ["PROTOCOLS", "Transport"]
 PROTOCOLS = ("udp", "tcp")
 _UNIX = "unix://"
 _TIMEOUT_SECONDS = 1.0
-"""So long a connection or a send may take."""
+"""Maximum seconds for a connection or a send."""
 _LOOK_UP_SECONDS = 60.0
-"""An address is looked up again after this time even if nothing fails: datagrams get lost without a word."""
+"""Seconds after which an address is looked up again even if nothing fails: lost datagrams raise no error."""
 _DATAGRAM_BYTES = 1432
-"""What fits into a frame of Ethernet beside the headers of IPv6 and UDP, with some for tunnels."""
+"""Maximum that fits into an Ethernet frame with the headers of IPv6 and UDP, and of a tunnel."""
 _UNIX_DATAGRAM_BYTES = 8192
 _STREAM_BYTES = 1 << 16
-_LISTENED_TO = 16
-"""So many times 4 KB of what a receiver says are thrown away before each packet."""
+_MAX_READS = 16
+"""Maximum reads of 4 KB before each packet, which discard what a receiver has sent."""
 
 
 _transports: weakref.WeakSet[Transport] = weakref.WeakSet()
 
 
 def _close_inherited() -> None:
-    """In a forked child, close the parent's connections, while their descriptors are still theirs."""
+    """In a forked child, close the parent's connections before their descriptors are used for others."""
     for transport in list(_transports):
         transport.close()
 
@@ -51,8 +51,8 @@ class Transport:
 
     Args:
         host: Where to.
-        port: The port, from 1 to 65535; means nothing for a unix socket.
-        protocol: ``"udp"`` or ``"tcp"``; of a unix socket they mean datagrams and a stream.
+        port: The port, from 1 to 65535; ignored for a unix socket.
+        protocol: ``"udp"`` or ``"tcp"``; for a unix socket, datagrams or a stream.
 
     Raises:
         InvalidArgument: If one of them is out of its range.
@@ -76,17 +76,17 @@ class Transport:
         _transports.add(self)
 
     @property
-    def most_bytes(self) -> int:
-        """How many bytes a packet may have."""
+    def max_bytes(self) -> int:
+        """Maximum bytes of a packet."""
         if self._is_stream:
             return _STREAM_BYTES
         return _UNIX_DATAGRAM_BYTES if self._path else _DATAGRAM_BYTES
 
     def send(self, lines: Sequence[bytes]) -> int:
-        """Send one packet of ``lines``; return how many of them were sent, all unless the stream broke.
+        """Send one packet of ``lines``; return the number of lines sent, all unless the stream broke.
 
         Raises:
-            OSError: If none was.
+            OSError: If none was sent.
         """
         try:
             connection = self._open()
@@ -113,7 +113,7 @@ class Transport:
             self.close()
 
     def _open(self) -> socket.socket:
-        """Return a connection, the one that is open unless there is reason for another."""
+        """Return the open connection, or a new one if there is none or it is stale."""
         if self._socket is not None and self._is_stale(self._socket):
             self.close()
         if self._socket is None:
@@ -128,8 +128,8 @@ class Transport:
             self._turn = 0
             return True
         connection.setblocking(False)
-        try:  # whatever it has to say, nobody asked; an end is what it can tell
-            return not all(connection.recv(4096) for _ in range(_LISTENED_TO))
+        try:  # only an end of the stream matters, not what the receiver has sent
+            return not all(connection.recv(4096) for _ in range(_MAX_READS))
         except BlockingIOError:
             return False
         except OSError:
@@ -143,7 +143,7 @@ class Transport:
             return _connected(socket.AF_UNIX, kind, self._path)
         found = socket.getaddrinfo(self._host, self._port, type=kind)
         found.sort(key=lambda info: info[0] != socket.AF_INET)  # most receivers listen there alone
-        if not self._is_stream:  # only sending tells whether somebody is there: another one each time
+        if not self._is_stream:  # only sending shows whether a receiver exists: try another one each time
             family, _, _, _, address = found[self._turn % len(found)]
             return _connected(family, kind, address)
         for family, _, _, _, address in found[:-1]:
@@ -154,7 +154,7 @@ class Transport:
         return _connected(found[-1][0], kind, found[-1][4])
 
     def _write(self, connection: socket.socket, lines: Sequence[bytes]) -> int:
-        """Write ``lines`` to a stream; return how many were handed over as a whole."""
+        """Write ``lines`` to a stream; return the number that were written as a whole."""
         data = b"".join([line + b"\n" for line in lines])
         written = 0
         try:
@@ -164,7 +164,7 @@ class Transport:
             whole = _whole_lines(lines, written)
             if not whole:
                 raise
-            self.close()  # what follows would be taken for the rest of a line
+            self.close()  # the next line would continue the broken one
             return whole
         return len(lines)
 

@@ -125,7 +125,7 @@ print(r.urlopen('http://127.0.0.1:$PORT/?format=prometheus').read().decode().cou
 def test_arguments_that_cannot_work_are_explained_in_one_sentence(home):
     """``tapes run`` explains a wrong command or option in one sentence, with the status that shells use."""
     for arguments, expected, words in (
-        (["run", "--", "no-such-command"], 127, "there is no command 'no-such-command'"),
+        (["run", "--", "no-such-command"], 127, "command not found: 'no-such-command'"),
         (["run"], 2, "there is no command to run"),
         (["run", "--addr", "here", "--", "true"], 1, "ipc://PATH"),
         (["run", "--http", "eighty", "--", "true"], 1, "TAPES_HTTP"),

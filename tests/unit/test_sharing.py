@@ -137,7 +137,7 @@ def test_a_call_that_never_ends_holds_up_others_once(work):
     shared = Shared(0.2)
     stuck = Callers(shared, work, 1)
     wait_for(lambda: work.calls == 1, "it runs")
-    with pytest.raises(AggregatorUnavailable, match=r"none was answered within 0.2 s; ask again"):
+    with pytest.raises(AggregatorUnavailable, match=r"could not be collected within 0.2 s; ask again"):
         shared.call("json", lambda: 1)
     assert shared.call("json", lambda: 7) == 7
     work.goes_on.set()

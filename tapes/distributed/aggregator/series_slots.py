@@ -10,6 +10,7 @@ slot.
 from __future__ import annotations
 
 import collections
+import logging
 from collections.abc import Iterable
 
 from tapes.catalogue import MAX_SERIES, OVERFLOW, warn_of_overflow
@@ -17,8 +18,11 @@ from tapes.distributed.aggregator.entries import Entry, Key
 from tapes.distributed.protocol.messages import Item
 from tapes.metrics import KINDS, GaugeState, State
 from tapes.naming import Labels
+from tapes.once import OnceLogger
 
 __all__ = ["Group", "SeriesSlots"]
+
+_log = logging.getLogger("tapes.registry")
 
 Group = tuple[str, list[Labels], list[State]]
 """The series of a name: their kind, their labels and their states."""
@@ -37,7 +41,7 @@ class SeriesSlots:
         self.entries: dict[Key, Entry] = {}
         self.sizes: collections.Counter[str] = collections.Counter()
         self.max_series = MAX_SERIES
-        self._overflowing: set[str] = set()
+        self._once = OnceLogger(_log)
         self._reserved: set[Key] = set()
         self._full: set[str] = set()
 
@@ -54,9 +58,7 @@ class SeriesSlots:
             if has_room or OVERFLOW in labels or key in self._reserved:
                 self.sizes[name] += OVERFLOW not in labels
             else:
-                if name not in self._overflowing:
-                    self._overflowing.add(name)
-                    warn_of_overflow(name, self.max_series)
+                warn_of_overflow(self._once, name, self.max_series)
                 key = (name, (OVERFLOW,))
             self.entries.setdefault(key, Entry(kind))
         return key

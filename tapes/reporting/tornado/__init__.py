@@ -1,9 +1,8 @@
-"""Reports on the schedule of a Tornado IOLoop, which they never hold up.
+"""Reports on the schedule of a Tornado IOLoop, without blocking the loop.
 
-Theory. The loop keeps the schedule; a report runs beside it. An ``async def report`` runs on the loop, as
-it gives way by itself. Any other may take as long as it likes: it gets a daemon thread of its own, so it must
-not touch what belongs to the loop. There is one report at a time; those that fall due meanwhile are skipped
-and counted.
+Theory. The loop keeps the schedule. An ``async def report`` runs on the loop, as it awaits. Any other
+``report`` may block: it runs in a daemon thread of its own, so it must not touch objects of the loop. There
+is one report at a time; those that become due meanwhile are skipped and counted.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ class TornadoScheduledReporter(Scheduled):
     """Calls `report` on the schedule of an IOLoop: at once, then every interval, and when it is stopped.
 
     Subclasses override `report`: with ``async def`` it runs on the loop, with ``def`` in a thread of its own,
-    so it never holds up the loop. What it raises is counted in ``tapes.reports.failed``, logged once a minute
-    at most, and does not end the schedule. Reports that fall due while one is under way are skipped and
+    so it never blocks the loop. An exception of it is counted in ``tapes.reports.failed``, logged once a
+    minute at most, and does not end the schedule. Reports that become due while one runs are skipped and
     counted in ``tapes.reports.skipped``.
 
-    Call its methods on the loop's thread. Start it after ``fork()``, as the loop itself.
+    Call its methods on the loop's thread. Start it after ``fork()``, like the loop itself.
 
     Args:
         interval: The time between the beginnings of reports; a ``timedelta``.
@@ -60,7 +59,7 @@ class TornadoScheduledReporter(Scheduled):
         self.io_loop = io_loop
 
     def start(self) -> None:
-        """Report as soon as the loop has its turn, and every interval from then on; returns at once.
+        """Report as soon as the loop runs, then every interval; returns at once.
 
         Raises:
             InvalidArgument: If it was started already.
@@ -70,11 +69,11 @@ class TornadoScheduledReporter(Scheduled):
         super().start()
 
     def stop(self) -> None:
-        """Report a last time and end the schedule; nothing if it wasn't started.
+        """Report a last time and end the schedule; does nothing if it was not started.
 
-        Returns at once if the loop runs: the last report is then made beside it, and the end of the process
-        waits for it, 2 s at most; with ``async def`` it is made on the loop, if that runs on. If the loop
-        does not run, it waits itself, 2 s at most.
+        If the loop runs, it returns at once. The last report is made in a thread, and the exit of the process
+        waits for it, 2 s at most. With ``async def`` it is made on the loop, if that continues to run. If the
+        loop does not run, `stop` waits for the report itself, 2 s at most.
         """
         super().stop()
 
@@ -83,7 +82,7 @@ class TornadoScheduledReporter(Scheduled):
 
 
 class _LoopRun(Run):
-    """Timers on a loop, and the report that is under way."""
+    """Timers on a loop, and the report that runs."""
 
     def __init__(self, reporter: Reporter, grid: Grid, loop: IOLoop) -> None:
         self._reporter = reporter
@@ -100,7 +99,7 @@ class _LoopRun(Run):
     def start(self) -> None:
         self._loop.add_callback(self._tick)
 
-    def tell(self) -> None:
+    def request_stop(self) -> None:
         if self._is_stopped:
             return
         self._is_stopped = True
@@ -139,7 +138,7 @@ class _LoopRun(Run):
             return
         missed = self._grid.pass_by(monotonic())  # the first of them is this one
         self._timer = self._loop.call_later(self._grid.wait_seconds, self._tick)
-        if missed + self._is_busy:  # the loop was held up, or the report before is not done
+        if missed + self._is_busy:  # the loop was blocked, or the report before is not done
             self._reporter._count(SKIPPED, missed + self._is_busy)
         if self._is_busy:
             return
@@ -177,7 +176,7 @@ class _LoopRun(Run):
     def _report_in_thread(self) -> None:
         try:
             self._reporter.report()
-        except BaseException as error:  # whatever ends a thread
+        except BaseException as error:  # SystemExit too
             self._reporter._failed(error)
         finally:
             self._is_busy = False
@@ -189,14 +188,14 @@ class _LoopRun(Run):
             self._report_in_thread()
             self._reporter._release()
         else:
-            self._say_late()
+            self._warn_late()
         shutdown.unregister(self._join)
 
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join(STOP_SECONDS)
             if self._thread.is_alive():
-                self._say_late()
+                self._warn_late()
 
-    def _say_late(self) -> None:
+    def _warn_late(self) -> None:
         self._reporter._warn(f"its last report was not done within {STOP_SECONDS:g} s")

@@ -16,7 +16,7 @@ __all__ = ["TornadoStatsdReporter"]
 class TornadoStatsdReporter(TornadoScheduledReporter):
     """Reports what `tapes.reporting.statsd.StatsdReporter` does, on the schedule of an IOLoop.
 
-    Sending is done in a thread beside the loop, which it never holds up.
+    Sending is done in a thread, so it never blocks the loop.
 
     Args:
         interval, host, port, prefix, registry, tags, protocol: As there.

@@ -18,7 +18,7 @@ __all__ = ["TornadoStreamReporter"]
 class TornadoStreamReporter(TornadoScheduledReporter):
     """Writes all values to a stream as one line of JSON, on the schedule of an IOLoop.
 
-    Writing is done in a thread beside the loop, which it never holds up.
+    Writing is done in a thread, so it never blocks the loop.
 
     Args:
         interval: The time between lines; a ``timedelta``.
