@@ -113,7 +113,7 @@ def test_a_demand_outlives_a_fork():
         demand = demanded(reporter)
         pid = os.fork()
         if not pid:
-            os._exit(len(reporter._run._demands))
+            os._exit(len(reporter._run._requests))
         goes_on.set()
         assert demand.wait(10)
         assert os.waitpid(pid, 0)[1] == 0
