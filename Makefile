@@ -4,7 +4,7 @@
 #   make test     linters, types, floors and all tests; what CI runs, with make newest
 #   make check    linters, types and floors alone
 #   make pythons  the tests of the core on every Python on the machine, CPython 3.11 to 3.15 and PyPy
-#   make newest   those tests, and those of forks and joining, on CPython 3.14 and 3.15, from Debian if need be
+#   make newest   those tests, and those of forks, exits and joining, on CPython 3.14 and 3.15, from Debian if need be
 #   make fuzz     a million odd messages to what decodes them, in about ten minutes
 #   make soak     one service under load for ten minutes, with kills   (SOAK_ARGS="--seconds N --seed N")
 #   make bench    speed and memory beside prometheus_client and others; writes docs/benchmarks.md
