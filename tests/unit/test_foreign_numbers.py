@@ -23,6 +23,7 @@ def whole(registry, name="m"):
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kind", RECORDERS)
 def test_a_number_of_numpy_is_recorded_as_a_plain_one(registry, kind, dtype, action):
+    """numpy's numbers of all types are recorded exactly, without a warning, and read as Python's numbers."""
     numpy = pytest.importorskip("numpy")
     value = getattr(numpy, dtype)(60000 if dtype.startswith("float") else 1)
     record = getattr(getattr(registry, kind)("m"), RECORDERS[kind])
@@ -37,6 +38,7 @@ def test_a_number_of_numpy_is_recorded_as_a_plain_one(registry, kind, dtype, act
 
 @pytest.mark.parametrize("kind", RECORDERS)
 def test_numbers_of_numpy_among_plain_ones_are_recorded_where_warnings_are_errors(registry, kind):
+    """numpy's numbers among plain ones are recorded exactly even if warnings are errors."""
     numpy = pytest.importorskip("numpy")
     record = getattr(getattr(registry, kind)("m"), RECORDERS[kind])
     with warnings.catch_warnings():
@@ -51,6 +53,7 @@ def test_numbers_of_numpy_among_plain_ones_are_recorded_where_warnings_are_error
 @pytest.mark.parametrize("kind", RECORDERS)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_nan_and_infinity_of_numpy_are_dropped_and_counted(registry, kind, dtype):
+    """numpy's NaN and infinities are dropped and counted, and other values are recorded."""
     numpy = pytest.importorskip("numpy")
     number = getattr(numpy, dtype)
     record = getattr(getattr(registry, kind)("m"), RECORDERS[kind])
@@ -64,6 +67,7 @@ def test_nan_and_infinity_of_numpy_are_dropped_and_counted(registry, kind, dtype
 
 
 def test_an_array_is_dropped_and_counted(registry):
+    """An array is no number: it is dropped and counted by every kind of metric."""
     numpy = pytest.importorskip("numpy")
     for kind, method in RECORDERS.items():
         getattr(getattr(registry, kind)(kind), method)(numpy.array([1.0, 2.0]))
@@ -74,6 +78,7 @@ def test_an_array_is_dropped_and_counted(registry):
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_gauge_is_set_to_and_produces_numbers_of_numpy(registry, dtype):
+    """A gauge can be set to numpy's numbers, and its producer can return them."""
     numpy = pytest.importorskip("numpy")
     value = getattr(numpy, dtype)(1)
     with warnings.catch_warnings():
@@ -89,6 +94,7 @@ class Lasting(timedelta):
 
 @pytest.mark.parametrize("duration", [timedelta(milliseconds=1500), Lasting(seconds=1.5)])
 def test_a_timer_takes_a_timedelta(registry, duration):
+    """A timer records a timedelta, also one of a subclass, as seconds."""
     timer = registry.timer("t")
     for _ in range(FULL):
         timer.update(duration)
@@ -97,6 +103,7 @@ def test_a_timer_takes_a_timedelta(registry, duration):
 
 
 def test_a_negative_timedelta_is_dropped_and_a_histogram_takes_none(registry):
+    """A timer drops negative timedeltas, and a histogram drops all of them; both are counted."""
     registry.timer("t").update(timedelta(seconds=-1))
     registry.histogram("h").update(timedelta(seconds=1))
     registry.get_stats()

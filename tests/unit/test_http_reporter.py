@@ -1,4 +1,4 @@
-"""Metrics over HTTP, for applications that have no HTTP of their own."""
+"""HTTPReporter: metrics over HTTP, for applications that have no HTTP server of their own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def reporter():
 
 @pytest.mark.parametrize("path", ["/", "/metrics", "/metrics/", "/metrics?format=json"])
 def test_it_answers_as_the_adapters_do(reporter, path):
-    """JSON unless the client asks for something else; on a port that the system chose, on loopback."""
+    """HTTPReporter answers on loopback, with JSON unless the client requests another format."""
     status, headers, body = get(reporter.port, path)
     assert (status, headers["Content-Type"], json.loads(body)) == (
         200,
@@ -52,13 +52,13 @@ def answered(port, *lines):
 
 @pytest.mark.parametrize("kinds", [(b"image/png", b"text/plain"), (b"text/plain", b"image/png")])
 def test_several_accept_lines_are_one_list(reporter, kinds):
-    """The order of the lines does not decide which one is read."""
+    """Several Accept headers are one list, whatever their order."""
     status, kind = answered(reporter.port, *(b"Accept: " + kind for kind in kinds))
     assert (status, kind) == (b"HTTP/1.1 200 OK", b"Content-Type: text/plain")
 
 
 def test_a_head_of_more_than_64_kb_is_refused(reporter):
-    """However its bytes are spread over the lines; the reporter answers the next request."""
+    """A request head of more than 64 KB is refused, and the next request is answered."""
     lines = [b"Accept: " + b"," * 990] * 66
     assert answered(reporter.port, *lines[:65])[0] == b"HTTP/1.1 200 OK"
     assert answered(reporter.port, *lines)[0].startswith(b"HTTP/1.1 431 ")
@@ -66,7 +66,7 @@ def test_a_head_of_more_than_64_kb_is_refused(reporter):
 
 
 def test_head_is_get_without_its_body(reporter):
-    """The headers are the same."""
+    """The answer to HEAD has the headers of GET and no body."""
     (status, headers, body), (_, expected, _) = (
         get(reporter.port, "/", method) for method in ("HEAD", "GET")
     )
@@ -85,20 +85,20 @@ def test_head_is_get_without_its_body(reporter):
     ],
 )
 def test_refusals_are_plain_sentences(reporter, method, path, status, says):
-    """And say what to do instead."""
+    """A wrong path, method or format is refused by a sentence that says what to do."""
     answered, headers, body = get(reporter.port, path, method)
     assert (answered, headers["Content-Type"]) == (status, "text/plain; charset=utf-8")
     assert says in body.decode()
 
 
-def test_a_client_that_says_nothing_holds_up_no_other(reporter):
-    """Each has a thread of its own."""
+def test_a_client_that_sends_nothing_delays_no_other_client(reporter):
+    """A client that connects and sends nothing does not delay other clients."""
     with socket.create_connection(("127.0.0.1", reporter.port)):
         assert get(reporter.port, "/")[0] == 200
 
 
 def test_start_twice_and_a_port_that_is_taken_are_errors(reporter):
-    """Stop gives the port back, and can be called twice."""
+    """A second start() and a port in use raise errors; stop() frees the port and can be called twice."""
     with pytest.raises(InvalidArgument, match="called before"):
         reporter.start()
     another = HTTPReporter(reporter.port)
@@ -115,13 +115,13 @@ def test_start_twice_and_a_port_that_is_taken_are_errors(reporter):
 
 @pytest.mark.parametrize("port", [-1, 65536, "8889", None, 1.5])
 def test_a_port_is_checked(port):
-    """Where it is given."""
+    """HTTPReporter refuses an invalid port when it is made."""
     with pytest.raises(InvalidArgument, match="a TCP port"):
         HTTPReporter(port)
 
 
-def test_a_forked_child_lets_go_of_the_port(reporter):
-    """So nobody waits at it once the parent has stopped; the child can listen at another."""
+def test_a_forked_child_closes_the_listening_socket(reporter):
+    """A forked child closes its parent's listening socket and can listen on another port."""
     receiver, sender = os.pipe()
     pid = os.fork()
     if not pid:
@@ -148,7 +148,7 @@ def test_a_forked_child_lets_go_of_the_port(reporter):
     "request_", [b"GET http://[ HTTP/1.1", b"\x16\x03\x01garbage", b"GET / HTTP/9.9", b"FOO / HTTP/1.1"]
 )
 def test_garbage_is_answered_or_cut_off(reporter, request_, capfd):
-    """Without a word on standard error, and others are answered."""
+    """Garbage is answered or its connection closed, prints nothing, and others are answered."""
     with socket.create_connection(("127.0.0.1", reporter.port), timeout=5) as client:
         client.sendall(request_ + b"\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello")
         while client.recv(4096):  # the end of the connection, as what was sent is not read
@@ -163,13 +163,13 @@ def test_garbage_is_answered_or_cut_off(reporter, request_, capfd):
 
 @pytest.mark.parametrize("host", ["", None, 5, "http://localhost"])
 def test_a_host_is_checked(host):
-    """An empty one would be all addresses."""
+    """HTTPReporter refuses an invalid host; an empty one would mean all addresses."""
     with pytest.raises(InvalidArgument, match="a host"):
         HTTPReporter(0, host=host)
 
 
-def test_nothing_is_left(reporter):
-    """No thread after stop()."""
+def test_no_thread_is_left_after_stop(reporter):
+    """After stop() no thread of the reporter is left."""
     get(reporter.port, "/")
     reporter.stop()
     wait_for(lambda: not [t for t in threading.enumerate() if t.name == "tapes-http"], "its end")
@@ -186,7 +186,8 @@ def answer_of(client):
     return int(head.split()[1]), body
 
 
-def test_a_client_that_sends_a_byte_now_and_then_is_ended_in_time(reporter, monkeypatch):
+def test_a_client_that_sends_single_bytes_is_disconnected_in_time(reporter, monkeypatch):
+    """A client that sends a byte now and then is disconnected when its time is over."""
     monkeypatch.setattr(http, "_CLIENT_TIMEOUT_SECONDS", 0.5)
     with connected(reporter) as client:
         ended = threading.Event()
@@ -212,7 +213,8 @@ def test_a_client_that_sends_a_byte_now_and_then_is_ended_in_time(reporter, monk
     wait_for(lambda: not reporter._server._clients, "its thread has ended")
 
 
-def test_clients_that_send_nothing_keep_a_reader_waiting_for_a_second_and_no_more(reporter, monkeypatch):
+def test_clients_that_send_nothing_delay_readers_for_seconds_only(reporter, monkeypatch):
+    """If clients that send nothing have all threads, a reader gets a 503, and a later one its answer."""
     monkeypatch.setattr(http, "_MAX_CLIENTS", 8)
     silent = [connected(reporter) for _ in range(8)]
     try:
@@ -227,6 +229,7 @@ def test_clients_that_send_nothing_keep_a_reader_waiting_for_a_second_and_no_mor
 
 
 def test_a_burst_of_readers_takes_a_bounded_number_of_threads_and_each_has_an_answer(reporter):
+    """A burst of readers uses a bounded number of threads, and each reader gets an answer."""
     before = threading.active_count()
     most, statuses = 0, []
     clients = [connected(reporter) for _ in range(300)]
@@ -243,6 +246,8 @@ def test_a_burst_of_readers_takes_a_bounded_number_of_threads_and_each_has_an_an
 
 
 def test_a_client_that_no_thread_can_be_started_for_gets_a_503(reporter, monkeypatch):
+    """If no thread can be started for a client, it gets a 503."""
+
     def refuse(thread):
         raise RuntimeError("can't start new thread")
 
@@ -254,7 +259,8 @@ def test_a_client_that_no_thread_can_be_started_for_gets_a_503(reporter, monkeyp
     assert client.fileno() == -1
 
 
-def test_a_refused_client_that_sends_without_a_pause_holds_up_no_other():
+def test_a_refused_client_that_never_stops_sending_delays_no_other():
+    """A refused client that sends without a pause does not delay other clients."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)

@@ -1,4 +1,4 @@
-"""The producers of gauges: none holds up another one or a read, whatever it does."""
+"""The producers of gauges: none delays another one, or a read for long, whatever it does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.processes import wait_for
 
 
 def test_a_read_waits_for_a_producer_that_was_made_while_another_one_ran():
-    """The round that runs just then does not know it."""
+    """A read waits for a producer that was added during a round, because that round does not run it."""
     registry = tapes.Registry()
     producers = Producers(registry)
     runs, goes_on, was_read = threading.Event(), threading.Event(), threading.Event()
@@ -52,6 +52,8 @@ class Exits(BaseException):
     "error", [asyncio.CancelledError, SystemExit, KeyboardInterrupt, GeneratorExit, Exits, RuntimeError]
 )
 def test_whatever_a_producer_raises_the_others_are_read(registry, caplog, error):
+    """A producer that raises any exception hides its own gauge only; the failure is counted and logged."""
+
     def fails():
         raise error("gone")
 
@@ -81,7 +83,8 @@ def hang():
     goes_on.set()
 
 
-def test_a_producer_that_hangs_holds_up_one_read_for_a_second_and_no_other_producer(registry, caplog, hang):
+def test_a_producer_that_hangs_delays_one_read_by_a_second(registry, caplog, hang):
+    """A producer that hangs delays one read by a second, and no other producer; later it is run again."""
     registry.gauge("a", lambda: 1)
     registry.gauge("b", hang)
     registry.gauge("c", lambda: 2)
@@ -95,7 +98,8 @@ def test_a_producer_that_hangs_holds_up_one_read_for_a_second_and_no_other_produ
     wait_for(lambda: registry.snapshot().series("b"), "the producer is run again")
 
 
-def test_several_producers_that_hang_hold_up_one_read_together(registry, hang):
+def test_several_producers_that_hang_delay_one_read_together(registry, hang):
+    """Six producers that hang delay one read together, not one after the other."""
     for number in range(6):
         registry.gauge(f"hangs.{number}", hang)
         registry.gauge(f"works.{number}", lambda: 1)
@@ -106,6 +110,7 @@ def test_several_producers_that_hang_hold_up_one_read_together(registry, hang):
 
 
 def test_the_last_value_of_a_producer_that_hangs_stays_for_ten_seconds(registry, clock, hang):
+    """While a producer hangs, its gauge shows the last value for ten seconds, and then none."""
     answers = [7]
     registry.gauge("g", lambda: answers.pop() if answers else hang())
     assert registry.get_stats().g.value == 7
@@ -117,6 +122,7 @@ def test_the_last_value_of_a_producer_that_hangs_stays_for_ten_seconds(registry,
 
 
 def test_a_new_producer_replaces_one_that_hangs(registry, hang):
+    """A new producer replaces one that hangs, and the late result of the old one is ignored."""
     registry.gauge("g", hang)
     assert registry.snapshot().series("g") == ()
     registry.gauge("g", lambda: 5)
@@ -127,6 +133,7 @@ def test_a_new_producer_replaces_one_that_hangs(registry, hang):
 
 
 def test_the_newest_producer_is_used_and_the_log_has_one_line(registry, caplog):
+    """If a gauge gets another producer, the newest one is used, and the log has one line about it."""
     for value in (1, 2, 3):
         registry.gauge("g", lambda value=value: value)
         assert registry.get_stats().g.value == value
@@ -134,6 +141,8 @@ def test_the_newest_producer_is_used_and_the_log_has_one_line(registry, caplog):
 
 
 def test_the_same_producer_again_is_no_other_one(registry, caplog):
+    """Giving the same bound method again is no change of the producer and is not logged."""
+
     class Pool:
         def size(self):
             return 4
@@ -149,12 +158,14 @@ current = contextvars.ContextVar("current")
 
 
 def test_a_producer_has_the_context_of_the_reader(registry):
+    """A producer sees the context variables of the thread that reads."""
     current.set(3)
     registry.gauge("g", current.get)
     assert registry.get_stats().g.value == 3
 
 
 def test_a_producer_that_works_in_the_readers_thread_alone_has_a_value(registry):
+    """A producer that works only in the reader's thread, as one that needs the event loop, has a value."""
     registry.gauge("tasks", lambda: len(asyncio.all_tasks()))
 
     async def main():
@@ -166,6 +177,8 @@ def test_a_producer_that_works_in_the_readers_thread_alone_has_a_value(registry)
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError, RuntimeError])
 def test_where_no_thread_can_start_the_reader_runs_producers(registry, monkeypatch, error):
+    """If no thread can be started, the reading thread runs the producers."""
+
     def fails():
         raise error
 
@@ -180,6 +193,8 @@ def test_where_no_thread_can_start_the_reader_runs_producers(registry, monkeypat
 
 
 def test_an_exception_of_a_signal_handler_ends_the_read_and_is_not_the_producers(registry, hang):
+    """An exception of a signal handler ends the read and is not taken for a failure of the producer."""
+
     class Stop(BaseException):
         pass
 
@@ -198,6 +213,7 @@ def test_an_exception_of_a_signal_handler_ends_the_read_and_is_not_the_producers
 
 
 def test_a_strict_block_raises_the_failure_of_a_producer_from_the_read():
+    """In a strict block a read raises the failure of a producer."""
     with strict(tapes.Registry()) as registry:
         registry.gauge("g", lambda: 1 / 0)
         with pytest.raises(BadValue, match="division by zero"):
@@ -205,7 +221,7 @@ def test_a_strict_block_raises_the_failure_of_a_producer_from_the_read():
 
 
 def test_producers_that_fail_late_do_not_add_up(registry):
-    """They run once: what takes long does not fail for the thread that it runs in."""
+    """Producers that fail late run at the same time, not again in the reader's thread one by one."""
 
     def fails():
         time.sleep(0.4)
@@ -237,6 +253,7 @@ class Queue:
 
 
 def test_producers_that_are_equal_are_two(registry, caplog):
+    """Producers that compare as equal are different producers, whatever their comparison does."""
     for length in (0, 3):
         registry.gauge("called", Queue(length))
         registry.gauge("method", Queue(length).size)
@@ -246,6 +263,7 @@ def test_producers_that_are_equal_are_two(registry, caplog):
 
 
 def test_a_weak_producer_that_is_given_again_is_kept_if_it_is_no_longer_weak(registry):
+    """A weak producer that is given again without ``weak`` is kept alive."""
     queue = Queue(4)
     registry.gauge("g", queue.size, weak=True)
     registry.gauge("g", queue.size)
@@ -254,7 +272,7 @@ def test_a_weak_producer_that_is_given_again_is_kept_if_it_is_no_longer_weak(reg
 
 
 def test_a_read_leaves_no_thread_behind(registry):
-    """A fork that follows would be one beside threads, of which Python warns."""
+    """A read leaves no thread running, so a later fork gives no warning."""
     registry.gauge("g", lambda: 1)
     before = threading.active_count()
     for _ in range(200):

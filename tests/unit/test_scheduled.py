@@ -1,4 +1,4 @@
-"""Reports on a schedule: when they come, what becomes of those that fail, and how they end."""
+"""Reports on a schedule: when they are made, what becomes of those that fail, and how they end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONG, SHORT = timedelta(hours=1), timedelta(milliseconds=5)
 
 
 class Noting(ScheduledReporter):
-    """Notes its reports, and does in them what it is told."""
+    """A reporter that notes its reports, and runs a function of the test in them."""
 
     def __init__(self, interval, registry=None, action=lambda: None):
         super().__init__(interval, registry or tapes.Registry())
@@ -37,7 +37,7 @@ def count(reporter, name):
 
 
 def test_the_first_report_comes_at_once_and_the_last_at_the_end():
-    """Whatever the interval; from a daemon thread that has a name."""
+    """Whatever the interval, a report is made at the start and one at stop(), by a named daemon thread."""
     with Noting(LONG) as reporter:
         wait_for(lambda: reporter.reports, "the first report")
         (thread,) = reporter.reports
@@ -47,7 +47,7 @@ def test_the_first_report_comes_at_once_and_the_last_at_the_end():
 
 
 def test_reports_come_every_interval():
-    """Without end."""
+    """A report is made every interval until the reporter is stopped."""
     with Noting(SHORT) as reporter:
         wait_for(lambda: len(reporter.reports) > 20, "twenty reports")
 
@@ -57,7 +57,7 @@ def test_reports_come_every_interval():
     [(100.0, 110.0, 0), (109.9, 110.0, 0), (110.0, 120.0, 1), (131.0, 140.0, 3), (99.0, 110.0, 0)],
 )
 def test_a_grid_does_not_drift(now, due, missed):
-    """What a report takes does not move those after it; moments that pass meanwhile are counted."""
+    """The duration of a report does not move later ones; intervals that pass meanwhile are counted."""
     grid = Grid(10.0, 100.0)
     assert grid.due == 100.0
     assert grid.pass_by(now) == missed
@@ -65,7 +65,7 @@ def test_a_grid_does_not_drift(now, due, missed):
 
 
 def test_a_slow_report_has_those_that_it_misses_counted():
-    """And it is never run twice at once."""
+    """Reports that a slow one makes impossible are counted, and no two reports run at once."""
     passed = threading.Event()
     with Noting(SHORT, action=lambda: passed.wait(0.1)) as reporter:
         wait_for(lambda: count(reporter, "tapes.reports.skipped") > 10, "reports are skipped")
@@ -75,7 +75,7 @@ def test_a_slow_report_has_those_that_it_misses_counted():
 
 @pytest.mark.parametrize("error", [ValueError("x"), OSError("y"), AggregatorUnavailable("z"), SystemExit(1)])
 def test_what_a_report_raises_is_counted_and_logged_once(error, caplog):
-    """The schedule goes on; only a mistake is worth a traceback."""
+    """An exception in a report is counted, logged once, and ends no schedule; a mistake has a traceback."""
 
     def fail():
         raise error
@@ -90,7 +90,7 @@ def test_what_a_report_raises_is_counted_and_logged_once(error, caplog):
 
 
 def test_it_is_logged_again_a_minute_later(caplog, monkeypatch):
-    """With how often it was not said in between."""
+    """A failure that continues is logged again after a minute, with the number of failures between."""
     now = [1000.0]
     monkeypatch.setattr("tapes.reporting.base.monotonic", lambda: now[0])
     reporter = Noting(LONG)
@@ -104,7 +104,7 @@ def test_it_is_logged_again_a_minute_later(caplog, monkeypatch):
 
 
 def test_start_twice_is_an_error_and_stop_twice_is_none():
-    """It can be started again after it was stopped."""
+    """A second start() is an error and a second stop() is not; a stopped reporter can be started again."""
     reporter = Noting(LONG)
     reporter.stop()
     with reporter:
@@ -118,7 +118,7 @@ def test_start_twice_is_an_error_and_stop_twice_is_none():
 
 
 def test_a_report_may_stop_its_reporter():
-    """It doesn't wait for itself."""
+    """A report that calls stop() of its own reporter does not wait for itself."""
     reporter = Noting(SHORT)
     reporter.action = reporter.stop
     reporter.start()
@@ -127,7 +127,7 @@ def test_a_report_may_stop_its_reporter():
 
 
 def test_a_report_that_stops_its_reporter_is_no_report_that_hangs(caplog):
-    """Nothing is said of it."""
+    """A report that stops its own reporter is not logged as hanging."""
     reporter = Noting(SHORT)
     reporter.action = reporter.stop
     reporter.start()
@@ -136,7 +136,7 @@ def test_a_report_that_stops_its_reporter_is_no_report_that_hangs(caplog):
 
 
 def test_subclasses_may_call_their_attributes_as_they_like():
-    """The schedule needs none of these names."""
+    """Subclasses may use any attribute names, because the schedule keeps none in the instance."""
 
     class Named(Noting):
         count = failed = warn = release = forked = go_on = before_fork = tell = 0
@@ -150,15 +150,15 @@ def test_subclasses_may_call_their_attributes_as_they_like():
         wait_for(lambda: reporter.count > 5, "it goes on")
 
 
-def test_the_longest_interval_there_is():
-    """Is longer than a thread can wait."""
+def test_the_longest_interval_can_be_used():
+    """The longest timedelta, which is longer than a thread can wait, is a valid interval."""
     with Noting(timedelta.max) as reporter:
         wait_for(lambda: reporter.reports, "the first report")
     assert len(reporter.reports) == 2
 
 
 def test_a_start_that_fails_is_none(monkeypatch):
-    """It can be started again, and stopped."""
+    """A reporter whose start failed can be started again, and stopped."""
     reporter = Noting(LONG)
 
     def start(self):
@@ -175,7 +175,7 @@ def test_a_start_that_fails_is_none(monkeypatch):
 
 
 def test_stop_leaves_a_report_that_hangs_to_itself(caplog, monkeypatch):
-    """And says so; what comes of it later disturbs nobody."""
+    """stop() does not wait for a report that hangs, and logs that; its late end has no effect."""
     monkeypatch.setattr("tapes.reporting.scheduled.STOP_SECONDS", 0.05)
     hanging = threading.Event()
     reporter = Noting(LONG, action=hanging.wait)
@@ -192,20 +192,20 @@ def test_stop_leaves_a_report_that_hangs_to_itself(caplog, monkeypatch):
 
 @pytest.mark.parametrize("interval", [10, 0.5, None, timedelta(0), timedelta(seconds=-1), "10s"])
 def test_an_interval_is_a_positive_timedelta(interval):
-    """The error says so."""
+    """A reporter refuses an interval that is not a positive timedelta."""
     with pytest.raises(InvalidArgument, match="timedelta"):
         Noting(interval)
 
 
 def test_a_registry_is_a_registry():
-    """An argument in the wrong place is noticed at once; none is the default registry."""
+    """A reporter refuses a registry of another type; without one it uses the default registry."""
     with pytest.raises(InvalidArgument, match="registry of ScheduledReporter"):
         ScheduledReporter(LONG, "localhost")
     assert ScheduledReporter(LONG).registry is tapes.registry.default_registry
 
 
 def test_what_is_not_overridden_is_named():
-    """By its class."""
+    """A reporter without report() raises an error that names its class."""
 
     class Mine(Reporter):
         pass
@@ -253,13 +253,13 @@ def run_printing(program, short_dir):
 
 
 def test_the_end_of_the_process_is_the_last_report(short_dir):
-    """Nobody has to call stop()."""
+    """At the exit of the process a last report is made without a call of stop()."""
     (values,) = run_printing("reported(os.getpid()); tapes.counter('c').increment(41)", short_dir).values()
     assert values[-1] == 42
 
 
-def test_it_goes_on_in_forked_children(short_dir):
-    """By itself; a start() of the child's own is welcome, a second one is not."""
+def test_a_reporter_continues_in_forked_children(short_dir):
+    """A reporter continues in forked children; a first start() of the child is accepted, a second is not."""
     program = """
 pid = os.fork()
 if not pid:
@@ -281,7 +281,7 @@ printer.stop()
 
 
 def test_children_of_multiprocessing_report_a_last_time(short_dir):
-    """Though they run no atexit functions."""
+    """Multiprocessing children, which run no atexit functions, make a last report."""
     program = """
 import multiprocessing
 child = multiprocessing.get_context("fork").Process(target=lambda: tapes.counter("c").increment(10))
@@ -294,7 +294,7 @@ assert child.exitcode == 0
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="older ones do not warn")
 def test_a_fork_beside_a_reporter_raises_no_warning(short_dir):
-    """The thread ends before it: Python warns of forks beside threads."""
+    """A fork while a reporter runs gives no warning, because its thread ends before the fork."""
     run_printing("os.fork() or os._exit(0)", short_dir)
 
 
@@ -302,7 +302,7 @@ def test_a_fork_beside_a_reporter_raises_no_warning(short_dir):
     sys.implementation.name == "pypy", reason="no thread starts in a child forked during a start"
 )
 def test_threads_that_fork_at_once_leave_one_thread(short_dir):
-    """However the hooks of their forks come after each other."""
+    """After forks of several threads at once a process has one thread of its reporter."""
     program = """
 import threading
 def fork():
@@ -324,7 +324,7 @@ assert not ours()
 
 
 def test_a_report_that_hangs_holds_up_no_fork_for_long(short_dir):
-    """Its thread goes on in the parent; a child begins with a thread of its own."""
+    """A hanging report delays a fork for a bounded time; the child has a reporter thread of its own."""
     program = """
 import threading
 printer.stop()
@@ -354,7 +354,7 @@ while pathlib.Path(sys.argv[1]).read_text().count(f"{pid} 5") < 5:  # it reports
 
 
 def test_the_end_of_a_process_waits_for_all_reports_at_once(short_dir):
-    """One that hangs doesn't keep another from its last report; an interruption neither."""
+    """At exit all last reports run at once: one that hangs, or an interrupt, prevents no other."""
     program = """
 import signal, threading
 printer.stop()
@@ -381,7 +381,7 @@ threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start() if int
 
 
 def test_forks_wait_for_the_report_under_way(short_dir):
-    """So a child finds nothing half done."""
+    """A fork waits until a running report has finished, so that a child finds nothing half done."""
     program = """
 done = []
 class Slow(ScheduledReporter):

@@ -1,4 +1,4 @@
-"""SocketPool share work, and a process answers a bounded number of them."""
+"""Reads of a process share their answers, and a process answers a bounded number of readers."""
 
 import os
 import signal
@@ -62,7 +62,8 @@ def work():
     work.goes_on.set()
 
 
-def test_all_who_come_while_one_call_runs_share_the_next(shared, work):
+def test_calls_during_a_running_call_share_the_next_one(shared, work):
+    """All callers that arrive while a call runs share the result of the next call."""
     first = Callers(shared, work, 1)
     wait_for(lambda: work.calls == 1, "the first call runs")
     others = Callers(shared, work, 30)
@@ -76,8 +77,8 @@ def test_all_who_come_while_one_call_runs_share_the_next(shared, work):
     assert set(others.results) <= {2, 3, 4}
 
 
-def test_one_who_comes_during_a_call_never_gets_its_result(shared):
-    """What it has recorded before is not in there."""
+def test_a_call_never_gets_a_result_that_began_before_it(shared):
+    """A caller that arrives during a call gets a later result, which has what it recorded before."""
     recorded, seen = [], []
 
     def read():
@@ -100,13 +101,15 @@ def test_one_who_comes_during_a_call_never_gets_its_result(shared):
 
 
 def test_calls_of_different_keys_run_side_by_side(shared, work):
+    """Calls with different keys run at the same time."""
     one, other = Callers(shared, work, 1, "json"), Callers(shared, work, 1, "prometheus")
     wait_for(lambda: work.calls == 2, "both run")
     work.goes_on.set()
     one.join(), other.join()
 
 
-def test_an_error_reaches_everybody_and_the_next_call_is_made_anew(shared, work):
+def test_an_error_reaches_every_caller_and_the_next_call_runs_again(shared, work):
+    """Every caller that shares a failing call gets the error, and the next call runs again."""
     work.error = AggregatorUnavailable("it is gone", remedy="wait")
     callers = Callers(shared, work, 5)
     work.goes_on.set()
@@ -117,7 +120,8 @@ def test_an_error_reaches_everybody_and_the_next_call_is_made_anew(shared, work)
     assert shared.call("json", work) == work.calls
 
 
-def test_what_ends_the_thread_that_leads_ends_no_other(shared, work):
+def test_a_system_exit_in_a_shared_call_leaves_no_other_caller_waiting(shared, work):
+    """A SystemExit in the thread that makes a shared call leaves no other thread waiting."""
     work.error = SystemExit()
     first = Callers(shared, work, 1)
     wait_for(lambda: work.calls == 1, "the first call runs")
@@ -133,7 +137,8 @@ def test_what_ends_the_thread_that_leads_ends_no_other(shared, work):
     assert not shared._running
 
 
-def test_a_call_that_never_ends_holds_up_others_once(work):
+def test_a_call_that_never_returns_delays_others_once(work):
+    """A call that never returns lets one later caller time out; the callers after that get answers."""
     shared = Shared(0.2)
     stuck = Callers(shared, work, 1)
     wait_for(lambda: work.calls == 1, "it runs")
@@ -145,6 +150,7 @@ def test_a_call_that_never_ends_holds_up_others_once(work):
 
 
 def test_a_signal_handler_that_reads_is_answered_while_its_thread_reads(shared):
+    """A signal handler that interrupts a read of its own thread can read too."""
     answers = []
     before = signal.signal(signal.SIGALRM, lambda *_: answers.append(shared.call("json", lambda: "handler")))
     try:
@@ -166,6 +172,7 @@ def clock():
 
 
 def test_readers_beyond_the_limit_are_refused_with_a_sentence(clock):
+    """A reader beyond the limit is refused with a sentence that says when to ask again."""
     pressure = Pressure(2, clock)
     with pressure.reader(), pressure.reader():
         one_more = pressure.reader()
@@ -189,7 +196,8 @@ def is_one_at_a_time(pressure):
             return True
 
 
-def test_slow_reads_use_up_the_allowance_and_one_at_a_time_is_answered_then(clock):
+def test_after_too_many_slow_reads_one_reader_at_a_time_is_answered(clock):
+    """After too many slow reads one reader at a time is answered, until a second has passed."""
     pressure = Pressure(10, clock)
     for _ in range(3):
         read(pressure, clock, 0.4)
@@ -199,6 +207,7 @@ def test_slow_reads_use_up_the_allowance_and_one_at_a_time_is_answered_then(cloc
 
 
 def test_quick_reads_are_free(clock):
+    """Reads that take less than 50 ms never use up the allowance."""
     pressure = Pressure(10, clock)
     for _ in range(10_000):
         read(pressure, clock, 0.04)
@@ -206,6 +215,7 @@ def test_quick_reads_are_free(clock):
 
 
 def test_a_slow_read_that_many_share_counts_once(clock):
+    """A slow read that fifty readers share uses the allowance of one."""
     pressure = Pressure(100, clock)
     readers = [pressure.reader() for _ in range(50)]
     for reader in readers:
@@ -217,6 +227,7 @@ def test_a_slow_read_that_many_share_counts_once(clock):
 
 
 def test_after_a_long_burst_several_readers_are_answered_again_within_four_seconds(clock):
+    """After a long burst of slow reads, several readers at a time are answered again within 4.1 s."""
     pressure = Pressure(10, clock)
     for _ in range(100):
         read(pressure, clock, 1.0)
@@ -225,6 +236,7 @@ def test_after_a_long_burst_several_readers_are_answered_again_within_four_secon
 
 
 def test_a_forked_child_has_no_readers_and_a_lock_of_its_own():
+    """A forked child starts with no readers and an unlocked lock, whatever its parent was doing."""
     pressure = endpoint._pressure
     with pressure.reader(), pressure._lock:
         pid = os.fork()
@@ -234,7 +246,9 @@ def test_a_forked_child_has_no_readers_and_a_lock_of_its_own():
         assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_an_error_that_can_not_be_copied_reaches_everybody(shared, work):
+def test_an_error_that_cannot_be_copied_reaches_every_caller(shared, work):
+    """An error whose class can't be copied still reaches every caller of a shared call."""
+
     class Odd(Exception):
         def __init__(self, one, *, two):
             super().__init__(one, two)

@@ -1,4 +1,4 @@
-"""A call that returns an awaitable or a generator is timed until that has ended."""
+"""A call that returns an awaitable or a generator is timed until that has finished."""
 
 import asyncio
 import concurrent.futures
@@ -89,7 +89,9 @@ def decorated(function):
         lambda clock: lambda: asyncio.gather(work(clock)),
     ],
 )
-def test_a_call_is_timed_until_the_awaitable_it_returns_has_ended(clock, timer, make):
+def test_a_call_is_timed_until_the_awaitable_it_returns_has_finished(clock, timer, make):
+    """A decorated call of any form that returns an awaitable is timed until the awaitable has finished."""
+
     async def main():
         result = await timer.time()(make(clock))()
         await asyncio.sleep(0)  # futures run their callbacks in the loop's next round
@@ -100,6 +102,8 @@ def test_a_call_is_timed_until_the_awaitable_it_returns_has_ended(clock, timer, 
 
 
 def test_the_time_of_the_call_itself_counts_and_the_time_before_the_await_does_not(clock, timer):
+    """The call and the awaiting are timed, but not the time between them."""
+
     @timer.time()
     def prepare():
         clock.advance(2.0)
@@ -115,6 +119,7 @@ def test_the_time_of_the_call_itself_counts_and_the_time_before_the_await_does_n
 
 
 def test_a_returned_coroutine_stays_a_native_one_with_its_name(clock, timer):
+    """A returned coroutine is still a native coroutine with its own name."""
     coroutine = timer.time()(View(clock).dispatch)()
     assert inspect.iscoroutine(coroutine)
     assert coroutine.__qualname__ == "View.get"
@@ -122,6 +127,8 @@ def test_a_returned_coroutine_stays_a_native_one_with_its_name(clock, timer):
 
 
 def test_anyio_starts_a_timed_callable_that_returns_a_coroutine(clock, timer):
+    """anyio's task groups accept a timed callable that returns a coroutine."""
+
     async def main():
         async with anyio.create_task_group() as group:
             group.start_soon(timer.time()(View(clock).dispatch))
@@ -131,6 +138,8 @@ def test_anyio_starts_a_timed_callable_that_returns_a_coroutine(clock, timer):
 
 
 def test_an_exception_in_the_coroutine_is_timed_and_raised(clock, timer):
+    """An exception in a returned coroutine is raised, and the call is timed."""
+
     async def fail():
         clock.advance(1.0)
         raise KeyError("x")
@@ -141,6 +150,7 @@ def test_an_exception_in_the_coroutine_is_timed_and_raised(clock, timer):
 
 
 def test_a_coroutine_that_is_closed_before_its_start_gives_no_warning(clock, timer):
+    """A returned coroutine that is closed before its start gives no warning and is not timed."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         timer.time()(View(clock).dispatch)().close()
@@ -150,6 +160,7 @@ def test_a_coroutine_that_is_closed_before_its_start_gives_no_warning(clock, tim
 
 
 def test_a_coroutine_that_is_never_awaited_gives_one_warning_with_its_own_name(clock, timer):
+    """A returned coroutine that is never awaited gives Python's warning once, with its own name."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         timer.time()(View(clock).dispatch)()
@@ -158,6 +169,7 @@ def test_a_coroutine_that_is_never_awaited_gives_one_warning_with_its_own_name(c
 
 
 def test_a_future_of_a_thread_is_returned_as_it_is_and_timed_until_it_is_done(clock, timer):
+    """A returned concurrent future is returned as it is, and timed until it is done."""
     future = concurrent.futures.Future()
     assert timer.time()(lambda: future)() is future
     assert durations(timer) == (0, 0.0)
@@ -167,6 +179,8 @@ def test_a_future_of_a_thread_is_returned_as_it_is_and_timed_until_it_is_done(cl
 
 
 def test_a_returned_generator_is_timed_to_its_end(clock, timer):
+    """A call that returns a generator is timed until the generator is exhausted."""
+
     def rows():
         for row in range(2):
             clock.advance(1.0)
@@ -179,6 +193,8 @@ def test_a_returned_generator_is_timed_to_its_end(clock, timer):
 
 
 def test_a_returned_asynchronous_generator_is_timed_to_its_end(clock, timer):
+    """A call that returns an asynchronous generator is timed until the generator is exhausted."""
+
     async def rows():
         for row in range(2):
             clock.advance(1.0)
@@ -277,6 +293,8 @@ class NoFuture:
     ],
 )
 def test_any_other_result_is_returned_as_it_is_and_the_call_is_timed(clock, timer, result):
+    """Any other result is returned as it is, also one with unusual methods, and the call alone is timed."""
+
     @timer.time()
     def call():
         clock.advance(1.0)
@@ -287,6 +305,8 @@ def test_any_other_result_is_returned_as_it_is_and_the_call_is_timed(clock, time
 
 
 def test_async_with_times_its_block(clock, timer):
+    """``async with timer.time()`` times its block, also if the block raises."""
+
     async def main():
         async with timer.time():
             await work(clock)
@@ -300,6 +320,8 @@ def test_async_with_times_its_block(clock, timer):
 
 
 def test_a_coroutine_made_of_a_generator_stays_one(clock, timer):
+    """A coroutine made by types.coroutine can be awaited when it is timed, and is timed to its end."""
+
     @types.coroutine
     def generator_based():
         clock.advance(2.0)

@@ -1,4 +1,4 @@
-"""Reports on the schedule of an IOLoop, which they never hold up."""
+"""Reporters on the schedule of an IOLoop, which they never block."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LONG, SHORT = timedelta(hours=1), timedelta(milliseconds=5)
 
 
 class Noting(TornadoScheduledReporter):
-    """Notes the threads of its reports, and does in them what it is told."""
+    """A reporter that notes the threads of its reports, and runs a function of the test in them."""
 
     def __init__(self, interval, action=lambda: None, **options):
         super().__init__(interval, tapes.Registry(), **options)
@@ -71,7 +71,7 @@ async def until(condition):
 
 @ALL
 def test_reports_come_at_once_every_interval_and_at_the_end(kind):
-    """Beside the loop, or on it if the report gives way by itself."""
+    """A first report is made at once, then one every interval, and one at the end; none blocks the loop."""
 
     async def main():
         with kind(LONG) as one, kind(SHORT) as many:
@@ -86,8 +86,8 @@ def test_reports_come_at_once_every_interval_and_at_the_end(kind):
         assert thread is threading.main_thread() or (thread.daemon, thread.name) == (True, "tapes-Noting")
 
 
-def test_a_slow_report_holds_up_nothing():
-    """The loop goes on; what falls due meanwhile is skipped and counted, and never two run at once."""
+def test_a_slow_report_does_not_block_the_loop():
+    """During a slow report the loop runs, due reports are skipped and counted, and no two run at once."""
     passed = threading.Event()
 
     async def main():
@@ -102,7 +102,7 @@ def test_a_slow_report_holds_up_nothing():
 
 
 def test_a_slow_coroutine_is_not_run_twice_at_once():
-    """Likewise."""
+    """A report that is a slow coroutine never runs twice at once; skipped reports are counted."""
 
     async def main():
         waiting = asyncio.Event()
@@ -123,7 +123,7 @@ def test_a_slow_coroutine_is_not_run_twice_at_once():
 
 @ALL
 def test_what_a_report_raises_does_not_end_the_schedule(kind, caplog):
-    """It is counted, and logged once."""
+    """An exception in a report is counted, logged once, and does not end the schedule."""
 
     def fail():
         raise ValueError("x")
@@ -139,7 +139,7 @@ def test_what_a_report_raises_does_not_end_the_schedule(kind, caplog):
 
 @ALL
 def test_a_loop_that_is_over_does_not_keep_the_last_report_from_being_made(kind):
-    """The seed's way: start, run the loop, stop."""
+    """The last report is made by stop(), also when the loop has already ended."""
     asyncio.set_event_loop(asyncio.new_event_loop())
     loop = IOLoop.current()
     reporter = kind(LONG, io_loop=loop)
@@ -153,7 +153,7 @@ def test_a_loop_that_is_over_does_not_keep_the_last_report_from_being_made(kind)
 
 
 def test_a_thread_that_can_not_be_started_is_a_report_that_failed(monkeypatch):
-    """The schedule goes on, and the last report is made."""
+    """If no thread can be started for a report, it counts as failed, and the schedule goes on."""
 
     def refuse(thread):
         raise RuntimeError("can't start new thread")
@@ -169,7 +169,7 @@ def test_a_thread_that_can_not_be_started_is_a_report_that_failed(monkeypatch):
 
 
 def test_nothing_is_left_of_a_reporter_that_was_stopped():
-    """Nothing waits for the end of the process, and sockets are closed."""
+    """A stopped reporter leaves no exit hook and no open socket."""
     from tapes import shutdown
 
     before = set(shutdown._actions)
@@ -186,7 +186,7 @@ def test_nothing_is_left_of_a_reporter_that_was_stopped():
 
 
 def test_a_loop_that_is_closed_makes_no_last_report(caplog):
-    """It is said in one line."""
+    """If the loop is closed before stop(), a coroutine's last report is not made, which is logged."""
 
     async def main():
         reporter = NotingOnTheLoop(LONG)
@@ -201,7 +201,7 @@ def test_a_loop_that_is_closed_makes_no_last_report(caplog):
 
 
 def test_start_twice_is_an_error_and_stop_twice_is_none():
-    """It can be started again after it was stopped."""
+    """A second start() is an error and a second stop() is not; a stopped reporter can be started again."""
 
     async def main():
         with Noting(LONG) as reporter, pytest.raises(InvalidArgument, match="called before"):
@@ -215,13 +215,13 @@ def test_start_twice_is_an_error_and_stop_twice_is_none():
 
 @pytest.mark.parametrize("interval", [10, None, timedelta(0)])
 def test_an_interval_is_a_positive_timedelta(interval):
-    """The error says so."""
+    """A reporter refuses an interval that is not a positive timedelta."""
     with pytest.raises(InvalidArgument, match="timedelta"):
         TornadoScheduledReporter(interval)
 
 
 def test_lines_of_json():
-    """One for each report."""
+    """TornadoStreamReporter writes one line of JSON per report."""
     stream, registry = io.StringIO(), tapes.Registry()
     registry.counter("c").increment(3)
 
@@ -236,7 +236,7 @@ def test_lines_of_json():
 
 
 def test_statsd():
-    """The same packets as from a thread."""
+    """TornadoStatsdReporter sends the same packets as the reporter with a thread."""
     registry = tapes.Registry()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
         receiver.bind(("127.0.0.1", 0))
@@ -254,7 +254,7 @@ def test_statsd():
 
 
 def test_the_end_of_the_process_waits_for_the_last_report(short_dir):
-    """Which is made beside the loop; one that hangs keeps nothing from ending."""
+    """The exit of the process waits for a last report that runs in a thread."""
     program = """
 import asyncio, datetime, tapes, time
 from tapes.reporting.tornado.stream import TornadoStreamReporter
@@ -280,7 +280,7 @@ asyncio.run(main())
 
 
 def test_a_forked_child_is_not_started(short_dir):
-    """It has no use for the loop of its parent, and can start on one of its own."""
+    """A forked child's reporter is not started, and can be started on a loop of the child."""
     program = """
 import asyncio, datetime, os, tapes
 from tapes.reporting.tornado.stream import TornadoStreamReporter
