@@ -51,15 +51,14 @@ def launch(endpoints: Endpoints, owner: Process, reason: str, user: User, *, wai
     ]  # fmt: skip
     try:
         _start_process(arguments, readiness)
-    except OSError as error:
+    except BaseException as error:
         readiness.close()
+        if not isinstance(error, OSError):
+            raise
         raise AggregatorUnavailable(
             f"the aggregator can't be started ({error.strerror or error})",
             remedy="start it by hand: RegistryAggregator(…).start() before the fork, connect() after it",
         ) from None
-    except BaseException:
-        readiness.close()
-        raise
     # 2. Wait until it is ready.
     if not wait:
         readiness.close()
@@ -67,7 +66,7 @@ def launch(endpoints: Endpoints, owner: Process, reason: str, user: User, *, wai
     try:
         readiness.wait()
     except AddressInUse:
-        # 3. Another aggregator that serves these endpoints is as good; the address of a reporter is an error.
+        # 3. Another aggregator may serve these endpoints; a reporter's address in use is an error.
         if endpoints.path is not None and not is_served(endpoints):
             raise
 

@@ -6,12 +6,15 @@ import contextlib
 import fcntl
 import os
 import select
+from typing import Any
 
-from tapes import threads
-from tapes.errors import AddressError, AggregatorUnavailable, InvalidArgument, TapesError
+from tapes import errors, threads
+from tapes.errors import AddressError, AggregatorUnavailable, InvalidArgument
 
 _READY_SECONDS = 10.0
 _END = b"\0"
+_ERRORS = (AddressError, AggregatorUnavailable, InvalidArgument)
+"""What a report can name, and their subclasses."""
 
 
 class Readiness:
@@ -62,7 +65,9 @@ class Readiness:
             self.close_reader()
         kind, _, message = text.rstrip(_END).decode(errors="replace").partition("\n")
         if kind != "ready":
-            raise _FAILURES.get(kind, AggregatorUnavailable)(message or self._failure)
+            error: Any = getattr(errors, kind, None)
+            is_known = isinstance(error, type) and issubclass(error, _ERRORS)
+            raise (error if is_known else AggregatorUnavailable)(message or self._failure)
 
     def close_reader(self) -> None:
         """Close the end that the starting process reads."""
@@ -103,13 +108,3 @@ def _above_standard_streams(fd: int) -> int:
     higher = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
     os.close(fd)
     return higher
-
-
-def _failures(root: type[TapesError]) -> dict[str, type[TapesError]]:
-    found = {root.__name__: root}
-    for child in root.__subclasses__():
-        found.update(_failures(child))
-    return found
-
-
-_FAILURES = {**_failures(AddressError), **_failures(AggregatorUnavailable), **_failures(InvalidArgument)}

@@ -80,8 +80,7 @@ class Supervisor:
         """Return when an aggregator has ended without being killed, with its exit status.
 
         There is no pause: after a second workers start an aggregator too, and the later of the two would
-            become a zombie. After ten aggregators in a row were killed at once, only workers start one, with
-            pauses.
+        become a zombie. After ten that were killed at once in a row, only workers start one, with pauses.
         """
         for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
             signal.signal(ignored, signal.SIG_IGN)

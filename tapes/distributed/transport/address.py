@@ -55,7 +55,8 @@ class Endpoints(NamedTuple):
 
     def check_key(self) -> None:
         """Read the key file, if there is one; raises AddressError if it can't be used."""
-        _ = self.key and self.key.pair
+        if self.key is not None:
+            _ = self.key.pair
 
 
 def resolve(addr: str | None) -> Endpoints:
