@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["Backoff"]
-
 
 class Backoff:
     """Pauses between attempts; each is twice as long as the one before, up to a maximum.
 
     For use by one thread. Where several processes retry at once, add a random share to each pause.
-
-    Args:
-        first_seconds: The first pause, more than 0.
-        max_seconds: The longest pause.
-
-    Example:
-        >>> backoff = Backoff(0.5, 1.5)
-        >>> backoff.next(), backoff.next(), backoff.next(), backoff.next()
-        (0.5, 1.0, 1.5, 1.5)
     """
 
     __slots__ = ("_first_seconds", "_max_seconds", "_seconds")

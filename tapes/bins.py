@@ -35,8 +35,6 @@ from struct import error, pack, unpack
 
 from tapes.sums import Number
 
-__all__ = ["MAX_KEY", "bin_key", "bin_keys", "bin_value"]
-
 MAX_KEY = 0x7F7F
 """The key of the outermost bin, about 3.4e38; the outermost negative bin has ``-MAX_KEY``."""
 

@@ -14,8 +14,6 @@ from tapes.naming import Labels
 from tapes.once import OnceLogger
 from tapes.snapshot import FIELDS
 
-__all__ = ["MAX_SERIES", "OVERFLOW", "Catalogue", "NameEntry", "warn_of_overflow"]
-
 MAX_SERIES = 2000
 """Default maximum of label sets of a name."""
 OVERFLOW = ("overflow", "true")

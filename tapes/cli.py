@@ -15,8 +15,6 @@ from tapes.forks import this_process
 from tapes.reporting.configured import HTTP, STATSD
 from tapes.service import Service
 
-__all__ = ["main"]
-
 _NOT_FOUND, _NOT_RUNNABLE = 127, 126  # the exit statuses of shells
 
 

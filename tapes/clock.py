@@ -13,8 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-__all__ = ["TICK_SECONDS", "Clock", "monotonic", "tick_at", "wall"]
-
 Clock = Callable[[], float]
 """A zero-argument callable that returns seconds and never goes backwards."""
 

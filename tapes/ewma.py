@@ -31,8 +31,6 @@ from typing import NamedTuple
 
 from tapes.clock import TICK_SECONDS
 
-__all__ = ["MINUTES", "Rates"]
-
 MINUTES = (1, 5, 15)
 _KEEP_EXPONENTS = tuple(-TICK_SECONDS / 60.0 / minutes for minutes in MINUTES)
 

@@ -10,8 +10,6 @@ from abc import ABCMeta
 from collections.abc import Iterable
 from typing import ClassVar
 
-__all__ = ["Face", "Faced"]
-
 
 class Face(ABCMeta):
     """The type of a class that hides ``_internal`` names; ``help()`` and Sphinx use ``dir(cls)``.

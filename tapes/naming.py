@@ -14,20 +14,6 @@ from typing import Any
 from tapes.errors import InvalidLabel, InvalidName
 from tapes.hashing import blake2b
 
-__all__ = [
-    "MAX_CHARACTERS",
-    "MAX_LABEL_CHARACTERS",
-    "MAX_SEGMENTS",
-    "RESERVED",
-    "Labels",
-    "canonical_labels",
-    "check_name",
-    "escape_label_value",
-    "is_cut",
-    "label_text",
-    "selector",
-]
-
 Labels = tuple[tuple[str, str], ...]
 
 RESERVED = frozenset({"name", "producer", "merge", "weak", "unit", "help", "buckets", "labels"})

@@ -1,8 +1,4 @@
-"""A logger that logs each warning once.
-
-A problem that comes with every request, report or scrape must not fill the log. So a warning has a key, and
-only the first one of a key is logged.
-"""
+"""A logger that logs each warning once, so that a problem of every request does not fill the log."""
 
 from __future__ import annotations
 
@@ -10,8 +6,6 @@ import contextlib
 import logging
 from collections.abc import Hashable
 from typing import Any
-
-__all__ = ["OnceLogger"]
 
 
 class OnceLogger:
@@ -22,14 +16,7 @@ class OnceLogger:
 
     Args:
         log: The logger.
-        max_keys: Maximum number of keys to remember. Once it is reached, warnings of other keys are dropped,
-            and the last warning that is logged says so.
-
-    Example:
-        >>> import logging
-        >>> once = OnceLogger(logging.getLogger("tapes.doctest"))
-        >>> once.warning("disk", "the disk is %s", "full"), once.warning("disk", "the disk is %s", "full")
-        (True, False)
+        max_keys: Maximum number of keys to remember. Warnings of further keys are dropped.
     """
 
     __slots__ = ("_known", "_log", "_max_keys")
@@ -40,13 +27,9 @@ class OnceLogger:
         self._known: dict[Hashable, object] = {}
 
     def warning(self, key: Hashable, message: str, *args: object, exc_info: Any = None) -> bool:
-        """Log ``message`` unless ``key`` is known; return whether it was logged.
+        """Log ``message`` as `logging` does, unless ``key`` is known; return whether it was logged.
 
-        Args:
-            key: What the warning is about. Its hash and equality must be those of built-in types.
-            message: The message, formatted with ``args`` as in `logging`.
-            *args: Its arguments.
-            exc_info: As in `logging`.
+        The hash and the equality of ``key`` must be those of built-in types.
         """
         known, mine = self._known, object()
         # The key is entered before anything is logged: of several threads one logs, and a logging handler

@@ -29,8 +29,6 @@ from tapes import threads
 from tapes.errors import short_repr
 from tapes.metrics import Gauge
 
-__all__ = ["run_producers"]
-
 _AT_ONCE_SECONDS = 0.01
 """Maximum seconds of a run that may have failed because of its thread."""
 _STEP_SECONDS = 0.1

@@ -18,8 +18,6 @@ from typing import Any, Generic, TypeVar
 from tapes.errors import AggregatorUnavailable
 from tapes.threads import RLock, unpatched
 
-__all__ = ["Pressure", "Shared"]
-
 T = TypeVar("T")
 
 

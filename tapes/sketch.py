@@ -39,8 +39,6 @@ from tapes.clock import TICK_SECONDS
 from tapes.distribution import Bins, Distribution
 from tapes.sums import Number, check_sum, exact_sum, sum_of_batch
 
-__all__ = ["EMPTY", "MAX_VALUES", "PENDING", "Sketch", "counts_array"]
-
 PENDING = 4096
 """Pending keys that are counted at once; two more for each fresh count that exists already."""
 
@@ -119,19 +117,9 @@ class Sketch(NamedTuple):
             check_sum((recent_sum,), values)
         batch_parts = sum_of_batch(values, low)
         folded = Sketch(
-            count + len(values),
-            (*sum_parts, *batch_parts),
-            low,
-            high,
-            keys,
-            counts,
-            tick,
-            weights,
-            recent_sum + fsum(batch_parts),
-            fresh_keys,
-            fresh_counts,
-            pending + new,
-        )
+            count + len(values), (*sum_parts, *batch_parts), low, high, keys, counts, tick, weights,
+            recent_sum + fsum(batch_parts), fresh_keys, fresh_counts, pending + new,
+        )  # fmt: skip
         is_short = len(folded.pending) < PENDING + 2 * len(folded.fresh_keys)
         return folded if is_short else folded._counted()
 
@@ -141,7 +129,6 @@ class Sketch(NamedTuple):
         return not self.pending and not self.fresh_keys
 
     def _fresh(self) -> Counter[int]:
-        """Return the keys of all values that are not in the bins, with their counts."""
         fresh = Counter(dict(zip(self.fresh_keys, self.fresh_counts)))
         fresh.update(self.pending)
         return fresh
@@ -176,20 +163,9 @@ class Sketch(NamedTuple):
             place = place_of[key]
             counts[place] += count
             weights[place] += count
-        return Sketch(
-            self.count,
-            exact_sum(self.sum_parts),
-            self.low,
-            self.high,
-            array("h", keys),
-            counts_array(counts),
-            self.tick,
-            array("d", weights),
-            self.recent_sum,
-        )
+        return self._with_bins(array("h", keys), counts_array(counts), array("d", weights))
 
     def _with_few(self, fresh: Counter[int]) -> Sketch:
-        """Return the same with ``fresh`` in their bins, at a cost for each of them."""
         keys, counts, weights = self.keys[:], self.counts[:], self.weights[:]
         for key, count in fresh.items():
             place = bisect_left(keys, key)
@@ -199,10 +175,13 @@ class Sketch(NamedTuple):
                 weights.insert(place, 0.0)
             counts[place] += count
             weights[place] += count
-        sum_parts = exact_sum(self.sum_parts)
+        return self._with_bins(keys, counts, weights)
+
+    def _with_bins(self, keys: array[int], counts: array[int], weights: array[float]) -> Sketch:
         return Sketch(
-            self.count, sum_parts, self.low, self.high, keys, counts, self.tick, weights, self.recent_sum
-        )
+            self.count, exact_sum(self.sum_parts), self.low, self.high, keys, counts, self.tick, weights,
+            self.recent_sum,
+        )  # fmt: skip
 
     def _as_of(self, tick: int) -> Sketch:
         """Return this sketch, compacted and with its recent weights as of ``tick`` if that is later."""
@@ -234,8 +213,7 @@ class Sketch(NamedTuple):
                     counts[key] += count
                     weights[key] += weight
                 else:
-                    counts[key] = count
-                    weights[key] = weight
+                    counts[key], weights[key] = count, weight
         keys = sorted(counts)
         return Sketch(
             sum(sketch.count for sketch in full),

@@ -19,18 +19,6 @@ from fractions import Fraction
 from math import fsum, isfinite, ulp
 from typing import NamedTuple
 
-__all__ = [
-    "LARGE",
-    "LIMIT",
-    "MAX_STEP",
-    "SUM_TOO_LARGE",
-    "Number",
-    "Total",
-    "check_sum",
-    "exact_sum",
-    "sum_of_batch",
-]
-
 _MAX_FLOAT = sys.float_info.max
 _FLOAT_DIGITS = 2.0**53
 LARGE = 1e308

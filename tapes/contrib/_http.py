@@ -15,7 +15,7 @@ from tapes.contrib._setup import Setup
 from tapes.contrib.options import Guard, Options, complete
 from tapes.errors import InvalidArgument
 from tapes.metrics import Timer
-from tapes.metrics.base import FULL
+from tapes.metrics.folding import FULL
 from tapes.metrics.gauge import DOWN_ONE, UP_ONE
 from tapes.naming import canonical_labels, label_text
 from tapes.registry import Registry, default_registry

@@ -15,8 +15,6 @@ from tapes.exposition import prometheus
 from tapes.registry import Registry
 from tapes.snapshot import Snapshot
 
-__all__ = ["FORMS", "MAX_CHARACTERS", "Form", "negotiate", "render", "shortened", "write"]
-
 MAX_CHARACTERS = 2048
 """Maximum length of a header or a query string that is read. Scrapers and browsers send less than 500."""
 

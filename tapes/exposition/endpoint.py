@@ -12,8 +12,6 @@ from tapes.exposition import FORMS, MAX_CHARACTERS, negotiate, render, shortened
 from tapes.registry import Registry
 from tapes.sharing import Pressure
 
-__all__ = ["MAX_READERS", "TOKEN_VARIABLE", "Answer", "answer", "plain", "refusal"]
-
 Answer = tuple[int, dict[str, str], bytes]
 """Status, headers without ``Content-Length``, and body."""
 

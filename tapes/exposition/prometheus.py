@@ -24,14 +24,7 @@ from math import isfinite
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from tapes.exposition.spelling import (
-    bound_labels,
-    braces,
-    escape_help,
-    metric_name,
-    unit_name,
-    without_le,
-)
+from tapes.exposition.spelling import bound_labels, braces, escape_help, metric_name, unit_name, without_le
 from tapes.naming import Labels
 from tapes.once import OnceLogger
 from tapes.registry import Registry
@@ -145,7 +138,6 @@ def write(snapshot: Snapshot, *, openmetrics: bool = False) -> bytes:
 
 
 def _head(metric: _Metric, family: Family, openmetrics: bool) -> Iterator[str]:
-    """Yield the lines that describe a family of Prometheus."""
     name = metric.name if openmetrics or metric.type != "counter" else metric.name + "_total"
     text = family.text.strip() or f"The {family.kind} {family.name}, recorded by tapes."
     yield f"# HELP {name} {escape_help(text, openmetrics)}"
@@ -156,7 +148,6 @@ def _head(metric: _Metric, family: Family, openmetrics: bool) -> Iterator[str]:
 
 
 def _metrics(family: Family, written: _Written) -> Iterator[_Metric]:
-    """Yield the families of Prometheus that ``family`` becomes."""
     name = metric_name(family.name)
     kind = _TYPES[family.kind]
     states: list[Any] = list(map(family.states.__getitem__, written.order))
@@ -220,7 +211,6 @@ def _distributions(
 
 
 def _began(name: str, head: str, state: Any) -> str:
-    """Return a further line with the time at which a series began, if that is known."""
     created = state.origin.created
     return f"\n{name}_created{head}{created:.3f}" if isfinite(created) else ""
 

@@ -11,8 +11,6 @@ from functools import lru_cache
 
 from tapes.naming import Labels, escape_label_value
 
-__all__ = ["bound_labels", "braces", "escape_help", "metric_name", "unit_name", "without_le"]
-
 
 @lru_cache(maxsize=4096)
 def metric_name(name: str) -> str:

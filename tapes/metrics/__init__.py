@@ -4,8 +4,9 @@ A metric appends what it records to a buffer, and folds the buffer into an immut
 time to time (`tapes.metrics.folding`). Only a registry makes metrics.
 """
 
-from tapes.metrics.base import Metric, State
+from tapes.metrics.base import Metric
 from tapes.metrics.counter import Counter, CounterState
+from tapes.metrics.folding import State
 from tapes.metrics.gauge import MERGE_MODES, Gauge, GaugeState
 from tapes.metrics.histogram import Histogram, HistogramState
 from tapes.metrics.meter import Meter, MeterState

@@ -7,14 +7,12 @@ from math import inf
 from typing import Any, ClassVar, Protocol, cast
 
 from tapes.clock import Clock
-from tapes.metrics.folding import FULL, Folding, State
+from tapes.metrics.folding import Folding, State
 from tapes.metrics.misuse import LabelsOf
 from tapes.metrics.origin import with_baseline
 from tapes.metrics.sifting import NEGATIVE, TOO_LARGE, checked_number
 from tapes.naming import Labels
 from tapes.threads import RLock
-
-__all__ = ["DOWN", "FULL", "Metric", "Owner", "State"]
 
 DOWN = object()
 """In a buffer, ``(n, DOWN)`` is a step down among steps up."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from tapes.metrics.base import DOWN, FULL, Metric
+from tapes.metrics.base import DOWN, Metric
+from tapes.metrics.folding import FULL
 from tapes.metrics.origin import NOWHERE, Origin
-from tapes.metrics.sifting import NEGATIVE, TOO_LARGE, TOTAL_TOO_LARGE
+from tapes.metrics.sifting import TOO_LARGE, TOTAL_TOO_LARGE
 from tapes.naming import Labels
 from tapes.snapshot import CounterSeries
 from tapes.sums import LIMIT, MAX_STEP, Number, Total
@@ -98,26 +99,14 @@ class Counter(Metric):
             return CounterState(add_ones(up, len(values)), down, origin)
         if tuple not in map(type, values):
             return CounterState(add_up(up, values), down, origin)
-        ups: list[Any] = []
-        downs: list[Any] = []
-        for value in values:
-            if _is_down(value):
-                downs.append(value[0])
-            else:
-                ups.append(value)
+        ups = [value for value in values if not _is_down(value)]
+        downs = [value[0] for value in values if _is_down(value)]
         return CounterState(add_up(up, ups), add_up(down, downs), origin)
 
     def _checked(self, value: Any) -> Any:
-        is_down, given = _is_down(value), self._raw(value)
-        try:
-            number = super()._checked(given)
-        except ValueError as error:
-            if str(error) != NEGATIVE:
-                raise
-            raise ValueError(f"{NEGATIVE}; use {'increment' if is_down else 'decrement'}()") from None
-        if not is_down:
-            return number
-        return value if number is given else (number, DOWN)
+        given, is_down = self._raw(value), _is_down(value)
+        number = super()._checked(given)
+        return (number, DOWN) if is_down and number is not given else value if is_down else number
 
     def _raw(self, value: Any) -> Any:
         return value[0] if _is_down(value) else value

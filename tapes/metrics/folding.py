@@ -29,8 +29,6 @@ from tapes.naming import Labels
 from tapes.snapshot import Series
 from tapes.threads import RLock
 
-__all__ = ["FULL", "Folding", "State"]
-
 T = TypeVar("T")
 
 FULL = 256
@@ -90,7 +88,6 @@ class Folding(Guided):
         raise NotImplementedError
 
     def _is_compacted(self) -> bool:
-        """Return whether the state is in the form that readers want."""
         return True
 
     def _compacted(self) -> Any:
@@ -113,7 +110,6 @@ class Folding(Guided):
         raise NotImplementedError
 
     def _reject(self, value: Any, why: str) -> None:
-        """Count and log a value that can't be recorded."""
         raise NotImplementedError
 
     def collect(self) -> State:
@@ -121,8 +117,7 @@ class Folding(Guided):
         # Values leave the buffer only after they came to the state.
         if self._pending or self._bad or not self._is_compacted():
             self._fold(self._clock(), wait=True)
-        state: State = self._state
-        return state
+        return self.state
 
     @property
     def state(self) -> State:
@@ -139,7 +134,7 @@ class Folding(Guided):
         self._buffer = SleepingBuffer(self, wake, FULL)
 
     def after_fork(self) -> None:
-        """Go on in a forked child: replace the lock if its owner does not exist here."""
+        """Continue in a forked child: replace the lock if its owner does not exist here."""
         if self._lock.acquire(False):
             self._pid = os.getpid()
             self._lock.release()
@@ -159,9 +154,9 @@ class Folding(Guided):
         its calls of ``__enter__`` and ``__exit__`` are outside of what it protects.
 
         Args:
-            action: What to do.
+            action: Atomic, if ``insist`` is set.
             wait: Wait for another thread, a second at most.
-            insist: Call ``action`` even if that was in vain; it has to be atomic then.
+            insist: Call ``action`` even if that was in vain.
         """
         lock = self._lock
         try:

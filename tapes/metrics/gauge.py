@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from tapes.clock import Clock
 from tapes.errors import InvalidArgument, safe_text
-from tapes.metrics.base import DOWN, FULL, Metric, Owner, State
+from tapes.metrics.base import DOWN, Metric, Owner
+from tapes.metrics.folding import FULL, State
 from tapes.metrics.merging import MERGE_MODES, GaugeState, MergeMode
 from tapes.metrics.sifting import checked_number
 from tapes.metrics.sleeping import SleepingBuffer
@@ -254,8 +255,7 @@ class Gauge(Metric):
             return self._produced
         if self._pending or self._bad or self._state.base is not self._set:
             self._fold(self._clock(), wait=True)
-        state: GaugeState = self._state.state
-        return state
+        return self.state
 
     @property
     def state(self) -> GaugeState:

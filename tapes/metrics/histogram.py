@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from tapes.clock import tick_at
-from tapes.metrics.base import FULL, Metric
+from tapes.metrics.base import Metric
+from tapes.metrics.folding import FULL
 from tapes.metrics.origin import NOWHERE, Origin
 from tapes.naming import Labels
 from tapes.sketch import EMPTY, Sketch

@@ -9,8 +9,6 @@ from tapes.naming import Labels
 from tapes.snapshot import GaugeSeries
 from tapes.sums import Number, Total
 
-__all__ = ["MERGE_MODES", "GaugeState", "MergeMode"]
-
 MergeMode = Literal["sum", "max", "min", "mean", "last", "each"]
 MERGE_MODES = ("sum", "max", "min", "mean", "last", "each")
 """How the gauges of several workers become one.

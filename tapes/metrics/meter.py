@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from tapes.clock import TICK_SECONDS, tick_at
 from tapes.ewma import Rates
-from tapes.metrics.base import FULL, Metric
+from tapes.metrics.base import Metric
 from tapes.metrics.counter import add_ones, add_up
+from tapes.metrics.folding import FULL
 from tapes.metrics.origin import NOWHERE, Origin
 from tapes.naming import Labels
 from tapes.snapshot import MeterSeries

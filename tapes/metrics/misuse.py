@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 from tapes.errors import InvalidCall, UnknownAttribute
 from tapes.face import Faced
 
-__all__ = ["Guided", "LabelsOf"]
-
 _PUBLIC = {
     "counter": ".increment(n) or .decrement(n)",
     "gauge": ".set(value), .increment(n) or .decrement(n)",

@@ -18,15 +18,10 @@ from __future__ import annotations
 
 from math import isfinite
 from operator import index, is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tapes.errors import safe_text
 from tapes.sums import LIMIT, SUM_TOO_LARGE, Number
-
-if TYPE_CHECKING:
-    from tapes.metrics.folding import Folding
-
-__all__ = ["EXPECTED", "NEGATIVE", "TOO_LARGE", "TOTAL_TOO_LARGE", "absorb_sifted", "checked_number"]
 
 NOT_FINITE = "it is not a finite number"
 NEGATIVE = "it is less than 0"
@@ -47,7 +42,7 @@ _ARITHMETIC = (ValueError, TypeError, ArithmeticError, Warning)
 
 
 def absorb_sifted(
-    metric: Folding, state: Any, values: list[Any], error: BaseException
+    metric: Any, state: Any, values: list[Any], error: BaseException
 ) -> tuple[Any, list[tuple[Any, str]], BaseException | None]:
     """Absorb the good values of a batch that raised ``error``.
 
@@ -74,7 +69,7 @@ def absorb_sifted(
     return absorbed, bad, None if is_theirs else error
 
 
-def _sift(metric: Folding, values: list[Any]) -> tuple[list[Any], list[tuple[Any, str]], set[type]]:
+def _sift(metric: Any, values: list[Any]) -> tuple[list[Any], list[tuple[Any, str]], set[type]]:
     """Return the values that are good alone, the bad ones with reasons, and what foreign numbers raised."""
     good: list[Any] = []
     bad: list[tuple[Any, str]] = []

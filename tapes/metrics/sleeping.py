@@ -14,8 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["SleepingBuffer"]
-
 
 class SleepingBuffer(list[Any]):
     """The buffer of a metric that sleeps; always empty.

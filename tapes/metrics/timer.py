@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from tapes.errors import InvalidCall
 from tapes.ewma import Rates
-from tapes.metrics.base import FULL
+from tapes.metrics.folding import FULL
 from tapes.metrics.meter import Ticking
 from tapes.metrics.origin import NOWHERE, Origin
 from tapes.metrics.timing import Timing

@@ -20,19 +20,15 @@ import sys
 import types
 from collections.abc import Callable, Generator
 from types import AsyncGeneratorType, CoroutineType, GeneratorType, TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from tapes.errors import InvalidArgument
-from tapes.metrics.base import FULL
+from tapes.metrics.folding import FULL
 
-if TYPE_CHECKING:
-    from tapes.metrics.timer import Timer
-
-__all__ = ["Timing"]
-
+_Timer = Any  # tapes.metrics.timer, which imports this module
 F = TypeVar("F", bound=Callable[..., Any])
 _Times = Callable[[], "Timing"]
-_Rest = Callable[[Any, "Timer", float], Any]
+_Rest = Callable[[Any, _Timer, float], Any]
 """Takes the result of a call, the timer and the seconds that the call took; returns what the caller gets."""
 
 
@@ -41,7 +37,7 @@ class Timing:
 
     # Made by Timer.time() alone, which sets _timer: without an __init__ that takes a third of the time.
     __slots__ = ("_start", "_timer")
-    _timer: Timer
+    _timer: _Timer
     _start: float
 
     def __enter__(self) -> Timing:
@@ -103,13 +99,13 @@ class _Resumed(Timing):
         return self
 
 
-def _resumed(timer: Timer, spent: float) -> Timing:
+def _resumed(timer: _Timer, spent: float) -> Timing:
     timing = _Resumed()
     timing._timer, timing._spent = timer, spent
     return timing
 
 
-def _timed_function(function: Callable[..., Any], timer: Timer) -> Callable[..., Any]:
+def _timed_function(function: Callable[..., Any], timer: _Timer) -> Callable[..., Any]:
     clock, record = timer._clock, timer._record
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -240,7 +236,7 @@ class _Owned:
             self.coroutine.close()
 
 
-def _rest_of_coroutine(result: Any, timer: Timer, spent: float) -> Any:
+def _rest_of_coroutine(result: Any, timer: _Timer, spent: float) -> Any:
     async def rest(owned: _Owned) -> Any:
         with _resumed(timer, spent):
             return await owned.coroutine
@@ -248,7 +244,7 @@ def _rest_of_coroutine(result: Any, timer: Timer, spent: float) -> Any:
     return _named(rest(_Owned(result)), result)
 
 
-def _rest_of_generator(result: Any, timer: Timer, spent: float) -> Any:
+def _rest_of_generator(result: Any, timer: _Timer, spent: float) -> Any:
     if inspect.getgeneratorstate(result) != inspect.GEN_CREATED:
         timer.update(spent)
         return result
@@ -258,7 +254,7 @@ def _rest_of_generator(result: Any, timer: Timer, spent: float) -> Any:
     return _named(wrapper(), result)
 
 
-def _rest_of_async_generator(result: Any, timer: Timer, spent: float) -> Any:
+def _rest_of_async_generator(result: Any, timer: _Timer, spent: float) -> Any:
     return _named(_timed_async_generator(lambda: result, lambda: _resumed(timer, spent))(), result)
 
 
@@ -267,7 +263,7 @@ def _named(wrapper: Any, result: Any) -> Any:
     return wrapper
 
 
-def _rest_of_future(result: Any, timer: Timer, spent: float) -> Any:
+def _rest_of_future(result: Any, timer: _Timer, spent: float) -> Any:
     start = timer._clock() - spent
 
     def done(future: Any) -> None:
@@ -286,7 +282,7 @@ class _TimedAwaitable:
 
     __slots__ = ("_awaitable", "_spent", "_timer")
 
-    def __init__(self, awaitable: Any, timer: Timer, spent: float) -> None:
+    def __init__(self, awaitable: Any, timer: _Timer, spent: float) -> None:
         self._awaitable, self._timer, self._spent = awaitable, timer, spent
 
     def __await__(self) -> Generator[Any, Any, Any]:
@@ -294,7 +290,7 @@ class _TimedAwaitable:
             return (yield from self._awaitable.__await__())
 
 
-def _rest_of_awaitable(result: Any, timer: Timer, spent: float) -> Any:
+def _rest_of_awaitable(result: Any, timer: _Timer, spent: float) -> Any:
     if any(not name.startswith("_") for name in getattr(result, "__dict__", ())):
         timer.update(spent)
         return result

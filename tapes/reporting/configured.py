@@ -12,8 +12,6 @@ from tapes.reporting.base import Reporter
 from tapes.reporting.http import HTTPReporter
 from tapes.reporting.statsd import StatsdReporter
 
-__all__ = ["HTTP", "STATSD", "reporters_from"]
-
 HTTP, STATSD = "TAPES_HTTP", "TAPES_STATSD"
 
 _STATSD_FORM = "[tcp://]HOST[:PORT] or unix:///PATH, and after a ? any of prefix=, interval=SECONDS, tags=1"

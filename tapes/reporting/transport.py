@@ -18,8 +18,6 @@ from tapes import forks
 from tapes.clock import monotonic
 from tapes.errors import InvalidArgument
 
-__all__ = ["PROTOCOLS", "Transport"]
-
 PROTOCOLS = ("udp", "tcp")
 _UNIX = "unix://"
 _TIMEOUT_SECONDS = 1.0

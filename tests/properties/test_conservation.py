@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import tapes
 from tapes.metrics import KINDS
-from tapes.metrics.base import FULL
+from tapes.metrics.folding import FULL
 from tapes.testing import ManualClock
 
 amounts = st.one_of(st.integers(0, 10**6), st.floats(0, 1e6, allow_subnormal=False))

@@ -11,7 +11,7 @@ import random
 import pytest
 
 import tapes
-from tapes.metrics.base import FULL
+from tapes.metrics.folding import FULL
 
 on_cpython = pytest.mark.skipif(
     platform.python_implementation() != "CPython", reason="tracemalloc measures CPython's allocations"

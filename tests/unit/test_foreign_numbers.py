@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 
 import tapes
-from tapes.metrics.base import FULL
+from tapes.metrics.folding import FULL
 
 RECORDERS = {
     "counter": "increment", "meter": "mark", "histogram": "update", "timer": "update", "gauge": "increment"

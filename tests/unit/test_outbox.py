@@ -10,7 +10,7 @@ import pytest
 
 import tapes
 from tapes.distributed.worker.outbox import DURATION, Outbox
-from tapes.metrics.base import FULL
+from tapes.metrics.folding import FULL
 from tapes.registry import REJECTED
 
 

@@ -10,7 +10,7 @@ import platform
 import pytest
 
 import tapes
-from tapes.metrics.base import FULL
+from tapes.metrics.folding import FULL
 
 KINDS = {
     "counter": "increment", "meter": "mark", "histogram": "update", "timer": "update", "gauge": "increment"
