@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 from tapes.clock import wall
 from tapes.sums import Number, Total
 
-__all__ = ["NOWHERE", "Origin", "with_baseline"]
-
 
 class Origin(NamedTuple):
     """When a count began, and how much of it is its baseline.

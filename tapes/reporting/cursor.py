@@ -21,8 +21,6 @@ from typing import NamedTuple
 from tapes.naming import Labels
 from tapes.sums import Number
 
-__all__ = ["Cursor", "Sent", "Series"]
-
 Series = tuple[str, Labels]
 
 _WAIT_SECONDS = 1.0

@@ -18,8 +18,6 @@ from tapes.distributed.protocol.wire import encode
 from tapes.distributed.transport.requests import MAX_WAIT_SECONDS, TIMEOUT_SECONDS
 from tapes.threads import NativeThread, can_run, unpatched
 
-__all__ = ["Answers", "Question"]
-
 _SIGN_SECONDS = TIMEOUT_SECONDS / 3
 """Seconds between two `WAIT` replies."""
 
@@ -63,7 +61,6 @@ class Answers:
         self._something_waits.acquire()
 
     def put(self, route: list[bytes], question: Question) -> None:
-        """Add a question that has just arrived."""
         self._waiting.append(_Waiting(route, question, monotonic() + MAX_WAIT_SECONDS))
         if self._thread is None and can_run():
             thread = NativeThread(self._run, "tapes-answers")
@@ -88,7 +85,6 @@ class Answers:
             yield self._ready.popleft()
 
     def stop(self) -> None:
-        """End the thread, when it has rendered the current answer."""
         self._is_stopped = True
         if self._thread is not None:
             if self._something_waits.locked():

@@ -33,8 +33,6 @@ from tapes.distributed.protocol.messages import (
 from tapes.distributed.storage.saved_journal import Saved
 from tapes.metrics.origin import with_baseline
 
-__all__ = ["Checkpoint"]
-
 T = TypeVar("T")
 
 _PIECE = 200
@@ -69,7 +67,6 @@ class Checkpoint:
         self._identity = os.urandom(16)
 
     def living(self) -> Iterator[Record]:
-        """Yield the records of live workers."""
         for worker in self._ledger.workers:
             yield from self.records_of(worker.identity)
 

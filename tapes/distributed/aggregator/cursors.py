@@ -21,8 +21,6 @@ from tapes.distributed.protocol.messages import Message, SentCount
 from tapes.reporting.cursor import Cursor, Sent, Series
 from tapes.sums import Number
 
-__all__ = ["Cursors", "Positions"]
-
 _PIECE = 1000
 """Maximum number of series in a record of a journal."""
 
@@ -46,7 +44,6 @@ class Cursors:
         self._skips_history = False
 
     def restore(self, positions: Positions) -> None:
-        """Go on where the aggregator before this one was."""
         self._skips_history = True
         for target, counts in positions.items():
             cursor = self._cursors[target] = _JournaledCursor(target, self._ledger, self._append)
@@ -54,7 +51,6 @@ class Cursors:
             self._ledger.slots.reserve(counts)
 
     def of(self, target: str) -> Cursor:
-        """Return the cursor of a receiver."""
         with self._lock:
             cursor = self._cursors.get(target)
             if cursor is None:
@@ -65,7 +61,6 @@ class Cursors:
             return cursor
 
     def records(self) -> Iterator[CursorRecord]:
-        """Yield all that was sent, for the journal."""
         with self._lock:
             every = list(self._cursors.values())
         for cursor in every:
@@ -84,11 +79,9 @@ class _JournaledCursor(Cursor):
 
     @property
     def may_lag(self) -> bool:  # type: ignore[override]
-        """Whether counts may be missing that were sent before."""
         return bool(self._ledger.unconfirmed)
 
     def skip(self, changes: Mapping[Series, Sent | None]) -> None:
-        """Move without sending."""
         with self._changing:
             super().skip(changes)
 
@@ -110,7 +103,6 @@ class _JournaledCursor(Cursor):
         return all(self._append(CursorRecord(self._target, piece)) for piece in pieces)
 
     def records(self) -> Iterator[CursorRecord]:
-        """Yield all that was sent, for the journal."""
         if self.skips_history:  # nothing is known yet
             return
         with self._changing:

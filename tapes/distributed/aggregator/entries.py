@@ -14,11 +14,6 @@ from tapes.naming import Labels
 from tapes.processes import Process
 from tapes.sums import Number
 
-__all__ = [
-    "BEFORE_ALL", "Account", "Entry", "Key", "Rank", "Source", "Worker", "baseline_of", "former_selves",
-    "worker_names",
-]  # fmt: skip
-
 Key = tuple[str, Labels]
 Rank = tuple[int, int]
 
@@ -101,7 +96,6 @@ class Entry:
         self.merged: State | None = None
 
     def total(self) -> State:
-        """Return the state of all workers together."""
         if self.merged is None:
             retired = () if self.retired is None else (self.retired,)
             self.merged = KINDS[self.kind].merge((*retired, *self.by_worker.values()))
@@ -131,7 +125,6 @@ class Entry:
         return state
 
     def correct_baseline(self, key: tuple[bytes, Labels], given: Any) -> None:
-        """Give a worker's count the baseline of the state ``given``."""
         self.by_worker[key] = with_baseline(self.by_worker[key], given.origin.baseline)
         self.merged = None
 

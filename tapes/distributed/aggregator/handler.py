@@ -44,8 +44,6 @@ from tapes.metrics import Counter, Timer
 from tapes.processes import is_same_boot
 from tapes.registry import Registry
 
-__all__ = ["Handler"]
-
 Request = Read | Attach | Goodbye | Flush | HandOver
 
 _log = logging.getLogger("tapes.distributed")
@@ -134,7 +132,6 @@ class Handler:
         self.journal.settle(endpoints)
 
     def publication(self, data: bytes) -> None:
-        """Enter an update that a worker published."""
         self._messages.increment()
         try:
             update = decode(data)

@@ -33,8 +33,6 @@ from tapes.metrics.origin import with_baseline
 from tapes.snapshot import Family, Snapshot
 from tapes.threads import RLock
 
-__all__ = ["Ledger"]
-
 _MAX_REMEMBERED = 100_000
 """Maximum number of identities of exited workers that are remembered; late updates come within seconds."""
 
@@ -66,7 +64,6 @@ class Ledger:
 
     @property
     def workers(self) -> list[Worker]:
-        """The workers that have not exited."""
         with self.lock:
             return [account.worker for account in self.accounts.values()]
 
@@ -109,7 +106,6 @@ class Ledger:
                         self.drop(account, key)
 
     def mark_alive(self, identity: bytes) -> None:
-        """Note that a worker is alive that was taken for dead."""
         with self.lock:
             if identity in self.accounts:
                 self.accounts[identity].dead = False
@@ -267,7 +263,6 @@ class Ledger:
                 self.slots.free(slot)
 
     def _outlives(self, slot: Key) -> bool:
-        """Return whether a series stays when its worker has exited."""
         return self.names.outlives(slot[0], self._entries[slot])
 
     def _note_refused(self, account: Account, name: str) -> bool:
@@ -277,7 +272,6 @@ class Ledger:
         return known
 
     def _forget(self, name: str) -> None:
-        """Forget all series of a name, as it is another kind of metric now."""
         for account in self.accounts.values():
             for key in [key for key in account.slots if key[0] == name]:
                 self.drop(account, key)

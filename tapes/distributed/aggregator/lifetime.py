@@ -13,8 +13,6 @@ from collections import OrderedDict
 from tapes.distributed.protocol.messages import Attach
 from tapes.processes import Process, ProcessWatch
 
-__all__ = ["ForeignOwners", "Lifetime"]
-
 _OWNED_GRACE_SECONDS = 0.5
 _OWNED_PATIENCE_SECONDS = 1.0
 _JOINED_GRACE_SECONDS = 2.0
@@ -56,7 +54,6 @@ class Lifetime:
 
     @property
     def owners(self) -> tuple[Process, ...]:
-        """The processes that it serves."""
         return tuple(self._watches)
 
     @classmethod
@@ -117,7 +114,6 @@ class ForeignOwners:
             self._owners.popitem(last=False)
 
     def discard(self, host: str, process: Process) -> None:
-        """Forget a process that has exited."""
         self._owners.pop((host, process), None)
 
     def requests(self) -> list[Attach]:

@@ -22,8 +22,6 @@ from tapes.errors import TapesError
 from tapes.processes import Process, reaps
 from tapes.reporting.configured import HTTP, STATSD, reporters_from
 
-__all__ = ["run_to_end", "serve"]
-
 _log = logging.getLogger("tapes.distributed")
 
 

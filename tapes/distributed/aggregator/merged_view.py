@@ -28,8 +28,6 @@ from tapes.session import Session
 from tapes.sharing import Shared
 from tapes.snapshot import Snapshot
 
-__all__ = ["JOURNAL_FAILED", "LAG", "MESSAGES", "OF_ONE_PROCESS", "MergedView"]
-
 MESSAGES, LAG, JOURNAL_FAILED = "tapes.messages", "tapes.publish.lag", "tapes.journal.failed"
 _WORKERS, _MEMORY = "tapes.workers", "tapes.aggregator.memory"
 OF_ONE_PROCESS = (MESSAGES, LAG)
@@ -61,7 +59,6 @@ class MergedView(Session):
         registry.describe(SENDS_FAILED, "Packets for StatsD that could not be sent.")
 
     def snapshot(self) -> Snapshot:
-        """Return the merged view."""
         return self._ledger.snapshot(tick_at(monotonic()), self._own(), self.registry.descriptions())
 
     def render(self, form: str, write: Callable[[Snapshot, str], bytes] = write) -> bytes:
@@ -69,11 +66,9 @@ class MergedView(Session):
         return self._shared.call(form, lambda: write(self.snapshot(), form))
 
     def states(self) -> bytes:
-        """Return the states themselves."""
         return encode(self._ledger.merged(tick_at(monotonic()), self._own(), self.registry.descriptions()))
 
     def cursor(self, target: str) -> Cursor:
-        """Return the cursor of a reporter of differences."""
         return self._cursors.of(target)
 
     def for_the_journal(self) -> list[Item]:
@@ -83,7 +78,6 @@ class MergedView(Session):
         ]
 
     def _own(self) -> list[Item]:
-        """Return the aggregator's own metrics."""
         with self._lock:
             self._live.set(self._ledger.living)
             self._retired.set(self._ledger.retired)

@@ -10,8 +10,6 @@ from enum import Enum
 from tapes.distributed.aggregator.entries import BEFORE_ALL, Entry, Rank
 from tapes.distributed.protocol.messages import Descriptions, Item
 
-__all__ = ["Agreement", "Names"]
-
 
 class Agreement(Enum):
     """How a worker's kind of a metric relates to that of other workers."""
@@ -37,7 +35,6 @@ class Names:
         self._maybe_former: set[str] = set()  # names that may no longer merge as "last"
 
     def kind_of(self, name: str) -> str | None:
-        """Return the kind of a name's metrics, if it is known."""
         return self._kinds.get(name)
 
     def enter(self, name: str, kind: str, rank: Rank) -> Agreement:
@@ -62,7 +59,6 @@ class Names:
             self._maybe_former.add(item.name)
 
     def describe(self, descriptions: Descriptions, rank: Rank) -> None:
-        """Enter descriptions."""
         for name, description in descriptions.items():
             if rank >= self._described_by.get(name, rank):
                 self._described_by[name] = rank

@@ -15,8 +15,6 @@ from tapes.distributed.aggregator.ledger import Ledger
 from tapes.distributed.protocol.messages import HEARTBEAT_TIMEOUT_SECONDS, Update
 from tapes.processes import ProcessWatch
 
-__all__ = ["Reaper"]
-
 _LAST_UPDATE_SECONDS = 2.0
 """How long after the death of a worker its messages may still arrive."""
 _LAST_RECORD_SECONDS = 600.0
@@ -37,7 +35,6 @@ class Reaper:
         self._replaced: set[bytes] = set()
 
     def note_update(self, update: Update) -> None:
-        """Note that a worker has sent an update."""
         self._updated.add(update.identity)
 
     def note_new_worker(self, update: Update) -> None:
@@ -47,7 +44,6 @@ class Reaper:
             self._ledger.mark_dead(former)
 
     def exited(self, workers: dict[bytes, Worker], now: float) -> set[bytes]:
-        """Return which of ``workers`` have exited."""
         exited = {identity for identity, worker in workers.items() if self.has_exited(worker, now)}
         self._updated.clear()
         return exited
@@ -85,7 +81,6 @@ class Reaper:
                 yield workers[identity]
 
     def forget(self, identity: bytes) -> None:
-        """Forget a worker that was retired."""
         self._dead.pop(identity, None)
         self._last_updates.pop(identity, None)
         self._replaced.discard(identity)

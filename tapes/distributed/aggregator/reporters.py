@@ -23,8 +23,6 @@ from tapes.errors import AddressInUse, safe_text
 from tapes.registry import Registry
 from tapes.reporting import Reporter
 
-__all__ = ["START_SECONDS", "Demand", "Reports"]
-
 START_SECONDS = 4.0
 """Maximum seconds to wait for a port or an address that is in use; an idle aggregator lives for 2 s."""
 _REPORT_SECONDS = 0.5
@@ -43,11 +41,9 @@ class Demand:
 
     @property
     def was_made(self) -> bool:
-        """Whether it was passed on to the reporters."""
         return self._reported is not None
 
     def make(self, reporters: Sequence[Reporter]) -> None:
-        """Have ``reporters`` report now."""
         self._reported = [threading.Event() for _ in reporters]
         for reporter, reported in zip(reporters, self._reported):
             reporter._report_now(lambda reported=reported: self._note(reported))  # type: ignore[misc]
@@ -120,7 +116,6 @@ class Reports:
         return demand.is_over(now)
 
     def pause(self) -> None:
-        """Pause the started reporters."""
         for reporter in self._started:
             if reporter not in self._paused:
                 self._paused.append(reporter)

@@ -22,15 +22,13 @@ from enum import Enum
 import zmq
 
 from tapes.distributed.aggregator.handler import Handler
-from tapes.distributed.aggregator.relocation import hand_over
 from tapes.distributed.storage import runtime_directory
 from tapes.distributed.storage.locks import Lock, is_served
 from tapes.distributed.storage.start_lock import start_lock
 from tapes.distributed.transport.address import Endpoints
+from tapes.distributed.transport.requests import request_all
 from tapes.distributed.transport.sockets import bind, bind_again
 from tapes.errors import AddressError, TapesError
-
-__all__ = ["Ends", "Residence"]
 
 _log = logging.getLogger("tapes.distributed")
 
@@ -93,11 +91,9 @@ class Residence:
         return is_held
 
     def let_in(self) -> None:
-        """Let processes start an aggregator again, as this one stays."""
         self._start_lock.close()
 
     def clear(self, end: Ends) -> None:
-        """Remove the files, except for those that another aggregator needs."""
         journal = self._handler.journal
         with self._start_lock:
             if end is Ends.HANDED_OVER:
@@ -138,7 +134,11 @@ class Residence:
         if heir is None:
             any(map(self._settle_at, places))
             return False
-        if not hand_over(self._handler.inheritance(), heir):
+        try:
+            if not request_all(heir, self._handler.inheritance()):  # nothing counts twice if it is sent again
+                return False
+        except (TapesError, zmq.ZMQError) as error:
+            _log.warning("tapes can't hand over to the aggregator at %s yet: %s", heir.publish, error)
             return False
         _log.warning(
             "tapes found the files beside %s removed, and handed over to %s",

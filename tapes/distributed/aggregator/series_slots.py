@@ -20,8 +20,6 @@ from tapes.metrics import KINDS, GaugeState, State
 from tapes.naming import Labels
 from tapes.once import OnceLogger
 
-__all__ = ["Group", "SeriesSlots"]
-
 _log = logging.getLogger("tapes.registry")
 
 Group = tuple[str, list[Labels], list[State]]
@@ -64,14 +62,12 @@ class SeriesSlots:
         return key
 
     def free(self, slot: Key) -> None:
-        """Free a slot if it has no state any more."""
         entry = self.entries[slot]
         if not entry.by_worker and entry.retired is None:
             del self.entries[slot]
             self.sizes[slot[0]] -= OVERFLOW not in slot[1]
 
     def forget(self, name: str) -> None:
-        """Free all slots of a name."""
         for slot in [slot for slot in self.entries if slot[0] == name]:
             del self.entries[slot]
         del self.sizes[name]

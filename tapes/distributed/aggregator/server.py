@@ -46,8 +46,6 @@ from tapes.errors import AddressError, AddressInUse
 from tapes.reporting import Reporter
 from tapes.reporting.configured import reporters_from
 
-__all__ = ["Aggregator"]
-
 T = TypeVar("T")
 
 _TURN_MILLISECONDS = 100
@@ -252,7 +250,6 @@ class Aggregator:
             self._serve(is_done)
 
     def _demand_reports(self, now: float) -> Demand | None:
-        """Have reporters report now if reports are due; return the demand to wait for."""
         is_due, self._handler.reports_due = self._handler.reports_due, False
         return self._reports.demand(now) if is_due else None
 
@@ -282,7 +279,6 @@ class Aggregator:
         return False
 
     def _answer(self) -> None:
-        """Receive requests, and answer those that need no rendering."""
         with contextlib.suppress(zmq.Again):
             for _ in range(_BATCH):
                 *route, request = self._residence.requests.recv_multipart(zmq.NOBLOCK)

@@ -16,23 +16,8 @@ from operator import lt
 from typing import Any
 
 from tapes.bins import MAX_KEY
-from tapes.distributed.protocol.messages import (
-    Attach,
-    Cursor,
-    Descriptions,
-    Flush,
-    Goodbye,
-    HandOver,
-    Item,
-    Journal,
-    Merged,
-    Message,
-    Read,
-    Record,
-    Retired,
-    SentCount,
-    Update,
-)
+from tapes.distributed.protocol import messages
+from tapes.distributed.protocol.messages import Item, Message, Update
 from tapes.distributed.protocol.unpacker import Unpacker, check
 from tapes.errors import WireError
 from tapes.ewma import Rates
@@ -51,8 +36,6 @@ from tapes.processes import Process
 from tapes.sketch import EMPTY, MAX_VALUES, Sketch, counts_array
 from tapes.snapshot import Description
 from tapes.sums import Number, Total
-
-__all__ = ["MAX_DIGITS", "MAX_EVENTS", "MAX_INT", "STATES", "decoded"]
 
 MAX_INT = (1 << 63) - 1
 """Maximum of integers, except in totals."""
@@ -250,7 +233,7 @@ def _long_description(read: Unpacker) -> Any:
     return read.flat(), read.flat(), read.flat(), read.piece()
 
 
-def _descriptions(read: Unpacker) -> Descriptions:
+def _descriptions(read: Unpacker) -> messages.Descriptions:
     return dict(read.each(_described))
 
 
@@ -296,28 +279,11 @@ def _nested_update(read: Unpacker) -> Update:
     return _fields_of_update(read, read.count())
 
 
-def _record(read: Unpacker) -> Record:
-    update, is_ancestor = _nested_update(read), read.flat()
-    check(type(is_ancestor) is bool, "something that is neither true nor false")
-    source, ancestors = _whole(read.flat(), 0, 2), tuple(read.each(_identity))
-    seqs = tuple(read.each(lambda read: _whole(read.flat())))
-    check(len(seqs) == len(update.items), "series that do not match")
-    return Record(update, is_ancestor, source, ancestors, seqs)
-
-
-def _journal(read: Unpacker) -> Journal:
-    return Journal(
-        _text(read.flat()), _processes(read), tuple(read.each(_pair)), _whole(read.flat()),
-        tuple(read.each(_identity)), _descriptions(read), _whole(read.flat(), 1),
-    )  # fmt: skip
-
-
-def _sent_count(read: Unpacker) -> SentCount:
+def _sent_count(read: Unpacker) -> messages.SentCount:
     name, labels, sent = _list(read.either(_long_sent_count))
-    if sent is None:
-        return SentCount(_name(name), _labels(labels), None)
-    value, total, baseline = map(_exact, _list(sent))
-    return SentCount(_name(name), _labels(labels), (value, total, baseline))
+    exact: Any = None if sent is None else tuple(map(_exact, _list(sent)))
+    check(exact is None or len(exact) == 3, "a count that is none")
+    return messages.SentCount(_name(name), _labels(labels), exact)
 
 
 def _long_sent_count(read: Unpacker) -> Any:
@@ -325,18 +291,48 @@ def _long_sent_count(read: Unpacker) -> Any:
     return read.flat(), tuple(read.each(_pair)), read.piece()
 
 
-_MESSAGES: dict[str, tuple[type[Any], Callable[[Unpacker], Message]]] = {
-    "Read": (Read, lambda read: Read(_whole(read.flat()), _text(read.flat()), _nested_update(read))),
-    "Attach": (Attach, lambda read: Attach(_whole(read.flat()), _text(read.flat()), _processes(read))),
-    "HandOver": (HandOver, lambda read: HandOver(_whole(read.flat()), _whole(read.flat()))),
-    "Flush": (Flush, lambda read: Flush(_whole(read.flat()))),
-    "Goodbye": (Goodbye, lambda read: Goodbye(_whole(read.flat()), _nested_update(read))),
-    "Journal": (Journal, _journal),
-    "Record": (Record, _record),
-    "Retired": (Retired, lambda read: Retired(read.each(_item))),
-    "Cursor": (Cursor, lambda read: Cursor(_text(read.flat()), tuple(read.each(_sent_count)))),
-    "Merged": (Merged, lambda read: Merged(_whole(read.flat()), read.each(_item), _descriptions(read))),
-}
+def _bool(read: Unpacker) -> bool:
+    value: bool = read.flat()
+    check(type(value) is bool, "something that is neither true nor false")
+    return value
+
+
+def _natural(read: Unpacker) -> int:
+    return _whole(read.flat())
+
+
+def _string(read: Unpacker) -> str:
+    return _text(read.flat())
+
+
+def _tuple_of(element: Callable[[Unpacker], Any]) -> Callable[[Unpacker], tuple[Any, ...]]:
+    return lambda read: tuple(read.each(element))
+
+
+def _items(read: Unpacker) -> list[Item]:
+    return read.each(_item)
+
+
+_FIELDS: dict[type[Any], tuple[Callable[[Unpacker], Any], ...]] = {
+    messages.Attach: (_natural, _string, _processes),
+    messages.Cursor: (_string, _tuple_of(_sent_count)),
+    messages.Flush: (_natural,),
+    messages.Goodbye: (_natural, _nested_update),
+    messages.HandOver: (_natural, _natural),
+    messages.Journal: (
+        _string, _processes, _tuple_of(_pair), _natural, _tuple_of(_identity), _descriptions,
+        lambda read: _whole(read.flat(), 1),
+    ),
+    messages.Merged: (_natural, _items, _descriptions),
+    messages.Read: (_natural, _string, _nested_update),
+    messages.Record: (
+        _nested_update, _bool, lambda read: _whole(read.flat(), 0, 2), _tuple_of(_identity),
+        _tuple_of(_natural),
+    ),
+    messages.Retired: (_items,),
+}  # fmt: skip
+"""By message, the functions that read its fields."""
+_BY_NAME = {message.__name__: message for message in _FIELDS}
 
 
 def decoded(name: str, fields: int, read: Unpacker) -> Message:
@@ -345,9 +341,11 @@ def decoded(name: str, fields: int, read: Unpacker) -> Message:
     if name == Update.__name__:
         message = _fields_of_update(read, fields)
     else:
-        check(name in _MESSAGES, "an unknown type")
-        kind, read_fields = _MESSAGES[name]
-        check(fields == len(kind._fields), "fields too many or too few")
-        message = read_fields(read)
+        check(name in _BY_NAME, "an unknown type")
+        readers = _FIELDS[_BY_NAME[name]]
+        check(fields == len(readers), "fields too many or too few")
+        message = _BY_NAME[name](*[read_field(read) for read_field in readers])
+    if isinstance(message, messages.Record):
+        check(len(message.seqs) == len(message.update.items), "series that do not match")
     check(read.is_done, "something behind it")
     return message

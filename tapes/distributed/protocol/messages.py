@@ -29,29 +29,6 @@ from tapes.processes import Process
 from tapes.snapshot import Description, Family, Snapshot
 from tapes.sums import Number
 
-__all__ = [
-    "HEARTBEAT_SECONDS",
-    "HEARTBEAT_TIMEOUT_SECONDS",
-    "NOTHING",
-    "WAIT",
-    "Attach",
-    "Cursor",
-    "Descriptions",
-    "Flush",
-    "Goodbye",
-    "HandOver",
-    "Item",
-    "Journal",
-    "Merged",
-    "Message",
-    "Read",
-    "Record",
-    "Reply",
-    "Retired",
-    "SentCount",
-    "Update",
-]
-
 HEARTBEAT_SECONDS = 10.0
 """Maximum seconds between two publications of a worker, also if nothing has changed."""
 HEARTBEAT_TIMEOUT_SECONDS = 6 * HEARTBEAT_SECONDS
@@ -167,7 +144,6 @@ class Merged(NamedTuple):
     descriptions: Descriptions
 
     def snapshot(self) -> Snapshot:
-        """Return the snapshot of the whole service."""
         kinds: dict[str, str] = {}
         groups: dict[str, Group] = {}
         for item in self.items:

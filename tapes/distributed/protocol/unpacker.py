@@ -21,8 +21,6 @@ import msgpack
 
 from tapes.errors import WireError
 
-__all__ = ["PIECE_BYTES", "Unpacker", "check"]
-
 PIECE_BYTES = 2 << 20
 """A sketch with all possible bins takes 1.4 MB."""
 _READ_BYTES = 1 << 16
@@ -61,7 +59,6 @@ class Unpacker:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left."""
         return bool(self._ahead.tell() == len(self._data))
 
     def count(self) -> int:

@@ -36,8 +36,6 @@ from tapes.metrics.origin import Origin
 from tapes.sketch import Sketch
 from tapes.sums import Number, Total
 
-__all__ = ["MAX_BYTES", "READABLE", "VERSION", "decode", "encode", "frames"]
-
 VERSION = 1
 READABLE = range(max(1, VERSION - 1), VERSION + 1)
 """The versions that this release reads: its own and the one before."""

@@ -40,11 +40,9 @@ from tapes.distributed.storage.saved_journal import (
     read_journal,
     tails_of,
     usable,
-)  # fmt: skip
+)
 from tapes.distributed.transport.address import Endpoints
 from tapes.errors import AddressError
-
-__all__ = ["JournalFile"]
 
 _INTERVAL_SECONDS = 1.0
 _SHARE = 9
@@ -166,7 +164,6 @@ class JournalFile:
         return self._writing is not None
 
     def _set_time(self) -> None:
-        """Set the file's time of modification, now and then."""
         now = time.monotonic()
         if self._base is not None and now - self._shown >= HEARTBEAT_SECONDS:
             self._shown = now
@@ -188,7 +185,6 @@ class JournalFile:
         self._begin_anew([])
 
     def remove(self) -> None:
-        """Remove the files: there will be no successor."""
         self.close()
         self._written = ""
         if self._base is not None:
@@ -198,7 +194,6 @@ class JournalFile:
         self._tails = []
 
     def close(self) -> None:
-        """Stop writing, and leave the files."""
         self._writing = None
         with self._appending:
             self._close_tail()

@@ -33,10 +33,6 @@ from tapes.naming import Labels
 from tapes.processes import Process, is_same_boot, lives, namespace_seconds
 from tapes.sums import Number
 
-__all__ = [
-    "DRAFT", "JOURNAL", "MAGIC", "TAIL", "Saved", "journal_of", "named", "read_journal", "tails_of", "usable",
-]  # fmt: skip
-
 JOURNAL, DRAFT, TAIL = ".journal", ".journal.draft", ".journal.tail-"
 MAGIC = b"tapes journal\n"
 _NONE = Journal("", (), (), 0, (), {}, 1)

@@ -15,8 +15,6 @@ from tapes.processes import lives
 from tapes.registry import Registry
 from tapes.rejections import REJECTED
 
-__all__ = ["DURATION", "Outbox"]
-
 DURATION = "tapes.publish.duration"
 """The timer of publications. It is published once a second, and only together with other changes."""
 
@@ -154,7 +152,6 @@ class Outbox:
                 return changed
 
     def _look_again(self) -> None:
-        """Find metrics that were made or removed."""
         with self._lock:
             found = {}
             for metric in self.registry.metrics():
