@@ -6,7 +6,7 @@ app.wsgi_app = TapesMiddleware(app.wsgi_app)           # the same, as any WSGI a
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, TypeVar, Unpack
 
 from tapes.contrib.options import Options, complete, with_options
@@ -79,7 +79,7 @@ class Tapes:
             return
         middleware = TapesMiddleware(app.wsgi_app, self._registry, **self._options)
         app.wsgi_app = middleware  # type: ignore[method-assign]
-        middleware.leave_out(partial(_is_marked, app.view_functions))
+        middleware.leave_out(_marks_in(app.view_functions))
         app.extensions["tapes"] = self
 
     @staticmethod
@@ -89,7 +89,15 @@ class Tapes:
         return view
 
 
-def _is_marked(views: dict[str, Any], endpoint: str) -> bool:
-    """Return whether the view of an endpoint, or its class, has the mark of `Tapes.exclude`."""
-    view = views.get(endpoint)
-    return bool(getattr(view, _MARK, False) or getattr(getattr(view, "view_class", None), _MARK, False))
+def _marks_in(views: dict[str, Any]) -> Callable[[str], bool]:
+    """Return a function that takes an endpoint and returns whether `Tapes.exclude` has marked its view."""
+    known: dict[str, tuple[Any, bool]] = {}
+
+    def is_marked(endpoint: str) -> bool:
+        view, found = views.get(endpoint), known.get(endpoint)
+        if found is None or found[0] is not view:
+            marked = getattr(view, _MARK, False) or getattr(getattr(view, "view_class", None), _MARK, False)
+            found = known[endpoint] = (view, bool(marked))
+        return found[1]
+
+    return is_marked

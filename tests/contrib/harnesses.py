@@ -59,6 +59,7 @@ class Harness:
         can_await: Whether guards may be asynchronous.
         many: Number of requests that a test sends where "any number" is meant.
         during: Called while a request for ``/users/<n>`` is answered.
+        error: The exception that the application raises.
     """
 
     adapter: Callable
@@ -72,6 +73,7 @@ class Harness:
     def __init__(self, clock):
         self.clock = clock
         self.during = lambda: None
+        self.error = Broken()
 
     def app(self, registry=None, **options):
         """Return the application behind its adapter."""
@@ -107,7 +109,7 @@ class Harness:
 
     def cut(self):
         yield b"x"
-        raise Broken
+        raise self.error
 
     def endless(self):
         while True:
@@ -132,7 +134,7 @@ class WSGI(Harness):
         if route is not None:
             environ[wsgi.ROUTE] = route
         if path == "/broken":
-            raise Broken
+            raise self.error
         status = "410 Gone" if path == "/gone" else "200 OK" if route else "404 Not Found"
         if route and environ["REQUEST_METHOD"] not in ("GET", "HEAD", "POST"):
             status = "405 Method Not Allowed"
@@ -197,7 +199,7 @@ class Flask(WSGI):
         return "hello"
 
     def broken(self):
-        raise Broken
+        raise self.error
 
 
 class ASGI(Harness):
@@ -230,7 +232,7 @@ class ASGI(Harness):
         return PlainTextResponse("" if request.method == "HEAD" else "hello")
 
     async def broken(self, request):
-        raise Broken
+        raise self.error
 
     def ask(self, app, path, method="GET", body=b"", **headers):
         lines = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]

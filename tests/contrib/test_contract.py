@@ -90,11 +90,12 @@ def test_a_client_that_goes_away_in_the_middle_of_an_answer_is_a_499(harness, re
 
 @pytest.mark.parametrize("path", ["/broken", "/cut"])
 def test_an_exception_is_recorded_as_one_500_and_raised_again(harness, registry, path):
-    """An exception before or within the answer reaches the server, unless the framework answers it."""
+    """The same exception reaches the server, before the answer or within it, unless the framework answers."""
     app = harness.app(registry)
     if harness.raises:
-        with pytest.raises(Broken):
+        with pytest.raises(Broken) as caught:
             harness.ask(app, path)
+        assert caught.value is harness.error
     elif path == "/broken":
         assert harness.ask(app, path).status == 500
     else:

@@ -70,20 +70,6 @@ def test_a_stream_is_timed_to_its_last_byte_and_no_longer(backend):
     assert (series.count, series.sum) == (1, 1.0)
 
 
-def test_an_exception_before_the_answer_is_one_500_and_goes_on(registry):
-    """The server gets the same exception object that the application raised."""
-    error = KeyError("mine")
-
-    async def app(scope, receive, send):
-        raise error
-
-    with pytest.raises(KeyError) as caught:
-        ask(TapesMiddleware(app, registry))
-    assert caught.value is error
-    assert counts(registry) == {("GET", "<unmatched>", "500"): 1}
-    assert active(registry) == 0
-
-
 def test_an_exception_after_the_last_byte_is_none(registry):
     """An exception after the whole answer, as of a background task, leaves the status as it was."""
 
