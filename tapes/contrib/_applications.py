@@ -19,8 +19,6 @@ from typing import Any
 
 from tapes.contrib._routes import template_of, templates_in
 
-__all__ = ["Application"]
-
 _log = logging.getLogger("tapes.contrib")
 
 _WRAPPED = ("app", "_app", "wsgi_app", "asgi_app", "application", "_application", "__wrapped__", "func")

@@ -11,11 +11,6 @@ from tapes.contrib._websocket import OpenConnection, WebSocketMetrics
 from tapes.contrib.options import Options
 from tapes.registry import Registry
 
-__all__ = [
-    "NOT_STARTED", "SENDING", "ASGIAdapter", "App", "Message", "Receive", "Request", "Scope", "Send",
-    "WebSocket",
-]  # fmt: skip
-
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -70,14 +65,12 @@ class _Exchange(Exchange):
             self.stage = _ENDED
 
     def fail(self, error: BaseException) -> None:
-        """End with ``error``."""
         if self.stage == _ENDED and not isinstance(error, Exception):
             self.end(self.status)
         else:
             self.end(self.status_if_gone() if self.stage == _DISCONNECTED else int(status_of(error)))
 
     def returned(self) -> None:
-        """End when the application has returned, if the answer hasn't ended before."""
         if self.stage == _DISCONNECTED:
             self.end(self.status_if_gone())
         else:
@@ -107,12 +100,9 @@ class _Exchange(Exchange):
 
 
 class Request(_Exchange):
-    """One HTTP request."""
-
     __slots__ = ()
 
     async def receive(self) -> Message:
-        """Pass on a message of the server."""
         message = await self.server_receive()
         kind = message["type"]
         if kind == "http.disconnect":
@@ -122,7 +112,6 @@ class Request(_Exchange):
         return message
 
     def send(self, message: Message) -> Awaitable[None]:
-        """Pass on a message of the application."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self.answer = message
@@ -163,7 +152,6 @@ class WebSocket(_Exchange):
         self._connection: OpenConnection | None = None
 
     async def receive(self) -> Message:
-        """Pass on a message of the server."""
         message = await self.server_receive()
         kind = message["type"]
         if kind == "websocket.receive" and self._connection is not None:
@@ -174,7 +162,6 @@ class WebSocket(_Exchange):
         return message
 
     def send(self, message: Message) -> Awaitable[None]:
-        """Pass on a message of the application."""
         if message["type"] == "websocket.send" and self._connection is not None:
             self._connection.sent()
             return self.server_send(message)
@@ -205,12 +192,10 @@ class WebSocket(_Exchange):
             self.end(self.status)
 
     def fail(self, error: BaseException) -> None:
-        """End with ``error``."""
         super().fail(error)
         self._close(1011 if isinstance(error, Exception) else 1006)
 
     def returned(self) -> None:
-        """End when the application has returned."""
         super().returned()
         self._close(1006)
 

@@ -16,11 +16,9 @@ from tapes.contrib.options import Guard, Options, complete
 from tapes.errors import InvalidArgument
 from tapes.metrics import Timer
 from tapes.metrics.folding import FULL
-from tapes.metrics.gauge import DOWN_ONE, UP_ONE
+from tapes.metrics.gauge import DOWN_ONE
 from tapes.naming import canonical_labels, label_text
 from tapes.registry import Registry, default_registry
-
-__all__ = ["ROUTE", "UNMATCHED", "UP_ONE", "Adapter", "Exchange", "is_complete", "may_read", "status_of"]
 
 UNMATCHED = "<unmatched>"
 """The route of requests that match no route."""
@@ -81,8 +79,7 @@ class Adapter(Setup):
     def _set_paths(self, metrics_path: str | None, exclude: Iterable[str]) -> None:
         excluded = [exclude] if isinstance(exclude, str) else list(exclude)
         self.metrics_paths = _paths("metrics_path", [] if metrics_path is None else [metrics_path])
-        left_out = _paths("exclude", [path for path in excluded if not _is_below(path)])
-        self.own_paths = self.metrics_paths | left_out
+        self.own_paths = self.metrics_paths | _paths("exclude", [p for p in excluded if not _is_below(p)])
         self.excluded_below = tuple(path[:-1] for path in excluded if _is_below(path))
 
     def leaves_out(self, path: str) -> bool:
@@ -102,11 +99,8 @@ class Adapter(Setup):
         labels = getattr(exchange, "labels", None)
         if labels is None:
             labels = self.further_labels(exchange.source)
-        series = {
-            "method": _known(exchange.method),
-            "route": label_text(exchange.route),
-            "status": status if isinstance(status, str) else str(int(status)),  # it may be an HTTPStatus
-        }
+        text = status if isinstance(status, str) else str(int(status))  # it may be an HTTPStatus
+        series = {**_method_and_route(exchange), "status": text}
         # 2. Find the timer; without the user's labels if those can't be used.
         try:
             more = {name: label_text(value) for name, value in labels.items()}
@@ -131,9 +125,8 @@ class Adapter(Setup):
         return self._called(self.labels_of, source, "the callable for further labels") or {}
 
     def record_sizes(self, exchange: Exchange) -> None:
-        """Record the sizes of both bodies, in bytes."""
         if exchange.route is not None:
-            labels = {"method": _known(exchange.method), "route": label_text(exchange.route)}
+            labels = _method_and_route(exchange)
             self.registry.histogram(self._request_size, labels=labels).update(exchange.received)
             self.registry.histogram(self._response_size, labels=labels).update(max(0, exchange.sent))
 
@@ -269,8 +262,9 @@ def is_complete(method: str, status: str | int, lengths: Iterable[str], sent: in
     return method == "HEAD" or str(status) in ("204", "304") or str(sent) in lengths
 
 
-def _known(method: str) -> str:
-    return method if method in _METHODS else "_OTHER"
+def _method_and_route(exchange: Exchange) -> dict[str, str]:
+    method = exchange.method if exchange.method in _METHODS else "_OTHER"
+    return {"method": method, "route": label_text(exchange.route)}
 
 
 def _is_below(path: Any) -> bool:

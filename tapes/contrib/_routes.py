@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["Templates", "path_below", "template_of", "templates_in"]
-
 
 class Templates:
     """The templates of one application's routes."""

@@ -13,8 +13,6 @@ from weakref import WeakKeyDictionary, WeakSet
 from tapes.contrib._applications import Application
 from tapes.once import OnceLogger
 
-__all__ = ["Setup"]
-
 _MAX_UNROUTED = 100  # maximum number of answers of status 200 in a row without a route before it is logged
 
 _log = logging.getLogger("tapes.contrib")

@@ -14,8 +14,6 @@ from tornado.web import Application, ErrorHandler, Finish, RequestHandler
 
 from tapes.contrib._http import UNMATCHED, status_of
 
-__all__ = ["Routes", "Watch"]
-
 _EXECUTE = getattr(RequestHandler._execute, "__code__", None)
 
 

@@ -9,8 +9,6 @@ from tapes.errors import TapesError
 from tapes.naming import label_text
 from tapes.registry import Registry
 
-__all__ = ["OpenConnection", "WebSocketMetrics"]
-
 _log = logging.getLogger("tapes.contrib")
 
 _ACTIVE = "websocket.server.active_connections"

@@ -18,24 +18,15 @@ import logging
 from itertools import islice
 from typing import Unpack
 
-from tapes.contrib._asgi import (
-    NOT_STARTED,
-    SENDING,
-    App,
-    ASGIAdapter,
-    Message,
-    Receive,
-    Request,
-    Scope,
-    Send,
-    WebSocket,
-)
-from tapes.contrib._http import ROUTE, UNMATCHED, UP_ONE, may_read
+from tapes.contrib import _asgi
+from tapes.contrib._asgi import NOT_STARTED, SENDING, ASGIAdapter, Request, WebSocket
+from tapes.contrib._http import ROUTE, UNMATCHED, may_read
 from tapes.contrib._routes import path_below
 from tapes.contrib.options import Options, with_options
 from tapes.errors import MissingExtra
 from tapes.exposition import MAX_CHARACTERS
 from tapes.exposition.endpoint import MAX_READERS, Answer, plain, refusal
+from tapes.metrics.gauge import UP_ONE
 from tapes.registry import Registry
 
 try:
@@ -76,14 +67,14 @@ class TapesMiddleware:
     """
 
     @with_options
-    def __init__(self, app: App, registry: Registry | None = None, **options: Unpack[Options]) -> None:
+    def __init__(self, app: _asgi.App, registry: Registry | None = None, **options: Unpack[Options]) -> None:
         self.app = app
         self._adapter = ASGIAdapter(registry, app, options)
         self._service = self._adapter.service
         self._mark, self._is_off = self._service.mark, self._service.is_off
         self._adapter.mark_requests_above(TapesMiddleware.__call__)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: _asgi.Scope, receive: _asgi.Receive, send: _asgi.Send) -> None:
         """Answer a connection, as ASGI 3 defines it."""
         # 1. Connections that are not measured.
         kind = scope["type"]
@@ -129,16 +120,16 @@ class TapesMiddleware:
             # It may wait for an aggregator to start, which must not block the event loop.
             await run_sync(self._service.join, limiter=CapacityLimiter(1))
 
-    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _lifespan(self, scope: _asgi.Scope, receive: _asgi.Receive, send: _asgi.Send) -> None:
         is_member = self._service.is_member or self._adapter.registry.session.resolved().is_connected
         is_supported = not is_member  # without a service to leave, the lifespan is left to the application
 
-        async def receiving() -> Message:
+        async def receiving() -> _asgi.Message:
             nonlocal is_supported
             is_supported = True
             return await receive()
 
-        async def sending(message: Message) -> None:
+        async def sending(message: _asgi.Message) -> None:
             nonlocal is_supported
             is_supported = True
             if message["type"] == "lifespan.startup.complete":
@@ -159,7 +150,7 @@ class TapesMiddleware:
             await receive()
             await sending({"type": "lifespan.shutdown.complete"})
 
-    async def _answer(self, scope: Scope, send: Send) -> None:
+    async def _answer(self, scope: _asgi.Scope, send: _asgi.Send) -> None:
         adapter = self._adapter
         adapter.look_for_own_route()
         headers = list(islice(scope.get("headers", ()), _MAX_HEADER_LINES))

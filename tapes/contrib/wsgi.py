@@ -15,9 +15,10 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from http import HTTPStatus
 from typing import Any, Unpack, cast
 
-from tapes.contrib._http import ROUTE, UNMATCHED, UP_ONE, Adapter, Exchange, is_complete, may_read, status_of
+from tapes.contrib._http import ROUTE, UNMATCHED, Adapter, Exchange, is_complete, may_read, status_of
 from tapes.contrib.options import Options, with_options
 from tapes.exposition.endpoint import refusal
+from tapes.metrics.gauge import UP_ONE
 from tapes.registry import Registry
 
 __all__ = ["ROUTE", "TapesMiddleware"]
@@ -168,7 +169,6 @@ class _Exchange(Exchange):
     _status: str
 
     def start_response(self, status: str, headers: Any, exc_info: Any = None) -> Any:
-        """Pass on the beginning of the answer."""
         try:
             self._status = status[:3]
             self._headers = headers
@@ -201,7 +201,6 @@ class _Exchange(Exchange):
         return request
 
     def prepare(self, middleware: TapesMiddleware) -> None:
-        """Get ready for `start_response_with_options`."""
         self.received = 0
         self._middleware = middleware
         self._script = self.source.get("SCRIPT_NAME", "")
@@ -257,7 +256,6 @@ class _Exchange(Exchange):
         return next(self._iterator)
 
     def close(self) -> None:
-        """Close the body, as often as the server calls this."""
         try:
             close = getattr(self.body, "close", None)
             if close is not None:
