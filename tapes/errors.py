@@ -24,22 +24,10 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
-    "AddressError",
-    "AddressInUse",
-    "AggregatorUnavailable",
-    "BadValue",
-    "InvalidArgument",
-    "InvalidCall",
-    "InvalidLabel",
-    "InvalidName",
-    "KindConflict",
-    "MissingExtra",
-    "TapesError",
-    "UnknownAttribute",
-    "WireError",
-    "safe_text",
-    "short_repr",
-]
+    "AddressError", "AddressInUse", "AggregatorUnavailable", "BadValue", "InvalidArgument", "InvalidCall",
+    "InvalidLabel", "InvalidName", "KindConflict", "MissingExtra", "TapesError", "UnknownAttribute",
+    "WireError", "safe_text", "short_repr",
+]  # fmt: skip
 
 _UNSET: Any = object()
 

@@ -86,7 +86,6 @@ class Shared(Generic[T]):
     def _lead(
         self, key: Hashable, call: _Call[T], running: _Call[T] | None, function: Callable[[], T]
     ) -> None:
-        """Wait for the call before this one, then make this one."""
         try:
             if running is not None:
                 self._wait_for(key, running)

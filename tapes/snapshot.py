@@ -24,18 +24,9 @@ from tapes.once import OnceLogger
 from tapes.sums import Number
 
 __all__ = [
-    "FIELDS",
-    "CounterSeries",
-    "Description",
-    "Family",
-    "GaugeSeries",
-    "HistogramSeries",
-    "MeterSeries",
-    "Series",
-    "Snapshot",
-    "Stats",
-    "TimerSeries",
-]
+    "FIELDS", "CounterSeries", "Description", "Family", "GaugeSeries", "HistogramSeries", "MeterSeries",
+    "Series", "Snapshot", "Stats", "TimerSeries",
+]  # fmt: skip
 
 _once = OnceLogger(logging.getLogger("tapes.snapshot"))
 

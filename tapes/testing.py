@@ -124,8 +124,6 @@ def _forget(registry: Registry, make_buffer: Callable[[Metric], list[Any]]) -> N
 
 
 class _Strict(Registry):
-    """A registry in a strict block."""
-
     def _make(self, *args: Any) -> Any:
         metric = super()._make(*args)
         if type(metric._pending) is list:
@@ -208,7 +206,6 @@ def assert_recorded(
 
 
 def _shown(snapshot: Snapshot) -> str:
-    """Return every series of ``snapshot`` with its fields, one in a line."""
     lines = []
     for family in snapshot:
         for series in family.series:

@@ -108,7 +108,6 @@ def shortened(text: str, separator: str) -> str:
 
 
 def _parsed(part: str) -> tuple[str, dict[str, str]]:
-    """Return the media type and the parameters of one part of a header."""
     kind, *parameters = (piece.strip() for piece in part.lower().split(";"))
     pairs = (parameter.partition("=") for parameter in parameters)
     return kind, {name.strip(): value.strip().strip('"') for name, _, value in pairs}

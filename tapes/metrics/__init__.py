@@ -13,21 +13,9 @@ from tapes.metrics.meter import Meter, MeterState
 from tapes.metrics.timer import Timer, TimerState
 
 __all__ = [
-    "KINDS",
-    "MERGE_MODES",
-    "Counter",
-    "CounterState",
-    "Gauge",
-    "GaugeState",
-    "Histogram",
-    "HistogramState",
-    "Meter",
-    "MeterState",
-    "Metric",
-    "State",
-    "Timer",
-    "TimerState",
-]
+    "KINDS", "MERGE_MODES", "Counter", "CounterState", "Gauge", "GaugeState", "Histogram",
+    "HistogramState", "Meter", "MeterState", "Metric", "State", "Timer", "TimerState",
+]  # fmt: skip
 
 KINDS: dict[str, type[State]] = {
     "counter": CounterState,

@@ -154,9 +154,6 @@ class ScheduledReporter(Scheduled):
         interval: The time between the beginnings of reports; a ``timedelta``.
         registry: What to report; the default registry if ``None``.
 
-    Raises:
-        InvalidArgument: If the interval is not a positive ``timedelta``.
-
     Example:
         >>> import tapes, datetime
         >>> class Printer(tapes.reporting.ScheduledReporter):

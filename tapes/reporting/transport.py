@@ -152,7 +152,6 @@ class Transport:
         return _connected(found[-1][0], kind, found[-1][4])
 
     def _write(self, connection: socket.socket, lines: Sequence[bytes]) -> int:
-        """Write ``lines`` to a stream; return the number that were written as a whole."""
         data = b"".join([line + b"\n" for line in lines])
         written = 0
         try:

@@ -45,9 +45,6 @@ class TornadoScheduledReporter(Scheduled):
         interval: The time between the beginnings of reports; a ``timedelta``.
         registry: What to report; the default registry if ``None``.
         io_loop: The loop; the current one of `start` if ``None``.
-
-    Raises:
-        InvalidArgument: If the interval is not a positive ``timedelta``.
     """
 
     _run: _LoopRun | None
@@ -82,8 +79,6 @@ class TornadoScheduledReporter(Scheduled):
 
 
 class _LoopRun(Run):
-    """Timers on a loop, and the report that runs."""
-
     def __init__(self, reporter: Reporter, grid: Grid, loop: IOLoop) -> None:
         self._reporter = reporter
         self._grid = grid

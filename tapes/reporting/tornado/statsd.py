@@ -21,9 +21,6 @@ class TornadoStatsdReporter(TornadoScheduledReporter):
     Args:
         interval, host, port, prefix, registry, tags, protocol: As there.
         io_loop: The loop; the current one of `start` if ``None``.
-
-    Raises:
-        InvalidArgument: If one of them is out of its range.
     """
 
     def __init__(

@@ -25,9 +25,6 @@ class TornadoStreamReporter(TornadoScheduledReporter):
         stream: A text stream.
         registry: What to report; the default registry if ``None``.
         io_loop: The loop; the current one of `start` if ``None``.
-
-    Raises:
-        InvalidArgument: If the interval is not a positive ``timedelta``.
     """
 
     def __init__(
