@@ -15,7 +15,7 @@ from tapes.bins import MAX_KEY, bin_key, bin_keys, bin_value
 
 @pytest.mark.parametrize("value", [*range(-256, 257), 1024, -(2.0**-20), 0.5, 0.375])
 def test_whole_numbers_and_short_fractions_are_their_own_centres(value):
-    """Whole numbers to 256, and whatever has eight significant bits or fewer, are exact."""
+    """Whole numbers up to 256, and all numbers of eight significant bits, are exact."""
     assert bin_value(bin_key(value)) == value
 
 
@@ -111,7 +111,7 @@ def test_a_struct_that_refuses_what_a_single_cannot_hold_changes_nothing(values,
     st.sampled_from([1.0, 0.0, -0.0, -1.0, 1e-3, 1e3, 1e39]),
 )
 def test_known_extremes_change_neither_keys_nor_new_extremes(values, known, odd):
-    """Whether or not the batch lies between the extremes so far, in its bins or on their edges."""
+    """Known extremes change no key and no new extreme, whether a batch is within them or not."""
     values = [*values, odd, *known]
     low, high = min(known), max(known)
     keys, least, most = bin_keys(values, low, high)
@@ -125,7 +125,7 @@ def test_known_extremes_change_neither_keys_nor_new_extremes(values, known, odd)
 @pytest.mark.parametrize("low", [1.0, 0.9985, 1.0038])
 @pytest.mark.parametrize("high", [600.0, 598.1, 601.9])
 def test_a_batch_within_the_known_bins_is_answered_as_any_other(scale, low, high):
-    """But for one value below, above, in the bins of the known extremes, between all others or negative."""
+    """A batch within the known bins gives the same keys, also with one value below, above or between them."""
     many = [2.0 + 8.37 * step for step in range(60)]
     low, high, sizes = low * scale, high * scale, [0.0, 1e-60, 1e-3, 0.99, 0.9981, 0.999, 1.0, 1.003, 1.0037]
     sizes += [1.0039, 1.0041, 1.5, 300.0, 597.9, 598.05, 598.5, 599.0, 600.0, 601.0, 601.95, 602.1, 1e3, 1e25]
@@ -147,6 +147,6 @@ def test_a_single_is_rounded_to_the_nearer_bin_and_ties_away_from_zero(pattern):
 
 
 def test_no_number_is_no_key():
-    """Whatever can't be a float is refused as such."""
+    """An object that is no number is refused."""
     with pytest.raises(TypeError):
         bin_keys([1.0, "2"])

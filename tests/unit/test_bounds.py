@@ -1,4 +1,4 @@
-"""Memory has bounds: stated in the documentation, kept whatever comes and whoever does not read."""
+"""Memory is bounded: by the documented limits, whatever is recorded, and without any reader."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def kept_by(fill):
 @on_cpython
 @pytest.mark.parametrize("read", [True, False], ids=["read", "never read"])
 def test_a_filled_latency_histogram_takes_24_kb_at_most(read):
-    """5,000 latencies over seven decades, in more than a thousand bins."""
+    """5,000 latencies over seven decades, in more than a thousand bins, take at most 24 KB."""
 
     def fill(registry):
         for value in latencies(5000):
@@ -64,7 +64,7 @@ def test_a_filled_latency_histogram_takes_24_kb_at_most(read):
 
 @on_cpython
 def test_memory_does_not_grow_with_the_number_of_events():
-    """Nobody reads 100,000 events of each kind: no more than full buffers and the bins of latencies stay."""
+    """After 100,000 events of each kind, without a reader, only full buffers and bins take memory."""
 
     def fill(registry):
         for value in latencies(100_000):
@@ -78,7 +78,7 @@ def test_memory_does_not_grow_with_the_number_of_events():
 
 @on_cpython
 def test_a_hostile_stream_over_all_magnitudes_stays_below_a_megabyte():
-    """Every bin there is, of both signs: sixteen bytes each."""
+    """A stream that fills every bin of both signs takes less than a megabyte."""
     rng = random.Random(2)
 
     def fill(registry):
@@ -91,7 +91,7 @@ def test_a_hostile_stream_over_all_magnitudes_stays_below_a_megabyte():
 
 
 def test_a_full_buffer_folds_itself(registry):
-    """Memory stays bounded with nobody reading."""
+    """A full buffer is folded without a reader, and every value counts."""
     histogram = registry.histogram("h")
     for value in range(10 * FULL):
         histogram.update(value % 7)
@@ -100,7 +100,7 @@ def test_a_full_buffer_folds_itself(registry):
 
 
 def test_a_million_label_sets_are_all_counted_in_two_thousand_series(caplog):
-    """What is beyond the limit goes to one series, exactly, and is said once."""
+    """Label sets beyond the limit are counted exactly in one series, and logged once."""
     made = 1_000_000
     registry = tapes.Registry()
     for number in range(made):
@@ -115,7 +115,7 @@ def test_a_million_label_sets_are_all_counted_in_two_thousand_series(caplog):
 
 @on_cpython
 def test_label_sets_beyond_the_limit_take_no_memory():
-    """Neither as series nor in the cache of look-ups, however they are spelled."""
+    """Label sets beyond the limit take no memory, neither as series nor in the cache of look-ups."""
 
     def fill(registry):
         for number in range(30_000):

@@ -27,7 +27,7 @@ def test_an_idle_gap_costs_one_step_and_gives_the_same():
 
 
 def test_ten_idle_years_end_at_zero():
-    """No overflow, no NaN."""
+    """After ten idle years rates are zero, without an overflow or NaN."""
     assert Rates.started(0).mark(3, 0).read(63_000_000) == (0.0, 0.0, 0.0)
 
 

@@ -38,7 +38,7 @@ def filled(registry):
 
 @pytest.mark.parametrize("openmetrics", [False, True])
 def test_parsers_read_back_every_value(filled, openmetrics):
-    """prometheus_client's own parsers, both formats."""
+    """prometheus_client's parsers read back every value of both formats."""
     text = render_prometheus(filled, openmetrics=openmetrics).decode()
     families = list((parse_openmetrics if openmetrics else parse_text)(text))
     samples = {(s.name, tuple(sorted(s.labels.items()))): s.value for f in families for s in f.samples}
@@ -64,7 +64,7 @@ def test_parsers_read_back_every_value(filled, openmetrics):
 
 @pytest.mark.needs("promtool")
 def test_promtool_finds_nothing_to_complain_of(filled):
-    """The text format, as Prometheus's own checker sees it."""
+    """promtool, Prometheus's own checker, finds no problem in the text format."""
     checked = subprocess.run(
         ["promtool", "check", "metrics"], input=render(filled, "prometheus"), capture_output=True, check=False
     )
@@ -73,7 +73,7 @@ def test_promtool_finds_nothing_to_complain_of(filled):
 
 @pytest.mark.needs("promtool")
 def test_promtool_reads_hostile_names_labels_and_texts(registry):
-    """Whatever can be recorded, as long as a name is in the case that promtool likes."""
+    """promtool reads any name, label and text that can be recorded."""
     hostile = [
         '"',
         "\\",
@@ -113,7 +113,7 @@ def test_json_is_the_tree(filled):
 
 
 def test_names_that_collide_are_reported_and_the_text_stays_valid(registry, caplog):
-    """first.taken and first_taken are one name to Prometheus: the second is left out, and said."""
+    """first.taken and first_taken are one name for Prometheus: the second is left out, and logged."""
     registry.counter("first.taken").increment(1)
     registry.counter("first_taken").increment(2)
     assert render(registry, "prometheus").count(b"first_taken_total ") == 3
@@ -132,7 +132,7 @@ def test_a_collision_is_logged_once_with_both_names(registry, caplog):
 
 
 def test_series_that_look_the_same_are_shown_once(registry, caplog):
-    """Of two that differ only in what no encoding can say, the first; the other one is logged, once."""
+    """Of two series that are written alike the first is shown; the other is logged once."""
     registry.counter("c", path="\udc80").increment(2)
     registry.counter("c", path="?").increment(1)
     for _ in range(2):
@@ -159,7 +159,7 @@ COLLISIONS = [
 @pytest.mark.parametrize("pair", COLLISIONS)
 @pytest.mark.parametrize("openmetrics", [False, True])
 def test_no_family_takes_the_names_of_anothers_samples(registry, pair, openmetrics):
-    """Whatever collides, a parser accepts the rest."""
+    """If families collide in any way, a parser accepts what is left."""
     for kind, name in pair:
         getattr(registry, kind)(name)
     text = render_prometheus(registry, openmetrics=openmetrics).decode()
@@ -168,7 +168,7 @@ def test_no_family_takes_the_names_of_anothers_samples(registry, pair, openmetri
 
 
 def test_negative_values_leave_openmetrics_without_a_sum(registry):
-    """As its parser demands."""
+    """With negative values OpenMetrics has no sum, as its parser demands."""
     registry.histogram("h").update(-5)
     text = render_prometheus(registry, openmetrics=True).decode()
     assert "_sum" not in text
@@ -177,14 +177,14 @@ def test_negative_values_leave_openmetrics_without_a_sum(registry):
 
 @pytest.mark.parametrize("name", ["5xx", "größe", "a-b c", "x/y"])
 def test_whatever_is_a_name_is_written_as_prometheus_takes_it(registry, name):
-    """Every name can be exposed."""
+    """Every valid name of tapes is written as a valid name of Prometheus."""
     registry.counter(name).increment()
     (family,) = parse_text(render(registry, "prometheus").decode())
     assert family.samples[0].value == 1
 
 
 def test_colons_are_left_to_recording_rules(registry):
-    """As Prometheus asks of those who expose."""
+    """Colons in names become underscores: Prometheus reserves them for recording rules."""
     registry.gauge("job:size").set(1)
     assert b"job_size 1\n" in render(registry, "prometheus")
 
@@ -197,7 +197,7 @@ def test_a_counter_called_total_keeps_a_name(registry):
 
 
 def test_openmetrics_says_when_a_series_began(registry):
-    """In unix seconds, to the millisecond; what is not known is left out, and the text format has none."""
+    """OpenMetrics has the start of a series in unix seconds, if it is known; the text format has none."""
     registry.counter("c", queue="mail").increment()
     registry.timer("t").update(0.25)
     registry.gauge("g").set(1)
@@ -245,7 +245,7 @@ def test_a_description_says_which_buckets(registry):
 
 
 def test_negative_bounds_leave_openmetrics_without_a_sum(registry):
-    """As its parser demands; the text format has both."""
+    """With negative bounds OpenMetrics has no sum, as its parser demands; the text format has both."""
     registry.describe("h", "Degrees.", buckets=(-10, 0, 10))
     registry.histogram("h").update(5)
     assert b"h_sum 5.0\nh_count 1\n" in render(registry, "prometheus")
@@ -258,7 +258,7 @@ def test_negative_bounds_leave_openmetrics_without_a_sum(registry):
     ("unit", "name"), [("bytes", "h_bytes"), ("m/s", "h_m_s"), ("°C", "h_C"), ("%", "h")]
 )
 def test_a_unit_is_the_end_of_the_name(registry, unit, name):
-    """As OpenMetrics demands, whatever the unit looks like; one without a letter is nobody's."""
+    """A unit becomes the end of the name, as OpenMetrics demands; one without a letter is left out."""
     registry.describe("h", "How much.", unit=unit)
     registry.histogram("h").update(1)
     (family,) = parse_openmetrics(render(registry, "openmetrics").decode())
@@ -267,7 +267,7 @@ def test_a_unit_is_the_end_of_the_name(registry, unit, name):
 
 
 def test_a_gauge_whose_producer_failed_is_not_there(registry):
-    """The others of its name are."""
+    """A gauge whose producer failed is left out, and the others of its name are shown."""
     registry.gauge("g", lambda: 1 / 0, number="1")
     registry.gauge("g", number="2").set(2)
     registry.gauge("none", lambda: 1 / 0)
@@ -288,7 +288,7 @@ def test_both_sources_remember_only_what_they_still_have(registry):
 
 
 def test_a_label_called_le_does_not_break_buckets(registry):
-    """It gets a name that is free, as the bucket's bound has that name; elsewhere it stays."""
+    """A label le gets another name in buckets, which have a label of that name, and nowhere else."""
     registry.histogram("h", le="x", exported_le="y").update(1)
     registry.counter("c", le="x", exported_le="y").increment()
     counter, histogram = parse_text(render(registry, "prometheus").decode())
@@ -304,7 +304,7 @@ def test_lone_surrogates_are_replaced(registry):
 
 
 def test_an_empty_registry_is_written():
-    """No metrics is not an error."""
+    """A registry without metrics is written without an error."""
     empty = tapes.Registry()
     assert render(empty, "prometheus") == b""
     assert render(empty, "openmetrics") == b"# EOF\n"
@@ -400,7 +400,7 @@ def test_content_types_are_those_that_prometheus_demands():
     ],
 )
 def test_clients_get_what_they_ask_for(accept, form):
-    """By Accept; JSON where nothing else is asked for."""
+    """The Accept header decides on the format; without one it is JSON."""
     assert negotiate(accept) == form
 
 
@@ -451,7 +451,7 @@ def test_only_the_beginning_of_a_long_query_is_read():
 
 
 def test_the_query_wins_over_accept():
-    """And a format that there isn't is told with those that there are."""
+    """The format of the query wins over Accept; an unknown one is an error that names the known ones."""
     assert negotiate("text/plain", "json") == "json"
     with pytest.raises(InvalidArgument, match=r"'yaml'.*json or prometheus or openmetrics"):
         negotiate("", "yaml")

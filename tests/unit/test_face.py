@@ -76,6 +76,8 @@ def test_hidden_names_stay_reachable():
 
 
 def test_a_subclass_of_a_registry_may_be_abstract():
+    """A subclass of a registry may have abstract methods."""
+
     class Base(tapes.Registry, abc.ABC):
         @abc.abstractmethod
         def name(self):

@@ -15,7 +15,7 @@ def rejected(registry):
 
 
 def test_a_gauge_is_set_and_moved(registry):
-    """In the order of the calls."""
+    """Sets and moves of a gauge take effect in the order of the calls."""
     gauge = registry.gauge("g")
     gauge.increment(5)
     gauge.set(2)
@@ -25,7 +25,7 @@ def test_a_gauge_is_set_and_moved(registry):
 
 
 def test_a_gauge_stands_since_it_was_set_or_first_moved(registry, clock):
-    """Later moves do not make it newer, and before the first it does not stand at all."""
+    """A gauge's time is that of its first move or last set; later moves do not make it newer."""
     gauge = registry.gauge("g", merge="last")
     assert gauge.collect() == (0, "last", None)
     gauge.increment(3)
@@ -41,7 +41,7 @@ def test_a_gauge_stands_since_it_was_set_or_first_moved(registry, clock):
 
 
 def test_a_failing_producer_hides_its_gauge_and_nothing_else(registry, caplog):
-    """Counted, logged once, tried again at the next read."""
+    """A gauge whose producer fails is hidden, counted, logged once, and tried again at the next read."""
     answers = [1 / 3, None]
     registry.gauge("bad", lambda: 1 / (len(answers) - 2))
     registry.gauge("good", lambda: 7)
@@ -56,7 +56,7 @@ def test_a_failing_producer_hides_its_gauge_and_nothing_else(registry, caplog):
 
 
 def test_a_weak_gauge_does_not_keep_its_object_alive(registry):
-    """And takes a new producer when the old one is gone."""
+    """A weak gauge does not keep its object alive, and takes a new producer once that is gone."""
 
     class Pool:
         def size(self):
@@ -73,14 +73,14 @@ def test_a_weak_gauge_does_not_keep_its_object_alive(registry):
 
 
 def test_a_producer_that_reads_its_own_registry_is_answered(registry):
-    """With its last value, and without recursion."""
+    """A producer that reads its own registry gets the last value, and no recursion."""
     registry.counter("c").increment(4)
     registry.gauge("ratio", lambda: registry.get_stats().c.value / 2)
     assert registry.get_stats().ratio.value == 2.0
 
 
 def test_what_was_set_last_overtakes_all_steps_before_it(registry):
-    """Whether they were folded or not; steps after it count from it."""
+    """A set replaces all steps before it, folded or not, and later steps start from it."""
     gauge = registry.gauge("g")
     for _ in range(1000):
         gauge.increment()
@@ -97,7 +97,7 @@ def test_what_was_set_last_overtakes_all_steps_before_it(registry):
 
 @pytest.mark.parametrize(("record", "bad"), [("set", "12"), ("increment", math.nan), ("decrement", None)])
 def test_a_bad_value_of_a_gauge_is_logged_as_it_was_given(registry, caplog, record, bad):
-    """It changes nothing, and the log names it."""
+    """A bad value does not change a gauge, and the log shows it as it was given."""
     gauge = registry.gauge("g")
     gauge.set(3)
     getattr(gauge, record)(bad)
@@ -107,7 +107,7 @@ def test_a_bad_value_of_a_gauge_is_logged_as_it_was_given(registry, caplog, reco
 
 
 def test_steps_of_threads_all_count(registry):
-    """Up in four threads, down in four: what is left is the difference."""
+    """Four threads step up, four step down: the value is the difference."""
     gauge = registry.gauge("g")
     gauge.set(100)
 

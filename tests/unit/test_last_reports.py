@@ -94,7 +94,7 @@ def test_a_demand_of_what_does_not_report_is_met_at_once():
 
 
 def test_a_report_that_fails_meets_its_demand():
-    """It is counted as failed."""
+    """A requested report that fails is counted as failed, and answers the request."""
 
     def fail():
         raise OSError("unreachable")
@@ -106,7 +106,7 @@ def test_a_report_that_fails_meets_its_demand():
 
 
 def test_a_demand_outlives_a_fork():
-    """The parent's next thread meets it; the child, which was not asked, reports on its own schedule."""
+    """The parent's next thread answers the request; the child has none, and keeps its own schedule."""
     goes_on = threading.Event()
     with Noting(action=lambda: goes_on.wait(10)) as reporter:
         wait_for(lambda: reporter.at_once, "a report is under way")
@@ -132,7 +132,7 @@ def is_due(books_):
 
 
 def test_reports_are_due_when_the_last_worker_says_goodbye(make_handler):
-    """Not when others live; those that are known by their children alone don't count."""
+    """Reports are due when the last live worker exits; workers known by their children only do not count."""
     one, two = Worker(), Worker()
     made = make_handler()
     made.publication(one.publication())
@@ -164,7 +164,7 @@ def test_reports_are_due_when_the_last_worker_is_found_dead(make_handler):
 
 
 def test_a_goodbye_beside_the_dead_is_the_last(make_handler):
-    """Also if their death has not been noticed yet."""
+    """An exit beside dead workers is the last one, also if their death has not been noticed yet."""
     dead, one = Worker(process=DEAD_PROCESS), Worker()
     made = make_handler()
     made.publication(dead.publication())
@@ -174,7 +174,7 @@ def test_a_goodbye_beside_the_dead_is_the_last(make_handler):
 
 
 def test_reports_are_due_when_they_are_asked_for(make_handler):
-    """Whoever lives."""
+    """Reports are due when they are requested, whatever workers live."""
     made, worker = make_handler(), Worker()
     made.publication(worker.publication())
     assert decode(made.answer(encode(Flush(3)))) == Reply(3, "ok", b"")
@@ -215,7 +215,7 @@ def test_a_demand_before_the_start_is_made_after_it():
 
 
 class Binding(Reporter):
-    """Needs what somebody else has until it is ``free``."""
+    """Needs what another process has until it is ``free``."""
 
     def __init__(self, error):
         super().__init__()
@@ -259,7 +259,7 @@ def test_what_is_in_use_is_tried_for_four_seconds(error):
 
 
 def test_another_error_ends_the_attempt_at_once():
-    """A mistake is not waited for."""
+    """An error that is a mistake ends the attempt at once, without waiting."""
     with pytest.raises(ValueError, match="mistaken"):
         reports(Binding(ValueError("mistaken")))
 

@@ -41,7 +41,7 @@ def test_every_class_has_metrics_of_its_own(registry):
 
 
 def test_keyword_arguments_of_classes_pass_through(registry):
-    """__init_subclass__ and its keywords are intact."""
+    """Keywords of a class statement reach __init_subclass__."""
 
     class Base(metaclass=tapes.metered_meta([("hits", "hits.{}", registry.meter)])):
         def __init_subclass__(cls, flavour="none", **kwargs):
@@ -55,7 +55,7 @@ def test_keyword_arguments_of_classes_pass_through(registry):
 
 
 def test_metrics_are_there_when_a_subclass_is_initialised(registry):
-    """__init_subclass__ may use them."""
+    """The metrics exist when __init_subclass__ runs."""
     seen = []
 
     class Base(metaclass=tapes.metered_meta([("hits", "hits.{}", registry.meter)])):
@@ -118,7 +118,7 @@ def test_metered_metaclasses_can_be_stacked(registry):
     ids=["two", "no text", "no factory", "a name"],
 )
 def test_a_metric_that_is_no_triple_is_refused_when_the_metaclass_is_made(metrics):
-    """Not when the first class is."""
+    """A metric that is no triple is refused when the metaclass is made, not with its first class."""
     with pytest.raises(tapes.TapesError, match="attribute, template, factory"):
         tapes.metered_meta(metrics)
 

@@ -27,7 +27,7 @@ def rejected(registry: tapes.Registry) -> int:
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: "an object" if type(bad) is object else repr(bad))
 @pytest.mark.parametrize("kind", ["counter", "meter", "histogram", "timer", "gauge"])
 def test_a_bad_value_is_dropped_counted_and_logged_once(registry, caplog, kind, bad):
-    """It neither raises nor spoils what was recorded beside it."""
+    """A bad value raises nothing, is counted, is logged once, and does not spoil the values beside it."""
     metric = getattr(registry, kind)("m", l="x")
     record = {"counter": "increment", "meter": "mark", "gauge": "set"}.get(kind, "update")
     with caplog.at_level(logging.WARNING, "tapes"):
@@ -65,7 +65,7 @@ class Whole:
 
 @pytest.mark.parametrize("number", [True, Whole(), decimal.Decimal("2.5"), fractions.Fraction(1, 4)])
 def test_whatever_is_a_number_counts(registry, number):
-    """Not only int and float are numbers; what is recorded is one of these."""
+    """Numbers of other types than int and float count, and are recorded as one of these."""
     registry.counter("c").increment(number)
     registry.meter("m").mark(number)
     registry.histogram("h").update(number)
@@ -79,7 +79,7 @@ def test_whatever_is_a_number_counts(registry, number):
 
 
 def test_a_counter_counts_up_and_down(registry):
-    """The value is the difference; what was added stays known apart."""
+    """A counter's value is the difference of what was added and taken away; what was added is kept apart."""
     counter = registry.counter("c")
     counter.increment()
     counter.increment(4)
@@ -97,7 +97,7 @@ def test_a_counter_counts_up_and_down(registry):
     [("counter", "increment"), ("counter", "decrement"), ("meter", "mark"), ("timer", "update")],
 )
 def test_what_is_below_zero_is_a_bad_value_and_zero_is_not(registry, kind, record, good, bad):
-    """Steps, events and durations: each bad one of a batch counts as one, whatever is beside it."""
+    """Each negative step, event or duration of a batch is one bad value; zero is none."""
     metric = getattr(registry, kind)("m")
     for _ in range(2):
         for number in (*bad, *good):
@@ -113,21 +113,21 @@ def test_what_is_below_zero_is_a_bad_value_and_zero_is_not(registry, kind, recor
 
 @pytest.mark.parametrize("kind", ["counter", "meter", "histogram", "timer", "gauge"])
 def test_a_state_is_the_same_object_while_nothing_changes(registry, kind):
-    """So a worker need not send it again."""
+    """collect() returns the same object while nothing changes, so a worker need not send it again."""
     metric = getattr(registry, kind)("m")
     getattr(metric, {"counter": "increment", "meter": "mark", "gauge": "set"}.get(kind, "update"))(2)
     assert metric.collect() is metric.collect()
 
 
 def test_fractions_of_a_counter_add_up_exactly(registry):
-    """Ten times a tenth is one."""
+    """Ten increments of a tenth are exactly one."""
     for _ in range(10):
         registry.counter("c").increment(0.1)
     assert registry.get_stats().c.value == 1.0
 
 
 def test_a_meters_events_belong_to_the_tick_of_their_mark(registry, clock):
-    """Also when nobody reads for minutes: the same rates as if someone had."""
+    """Rates are the same whether a meter is read at every tick or only minutes later."""
     meter = registry.meter("m")
     meter.mark(3)
     clock.advance(5)
@@ -143,7 +143,7 @@ def test_a_meters_events_belong_to_the_tick_of_their_mark(registry, clock):
 
 
 def test_a_timer_times_blocks_that_raise(registry, clock):
-    """The duration is recorded, the exception goes on."""
+    """The duration of a block that raises is recorded, and the exception passes through."""
     timer = registry.timer("t")
 
     def fail():
@@ -156,7 +156,7 @@ def test_a_timer_times_blocks_that_raise(registry, clock):
 
 
 def test_timers_nest_and_recurse(registry, clock):
-    """Each call has a measurement of its own."""
+    """Each of several recursive calls has a measurement of its own."""
     timer = registry.timer("t")
 
     @timer.time()
@@ -171,7 +171,7 @@ def test_timers_nest_and_recurse(registry, clock):
 
 
 def test_a_coroutine_is_timed_to_its_end(registry, clock):
-    """Not only to its creation."""
+    """A decorated coroutine function is timed to the end of its coroutine, not only to its creation."""
 
     @registry.timer("t").time()
     async def work():
@@ -184,7 +184,7 @@ def test_a_coroutine_is_timed_to_its_end(registry, clock):
 
 
 def test_the_recent_mean_and_the_lifetime_sum_are_told_apart(registry, clock):
-    """mean is recent; sum and count are since the start."""
+    """The mean is recent; sum and count are since the start."""
     histogram = registry.histogram("h")
     histogram.update(100)
     registry.get_stats()
@@ -238,7 +238,7 @@ def test_no_event_is_lost_under_threads(kind):
 
 
 def test_bad_values_under_threads_are_all_counted():
-    """Eight threads that record nothing but bad values while they are read: exact, and nobody fails."""
+    """Eight threads record only bad values while others read: every one is counted, and nothing raises."""
     registry = tapes.Registry()
     histogram = registry.histogram("h")
     failures = []
@@ -266,7 +266,7 @@ def test_bad_values_under_threads_are_all_counted():
 
 
 class Raiser:
-    """A number of a library whose conversions raise what nobody expects."""
+    """A number whose conversions raise unusual exceptions."""
 
     def __float__(self):
         raise RuntimeError("detached")
@@ -280,7 +280,7 @@ class Raiser:
 @pytest.mark.parametrize("stranger", [Raiser(), (), (5,), (9, "x"), {}], ids=repr)
 @pytest.mark.parametrize("kind", ["counter", "meter", "histogram", "timer", "gauge"])
 def test_a_stranger_among_values_costs_only_itself(registry, kind, stranger):
-    """Also a tuple, which is no step down; the others of its batch count."""
+    """An object that is no number, also a tuple, is the only one of its batch that does not count."""
     metric = getattr(registry, kind)("m")
     names = {"counter": "increment decrement", "meter": "mark", "gauge": "increment decrement set"}
     records = names.get(kind, "update").split()
@@ -294,7 +294,7 @@ def test_a_stranger_among_values_costs_only_itself(registry, kind, stranger):
 
 
 def test_extremes_stay_finite(registry, clock):
-    """Sums, deviations and means of the largest numbers are numbers, and come back down."""
+    """Sums, deviations and means of the largest numbers are finite, and fall again."""
     histogram = registry.histogram("h")
     for value in (1.7e308, -1.7e308, 1.7e308):
         histogram.update(value)
@@ -310,7 +310,7 @@ def test_extremes_stay_finite(registry, clock):
 
 
 def test_the_recent_mean_forgets_an_outlier(registry, clock):
-    """1e20, and 45 minutes later 1, 2 and 3: the mean is 2."""
+    """45 minutes after 1e20 was recorded, the recent mean of 1, 2 and 3 is 2."""
     histogram = registry.histogram("h")
     histogram.update(1e20)
     registry.get_stats()
@@ -322,7 +322,7 @@ def test_the_recent_mean_forgets_an_outlier(registry, clock):
 
 @pytest.mark.parametrize("line", ["self._folding = True", "self._folding = False", "pending = len(buffer)"])
 def test_a_read_that_interrupts_a_fold_anywhere_is_answered(registry, line):
-    """As from a signal handler, before and after each step that matters."""
+    """A read that interrupts a fold, as from a signal handler, is answered before and after each step."""
     histogram = registry.histogram("h")
     histogram.update(1.0)
     lines = set()
@@ -351,7 +351,7 @@ def test_a_read_that_interrupts_a_fold_anywhere_is_answered(registry, line):
 
 
 def test_recording_and_reading_inside_a_fold_do_not_deadlock(registry):
-    """A number that records and reads while it is being folded: as a signal handler may."""
+    """A number that records and reads while it is folded, as a signal handler may, blocks nothing."""
     histogram = registry.histogram("h")
     seen = []
 

@@ -48,13 +48,13 @@ def test_what_a_module_offers_is_sorted_and_there(name):
 
 
 def test_a_mistyped_name_is_an_attribute_error():
-    """The lazy names do not hide it."""
+    """A mistyped name of the package is an AttributeError that names it."""
     with pytest.raises(AttributeError, match="no attribute 'conter'"):
         tapes.conter
 
 
 def test_the_lazy_names_are_found():
-    """By dir(), and by import."""
+    """Names that are imported lazily are found by dir() and by import."""
     assert {"DistributedRegistry", "counter", "connect"} <= set(dir(tapes))
     assert "Any" not in dir(tapes)
     assert tapes.DistributedRegistry.__module__ == "tapes.distributed.registry"

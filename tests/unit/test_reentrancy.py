@@ -55,7 +55,7 @@ def stop():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_signal_handler_may_record_and_read(interrupted, kind):
-    """Into the metric that is being recorded, folded or read just now: nothing lost, nothing twice."""
+    """A handler records into a metric that is recorded, folded or read: no event is lost or doubled."""
     registry = tapes.Registry()
     record = getattr(getattr(registry, kind)("m"), KINDS[kind])
     handled = []
@@ -83,7 +83,7 @@ def test_a_signal_handler_may_record_and_read(interrupted, kind):
 @pytest.mark.skipif(platform.python_implementation() != "CPython", reason="that is CPython's guarantee")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_handler_that_raises_loses_no_event_and_counts_none_twice(interrupted, kind):
-    """As a worker's time-out does: only the event that it interrupts may be missing."""
+    """When a handler raises anywhere, as for a timeout, only the event that it interrupts may be missing."""
     registry = tapes.Registry()
     record = getattr(getattr(registry, kind)("m"), KINDS[kind])
 
@@ -123,7 +123,7 @@ def test_a_handler_that_raises_loses_no_event_and_counts_none_twice(interrupted,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_destructors_may_record_during_a_collection(kind):
-    """Objects in cycles that record when they are collected, wherever that happens, in four threads."""
+    """Objects in cycles record when they are collected, in four threads, and every event counts."""
     registry = tapes.Registry()
     record = getattr(getattr(registry, kind)("m"), KINDS[kind])
     made, threads = 3000, 4
@@ -181,7 +181,7 @@ class TimedOut(Exception):
 @pytest.mark.parametrize("bad", [None, "x", float("nan"), True], ids=repr)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_handlers_exception_goes_on_whatever_is_in_the_batch(kind, bad):
-    """Beside a bad value too; the good ones count once, the bad one is dropped."""
+    """A handler's exception passes through also if the batch has a bad value; the good ones count once."""
     registry = tapes.Registry()
     metric = getattr(registry, kind)("m")
     absorb, calls = type(metric)._absorb, []
@@ -203,7 +203,7 @@ def test_a_handlers_exception_goes_on_whatever_is_in_the_batch(kind, bad):
 
 @pytest.mark.parametrize("kind", ["counter", "meter", "histogram", "timer"])
 def test_taking_from_within_a_fold_takes_each_event_once(kind):
-    """As a signal handler may that says goodbye: what is taken and what is left add up."""
+    """A drain that interrupts a fold, as from a signal handler, loses no event and takes none twice."""
     registry = tapes.Registry()
     metric = getattr(registry, kind)("m")
     taken = []
@@ -216,7 +216,7 @@ def test_taking_from_within_a_fold_takes_each_event_once(kind):
 
 
 class Slow:
-    """A number that is being folded until it is told to go on."""
+    """A number whose conversion waits for an event."""
 
     def __init__(self):
         self.folding, self.go_on = threading.Event(), threading.Event()
@@ -243,7 +243,7 @@ def folding():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_child_forked_while_another_thread_folds_records_and_reads(folding):
-    """The lock of a thread that the child has not is no obstacle."""
+    """A child that was forked during a fold of another thread records and reads: it replaces the lock."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -258,7 +258,7 @@ def test_a_child_forked_while_another_thread_folds_records_and_reads(folding):
 
 
 def test_a_lock_of_another_process_is_replaced_by_whoever_finds_it(folding):
-    """Servers that fork in C run no hooks of Python."""
+    """A lock of another process is replaced by the first fold: servers that fork in C run no hooks."""
     folding._pid = -1
     del folding._buffer[:]
     for _ in range(1000):
@@ -268,7 +268,7 @@ def test_a_lock_of_another_process_is_replaced_by_whoever_finds_it(folding):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_fork_from_within_a_fold_counts_each_event_once_in_both():
-    """As a signal handler may that starts a process: parent and child both end their fold."""
+    """After a fork within a fold, as of a signal handler, parent and child both finish their fold exactly."""
     counter = tapes.Registry().counter("c")
     pids = []
 
@@ -288,7 +288,7 @@ def test_a_fork_from_within_a_fold_counts_each_event_once_in_both():
 
 
 def test_a_fork_before_a_fold_has_begun_is_as_one_from_within():
-    """What waited is inherited, and not the child's own as well."""
+    """A fork just before a fold detaches the pending values: they are inherited, and not the child's own."""
     counter = tapes.Registry().counter("c")
     aside = []
 

@@ -17,7 +17,7 @@ MAKERS = ["counter", "gauge", "histogram", "meter", "timer"]
 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_the_same_name_and_labels_are_the_same_metric(registry, maker):
-    """Whatever the order and the spelling of the labels."""
+    """The same name and labels give the same metric, in any order and spelling of the labels."""
     make = getattr(registry, maker)
     one = make("a.b", queue="mail", region="eu")
     assert make("a.b", region="eu", queue="mail") is one
@@ -124,7 +124,7 @@ def test_prefix_and_common_labels(registry):
 
 
 def test_label_sets_are_bounded_and_nothing_is_lost(caplog):
-    """Past max_series, events go to one overflow series; one warning."""
+    """Past max_series, events go to one overflow series; none is lost, and one warning is logged."""
     registry = tapes.Registry(max_series=10)
     with caplog.at_level(logging.WARNING):
         for number in range(1000):
@@ -157,7 +157,7 @@ def test_label_sets_are_bounded_under_threads():
 
 
 def test_removed_series_are_gone_and_make_room():
-    """And a new one under the same name starts at zero."""
+    """A removed series leaves the snapshot and makes room; a new one with its name starts at zero."""
     registry = tapes.Registry(max_series=1)
     registry.counter("c", l="a").increment()
     assert registry.remove("c", l="a")
@@ -170,7 +170,7 @@ def test_removed_series_are_gone_and_make_room():
 
 
 def test_a_removed_metric_is_not_found_in_the_cache(registry):
-    """The next look-up makes a new one."""
+    """After a removal the next look-up makes a new metric."""
     old = registry.counter("c", l="a")
     registry.remove("c", l="a")
     assert registry.counter("c", l="a") is not old
@@ -235,7 +235,7 @@ def test_iterating_while_others_register_never_fails(registry):
 
 
 def test_descriptions_reach_the_snapshot(registry):
-    """Also if the metric comes later; timers are in seconds whatever is said."""
+    """A description is in the snapshot also if it came before its metric; timers are always in seconds."""
     registry.describe("h", "How large.", unit="bytes")
     registry.histogram("h")
     registry.timer("t")

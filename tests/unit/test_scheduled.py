@@ -37,7 +37,7 @@ def count(reporter, name):
 
 
 def test_the_first_report_comes_at_once_and_the_last_at_the_end():
-    """Whatever the interval, a report is made at the start and one at stop(), by a named daemon thread."""
+    """A report is made at the start and one at stop(), by a named daemon thread, whatever the interval."""
     with Noting(LONG) as reporter:
         wait_for(lambda: reporter.reports, "the first report")
         (thread,) = reporter.reports

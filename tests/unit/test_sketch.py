@@ -63,7 +63,7 @@ def test_counts_are_whole_numbers_of_any_size_that_is_met():
 
 
 def test_an_empty_sketch_answers_zero():
-    """Empty distributions report zeros, not errors."""
+    """Every answer of an empty sketch is zero, and none is an error."""
     for view in (EMPTY.lifetime, EMPTY.recent):
         assert (view.count, view.sum, view.min, view.max, view.mean, view.stddev) == (0, 0, 0, 0, 0, 0)
         assert view.quantile(0.5) == 0.0
@@ -80,7 +80,7 @@ def test_a_bad_value_spoils_nothing(bad):
 
 
 def test_a_value_below_the_least_is_refused_and_the_least_itself_is_not():
-    """A sketch that is told its least value holds that value, and nothing less."""
+    """A fold with a least value accepts that value, and refuses anything below it."""
     sketch = EMPTY.fold([0.0, 2.0], 0, least=0.0)
     assert (sketch.count, sketch.low) == (2, 0.0)
     with pytest.raises(ValueError, match="a value is less than 0"):
@@ -95,7 +95,7 @@ def test_a_hostile_nan_does_not_pass_as_zero():
 
 
 def test_a_threshold_includes_its_whole_bin():
-    """What is at or below always counts; what is 0.8 % above never fails to be told apart."""
+    """Values at or below a threshold always count; values 0.8 % above it never do."""
     view = EMPTY.fold([1.0, 2.0, 3.0, 3.04, -1.0], 0).lifetime
     assert view.count_below(3.0) == 4
     assert view.count_below(2.999 * 0.99) == 3
@@ -113,7 +113,7 @@ def test_a_threshold_in_the_bin_of_the_maximum_counts_that_bin():
 
 
 def test_nothing_is_at_or_below_a_threshold_below_the_minimum():
-    """Not even in the bin of the minimum, which is exact."""
+    """Nothing is at or below a threshold under the exact minimum, not even in its bin."""
     view = EMPTY.fold([1.001, 1.002], 0).lifetime
     assert (view.count_below(1.0), view.count_below(1.001)) == (0, 2)
 
@@ -145,7 +145,7 @@ def test_one_value_is_a_recent_extreme_for_five_minutes_and_weighs_for_38(outlie
 
 
 def test_a_mean_is_exact_where_all_values_are_at_the_edges_of_their_bins():
-    """The bins are off by 0.39 %, the sum is not."""
+    """The mean is exact although bins are off by 0.39 %, as it comes from the sum."""
     for values in ([1.0038, 1.0039, 1.0039], [-1.0038, -1.0039, -1.0039], [1.00391, 1.0117, 1.00391]):
         sketch = EMPTY.fold(values, 0)
         for view in (sketch.lifetime, sketch.recent):
@@ -173,7 +173,7 @@ def test_a_batch_whose_sum_is_beyond_the_range_of_floats_is_refused(values):
 
 
 def test_a_recent_sum_beyond_the_range_of_floats_is_refused():
-    """The lifetime's sum has come back into the range, the recent one has forgotten why."""
+    """A value that takes only the recent sum beyond the range of floats is refused too."""
     sketch = EMPTY.fold([-1.7e308], 0).fold([1.7e308], 100_000)
     assert (sketch.lifetime.sum, sketch.recent.sum) == (0.0, 1.7e308)
     with pytest.raises(ValueError, match="beyond the range"):
@@ -182,7 +182,7 @@ def test_a_recent_sum_beyond_the_range_of_floats_is_refused():
 
 
 def test_a_tick_of_many_values_takes_bounded_memory():
-    """Pending keys and parts of the sum are counted from time to time, with nobody reading."""
+    """Within a tick, pending keys and parts of the sum take bounded memory without any reader."""
     sketch = EMPTY
     for turn in range(200):
         sketch = sketch.fold([float(1 + (turn * 256 + n) % 3000) for n in range(256)], 0)
@@ -233,5 +233,5 @@ def test_both_views_answer_the_nearest_rank(percent):
 
 
 def test_the_lifetime_mean_is_exact_beyond_the_range_of_the_bins():
-    """It is the exact sum divided by the count."""
+    """The lifetime mean is the exact sum divided by the count, also beyond the range of the bins."""
     assert EMPTY.fold([1e100, 1e300], 0).lifetime.mean == 5e299

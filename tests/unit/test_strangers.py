@@ -49,7 +49,7 @@ def raising(error):
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_whatever_a_number_raises_costs_that_number_alone(registry, kind, error):
-    """Not the batch, not the ones after it, and not the caller, even if it can't be printed."""
+    """A number that raises costs only itself: not its batch, not later ones, and not the caller."""
     record = getattr(getattr(registry, kind)("m"), KINDS[kind])
     for _ in range(2):
         record(raising(error))
@@ -64,7 +64,7 @@ def test_whatever_a_number_raises_costs_that_number_alone(registry, kind, error)
     "number", [decimal.Decimal("4.5"), fractions.Fraction(9, 2), True, 2**70, Ours(4.5)], ids=repr
 )
 def test_what_a_reader_gets_are_plain_numbers(registry, number):
-    """Whatever type was recorded, at the edge of what is known or within; so it can be sent and written."""
+    """A reader gets plain numbers, whatever type was recorded, so they can be sent and written."""
     for kind in ("histogram", "timer"):
         metric = getattr(registry, kind)("m" + kind)
         for value in (5.0, 2e30) * 20:
@@ -95,7 +95,7 @@ def test_a_log_that_fails_does_not_reach_the_caller(registry):
 
 
 def test_a_producer_whose_error_can_not_be_printed_hides_its_gauge_only(registry):
-    """The others are read."""
+    """A producer whose error can't be printed hides its own gauge, and the others are read."""
 
     def produce():
         raise Unspeakable
@@ -108,7 +108,7 @@ def test_a_producer_whose_error_can_not_be_printed_hides_its_gauge_only(registry
 
 @pytest.mark.skipif(platform.python_implementation() == "PyPy", reason="PyPy can refer to anything weakly")
 def test_a_weak_producer_must_be_referable(registry):
-    """It says so before anything is made."""
+    """A weak producer that can't be weakly referenced is refused before a gauge is made."""
 
     class Slotted:
         __slots__ = ()

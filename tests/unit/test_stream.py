@@ -25,7 +25,7 @@ def test_a_line_is_the_tree(registry):
 
 
 def test_the_default_is_standard_output(short_dir):
-    """As in the original; lines come though the output is a pipe, and nobody stops it."""
+    """Lines go to standard output by default, also if it is a pipe and the reporter is never stopped."""
     program = """
 import datetime, tapes
 from tapes.reporting.stream import ThreadedStreamReporter
@@ -38,7 +38,7 @@ ThreadedStreamReporter(datetime.timedelta(seconds=10)).start()
 
 
 def test_a_stream_that_was_closed_ends_nothing(registry, caplog):
-    """It is a report that failed."""
+    """A closed stream is a failed report, and does not end the schedule."""
     stream = io.StringIO()
     stream.close()
     with ThreadedStreamReporter(timedelta(milliseconds=5), stream, registry):
@@ -48,7 +48,7 @@ def test_a_stream_that_was_closed_ends_nothing(registry, caplog):
 
 
 def test_the_default_stream_is_that_of_the_signature():
-    """Positional, second."""
+    """The stream is the second positional argument, and standard output by default."""
     reporter = ThreadedStreamReporter(timedelta(seconds=1), sys.stderr)
     assert reporter.stream is sys.stderr
     assert reporter.registry is tapes.registry.default_registry

@@ -38,14 +38,14 @@ def test_a_bad_value_raises_from_the_call_that_records_it(registry, kind, record
 
 
 def test_a_failing_producer_raises_from_the_read(registry):
-    """With what it raised."""
+    """A failing producer raises BadValue from the read, with its own exception as context."""
     registry.gauge("g", lambda: 1 / 0)
     with strict(registry), pytest.raises(BadValue, match="ZeroDivisionError"):
         registry.snapshot()
 
 
 def test_a_strict_block_begins_and_ends_with_nothing_recorded(registry):
-    """Metrics made before it take part."""
+    """A strict block begins and ends with nothing recorded; metrics made before it take part."""
     counter = registry.counter("c")
     timer = registry.timer("t")
     counter.increment(5)
@@ -77,7 +77,7 @@ def test_a_connected_registry_is_refused(registry):
 
 
 def test_a_failed_assertion_says_what_was_recorded(registry):
-    """What differs, and all there is."""
+    """A failed assertion shows what differs and everything that was recorded."""
     registry.counter("jobs.done", queue="mail").increment(2)
     registry.gauge("pool.size").set(3)
     with pytest.raises(AssertionError) as caught:
@@ -95,7 +95,7 @@ def test_a_failed_assertion_says_what_was_recorded(registry):
 
 
 def test_a_manual_clock_does_not_go_back():
-    """Time is monotonic."""
+    """A manual clock refuses to go back, as time is monotonic."""
     clock = ManualClock(3)
     clock.advance(0)
     with pytest.raises(tapes.TapesError, match="zero or more"):
@@ -125,7 +125,7 @@ def test_the_fixture_is_there_for_every_project(pytester):
 
 
 def test_strict_blocks_nest(registry):
-    """The fixture, and a block in the test: both are strict, before, within and after the inner one."""
+    """A strict block in the fixture is strict before, within and after the inner one."""
     counter = registry.counter("c")
     with strict(registry):
         counter.increment(3)
@@ -178,7 +178,7 @@ def test_a_failing_test_ends_at_its_own_line(pytester, name):
 
 
 def test_other_errors_show_all_frames(pytester):
-    """An error that is not about a bad value may be one of tapes, so its frames are there."""
+    """An error that is not about a bad value shows all frames, as it may be a mistake of tapes."""
     pytester.makepyfile(
         """
         import tapes

@@ -17,7 +17,7 @@ def durations(registry):
 
 
 def test_a_generator_is_timed_to_its_exhaustion(registry, clock):
-    """From the first value asked for to the last, what the consumer does in between included."""
+    """A generator is timed from its first value to its end, including what the consumer does in between."""
 
     @registry.timer("t").time()
     def numbers():
@@ -68,7 +68,7 @@ def test_a_generator_that_is_given_up_is_timed_to_its_end(registry, clock, end):
 
 
 def test_a_generator_that_was_never_started_is_not_recorded(registry):
-    """Nothing ran, nothing is timed."""
+    """A generator that was never started is not recorded, as nothing ran."""
 
     @registry.timer("t").time()
     def numbers():
@@ -107,7 +107,7 @@ def test_an_asynchronous_generator_is_timed_to_its_exhaustion(registry, clock):
 
 
 def test_an_asynchronous_generator_that_is_closed_or_cancelled_is_timed_to_its_end(registry, clock):
-    """Its clean-up runs within the time."""
+    """The time of an asynchronous generator includes its clean-up after a close or a cancellation."""
     cleaned = []
     waiting = []
 
@@ -145,7 +145,7 @@ def test_an_asynchronous_generator_that_is_closed_or_cancelled_is_timed_to_its_e
 
 
 def test_an_exception_of_an_asynchronous_generator_goes_through(registry):
-    """And is recorded, as with everything that is timed."""
+    """An exception of an asynchronous generator passes through, and the duration is recorded."""
 
     @registry.timer("t").time()
     async def numbers():
@@ -161,7 +161,7 @@ def test_an_exception_of_an_asynchronous_generator_goes_through(registry):
 
 
 def test_what_is_decorated_stays_what_it_is(registry):
-    """Frameworks ask; names, signatures and documentation stay too."""
+    """A decorated function keeps its type for frameworks, its name, signature and documentation."""
     time = registry.timer("t").time
 
     def plain(a, *, b=2):
@@ -190,7 +190,7 @@ def test_what_is_decorated_stays_what_it_is(registry):
 
 
 def test_methods_and_partials_can_be_decorated(registry, clock):
-    """Also below @staticmethod and @classmethod; above them it says what to do."""
+    """Methods and partials can be decorated below @staticmethod and @classmethod; above is an error."""
     time = registry.timer("t").time
 
     class Work:
@@ -221,7 +221,7 @@ def test_methods_and_partials_can_be_decorated(registry, clock):
 
 
 def test_a_decorator_can_be_kept_and_used_twice(registry, clock):
-    """It makes a measurement of its own for every call."""
+    """A decorator that is used twice makes a measurement of its own for every call."""
     timed = registry.timer("t").time()
 
     @timed
@@ -264,7 +264,7 @@ def test_a_clock_that_goes_back_makes_a_bad_value_and_no_exception(registry):
 
 
 def test_a_callable_object_with_a_coroutine_is_timed_to_its_end(registry, clock):
-    """Not only to the making of the coroutine."""
+    """A callable object that returns a coroutine is timed to the end of the coroutine."""
 
     class Handler:
         async def __call__(self):
