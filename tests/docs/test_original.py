@@ -120,7 +120,7 @@ def test_positional_arguments_and_defaults_are_the_originals(path):
 
 @pytest.mark.parametrize("path", KEYWORDS)
 def test_what_is_new_has_its_defaults(path):
-    """Keyword-only, as the contract says."""
+    """Arguments that the original did not have are keyword-only, with the documented defaults."""
     parameters = inspect.signature(find(path)).parameters.values()
     keywords = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     assert keywords.items() >= KEYWORDS[path].items()
@@ -184,7 +184,7 @@ def test_the_reporting_example():
 
 
 def test_the_flask_example():
-    """jsonify(tapes.get_stats())"""
+    """The original's Flask example works: jsonify(tapes.get_stats()) answers with the tree."""
     app = flask.Flask("original")
     timer = tapes.timer("original.flask.timer")
 

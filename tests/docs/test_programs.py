@@ -124,7 +124,7 @@ def modules():
 
 @pytest.mark.parametrize("name", modules())
 def test_the_examples_of_docstrings_run(name):
-    """As written."""
+    """The examples in the docstrings of a module give the results that are written there."""
     results = doctest.testmod(importlib.import_module(name))
     assert results.failed == 0
 

@@ -117,6 +117,7 @@ IN_THE_LOG = {
 
 @pytest.mark.parametrize("seen", seen_below("Other lines of the log"))
 def test_another_line_of_the_log_is_as_on_the_page(caplog, seen):
+    """A line of the log has the text that the page on troubleshooting shows."""
     (cause,) = [cause for beginning, cause in IN_THE_LOG.items() if seen.startswith(beginning)]
     registry = tapes.Registry(max_series=2)
     goes_on.clear()
@@ -176,6 +177,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize("seen", seen_below("Answers of 503"))
 def test_an_answer_of_503_is_as_on_the_page(monkeypatch, seen):
+    """An answer of 503 has the text that the page on troubleshooting shows."""
     (cause,) = [cause for beginning, cause in ANSWERS.items() if seen.startswith(beginning)]
     with monkeypatch.context() as patched:
         status, _, body = cause(patched)

@@ -21,7 +21,7 @@ from tapes.reporting.configured import reporters_from
     ],
 )
 def test_statsd_is_named_by_an_address_with_options(told, address, protocol, interval, prefix, tags):
-    """Every option of the class that matters to an aggregator."""
+    """A StatsD address can have each option of the reporter that an aggregator needs."""
     (reporter,) = reporters_from({"TAPES_STATSD": told})
     client = reporter.client
     assert client._transport.address == address
@@ -40,19 +40,19 @@ def test_statsd_is_named_by_an_address_with_options(told, address, protocol, int
     ],
 )  # fmt: skip
 def test_what_can_not_be_understood_says_how_it_is_spelled(told):
-    """With what was given, and an example of each form."""
+    """A value that can't be parsed raises an error with the value and an example of each form."""
     with pytest.raises(InvalidArgument, match=r"TAPES_STATSD: got .*HOST.*unix:///PATH.*interval=SECONDS"):
         reporters_from({"TAPES_STATSD": told})
 
 
 def test_http_is_named_by_its_port():
-    """On loopback unless a host is named."""
+    """TAPES_HTTP is a port on loopback, or a host and a port."""
     for told, host in (("9100", "127.0.0.1"), ("0.0.0.0:9100", "0.0.0.0"), ("[::1]:9100", "::1")):
         (reporter,) = reporters_from({"TAPES_HTTP": told})
         assert (reporter.host, reporter.port) == (host, 9100)
 
 
 def test_several_at_once_and_none():
-    """Variables that are empty count as unset."""
+    """Several reporters can be configured at once; an empty variable counts as unset."""
     assert len(reporters_from({"TAPES_HTTP": "9100", "TAPES_STATSD": "localhost"})) == 2
     assert reporters_from({"TAPES_HTTP": "", "TAPES_STATSD": ""}) == []

@@ -46,7 +46,7 @@ assert (registry.lineage.identity, registry.lineage.ancestors) == (before, ())
 
 @pytest.mark.skipif(sys.implementation.name == "pypy", reason="needs a call into C that keeps the GIL")
 def test_a_fork_in_c_is_noticed_by_its_pid(tmp_path):
-    """Once, by whoever checks; the parent notices nothing."""
+    """A fork in C is noticed once in the child, by its pid, and never in the parent."""
     done = run_python(C_FORK, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -111,8 +111,8 @@ assert len({ancestor.identity for ancestor in registry.lineage.ancestors}) == 2
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_processes_are_told_from_those_with_the_same_pid():
-    """By when they started."""
+def test_processes_with_one_pid_are_distinguished_by_their_start():
+    """Two processes with the same pid are distinguished by the time of their start."""
     this = forks.this_process()
     assert this == processes.process_of(os.getpid())
     assert processes.process_of(2**22 + 1).started == 0
@@ -134,7 +134,7 @@ def test_where_threads_run_and_a_hook_comes_at_the_end(monkeypatch, options, can
 
 
 def test_a_worker_thread_runs_ends_and_knows_itself():
-    """It is joined, also twice."""
+    """A native thread runs, ends, knows itself, and can be joined twice."""
     seen = []
     worker = threads.NativeThread(lambda: seen.append(worker.is_me()), "name")
     worker.start()

@@ -47,7 +47,7 @@ RECORD = {
 @pytest.mark.parametrize("record", RECORD.values(), ids=RECORD)
 @pytest.mark.parametrize("is_made_before", [True, False])
 def test_the_first_value_of_any_metric_wakes(record, is_made_before):
-    """Whatever metric is recorded into first, made before the sleep or in it, `wake` is called once."""
+    """The first value recorded into any sleeping metric calls ``wake`` once."""
     registry, woken = tapes.Registry(clock=ManualClock(1000.0)), []
     if is_made_before:
         record(registry)
@@ -60,7 +60,7 @@ def test_the_first_value_of_any_metric_wakes(record, is_made_before):
 
 
 def test_values_are_counted_asleep_and_awake(registry):
-    """Values that were pending before the sleep, the one that wakes, and those after it all count."""
+    """Values from before the sleep, the one that wakes and later ones all count."""
     counter = registry.counter("c")
     counter.increment(1)
     sleep(registry, lambda: True)
@@ -71,7 +71,7 @@ def test_values_are_counted_asleep_and_awake(registry):
 
 
 def test_a_metric_sleeps_on_for_as_long_as_wake_says_so(registry):
-    """Each value calls `wake` while that returns False; all of them count."""
+    """While ``wake`` returns False a metric keeps sleeping, and each value calls it again and counts."""
     answers = [False, False, True]
     counter, gauge = registry.counter("c"), registry.gauge("g")
     sleep(registry, lambda: answers.pop(0))
@@ -86,7 +86,7 @@ def test_a_metric_sleeps_on_for_as_long_as_wake_says_so(registry):
 
 
 def test_reading_and_folding_does_not_wake(registry):
-    """A process that only reads has recorded nothing."""
+    """A read or a fold does not call ``wake``, because it records nothing."""
     registry.counter("c").increment()
     sleep(registry, lambda: pytest.fail("it was woken"))
     assert registry.get_stats().c.value == 1
@@ -94,7 +94,7 @@ def test_reading_and_folding_does_not_wake(registry):
 
 
 def test_threads_that_record_while_metrics_are_put_to_sleep_lose_nothing():
-    """Four threads record without a pause while another puts the metrics to sleep again and again."""
+    """Threads that record while another thread puts metrics to sleep lose no value."""
     registry, stop = tapes.Registry(), threading.Event()
     counter = registry.counter("c")
     counted = [0] * 4
@@ -122,7 +122,7 @@ def test_threads_that_record_while_metrics_are_put_to_sleep_lose_nothing():
 
 
 def test_a_wake_that_records_itself():
-    """What `wake` records counts too, and calls it again only for metrics that still sleep."""
+    """Values that ``wake`` records count, and call it again only for metrics that still sleep."""
     registry, calls = tapes.Registry(), []
 
     def wake() -> bool:

@@ -1,4 +1,4 @@
-"""StatsD: what is sent, in which packets, and that no count is told twice, missing or negative."""
+"""StatsD: what is sent, in which packets, and that no count is reported twice, missing or negative."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def reporter_to(receiver, registry, **options):
     return StatsdReporter(LONG, "127.0.0.1", receiver.port, registry=registry, **options)
 
 
-def test_each_kind_is_told_in_its_form(receiver, registry):
-    """Counts as differences, everything else as it stands; times in milliseconds."""
+def test_each_kind_is_sent_in_its_form(receiver, registry):
+    """Counts are sent as differences, everything else as its value; times in milliseconds."""
     registry.counter("c").increment(3)
     registry.meter("m").mark(2)
     registry.gauge("g").set(1.5)
@@ -50,7 +50,7 @@ def test_each_kind_is_told_in_its_form(receiver, registry):
 
 
 def test_counts_are_differences_since_the_last_report(receiver, registry):
-    """What did not change is not sent; what was taken away is taken away there."""
+    """A report contains the difference of each count that has changed, negative ones included."""
     counter, meter = registry.counter("c"), registry.meter("m")
     reporter = reporter_to(receiver, registry)
     expected = []
@@ -75,7 +75,7 @@ def test_counts_are_differences_since_the_last_report(receiver, registry):
     ],
 )
 def test_a_sign_is_never_taken_for_a_change(receiver, registry, value, lines):
-    """A gauge below zero follows a zero, in the same packet."""
+    """A gauge below zero is sent after a zero in the same packet, so its sign is not taken for a change."""
     registry.gauge("g").set(value)
     reporter_to(receiver, registry).report()
     (packet,) = receiver.take()
@@ -83,7 +83,7 @@ def test_a_sign_is_never_taken_for_a_change(receiver, registry, value, lines):
 
 
 def test_labels_are_levels_of_the_name(receiver, registry):
-    """Sorted, before the field, with whatever a name can't have replaced."""
+    """Labels are sorted levels of the name, before the field; characters that it can't have are replaced."""
     registry.counter("jobs.done", queue="mail", host="a.b:8|c\n").increment()
     registry.meter("größe", x="", y="@#").mark()
     reporter_to(receiver, registry, prefix="shop.eu.").report()
@@ -92,7 +92,7 @@ def test_labels_are_levels_of_the_name(receiver, registry):
 
 
 def test_labels_are_tags_on_request(receiver, registry):
-    """As Datadog spells them."""
+    """With ``tags=True`` labels are sent as tags in DogStatsD's form."""
     registry.counter("jobs.done", queue="mail", path="/a,b|c#d é;e:f").increment()
     registry.gauge("g", x="y").set(-1)
     registry.gauge("h").set(1)
@@ -103,7 +103,7 @@ def test_labels_are_tags_on_request(receiver, registry):
 
 
 def test_packets_are_filled_to_the_mtu(receiver, registry):
-    """No packet is longer, and none could have taken the next line too."""
+    """No packet is longer than the MTU, and none could have contained the next line too."""
     for number in range(500):
         registry.counter(f"some.counter.{number:03}").increment()
         registry.gauge(f"some.gauge.{number:03}").set(-number)
@@ -117,8 +117,8 @@ def test_packets_are_filled_to_the_mtu(receiver, registry):
     assert len(b"\n".join(packets).split(b"\n")) == 500 + 500 + 499
 
 
-def test_nothing_is_lost_or_doubled_while_nobody_listens(receiver, registry):
-    """A packet that can't be delivered is counted, and what it told is told by the next report."""
+def test_nothing_is_lost_or_doubled_without_a_receiver(receiver, registry):
+    """A packet that can't be delivered is counted, and its counts are in the next report."""
     counter = registry.counter("c")
     for number in range(300):  # several packets
         registry.counter(f"one.of.many.{number}").increment(number)
@@ -141,8 +141,8 @@ def test_nothing_is_lost_or_doubled_while_nobody_listens(receiver, registry):
     assert failed >= 8
 
 
-def test_a_new_reporter_goes_on_where_the_last_one_was(receiver, registry):
-    """To the same receiver; another one is told everything."""
+def test_a_new_reporter_continues_where_the_last_one_stopped(receiver, registry):
+    """A new reporter to the same receiver continues the counts; one to another receiver sends all."""
     registry.counter("c").increment(5)
     with reporter_to(receiver, registry):
         registry.counter("c").increment(1)
@@ -154,8 +154,8 @@ def test_a_new_reporter_goes_on_where_the_last_one_was(receiver, registry):
         assert another.counts() == {"c": 7}
 
 
-def test_a_series_that_begins_anew_is_told_from_its_beginning(receiver, registry):
-    """Removed and made again: nothing negative, nothing missing."""
+def test_a_series_that_is_made_again_is_reported_from_zero(receiver, registry):
+    """A series that was removed and made again is reported from zero: nothing negative, nothing missing."""
     reporter = reporter_to(receiver, registry)
     for count in (5, 3, 9):
         registry.counter("c").increment(count)
@@ -164,8 +164,8 @@ def test_a_series_that_begins_anew_is_told_from_its_beginning(receiver, registry
     assert receiver.counts() == {"c": 17}
 
 
-def test_a_forked_child_tells_its_own(receiver):
-    """What its parent had recorded before the fork, told or not, is its parent's to tell."""
+def test_a_forked_child_reports_its_own_counts(receiver):
+    """A forked child reports what it counted itself, and leaves its parent's counts to the parent."""
     registry = tapes.Registry()
     reporter = reporter_to(receiver, registry)
     registry.counter("c").increment(100)
@@ -185,8 +185,8 @@ def test_a_forked_child_tells_its_own(receiver):
     assert receiver.counts() == {"c": 126}
 
 
-def test_reports_at_once_tell_everything_once(receiver, registry):
-    """Threads that report beside the schedule."""
+def test_simultaneous_reports_send_each_count_once(receiver, registry):
+    """Threads that report beside the schedule send each count once."""
     counter = registry.counter("c")
     reporter = reporter_to(receiver, registry)
 
@@ -239,8 +239,8 @@ def stream(request, short_dir):
         yield Stream(listening), {**options, "protocol": "tcp"}
 
 
-def test_a_stream_that_was_hung_up_is_opened_again(stream, registry):
-    """Before something is sent into it, so nothing is lost."""
+def test_a_closed_stream_is_opened_again(stream, registry):
+    """A TCP stream that the receiver closed is opened again before the next report, so nothing is lost."""
     receiver, options = stream
     counter = registry.counter("c")
     reporter = StatsdReporter(LONG, registry=registry, **options)
@@ -253,8 +253,8 @@ def test_a_stream_that_was_hung_up_is_opened_again(stream, registry):
     reporter.stop()
 
 
-def test_a_stream_that_nobody_reads_holds_up_one_report(stream, registry, monkeypatch):
-    """For as long as a send may take; what was not taken as a whole is told later."""
+def test_a_stream_without_a_reader_delays_one_report(stream, registry, monkeypatch):
+    """A receiver that does not read delays a report by its timeout; incomplete lines are sent again later."""
     receiver, options = stream
     monkeypatch.setattr("tapes.reporting.transport._TIMEOUT_SECONDS", 0.05)
     for number in range(2000):
@@ -281,7 +281,7 @@ def test_a_stream_that_nobody_reads_holds_up_one_report(stream, registry, monkey
 
 
 def test_a_unix_datagram_socket(short_dir, registry):
-    """Larger packets than the network's; another protocol is hinted at where it doesn't fit."""
+    """A Unix datagram socket gets larger packets; if the protocol does not fit, the error says so."""
     path = short_dir / "s"
     for number in range(1000):
         registry.counter(f"some.counter.{number:03}").increment()
@@ -295,7 +295,7 @@ def test_a_unix_datagram_socket(short_dir, registry):
 
 
 def test_the_address_is_looked_up_again_after_a_failure(receiver, registry, monkeypatch):
-    """A receiver may have moved; and of several addresses each gets its turn."""
+    """After a failure the address is looked up again, and each of several addresses gets its turn."""
     looked_up = []
 
     def getaddrinfo(host, port, **_):
@@ -318,7 +318,7 @@ def test_the_address_is_looked_up_again_after_a_failure(receiver, registry, monk
 
 
 def test_the_address_is_looked_up_again_now_and_then(receiver, registry, monkeypatch):
-    """Datagrams to where nobody is any more get lost without a word."""
+    """The address is looked up again from time to time, because a lost datagram gives no error."""
     now = [1000.0]
     monkeypatch.setattr("tapes.reporting.transport.monotonic", lambda: now[0])
     reporter = reporter_to(receiver, registry)
@@ -333,7 +333,7 @@ def test_the_address_is_looked_up_again_now_and_then(receiver, registry, monkeyp
 
 
 def test_a_failed_look_up_does_not_turn_to_another_address(receiver, registry, monkeypatch):
-    """Which may swallow everything without a word; and the first one has its turn again in a minute."""
+    """A failed look-up keeps the address, and the first address gets its turn again after a minute."""
     now = [1000.0]
     monkeypatch.setattr("tapes.reporting.transport.monotonic", lambda: now[0])
     with contextlib.closing(Receiver()) as silent:
@@ -356,8 +356,8 @@ def test_a_failed_look_up_does_not_turn_to_another_address(receiver, registry, m
         assert silent.counts() == {}
 
 
-def test_a_line_that_nobody_would_take_keeps_no_other_from_being_sent(receiver, registry, caplog):
-    """It is left out, counted and logged."""
+def test_a_line_that_is_too_long_prevents_no_other(receiver, registry, caplog):
+    """A line that can't be sent is left out, counted and logged, and all others are sent."""
     registry.counter("a").increment()
     registry.counter("b", labels={f"l{number}": "x" * 1000 for number in range(70)}).increment()
     registry.counter("c").increment()
@@ -367,8 +367,8 @@ def test_a_line_that_nobody_would_take_keeps_no_other_from_being_sent(receiver, 
     assert registry.get_stats().tapes.statsd.failed['{reporter="StatsdReporter"}'].value == 1
 
 
-def test_counts_are_told_though_the_service_can_not_be_asked(receiver, short_dir):
-    """What a process counted it knows; that the rest is missing is an error."""
+def test_counts_are_sent_if_the_aggregator_does_not_answer(receiver, short_dir):
+    """If the aggregator does not answer, a process sends its own counts, and the report fails."""
     registry = DistributedRegistry(f"ipc://{short_dir}/m.ipc")
     registry.connect()
     registry.counter("c").increment(3)
@@ -393,13 +393,13 @@ def test_counts_are_told_though_the_service_can_not_be_asked(receiver, short_dir
     ],
 )
 def test_arguments_are_checked(options, expected):
-    """Where they are given."""
+    """A bad argument is refused when the reporter is made."""
     with pytest.raises(InvalidArgument, match=expected):
         StatsdReporter(**{"interval": LONG, **options})
 
 
 def test_a_schedule_of_reports_arrives(receiver):
-    """From the thread, with a last one at the end; nothing stays open."""
+    """Scheduled reports and a last one at stop() arrive, and no socket stays open."""
     before = len(list(pathlib.Path("/proc/self/fd").iterdir()))
     registry = tapes.Registry()
     with StatsdReporter(timedelta(milliseconds=5), "127.0.0.1", receiver.port, "p", registry):

@@ -26,7 +26,7 @@ def recorded(registry):
 
 @pytest.mark.parametrize("silence", [DAY, 10 * YEAR])
 def test_after_a_long_silence_what_was_last_known_stands_and_rates_are_zero(registry, clock, silence):
-    """Distributions keep their last answers, not zeros or NaN; rates have died away."""
+    """After a long time without events distributions keep their last values, and rates are zero."""
     before = recorded(registry).get_stats()
     clock.advance(silence)
     stats = registry.get_stats()
@@ -38,7 +38,7 @@ def test_after_a_long_silence_what_was_last_known_stands_and_rates_are_zero(regi
 
 
 def test_after_ten_idle_years_the_next_event_counts_as_any_other(registry, clock):
-    """No loop over the ticks between, no underflow, no trace of the old rate."""
+    """After ten idle years the next event is recorded as usual, without a loop over ticks or an old rate."""
     recorded(registry).get_stats()
     clock.advance(10 * YEAR)
     registry.meter("m").mark(300)
@@ -53,7 +53,7 @@ def test_after_ten_idle_years_the_next_event_counts_as_any_other(registry, clock
 
 @pytest.mark.parametrize("jump", [-3.0, -DAY, -1e9, DAY, 1e12])
 def test_a_clock_that_jumps_loses_no_event(jump):
-    """Backwards or far ahead: counts and sums are exact, rates stay finite and not negative."""
+    """If the clock jumps back or ahead, counts and sums are exact and rates finite and not negative."""
     times = [1e6, 1e6 + jump, 1e6 + 7, 1e6 + jump / 2, 1e6 + 20]
     now = [times[0]]
     registry = tapes.Registry(clock=lambda: now[0])
@@ -74,7 +74,7 @@ def test_a_clock_that_jumps_loses_no_event(jump):
 
 
 def test_events_belong_to_their_tick_on_the_clocks_own_grid():
-    """Two meters made at different moments tick together, at multiples of five seconds."""
+    """Meters made at different moments tick at the same multiples of five seconds."""
     clock = ManualClock(1002.0)
     registry = tapes.Registry(clock=clock)
     early = registry.meter("early")
