@@ -170,8 +170,8 @@ def assert_recorded(
         name: The metric's name.
         labels: Exactly the labels of the series; none by default.
         registry: By default the one behind ``tapes.counter()`` and its siblings.
-        **fields: What to compare, by the names of ``get_stats()``: ``value=3``, ``count=2``, ``q50=0.25``.
-            Each is compared by ``==``, so ``pytest.approx(…)`` will do. Without any, not all may be 0.
+        **fields: Fields of ``get_stats()``: ``value=3``, ``count=2``, ``q50=pytest.approx(0.25)``. Each is
+            compared by ``==``. Without any, not all fields may be 0.
 
     Raises:
         AssertionError: If not; it shows what differs and everything that was recorded.
@@ -181,7 +181,6 @@ def assert_recorded(
         >>> from tapes.testing import assert_recorded
         >>> registry = tapes.Registry()
         >>> registry.counter("jobs.done", queue="mail").increment()
-        >>> assert_recorded("jobs.done", {"queue": "mail"}, value=1, registry=registry)
         >>> assert_recorded("jobs.done", {"queue": "mail"}, value=2, registry=registry)
         Traceback (most recent call last):
         ...
