@@ -98,7 +98,7 @@ class Session:
         return False
 
     def become_master(self, connect: Connect) -> None:
-        """Called in a process that has forked a worker of a server; nothing if it is connected."""
+        """Called in a process that has forked a worker of a server: if it records, ``connect`` it."""
 
     def open(self) -> None:
         """Begin to publish, if that has not begun."""
@@ -163,7 +163,6 @@ class LocalSession(Session):
     """Answers for this process alone.
 
     Args:
-        registry, connect: As `Session`.
         looks: Whether a read looks for a service that this process belongs to, by ``connect``.
         connect_in_master: Connects this process if it records something after it has forked a worker.
     """
@@ -181,11 +180,9 @@ class LocalSession(Session):
         self._connect_in_master = connect_in_master
 
     def become_master(self, connect: Connect) -> None:
-        """Sleep; the next recorded value connects this process, which has forked a worker of a server."""
         self.registry.use(_MasterSession(self.registry, self.connect, connect))
 
     def resolved_for_read(self) -> Session:
-        """Return the session of the registry, which may have found a service."""
         session = self.resolved()
         if session is self and self._looks and self.connect is not None:
             self.connect()
@@ -199,7 +196,6 @@ class LocalSession(Session):
         self.registry.use(LocalSession(self.registry, self.connect))
 
     def after_in_parent(self) -> None:
-        """Called in the parent after a fork; connects if it records, where this is the master of a server."""
         super().after_in_parent()
         if self._connect_in_master is not None:
             self.become_master(self._connect_in_master)
@@ -215,11 +211,9 @@ class LocalSession(Session):
 
 
 class LazySession(LocalSession):
-    """Connects its registry when that is next used.
+    """Connects its registry when that is next used, by ``connect_when_used`` or else by ``connect``.
 
     Args:
-        registry, connect: As `Session`.
-        connect_when_used: How to connect this time; ``connect`` if ``None``.
         is_pending: Whether the next use by an adapter, and the next metric that is made, connects. Reads and
             recording connect in any case.
         sleeps: Whether the metrics sleep; then making a metric does not connect.
@@ -239,7 +233,7 @@ class LazySession(LocalSession):
         self.is_pending = is_pending
         self._connect_when_used = connect_when_used or connect
         self._lock = threads.RLock()
-        self._is_connecting = self._has_begun = False
+        self._is_connecting = self._has_begun = self._searches = False
         self._look_at = 0.0
 
     def resolved(self) -> Session:
@@ -270,7 +264,7 @@ class LazySession(LocalSession):
         shutdown.register(self._connect_now, shutdown.Phase.CONNECT)
         if not address_for(self.registry):
             self._look_at = now + _MAX_PAUSE_SECONDS
-            self._has_begun = self._may_search() and threads.can_run()
+            self._has_begun = (self._searches or is_spawned()) and threads.can_run()
             if self._has_begun:
                 self._look_later(_FIRST_PAUSE_SECONDS)
             return self._has_begun
@@ -280,8 +274,7 @@ class LazySession(LocalSession):
         return True
 
     def close(self) -> None:
-        """Stop connecting; if a value was recorded, connect for the last time."""
-        if self._has_begun:
+        if self._has_begun:  # a value was recorded
             self._connect_now()
         if self.registry.session is self:
             super().close()
@@ -296,10 +289,6 @@ class LazySession(LocalSession):
             self.registry.use(LazySession(self.registry, None, self._connect_when_used))
         else:
             super().after_in_child()
-
-    def _may_search(self) -> bool:
-        """Return whether a thread may look for a service."""
-        return is_spawned()
 
     def _look_later(self, seconds: float) -> None:
         """Look for a service later: a pool may have been made before its parent joined."""
@@ -330,12 +319,10 @@ class _MasterSession(LazySession):
 
     def __init__(self, registry: Any, connect: Connect | None, connect_in_master: Connect) -> None:
         super().__init__(registry, connect, connect_in_master, is_pending=False, sleeps=True)
+        self._searches = True
 
     def after_in_parent(self) -> None:
         """Called in the parent after a fork; an attempt to connect that has failed is made again."""
         super().after_in_parent()
         if not self.sleeps and self._connect_when_used is not None:
             self.become_master(self._connect_when_used)
-
-    def _may_search(self) -> bool:
-        return True

@@ -320,7 +320,7 @@ class ConnectedSession(Session):
 
     def _read(self, form: str) -> Reply:
         if form != NOTHING:
-            self._open().await_producers()
+            self._open().producers.await_first()
         deadline = time.monotonic() + TIMEOUT_SECONDS
         with self._sockets.borrow() as socket:
             self._send_goodbyes(socket, deadline)

@@ -46,12 +46,7 @@ _log = logging.getLogger("tapes.distributed")
 
 
 class _Channel:
-    """The socket that publishes, and a pipe that wakes the thread which waits on both.
-
-    Attributes:
-        socket: The socket, ``None`` while there is none.
-        receiver: The end of the pipe that the thread polls; -1 while there is none.
-    """
+    """The socket that publishes, and a pipe whose ``receiver`` wakes the thread that waits on both."""
 
     def __init__(self, sockets: SocketPool, endpoints: Endpoints) -> None:
         self._sockets = sockets
@@ -73,12 +68,10 @@ class _Channel:
             raise
 
     def wake(self) -> None:
-        """Wake the thread, if it waits."""
         if self._sender >= 0:
             os.write(self._sender, b"w")
 
     def close(self) -> None:
-        """Close both."""
         with self.lock:
             if self.socket is not None:
                 self.socket.close()
@@ -86,7 +79,6 @@ class _Channel:
             self._close_pipe()
 
     def destroy_context(self) -> None:
-        """Destroy the context with all of its sockets."""
         if self._context is not None:
             self._context.destroy(linger=0)
 
@@ -97,39 +89,36 @@ class _Channel:
 
 
 class Publisher:
-    """Publishes an outbox, in a daemon thread or at the end of every request.
+    """Publishes ``outbox`` to ``endpoints``, in a daemon thread or at the end of every request.
+
+    Attributes:
+        producers: Runs the producers of gauges.
+        is_subscribed: Whether an aggregator subscribes, as far as is known.
 
     Args:
         sockets: The pool that owns the 0MQ context.
-        endpoints: Where to publish.
-        outbox: What to publish.
         follow: Called with the new address, if the aggregator has moved.
     """
 
     def __init__(
-        self,
-        sockets: SocketPool,
-        endpoints: Endpoints,
-        outbox: Outbox,
-        follow: Callable[[Endpoints], None],
+        self, sockets: SocketPool, endpoints: Endpoints, outbox: Outbox, follow: Callable[[Endpoints], None]
     ) -> None:
         self._channel = _Channel(sockets, endpoints)
         self._endpoints = endpoints
         self._outbox = outbox
         self._restarter = Restarter(endpoints, follow)
-        self._producers = Producers(outbox.registry)
+        self.producers = Producers(outbox.registry)
         self._once = OnceLogger(_log)
         self._thread: threads.NativeThread | None = None
         self._at_request_end = not (threads.can_run() and threads.ends_with_a_hook())
         self._publishing = threading.Lock()
-        self._is_subscribed = self._is_older = self._keyframe_due = False
+        self.is_subscribed = self._is_older = self._keyframe_due = False
         self._has_waited = self._request_ended = self._is_urgent = False
         self._is_stopped = self._is_abandoned = False
         self._end: Any = threads.unpatched("_thread", "allocate_lock")()
         self._end.acquire()
 
     def start(self) -> None:
-        """Start the thread, if threads run here."""
         if threads.can_run():
             run = self._run_beside_requests if self._at_request_end else self._run
             self._thread = threads.NativeThread(run, "tapes-publisher")
@@ -150,13 +139,7 @@ class Publisher:
             finally:
                 self._channel.lock.release()
 
-    @property
-    def is_subscribed(self) -> bool:
-        """Whether an aggregator subscribes, as far as is known."""
-        return self._is_subscribed
-
     def is_me(self) -> bool:
-        """Return whether the calling thread is the publisher's."""
         return self._thread is not None and self._thread.is_me()
 
     def stop(self, timeout_seconds: float) -> bool:
@@ -170,7 +153,7 @@ class Publisher:
             self._is_stopped = True
             self._end.release()
             self._channel.wake()
-        self._producers.stop(timeout_seconds / 4)
+        self.producers.stop(timeout_seconds / 4)
         if self._at_request_end:
             if self._thread is not None:
                 self._thread.join(timeout_seconds)
@@ -200,20 +183,16 @@ class Publisher:
                 socket = None if self._is_stopped else self._open()
                 if socket is None:
                     return
-                if not (self._is_subscribed or self._has_waited):
+                if not (self.is_subscribed or self._has_waited):
                     socket.poll(_SUBSCRIPTION_MILLISECONDS)
                     self._has_waited = True  # once is enough
                 self._receive_subscriptions(socket)
                 self._ensure_aggregator()
-                if self._is_subscribed:
-                    self._producers.ensure_running()
+                if self.is_subscribed:
+                    self.producers.ensure_running()
                     self._publish()
             finally:
                 self._publishing.release()
-
-    def await_producers(self) -> None:
-        """Wait for producers of gauges that have not run yet; 0.5 s at most."""
-        self._producers.await_first()
 
     def _open(self) -> Socket | None:
         """Return the socket, opened if need be; ``None`` if that is impossible now."""
@@ -242,7 +221,6 @@ class Publisher:
             self._close()
 
     def _run_beside_requests(self) -> None:
-        """Do what the end of a request does, for a process that has no request for a while."""
         while not self._is_stopped:
             self.request_ended()
             self._end.acquire(timeout=INTERVAL_SECONDS)
@@ -258,7 +236,7 @@ class Publisher:
         poller.register(self._channel.receiver, zmq.POLLIN)
         due = time.monotonic()
         patience_ends = due + _LONELY_SECONDS
-        while self._is_subscribed or time.monotonic() < patience_ends:
+        while self.is_subscribed or time.monotonic() < patience_ends:
             # 1. Wait until the next update is due, a subscription arrives, or the pipe wakes this thread.
             wait_seconds = max(0.0, due - time.monotonic())
             events = dict(poller.poll(int(wait_seconds * 1000) + 1))
@@ -272,12 +250,12 @@ class Publisher:
             started = time.monotonic()
             if self._is_urgent:
                 self._is_urgent, due = False, min(due, started)
-            if self._is_subscribed:
+            if self.is_subscribed:
                 patience_ends = started + _LONELY_SECONDS
             # 3. Publish.
             if started >= due:
-                self._producers.ensure_running()
-            if self._is_subscribed and (self._keyframe_due or started >= due):
+                self.producers.ensure_running()
+            if self.is_subscribed and (self._keyframe_due or started >= due):
                 self._publish()
             # 4. Look after the aggregator, and limit the share of time that all this takes.
             if started >= due:
@@ -293,7 +271,7 @@ class Publisher:
         try:
             if self._is_older:
                 self._restarter.replace_older()
-            elif not self._is_subscribed:
+            elif not self.is_subscribed:
                 self._restarter.ensure_running()
         except Exception as error:  # a look at the file system can fail in many ways
             self._warn(
@@ -319,7 +297,7 @@ class Publisher:
             subscribes, topic = message[:1] == b"\x01", message[1:]
             version = announced_version(topic)
             if not topic:
-                self._is_subscribed = self._keyframe_due = subscribes
+                self.is_subscribed = self._keyframe_due = subscribes
                 if subscribes:
                     self._once.forget("lonely")
                     self._restarter.note_subscription()
