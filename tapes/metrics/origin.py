@@ -48,4 +48,7 @@ NOWHERE = Origin()
 
 def with_baseline(state: Any, baseline: Number) -> Any:
     """Return a count's ``state``, of any kind, with that ``baseline``."""
-    return state._replace(origin=state.origin._replace(baseline=baseline))
+    origin = state.origin
+    if origin.baseline == baseline:
+        return state
+    return state._replace(origin=origin._replace(baseline=baseline))

@@ -150,7 +150,7 @@ def baseline_of(account: Account, before: Any, item: Item, source: Source) -> Nu
     descendants gave.
     """
     state: Any = item.state
-    if item.kind == "gauge" or source > max(account.source, Source.READ):
+    if item.kind == "gauge" or source > account.source:
         return None
     baseline: Number
     if account.source is Source.READ:

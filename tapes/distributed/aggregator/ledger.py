@@ -207,17 +207,17 @@ class Ledger:
             return True
         if seq < account.keyframe and key not in account.seqs:
             return True  # the series was removed since
-        # 2. Of two kinds, that of the newest worker wins.
+        # 2. Of two kinds, that of the newest worker wins; a series that has a slot agrees already.
         agrees, state = True, item.state
-        agreement = self.names.enter(item.name, item.kind, account.rank)
-        if agreement is not Agreement.SAME:
-            agrees = self._note_refused(account, item.name)
-            if agreement is Agreement.OLDER:
-                return agrees
-            self._forget(item.name)
-        # 3. The slot.
         slot = account.slots.get(key)
-        if slot is None:
+        if slot is None or self._entries[slot].kind != item.kind:
+            agreement = self.names.enter(item.name, item.kind, account.rank)
+            if agreement is not Agreement.SAME:
+                agrees = self._note_refused(account, item.name)
+                if agreement is Agreement.OLDER:
+                    return agrees
+                self._forget(item.name)
+            # 3. The slot.
             slot = account.slots[key] = self.slots.take(key, item.kind)
         entry = self._entries[slot]
         own = (account.worker.identity, item.labels)
