@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from tapes.metrics.base import DOWN, Metric
 from tapes.metrics.folding import FULL
 from tapes.metrics.origin import NOWHERE, Origin
-from tapes.metrics.sifting import TOO_LARGE, TOTAL_TOO_LARGE
+from tapes.metrics.sifting import NEGATIVE, TOO_LARGE, TOTAL_TOO_LARGE
 from tapes.naming import Labels
 from tapes.snapshot import CounterSeries
 from tapes.sums import LIMIT, MAX_STEP, Number, Total
@@ -105,7 +105,12 @@ class Counter(Metric):
 
     def _checked(self, value: Any) -> Any:
         given, is_down = self._raw(value), _is_down(value)
-        number = super()._checked(given)
+        try:
+            number = super()._checked(given)
+        except ValueError as error:
+            if str(error) != NEGATIVE:
+                raise
+            raise ValueError(f"{NEGATIVE}; use {'increment' if is_down else 'decrement'}()") from None
         return (number, DOWN) if is_down and number is not given else value if is_down else number
 
     def _raw(self, value: Any) -> Any:
