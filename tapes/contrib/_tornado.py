@@ -168,17 +168,20 @@ class Routes:
         self._index: tuple[int, list[Any], dict[Any, list[_Rule]]] = -1, [], {}
 
     def of(self, request: HTTPServerRequest, delegate: Any) -> str:
+        # 1. Index the rules by handler, again if rules were added.
         size, routers, index = self._index
         if size != sum([len(router.rules) for router in routers]):
             routers, index = [], {}
             for target, rule in _walk(self._application, (), None, routers):
                 index.setdefault(target, []).append(rule)
             self._index = sum([len(router.rules) for router in routers]), routers, index
+        # 2. Look up the handler. One for errors or for unmatched paths is no route.
         handler = getattr(delegate, "handler_class", None)
         is_error = handler is not None and (
             issubclass(handler, ErrorHandler)
             or handler is delegate.application.settings.get("default_handler_class")
         )
+        # 3. Choose the rule that matches; a handler with one rule needs its pattern alone.
         rules = index.get(handler, [])
         if len(rules) == 1 and not is_error and rules[0].regex and rules[0].regex.match(request.path):
             return rules[0].name
