@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import lru_cache
 from itertools import accumulate
 from math import ceil, fsum, sqrt
@@ -104,9 +103,8 @@ class Distribution:
         if isinstance(count, int):
             return bins.clamp(total / count)
         products = [weight * bin_value(key) for key, weight in zip(bins.keys, bins.weights)]
-        with suppress(OverflowError):
-            by_bins, slack = fsum(products), fsum(map(abs, products)) * _HALF_BIN
-            total = min(max(total, by_bins - slack), by_bins + slack)
+        by_bins, slack = fsum(products), fsum(map(abs, products)) * _HALF_BIN
+        total = min(max(total, by_bins - slack), by_bins + slack)
         return bins.clamp(total / count)
 
     @property
