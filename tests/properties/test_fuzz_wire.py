@@ -77,7 +77,7 @@ LONG = PIECE_BYTES * 5 // 4
 
 
 def listed(filler, size):
-    """A list of so many bytes, full of ``filler``."""
+    """A list of ``size`` bytes, full of ``filler``."""
     count = size // len(filler)
     return b"\xdd" + count.to_bytes(4, "big") + filler * count
 
@@ -111,7 +111,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_memory_is_bounded(what):
-    """Whatever a message is made of, it takes no more than is said; most of it is refused, some is valid."""
+    """No message takes more memory than promised; most of these are refused, some are valid."""
     data = HOSTILE[what]
     took = memory_of(data)
     assert took <= BYTES_PER_BYTE * len(data) + (PIECE_MEMORY if what == "many pieces" else 1 << 20)

@@ -148,7 +148,7 @@ def test_another_version_is_refused(version):
 
 
 def test_a_reply_is_understood_in_every_version():
-    """An older aggregator says by it that it makes room, or won't."""
+    """An older aggregator replies to a hand-over of any version."""
     assert decode(msgpack.packb([VERSION + 7, "Reply", 1, "ok", b""])) == Reply(1, "ok", b"")
     hand_over = msgpack.packb([VERSION + 7, "HandOver", 1, VERSION + 7])
     assert decode(hand_over) == HandOver(1, VERSION + 7)

@@ -1,4 +1,4 @@
-"""tapes.distributed.aggregator.answers: one answer serves all who wait for the same."""
+"""tapes.distributed.aggregator.answers: one answer serves all readers that wait for the same form."""
 
 import threading
 

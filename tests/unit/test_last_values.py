@@ -9,7 +9,7 @@ from tapes.distributed.aggregator.ledger import Ledger
 from tapes.testing import ManualClock
 from tests.unit.handlers import DEAD_PROCESS, crash, successor, values, write
 from tests.unit.handlers import Worker as Client
-from tests.unit.test_ledger import Worker, told_by, value
+from tests.unit.test_ledger import Worker, update_with, value
 
 
 def setter(clock, worth, mode="last", name="g", **options):
@@ -214,7 +214,7 @@ def test_values_beyond_the_limit_of_label_sets_share_one_series(clock):
 def test_what_a_dead_parent_had_set_before_its_children_were_forked_stays(clock):
     """It is known from its children only."""
     ledger, parent, child = Ledger(), setter(clock, 5), Worker(clock)
-    ledger.apply(told_by(child, parent, 100))
+    ledger.apply(update_with(child, parent, 100))
     for worker in (child, parent):
         ledger.mark_dead(worker.identity)
         ledger.retire(worker.identity)

@@ -83,7 +83,7 @@ def test_an_update_that_continues_an_unknown_one_is_not_complete():
 
 
 def test_workers_are_added_up_and_survive_their_leaving():
-    """A worker that leaves is counted once, and its late words change nothing."""
+    """An exited worker is counted once, and its late updates change nothing."""
     ledger, one, two = Ledger(), Worker(), Worker()
     for worker, n in ((one, 3), (two, 4)):
         worker.registry.counter("c").increment(n)
@@ -137,7 +137,7 @@ def test_each_worker_keeps_its_own_gauge_on_request():
     assert ledger.snapshot(200).series("g") == ()
 
 
-def test_workers_of_one_process_are_told_apart():
+def test_workers_of_one_process_have_different_names():
     """Two registries of one pid are two workers, and a user's label of that name gives way."""
     ledger, one, two = Ledger(), Worker(), Worker()
     for number, worker in enumerate((one, two)):
@@ -161,7 +161,7 @@ def test_gauges_of_the_largest_numbers_add_up_to_a_number():
 
 
 def test_a_name_that_hides_another_workers_field_is_left_out_of_the_tree(caplog):
-    """a and a.value, of two workers: both are exposed, one is in the tree, and it is said."""
+    """Of a and a.value, of two workers, both are exposed and one is in the tree; a warning names it."""
     ledger, one, two = Ledger(), Worker(), Worker()
     one.registry.counter("a").increment(3)
     two.registry.counter("a.value").increment(4)
@@ -174,7 +174,7 @@ def test_a_name_that_hides_another_workers_field_is_left_out_of_the_tree(caplog)
 
 
 def test_where_kinds_differ_the_worker_that_started_last_is_right():
-    """Whoever is heard first; the rest of an update counts, and each worker is complained of once."""
+    """In any order of updates; the rest of an update counts, and each worker is refused once."""
     for newest_first in (False, True):
         ledger, old, new, newest = Ledger(), Worker(started=10), Worker(started=20), Worker(started=30)
         old.registry.counter("c").increment()
@@ -259,20 +259,20 @@ def test_rates_and_quantiles_of_many_are_those_of_one_that_saw_all():
         assert merged.fields()[field] == pytest.approx(expected, rel=1e-9)
 
 
-def told_by(child, ancestor, seq):
-    """Return an update of a child that speaks of an ancestor."""
+def update_with(child, ancestor, seq):
+    """Return an update of a child with the record of an ancestor."""
     record = ancestor.update()._replace(seq=seq, descriptions={})
     return child.update()._replace(ancestors=(record,))
 
 
-def test_an_ancestor_counts_once_whoever_speaks_of_it():
-    """The newest record stands, also the one that it tells itself; gauges as well."""
+def test_an_ancestor_counts_once_in_the_updates_of_several_children():
+    """The newest record of an ancestor counts, also the one that it sends itself; gauges as well."""
     ledger, parent, one, two = Ledger(), Worker(), Worker(), Worker()
     parent.registry.counter("c").increment(7)
     parent.registry.gauge("g").set(5)
-    early = told_by(one, parent, 100)
+    early = update_with(one, parent, 100)
     parent.registry.counter("c").increment(3)
-    late = told_by(two, parent, 200)
+    late = update_with(two, parent, 200)
     ledger.apply(late)
     ledger.apply(early)
     assert (value(ledger), value(ledger, "g")) == (10, 5)
@@ -282,26 +282,26 @@ def test_an_ancestor_counts_once_whoever_speaks_of_it():
     parent.seq = 300
     ledger.apply(parent.update())
     assert (value(ledger), ledger.living) == (100, 3)
-    ledger.apply(told_by(one, parent, 150))
+    ledger.apply(update_with(one, parent, 150))
     assert value(ledger) == 100
 
 
-def test_a_dead_ancestor_is_replaceable_while_somebody_speaks_of_it():
+def test_a_dead_ancestor_is_replaceable_while_a_live_worker_descends_from_it():
     """Its gauges stay as long; then it is one of the retired."""
     ledger, parent, child = Ledger(), Worker(), Worker()
     parent.registry.gauge("g").set(5)
     parent.registry.counter("c").increment(7)
-    ledger.apply(told_by(child, parent, 100))
+    ledger.apply(update_with(child, parent, 100))
     ledger.mark_dead(child.identity)
     assert ledger.ancestors() == set()
     ledger.mark_dead(parent.identity)
     assert (value(ledger), value(ledger, "g")) == (7, None)
     grandchild = Worker()
-    ledger.apply(told_by(grandchild, parent, 200))
+    ledger.apply(update_with(grandchild, parent, 200))
     assert value(ledger, "g") == 5
     for worker in (child, parent, grandchild):
         ledger.retire(worker.identity)
-    ledger.apply(told_by(Worker(), parent, 300))
+    ledger.apply(update_with(Worker(), parent, 300))
     assert (value(ledger), value(ledger, "g"), ledger.retired) == (7, None, 2)
 
 
@@ -331,13 +331,13 @@ def test_label_sets_beyond_the_limit_are_added_up_and_places_come_free():
     assert ledger.slots.sizes["g"] == 0
 
 
-def test_each_shows_who_speaks_and_within_the_limit():
+def test_each_shows_publishing_workers_within_the_limit():
     """Not an ancestor; a worker's overflowing gauges are added up."""
     ledger, parent, child = Ledger(), Worker(), Worker()
     parent.registry.gauge("g", merge="each").set(7)
     for label in range(2002):
         child.registry.gauge("h", merge="each", label=label).set(1)
-    ledger.apply(told_by(child, parent, 100))
+    ledger.apply(update_with(child, parent, 100))
     snapshot = ledger.snapshot(200)
     assert snapshot.series("g") == ()
     assert len(snapshot.series("h")) == 2001
@@ -345,12 +345,12 @@ def test_each_shows_who_speaks_and_within_the_limit():
 
 
 def new_to(ledger, name="c"):
-    """How much of a count no aggregator was told before."""
+    """How much of a count no earlier aggregator had."""
     (state,) = ledger.snapshot(200).family(name).states
     return state.counted - state.origin.baseline
 
 
-def test_what_another_aggregator_was_told_is_known_of_every_worker():
+def test_the_baselines_of_all_workers_add_up():
     """Of those that live, and of those that have left since."""
     ledger, workers = Ledger(), [Worker() for _ in range(3)]
     for worker in workers:
@@ -369,8 +369,8 @@ def test_what_another_aggregator_was_told_is_known_of_every_worker():
     assert ledger.snapshot(200).family("m").states[0].origin.baseline == 0
 
 
-def test_a_question_that_comes_first_does_not_make_it_new():
-    """A worker asks before it has noticed that the aggregator is another one; its publication tells."""
+def test_a_read_that_comes_first_makes_no_count_new():
+    """A read may come before a worker notices another aggregator; the first publication has the baseline."""
     ledger, worker = Ledger(), Worker()
     counter = worker.registry.counter("c")
     counter.increment(10)
@@ -388,7 +388,7 @@ def test_a_question_that_comes_first_does_not_make_it_new():
     assert (value(ledger), new_to(ledger)) == (12, 2)
 
 
-def test_a_connection_that_breaks_makes_nothing_old():
+def test_a_broken_connection_changes_no_baseline():
     """A worker can't know that it is the same aggregator; that does."""
     ledger, worker = Ledger(), Worker()
     counter = worker.registry.counter("c")
@@ -400,16 +400,16 @@ def test_a_connection_that_breaks_makes_nothing_old():
     assert (value(ledger), new_to(ledger)) == (11, 11)
 
 
-def test_what_descendants_tell_of_a_process_stands_until_it_speaks_itself():
-    """Told before or new: the first of them says, and nobody after it; but for the process itself."""
+def test_the_baseline_of_an_ancestor_is_its_descendants_until_it_publishes():
+    """The first descendant's baseline of an ancestor counts, until the ancestor sends its own."""
     ledger, parent, one, two = Ledger(), Worker(), Worker(), Worker()
     counter = parent.registry.counter("c")
     counter.increment(10)
-    ledger.apply(told_by(one, parent, 100))
+    ledger.apply(update_with(one, parent, 100))
     assert (value(ledger), new_to(ledger)) == (10, 10)
     counter.note_baseline(counter.collect())
     counter.increment(1)
-    ledger.apply(told_by(two, parent, 200))
+    ledger.apply(update_with(two, parent, 200))
     assert (value(ledger), new_to(ledger)) == (11, 11)
     counter.increment(1)
     ledger.apply(parent.update()._replace(seq=300))

@@ -1,4 +1,4 @@
-"""tapes.distributed.aggregator.lifetime and .processes: how long an aggregator lives."""
+"""tapes.distributed.aggregator.lifetime and tapes.processes: how long an aggregator lives."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ended(process):
     process.wait()
 
 
-def test_a_lease_without_owners_ends_when_it_is_told():
+def test_without_owners_it_ends_on_request():
     """After the grace period, if no worker is left; after a second in any case."""
     lease = Lifetime()
     assert not lease.expired(0.0, 0)
@@ -41,8 +41,8 @@ def test_a_lease_without_owners_ends_when_it_is_told():
     assert lease.expired(11.0, 3)
 
 
-def test_a_joined_lease_lasts_as_long_as_anybody(process):
-    """Owner, then those who asked it to stay, then workers, then the grace period; it can't be told."""
+def test_a_joined_lifetime_lasts_as_long_as_any_process(process):
+    """It lives for its owner, attached processes, workers and the grace period, and can't be stopped."""
     lease = Lifetime.joined(processes.process_of(process.pid))
     lease.request_stop()
     assert not lease.expired(0.0, 0)
@@ -65,7 +65,7 @@ def test_a_joined_lease_lasts_as_long_as_anybody(process):
 
 
 def test_a_pid_that_belongs_to_another_process_by_now(process):
-    """It is told by its start."""
+    """A reused pid is another process, as its start time differs."""
     this = processes.process_of(process.pid)
     other = this._replace(started=this.started - 1)
     assert lives(this)

@@ -29,7 +29,7 @@ HOUR = 3600.0
 
 @pytest.fixture
 def books(short_dir, monkeypatch):
-    """Make a bookkeeper of an aggregator that runs on another host, by default in another namespace."""
+    """Make a handler of an aggregator on another host, by default in another pid namespace."""
 
     def make(host=ELSEWHERE, lease=None):
         with monkeypatch.context() as patched:
@@ -52,7 +52,7 @@ def counting(times, **options):
 
 
 def killed(first, short_dir, ago=0.0):
-    """Write all that an aggregator knows, end it as if it were killed, and have that be so long ago."""
+    """Write an aggregator's journal, end it as if it were killed, and make the files older."""
     assert first.journal.finish()
     crash(first)
     age(short_dir, ago)
@@ -252,7 +252,7 @@ def test_what_another_namespace_may_use_is_swept_by_its_age(
 
 
 def test_one_young_file_keeps_a_directory(private, monkeypatch):
-    """Such as the last words of a worker, or the lock of one that is about to start an aggregator."""
+    """It may be the spooled update of a worker, or the lock of a process that starts an aggregator."""
     journal_in(private, monkeypatch, ELSEWHERE)
     age(private, 2 * HOUR)
     os.utime(private / "metrics.ipc.lock")

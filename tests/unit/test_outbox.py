@@ -1,4 +1,4 @@
-"""What a worker tells: all that is new, whoever folded it, and nothing of what is not."""
+"""tapes.distributed.worker.outbox: a worker publishes everything that changed, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from tapes.metrics.folding import FULL
 from tapes.registry import REJECTED
 
 
-class Told:
-    """Who hears what an outbox publishes, and sometimes does not."""
+class Subscriber:
+    """An aggregator that an outbox publishes to, and that sometimes can't be reached."""
 
     def __init__(self, registry):
         self.outbox = Outbox(registry)
-        self.hears = True
-        self.heard = 0
+        self.is_there = True
+        self.received = 0
         self.names = []
         self._known = {}
 
     def publish(self, **options):
         self.names = []
-        self.outbox.publish(self._hear, **options)
+        self.outbox.publish(self._receive, **options)
         return [name for name in self.names if name != DURATION]
 
-    def _hear(self, update):
-        if not self.hears:
+    def _receive(self, update):
+        if not self.is_there:
             return False
-        self.heard += 1
+        self.received += 1
         if not update.base:
             self._known = {}
         self.names = [item.name for item in update.items]
@@ -53,120 +53,120 @@ def registry():
 
 
 @pytest.fixture
-def told(registry):
-    return Told(registry)
+def subscriber(registry):
+    return Subscriber(registry)
 
 
-def test_only_what_is_new_is_told(registry, told):
-    """A series that nobody touched is not told again."""
+def test_only_changes_are_published(registry, subscriber):
+    """A series that did not change is not published again."""
     for name in "ab":
         registry.counter(name).increment()
-    assert sorted(told.publish()) == ["a", "b"]
-    assert told.publish() == []
+    assert sorted(subscriber.publish()) == ["a", "b"]
+    assert subscriber.publish() == []
     registry.counter("b").increment()
-    assert told.publish() == ["b"]
-    assert told.values() == {"a": 1, "b": 2}
+    assert subscriber.publish() == ["b"]
+    assert subscriber.values() == {"a": 1, "b": 2}
 
 
-def test_what_others_have_folded_is_told(registry, told):
-    """By who fills a buffer, or reads: nothing waits then, and it is new all the same."""
+def test_values_that_others_folded_are_published(registry, subscriber):
+    """A full buffer or a read folds values before the outbox does; they are published all the same."""
     counter, timer = registry.counter("c"), registry.timer("t")
-    told.publish()
+    subscriber.publish()
     for _ in range(FULL):
         counter.increment()
     timer.update(0.5)
     timer.collect()
     assert not counter._buffer
     assert not timer._buffer
-    assert sorted(told.publish()) == ["c", "t"]
-    assert told.publish() == []
+    assert sorted(subscriber.publish()) == ["c", "t"]
+    assert subscriber.publish() == []
 
 
-def test_what_nobody_heard_is_told_again(registry, told):
-    """It is not let go before somebody has it; reading tells it too, and changes nothing in that."""
+def test_a_change_that_could_not_be_sent_is_published_again(registry, subscriber):
+    """A change that could not be sent is published again; a read has it too, and does not change that."""
     counter = registry.counter("c")
-    told.publish()
+    subscriber.publish()
     counter.increment(3)
-    told.hears = False
-    assert told.publish() == []
+    subscriber.is_there = False
+    assert subscriber.publish() == []
     for _ in range(2):
-        assert "c" in [item.name for item in told.outbox.update().items]
-    told.hears = True
-    assert told.publish() == ["c"]
-    assert told.values() == {"c": 3}
+        assert "c" in [item.name for item in subscriber.outbox.update().items]
+    subscriber.is_there = True
+    assert subscriber.publish() == ["c"]
+    assert subscriber.values() == {"c": 3}
 
 
-def test_what_happens_while_it_is_sent_is_told_next(registry, told):
-    """Even if it is folded before the outbox notes what it told."""
+def test_values_recorded_during_a_publication_are_in_the_next_one(registry, subscriber):
+    """Values recorded while an update is sent are in the next one, also if they are folded before."""
     counter = registry.counter("c")
-    told.publish()
+    subscriber.publish()
     counter.increment()
-    hear = told._hear
+    receive = subscriber._receive
 
     def busy(update):
         counter.increment(10)
         counter.collect()
-        return hear(update)
+        return receive(update)
 
-    told.outbox.publish(busy)
-    assert told.values() == {"c": 1}
-    assert told.publish() == ["c"]
-    assert told.values() == {"c": 11}
+    subscriber.outbox.publish(busy)
+    assert subscriber.values() == {"c": 1}
+    assert subscriber.publish() == ["c"]
+    assert subscriber.values() == {"c": 11}
 
 
-def test_a_gauge_is_told_when_it_is_set(registry, told):
+def test_a_gauge_is_published_when_it_is_set(registry, subscriber):
     """Setting needs no buffer."""
     gauge = registry.gauge("g")
     gauge.set(1)
-    assert told.publish() == ["g"]
-    assert told.publish() == []
+    assert subscriber.publish() == ["g"]
+    assert subscriber.publish() == []
     gauge.set(2)
-    assert told.publish() == ["g"]
-    assert told.values() == {"g": 2}
+    assert subscriber.publish() == ["g"]
+    assert subscriber.values() == {"g": 2}
 
 
-def test_a_gauge_that_got_a_producer_is_told_when_that_was_asked(registry, told):
+def test_a_gauge_with_a_new_producer_is_published_once_it_has_run(registry, subscriber):
     """Whatever it was set to before, and moved by: not again and again."""
     gauge = registry.gauge("g")
     gauge.set(1)
     gauge.increment()
-    told.publish()
+    subscriber.publish()
     gauge.increment()
     registry.gauge("g", lambda: 7)
     registry.refresh()
-    assert told.publish() == ["g"]
-    heard = told.heard
-    told.publish()
-    assert told.heard == heard
-    assert told.values() == {"g": 7}
+    assert subscriber.publish() == ["g"]
+    received = subscriber.received
+    subscriber.publish()
+    assert subscriber.received == received
+    assert subscriber.values() == {"g": 7}
 
 
-def test_a_read_carries_the_bad_values_that_it_has_found(registry, told):
+def test_a_read_carries_the_bad_values_that_it_has_found(registry, subscriber):
     """They are found by folding for it: the first makes a series, and the next one adds to that."""
     for bad in (1, 2):
         registry.counter("c").increment(float("nan"))
-        (rejected,) = [item for item in told.outbox.update().items if item.name == REJECTED]
+        (rejected,) = [item for item in subscriber.outbox.update().items if item.name == REJECTED]
         assert rejected.state.counted == bad
-        told.publish()
+        subscriber.publish()
 
 
-def test_a_removed_series_is_not_told_any_more(registry, told):
-    """Who still holds it may record on; one of the same name is another one."""
+def test_a_removed_series_is_not_published_any_more(registry, subscriber):
+    """A removed metric may still be recorded into; one of the same name is another metric."""
     before = registry.counter("c")
     before.increment()
-    told.publish()
+    subscriber.publish()
     registry.remove("c")
-    told.publish()
+    subscriber.publish()
     before.increment()
     before.collect()
-    assert "c" not in told.values()
+    assert "c" not in subscriber.values()
     registry.counter("c").increment(5)
-    assert told.publish() == ["c"]
-    assert told.values() == {"c": 5}
+    assert subscriber.publish() == ["c"]
+    assert subscriber.values() == {"c": 5}
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_whatever_happens_in_between_all_is_told(registry, told, seed):
+def test_all_changes_are_published_whatever_happens_in_between(registry, subscriber, seed):
     """Recording, folding, reading, failing, making and removing at random, against a count by hand."""
     rng = random.Random(seed)
     counted = {}
@@ -188,19 +188,19 @@ def test_whatever_happens_in_between_all_is_told(registry, told, seed):
                 lambda n=name: record(n),
                 lambda n=name: n in counted and registry.counter(n).collect(),
                 lambda n=name: remove(n),
-                lambda: told.outbox.update(),
-                lambda: told.outbox.reset_baselines(),
+                lambda: subscriber.outbox.update(),
+                lambda: subscriber.outbox.reset_baselines(),
             ],
             [10, 3, 1, 3, 1],
         )[0]()
-        told.hears = rng.random() < 0.7
+        subscriber.is_there = rng.random() < 0.7
         if rng.random() < 0.5:
-            told.publish(keyframe=rng.random() < 0.1)
-            if told.hears:
-                assert {name: value for name, value in told.values().items() if value} == counted
+            subscriber.publish(keyframe=rng.random() < 0.1)
+            if subscriber.is_there:
+                assert {name: value for name, value in subscriber.values().items() if value} == counted
 
 
-def test_threads_that_record_meanwhile_are_told_of_exactly(registry, told):
+def test_values_of_threads_are_published_exactly(registry, subscriber):
     """The last publication has everything, however folds and publications met before."""
     counters = [registry.counter(f"c{number}") for number in range(4)]
     rounds = 400
@@ -216,10 +216,10 @@ def test_threads_that_record_meanwhile_are_told_of_exactly(registry, told):
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
-            told.publish()
+            subscriber.publish()
     finally:
         for thread in threads:
             thread.join()
         sys.setswitchinterval(interval)
-    told.publish()
-    assert told.values() == {counter.name: rounds * FULL for counter in counters}
+    subscriber.publish()
+    assert subscriber.values() == {counter.name: rounds * FULL for counter in counters}

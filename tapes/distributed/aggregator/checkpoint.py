@@ -18,18 +18,8 @@ from tapes.distributed.aggregator.entries import BEFORE_ALL, Source, Worker
 from tapes.distributed.aggregator.ledger import Ledger
 from tapes.distributed.aggregator.lifetime import ForeignOwners, Lifetime
 from tapes.distributed.aggregator.merged_view import OF_ONE_PROCESS, MergedView
-from tapes.distributed.protocol.messages import (
-    NOTHING,
-    Attach,
-    Goodbye,
-    Item,
-    Journal,
-    Message,
-    Read,
-    Record,
-    Retired,
-    Update,
-)
+from tapes.distributed.protocol import messages
+from tapes.distributed.protocol.messages import Item, Record, Update
 from tapes.distributed.storage.saved_journal import Saved
 from tapes.metrics.origin import with_baseline
 
@@ -70,11 +60,11 @@ class Checkpoint:
         for worker in self._ledger.workers:
             yield from self.records_of(worker.identity)
 
-    def totals(self) -> Iterator[Message]:
+    def totals(self) -> Iterator[messages.Message]:
         """Yield everything else; the totals are cut when this begins."""
         with self._ledger.lock:
             retired = self._retired_items()
-            journal = Journal(
+            journal = messages.Journal(
                 self._host, self._lifetime.owners, self._configured, self._ledger.retired,
                 tuple(itertools.islice(reversed(self._ledger.exited), _MAX_REMEMBERED)),
                 dict(self._ledger.names.descriptions), self._ledger.slots.max_series,
@@ -82,7 +72,7 @@ class Checkpoint:
         yield from self._foreign_owners.requests()
         yield journal
         for items in _pieces(retired):
-            yield Retired(items)
+            yield messages.Retired(items)
         yield from self._cursors.records()
 
     def records_of(self, identity: bytes) -> list[Record]:
@@ -178,23 +168,23 @@ class Checkpoint:
         if not account.worker.is_ancestor:
             self._ledger.unconfirmed.add(record.update.identity)
 
-    def inheritance(self) -> Iterator[Attach | Read | Goodbye]:
+    def inheritance(self) -> Iterator[messages.Attach | messages.Read | messages.Goodbye]:
         """Yield the requests that hand over everything to another aggregator.
 
         The total goes as the last update of one more worker. All of it is baseline, as this aggregator's
         reporters make a last report.
         """
-        yield Attach(1, self._host, self._lifetime.owners)
+        yield messages.Attach(1, self._host, self._lifetime.owners)
         ancestors: list[Update] = []
         for worker in self._ledger.workers:
             updates = [record.update for record in self.records_of(worker.identity)]
             if worker.is_ancestor:
                 ancestors += updates
             else:
-                yield from (Read(2, NOTHING, update) for update in updates)
+                yield from (messages.Read(2, messages.NOTHING, update) for update in updates)
         with self._ledger.lock:
             total = list(map(_all_baseline, self._retired_items()))
-        yield Goodbye(3, Update(
+        yield messages.Goodbye(3, Update(
             self._identity, forks.this_process(), self._host, forks.now_ns(), 0, total,
             dict(self._ledger.names.descriptions), tuple(ancestors), self._ledger.slots.max_series,
         ))  # fmt: skip

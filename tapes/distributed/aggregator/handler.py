@@ -23,17 +23,8 @@ from tapes.distributed.aggregator.ledger import Ledger
 from tapes.distributed.aggregator.lifetime import ForeignOwners, Lifetime
 from tapes.distributed.aggregator.merged_view import JOURNAL_FAILED, LAG, MESSAGES, MergedView
 from tapes.distributed.aggregator.reaping import Reaper
-from tapes.distributed.protocol.messages import (
-    NOTHING,
-    Attach,
-    Flush,
-    Goodbye,
-    HandOver,
-    Message,
-    Read,
-    Reply,
-    Update,
-)
+from tapes.distributed.protocol import messages
+from tapes.distributed.protocol.messages import Reply, Update
 from tapes.distributed.protocol.wire import VERSION, decode, encode
 from tapes.distributed.storage.journal import JournalFile
 from tapes.distributed.storage.spool import Spool
@@ -44,7 +35,7 @@ from tapes.metrics import Counter, Timer
 from tapes.processes import is_same_boot
 from tapes.registry import Registry
 
-Request = Read | Attach | Goodbye | Flush | HandOver
+Request = messages.Read | messages.Attach | messages.Goodbye | messages.Flush | messages.HandOver
 
 _log = logging.getLogger("tapes.distributed")
 
@@ -159,7 +150,7 @@ class Handler:
                     got=type(request).__name__,
                     expected="Read, Attach, Goodbye, Flush or HandOver",
                 )
-            if self.awaited and isinstance(request, Read) and request.what != NOTHING:
+            if self.awaited and isinstance(request, messages.Read) and request.what != messages.NOTHING:
                 return None
             reply = self._reply(request, data)
             return reply if isinstance(reply, Question) else encode(reply)
@@ -182,7 +173,7 @@ class Handler:
         exited = self._reaper.exited(workers, now)
         # 2. Last updates from the spool.
         for goodbye, data in self._spool.drain():
-            if isinstance(goodbye, Goodbye):
+            if isinstance(goodbye, messages.Goodbye):
                 if is_same_boot(goodbye.update.host, self._host):
                     self._retire_with(goodbye, data)
                 exited.discard(goodbye.update.identity)
@@ -210,31 +201,31 @@ class Handler:
     def _reply(self, request: Request, data: bytes) -> Reply | Question:
         number = request.correlation
         match request:
-            case HandOver():
+            case messages.HandOver():
                 return self._hand_over(request)
-            case Attach():
+            case messages.Attach():
                 for process in request.processes if request.host == self._host else ():
                     self._lifetime.keep_alive_for(process)
                 self._foreign_owners.add(request.host, request.processes)
                 self.journal.changed()
                 return Reply(number, "ok", b"")
-            case Goodbye():
+            case messages.Goodbye():
                 is_known, now = self._retire_with(request, data), monotonic()
                 self._report_if_alone(w for w in self._ledger.workers if not self._reaper.has_exited(w, now))
                 return Reply(number, "ok" if is_known else "behind", b"")
-            case Flush():
+            case messages.Flush():
                 self.reap_workers(monotonic())
                 self.reports_due, self._is_unreported = True, False
                 return Reply(number, "ok", b"")
         if not self._apply(request.update, Source.READ):
             return Reply(number, "behind", b"")
-        if request.what == NOTHING:
+        if request.what == messages.NOTHING:
             return Reply(number, "ok", b"")
         if request.what != "states" and request.what not in FORMS:
             return Reply(number, "error", b"it does not know this format")
         return Question(request.what, number)
 
-    def _retire_with(self, goodbye: Goodbye, data: bytes) -> bool:
+    def _retire_with(self, goodbye: messages.Goodbye, data: bytes) -> bool:
         """Retire a worker with its last update, and journal that; return whether all of it is known."""
         if not self._apply(goodbye.update, leaves=True):
             return False
@@ -242,7 +233,7 @@ class Handler:
         self.journal.append(data)
         return True
 
-    def _hand_over(self, request: HandOver) -> Reply:
+    def _hand_over(self, request: messages.HandOver) -> Reply:
         """Make room for a newer version; the journal has everything that live workers don't send again."""
         if request.version <= VERSION or self._endpoints.path is None or not self._lifetime.is_joined:
             return Reply(request.correlation, "error", b"no other aggregator could take its place")
@@ -280,7 +271,7 @@ class Handler:
         self._ledger.retire(worker.identity)
         self._reaper.forget(worker.identity)
 
-    def _append(self, message: Message) -> bool:
+    def _append(self, message: messages.Message) -> bool:
         return self.journal.append(encode(message))
 
     def _reject(self, data: bytes, error: Exception) -> None:

@@ -16,16 +16,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from tapes.distributed.protocol.messages import (
-    HEARTBEAT_TIMEOUT_SECONDS,
-    Attach,
-    Cursor,
-    Goodbye,
-    Item,
-    Journal,
-    Record,
-    Retired,
-)
+from tapes.distributed.protocol import messages
+from tapes.distributed.protocol.messages import Item, Journal
 from tapes.distributed.protocol.wire import READABLE, VERSION, decode
 from tapes.distributed.storage.spool import SUFFIX
 from tapes.errors import AddressError, WireError
@@ -53,10 +45,10 @@ class Saved(NamedTuple):
     """
 
     journal: Journal
-    records: list[Record]
+    records: list[messages.Record]
     retired: list[Item]
-    goodbyes: list[Goodbye]
-    attached: list[Attach]
+    goodbyes: list[messages.Goodbye]
+    attached: list[messages.Attach]
     cursors: dict[str, dict[tuple[str, Labels], tuple[Number, Number, Number]]]
     age_seconds: float
 
@@ -85,7 +77,8 @@ class Saved(NamedTuple):
         """
         living = self.lives(host)
         if living is None:
-            return is_same_boot(self.journal.host, host) and self.age_seconds < HEARTBEAT_TIMEOUT_SECONDS
+            is_fresh = self.age_seconds < messages.HEARTBEAT_TIMEOUT_SECONDS
+            return is_fresh and is_same_boot(self.journal.host, host)
         return living
 
     def owners(self, host: str) -> list[Process]:
@@ -105,15 +98,15 @@ def read_journal(base: str) -> Saved | None:
         message = decode(data)
         if isinstance(message, Journal):
             saved = saved._replace(journal=message)
-        elif isinstance(message, Record):
+        elif isinstance(message, messages.Record):
             saved.records.append(message)
-        elif isinstance(message, Retired):
+        elif isinstance(message, messages.Retired):
             saved.retired.extend(message.items)
-        elif isinstance(message, Goodbye):
+        elif isinstance(message, messages.Goodbye):
             saved.goodbyes.append(message)
-        elif isinstance(message, Attach):
+        elif isinstance(message, messages.Attach):
             saved.attached.append(message)
-        elif isinstance(message, Cursor):
+        elif isinstance(message, messages.Cursor):
             sent = saved.cursors.setdefault(message.target, {})
             for count in message.counts:
                 if count.sent is None:
