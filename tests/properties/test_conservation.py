@@ -77,7 +77,7 @@ class Service(RuleBasedStateMachine):
     @rule(number=st.integers(0, 9))
     def leave(self, number):
         leaving = self.workers.pop(number % len(self.workers))
-        for kind, _, _, state in leaving.drain():
+        for kind, _, _, state in leaving.lineage.drain():
             self.retired[kind] = [KINDS[kind].merge([*self.retired[kind], state])]
         assert all(series.fields()["count" if "count" in series.fields() else "value"] == 0
                    for family in leaving.snapshot() for series in family.series)  # fmt: skip
