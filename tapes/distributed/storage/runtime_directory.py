@@ -43,10 +43,8 @@ def choose_place(endpoints: Endpoints, user: User) -> Endpoints:
     """Return where the service with address ``endpoints`` meets; make its private directory if necessary.
 
     This is ``endpoints``, unless that is in a private directory. Such a service meets where an aggregator
-    serves it, else where its directory exists, else in the first place where a directory can be made.
-
-    Raises:
-        AggregatorUnavailable: If there is no such place.
+    serves it, else where its directory exists, else in the first place where a directory can be made, or
+    AggregatorUnavailable is raised.
     """
     directory = private_directory(endpoints)
     if directory is None:
@@ -223,11 +221,9 @@ def open_private(directory: str, uid: int) -> Iterator[int]:
 
 
 def clear(endpoints: Endpoints, *, files: bool = True) -> None:
-    """Remove the start lock of ``endpoints``, and its directory if it is private; the caller holds that lock.
+    """Remove the start lock of ``endpoints``, which the caller holds, and its directory if it is private.
 
-    Args:
-        endpoints: Where an aggregator was, or could not be started.
-        files: Remove the files in the directory too; otherwise only an empty directory is removed.
+    Without ``files`` only an empty directory is removed.
     """
     if endpoints.path is not None:
         with contextlib.suppress(OSError):

@@ -27,14 +27,8 @@ def start_lock(endpoints: Endpoints, user: User, *, wait: bool = True) -> Iterat
     the kernel lets one aggregator bind. There is none either where another user has made its file: then
     several processes may start an aggregator, and the aggregator's own lock lets one of them serve.
 
-    Args:
-        endpoints: Where the aggregator listens.
-        user: The user that the aggregator runs as.
-        wait: Wait until it is free; at most 20 s, as its holder may be stopped.
-
-    Raises:
-        AddressError: If there is no directory for it.
-        AggregatorUnavailable: If another process holds it for too long.
+    ``wait`` until it is free for 20 s at most, as its holder may be stopped. Raises AddressError if there is
+    no directory for it, and AggregatorUnavailable if another process holds it for too long.
     """
     if endpoints.path is None:
         yield True

@@ -20,11 +20,7 @@ _ERRORS = (AddressError, AggregatorUnavailable, InvalidArgument)
 class Readiness:
     """The pipe on which a starting aggregator reports that it is ready, or why it can't start.
 
-    Args:
-        fds: The two ends, -1 for one that this process does not have; by default those of a new pipe.
-
-    Attributes:
-        has_reported: Whether this process has sent a report.
+    ``fds`` are the two ends, -1 for one that this process does not have; by default, those of a new pipe.
     """
 
     NOT_READY, CRASHED = 1, 2
@@ -41,11 +37,7 @@ class Readiness:
         return self._sender
 
     def wait(self) -> None:
-        """Wait until the aggregator is ready.
-
-        Raises:
-            AddressError, AggregatorUnavailable, InvalidArgument: With the reason if it can't start.
-        """
+        """Wait until the aggregator is ready, or raise the error that it reports."""
         self.close_writer()
         text = b""
         # select() supports no descriptors above 1023. gevent's poll() would leave an event loop behind in a

@@ -40,8 +40,7 @@ class SocketPool:
     def borrow(self) -> Iterator[Socket]:
         """Yield a socket that no other thread uses; close it if the block fails.
 
-        Raises:
-            AggregatorUnavailable: If none can be opened, or a reply can't be read.
+        Raises AggregatorUnavailable if none can be opened, or a reply can't be read.
         """
         try:
             try:

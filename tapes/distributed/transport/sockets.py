@@ -40,9 +40,7 @@ _ANNOUNCEMENT = re.compile(rb"\xfftapes wire (\d{1,6})")
 def bind(context: zmq.Context[Any], endpoints: Endpoints) -> tuple[Socket, Socket]:
     """Return the aggregator's sockets for publications and for requests; other users can't connect.
 
-    Raises:
-        AddressInUse, AddressError: If an address can't be bound, or its key can't be used.
-        AggregatorUnavailable: If the thread that checks keys can't be started.
+    Raises AddressInUse, AddressError, or AggregatorUnavailable if no thread can start that checks keys.
     """
     pair = endpoints.key.pair if endpoints.key else None
     if pair:
@@ -74,10 +72,7 @@ def bind(context: zmq.Context[Any], endpoints: Endpoints) -> tuple[Socket, Socke
 
 
 def bind_again(updates: Socket, requests: Socket, before: Endpoints, endpoints: Endpoints) -> None:
-    """Bind the aggregator's sockets, whose files were removed, at ``endpoints``, or raise AddressError.
-
-    Connections stay open.
-    """
+    """Bind the aggregator's sockets at ``endpoints``, as their files were removed; connections stay open."""
     umask = os.umask(0o077)
     try:
         for bound, former, endpoint in (
@@ -104,12 +99,7 @@ def new_publisher(context: zmq.Context[Any], endpoints: Endpoints) -> Socket:
 
 
 def new_request_socket(context: zmq.Context[Any], endpoints: Endpoints) -> Socket:
-    """Return a worker's socket for requests.
-
-    Raises:
-        AddressError: If the address can't be used.
-        AggregatorUnavailable: If there are no file descriptors left.
-    """
+    """Return a worker's socket for requests, or raise AddressError or AggregatorUnavailable."""
     return _connected(context, zmq.DEALER, {zmq.MAXMSGSIZE: MAX_BYTES}, endpoints, endpoints.read)
 
 
