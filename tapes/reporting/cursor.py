@@ -54,6 +54,10 @@ class Sent(NamedTuple):
         return self.value - last.value - (self.baseline - last.baseline)
 
 
+class Unsaved(OSError):
+    """A move of a cursor can't be saved, so its counts must not be sent yet."""
+
+
 class Cursor:
     """What one receiver was sent of a registry; one report at a time reads and moves it.
 
@@ -98,7 +102,7 @@ class Cursor:
         """Move because these counts are about to be sent.
 
         Raises:
-            OSError: If the move can't be saved; the counts must not be sent then.
+            Unsaved: If the move can't be saved; the counts wait for the next report then.
         """
         self.skip(changes)
 

@@ -25,7 +25,7 @@ from tapes.errors import InvalidArgument, TapesError
 from tapes.naming import Labels
 from tapes.registry import Registry
 from tapes.reporting.base import Reporter
-from tapes.reporting.cursor import Cursor, Sent, Series
+from tapes.reporting.cursor import Cursor, Sent, Series, Unsaved
 from tapes.reporting.scheduled import ScheduledReporter
 from tapes.reporting.transport import Transport
 from tapes.snapshot import Snapshot
@@ -136,7 +136,8 @@ class StatsdClient:
         registry = reporter.registry
         cursor = self._cursor(registry)
         with cursor.alone() as sent:
-            snapshot, failure = Snapshot([]), None
+            snapshot = Snapshot([])
+            failure: Exception | None = None
             try:
                 snapshot = registry.snapshot()
             except TapesError as error:  # the counts of this process are known without the aggregator
@@ -150,6 +151,9 @@ class StatsdClient:
             for number, packet in enumerate(packets):
                 try:
                     self._send(packet, cursor, sent)
+                except Unsaved as error:  # everything but the counts is sent
+                    failure = error
+                    self._send([line for line in packet if line.series is None], cursor, sent)
                 except OSError:
                     reporter._count(SENDS_FAILED, len(packets) - number)
                     raise
@@ -170,7 +174,7 @@ class StatsdClient:
             cursor.move({line.series: line.sent for line in counts if line.series is not None})
         done = 0
         try:
-            done = self._transport.send([line.text for line in lines])
+            done = self._transport.send([line.text for line in lines]) if lines else 0
         finally:
             failed = [line.series for line in lines[done:] if line.series is not None]
             if failed:

@@ -27,6 +27,7 @@ class Statsd:
         self.port = port
         self.counts = collections.Counter()
         self.lines = []
+        self.others = []
         self.is_up = True
         self._patch = monkeypatch
         monkeypatch.setattr("tapes.reporting.transport.Transport.send", lambda _, lines: self.send(lines))
@@ -39,6 +40,8 @@ class Statsd:
             if rest.endswith("|c") and not name.startswith("tapes."):
                 self.lines.append(line)
                 self.counts[name] += float(rest[:-2])
+            else:
+                self.others.append(line)
         return len(lines)
 
     def get_report_of(self, keeper):
@@ -155,17 +158,18 @@ def test_what_could_not_be_sent_is_sent_by_the_successor(make_handler, statsd):
 
 
 def test_counts_wait_while_the_journal_cannot_be_written(make_handler, statsd, monkeypatch):
-    """As a successor would send them again; gauges and the next report are not affected."""
+    """A successor would send them again; gauges are sent, and the next report has the counts."""
     first, worker = make_handler(), Worker()
     assert first.journal.finish()
     worker.subscribe(first)
     worker.count(10)
+    worker.registry.gauge("g").set(5)
     worker.publish()
     with monkeypatch.context() as patch:
         patch.setattr("tapes.distributed.storage.journal._write", refuse)
         with pytest.raises(OSError, match="wait for the next report"):
             statsd.get_report_of(first)
-    assert statsd.counts == {}
+    assert (statsd.counts, "g:5|g" in statsd.others) == ({}, True)
     statsd.get_report_of(first)
     worker.count(1)
     statsd.get_report_of(successor_of(first, make_handler, worker))

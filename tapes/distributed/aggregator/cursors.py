@@ -11,14 +11,13 @@ that was removed. A receiver that is not in the journal gets no history: what it
 
 from __future__ import annotations
 
-import errno
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from tapes.distributed.aggregator.ledger import Ledger
 from tapes.distributed.protocol.messages import Cursor as CursorRecord
 from tapes.distributed.protocol.messages import Message, SentCount
-from tapes.reporting.cursor import Cursor, Sent, Series
+from tapes.reporting.cursor import Cursor, Sent, Series, Unsaved
 from tapes.sums import Number
 
 _PIECE = 1000
@@ -86,12 +85,12 @@ class _JournaledCursor(Cursor):
             super().skip(changes)
 
     def move(self, changes: Mapping[Series, Sent | None]) -> None:
-        """Move, and append the move to the journal; raises `OSError` if that fails."""
+        """Move, and append the move to the journal; raises `Unsaved` if that fails."""
         before = {series: self._sent.get(series) for series in changes}
         self.skip(changes)  # first: a journal that is being written has the move or is followed by it
         if not self._save(changes):
             self.move_back(before)
-            raise OSError(errno.EIO, "the journal can't be written, so counts wait for the next report")
+            raise Unsaved("the journal can't be written, so counts wait for the next report")
 
     def move_back(self, changes: Mapping[Series, Sent | None]) -> None:
         """Move back; if that can't be saved, a successor does not send these counts."""
