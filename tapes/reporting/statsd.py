@@ -136,6 +136,7 @@ class StatsdClient:
         registry = reporter.registry
         cursor = self._cursor(registry)
         with cursor.alone() as sent:
+            may_lag = cursor.may_lag  # of the snapshot, so it is read before
             snapshot = Snapshot([])
             failure: Exception | None = None
             try:
@@ -146,7 +147,7 @@ class StatsdClient:
             if cursor.skips_history:
                 cursor.move({series: count for series, (_, count) in counts.items()})
                 cursor.skips_history = False
-            lines = [*self._differences(counts, cursor, sent), *self._current_values(snapshot)]
+            lines = [*self._differences(counts, cursor, sent, may_lag), *self._current_values(snapshot)]
             packets = list(self._packets(self._short(reporter, lines)))
             for number, packet in enumerate(packets):
                 try:
@@ -183,24 +184,28 @@ class StatsdClient:
             raise ConnectionError(f"the connection to {self._transport.address} broke")
 
     def _differences(
-        self, counts: dict[Series, tuple[str, Sent]], cursor: Cursor, sent: Mapping[Series, Sent]
-    ) -> Iterator[_Line]:
-        """Yield what counts have grown since the last report; the cursor follows those that have not."""
+        self,
+        counts: dict[Series, tuple[str, Sent]],
+        cursor: Cursor,
+        sent: Mapping[Series, Sent],
+        may_lag: bool,
+    ) -> list[_Line]:
+        """Return what counts have grown since the last report; the cursor follows those that have not."""
         skipped: dict[Series, Sent | None] = {}
-        if not cursor.may_lag:
+        if not may_lag:
             skipped = dict.fromkeys(sent.keys() - counts.keys())  # removed
         lines = []
         for series, (field, count) in counts.items():
             last = sent.get(series)
             if last is not None and count.is_behind(last):
-                if not cursor.may_lag:
+                if not may_lag:
                     skipped[series] = count
             elif difference := count.since(last):
                 lines.append(_Line(self._line(*series, field, difference, "c"), series, count))
             else:
                 skipped[series] = count
         cursor.skip(skipped)
-        return iter(lines)
+        return lines
 
     def _current_values(self, snapshot: Snapshot) -> Iterator[_Line]:
         for family in snapshot:

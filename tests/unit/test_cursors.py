@@ -260,6 +260,35 @@ def test_a_stopped_worker_is_missing_for_a_while_and_nothing_is_sent_twice(make_
     assert statsd.counts == {"c": 108, "d": 12}
 
 
+def test_a_worker_that_comes_back_during_a_report_is_not_sent_twice(make_handler, statsd, monkeypatch):
+    """The report has the counts without it, and the next one has what is new."""
+    first, stopped, live = make_handler(), Worker(), Worker()
+    assert first.journal.finish()
+    for worker in (stopped, live):
+        worker.subscribe(first)
+    write(first)
+    stopped.count(100)
+    stopped.count(5, "d")
+    stopped.publish()
+    statsd.get_report_of(first)
+    second = successor_of(first, make_handler, live)
+    snapshot = second.registry.snapshot
+
+    def snapshot_then_come_back():
+        try:
+            return snapshot()
+        finally:
+            stopped.subscribe(second)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(second.registry, "snapshot", snapshot_then_come_back)
+        statsd.get_report_of(second)
+    stopped.count(1)
+    stopped.publish()
+    statsd.get_report_of(second)
+    assert statsd.counts == {"c": 101, "d": 5}
+
+
 def test_the_loss_of_a_dead_worker_holds_up_the_others_until_it_is_retired(make_handler, statsd):
     """What it had published in its last second is gone; StatsD has it, and gets all that follows."""
     first, dead, live = make_handler(), Worker(), Worker()
