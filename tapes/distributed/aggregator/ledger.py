@@ -4,7 +4,7 @@ Theory. States are cumulative, so applying an update is replacement: per series,
 sequence number counts, and messages may be lost, repeated or overtaken. The series of an exited worker are
 added to the retired total once. Its identity is remembered, so later updates of it change nothing. Gauges go
 with their worker, except those that merge as ``last``: of these the newest value stays. Series are merged
-when somebody reads, and the result is kept until an update touches it. So memory and the cost of a read
+at a read, and the result is kept until an update touches it. So memory and the cost of a read
 depend on live workers and series, not on how many workers there ever were.
 
 The records of ancestors are entered as if the ancestors had sent them: they have accounts like any other

@@ -74,7 +74,7 @@ class JournalFile:
         self._living = living
         self._totals = totals
         self._failed = failed
-        self._changed = False
+        self._changed = self._is_complete = False
         self._due = self._ended = self._spent = self._shown = 0.0
         self._writing: Iterator[None] | None = None
         self._appending = threading.Lock()
@@ -154,7 +154,7 @@ class JournalFile:
                 next(self._writing)
                 now = time.monotonic()
         except StopIteration:
-            self._writing = None
+            self._writing, self._is_complete = None, True
         except Exception as error:  # the disk is full, or a record too long
             self._writing, self._changed = None, True
             self._failed(error)
@@ -174,10 +174,10 @@ class JournalFile:
         """Write everything now; return whether that was possible."""
         while self.step(float("inf")):
             pass
-        self._changed = True
+        self._changed, self._is_complete = True, False
         while self.step(float("inf")):
             pass
-        return not self._changed
+        return self._is_complete  # reporters may have changed something since
 
     def settle(self, endpoints: Endpoints) -> None:
         """Write everything beside ``endpoints``, as soon as possible: the files were removed."""
