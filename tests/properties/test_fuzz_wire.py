@@ -166,6 +166,7 @@ def test_descriptions_may_have_any_length():
 
 
 def test_a_message_has_a_longest_length_and_an_answer_has_none(monkeypatch):
+    """A message that is too long is refused by both sides; a reply may have any length."""
     monkeypatch.setattr(wire, "MAX_BYTES", 1000)
     assert decode(encode(Reply(1, "ok", bytes(2000)))).payload == bytes(2000)
     with pytest.raises(WireError, match="too long to be sent"):
@@ -175,6 +176,7 @@ def test_a_message_has_a_longest_length_and_an_answer_has_none(monkeypatch):
 
 
 def test_a_long_answer_is_sent_in_frames(monkeypatch):
+    """A long reply is sent in frames of bounded length, which make up the reply."""
     monkeypatch.setattr(wire, "_FRAME_BYTES", 1000)
     for length in (0, 500, 990, 2000, 10_000):
         answer = encode(Reply(1, "ok", b"x" * length))

@@ -97,7 +97,7 @@ def test_every_message_comes_back_as_it_was(message):
 
 @given(st.binary(max_size=200))
 def test_garbage_is_a_wire_error(data):
-    """No bytes raise anything else."""
+    """Random bytes are decoded to a message or raise WireError, and nothing else."""
     with pytest.raises(WireError):
         decode(data)
 
@@ -155,7 +155,7 @@ def test_a_reply_is_understood_in_every_version():
 
 
 def test_a_sketch_whose_bins_do_not_add_up_is_refused():
-    """What belongs together must agree."""
+    """A sketch whose bins, count and sum do not belong together is a WireError."""
     registry = tapes.Registry()
     registry.histogram("h").update(1)
     update = Update(bytes(range(16)), Process(1, 0), "", 1, 0, [Item(*s) for s in registry.collect()], {})

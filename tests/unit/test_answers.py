@@ -54,6 +54,7 @@ def maker():
 
 
 def test_all_that_want_the_same_while_an_answer_is_made_get_the_next_one(maker):
+    """All 500 requests for a format that arrive while an answer is made share the next answer."""
     maker.ask("json")
     assert maker.is_making.wait(10)
     maker.ask(*["json"] * 500, start=1)
@@ -63,6 +64,7 @@ def test_all_that_want_the_same_while_an_answer_is_made_get_the_next_one(maker):
 
 
 def test_each_form_is_made_once_and_the_one_that_has_waited_longest_comes_first(maker):
+    """Each requested format is made once, in the order of the oldest requests."""
     maker.ask("states")
     assert maker.is_making.wait(10)
     maker.ask("openmetrics", "json", "openmetrics", "json", "prometheus", start=1)
@@ -75,6 +77,7 @@ def test_each_form_is_made_once_and_the_one_that_has_waited_longest_comes_first(
 
 
 def test_a_question_whose_reader_has_given_up_is_dropped(maker, monkeypatch):
+    """A request whose reader has given up is dropped, and later requests are answered."""
     maker.ask("json")
     assert maker.is_making.wait(10)
     monkeypatch.setattr(answers, "MAX_WAIT_SECONDS", -1.0)
@@ -86,6 +89,8 @@ def test_a_question_whose_reader_has_given_up_is_dropped(maker, monkeypatch):
 
 
 def test_where_no_thread_can_start_answers_are_made_at_once(maker, monkeypatch):
+    """If no thread can be started, answers are made at once in the calling thread."""
+
     def refuse(worker):
         raise RuntimeError("can't start new thread")
 
@@ -98,6 +103,7 @@ def test_where_no_thread_can_start_answers_are_made_at_once(maker, monkeypatch):
 
 
 def test_while_a_long_answer_is_made_its_readers_are_asked_to_wait(maker, monkeypatch):
+    """While a long answer is made, all waiting readers are sent a sign to wait."""
     monkeypatch.setattr(answers, "_SIGN_SECONDS", 0.01)
     maker.answers.put([b"client"], Question("json", 3))
     maker.answers.put([b"other"], Question("prometheus", 5))

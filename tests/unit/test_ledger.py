@@ -128,7 +128,7 @@ def test_gauges_merge_as_their_mode_says(mode, expected):
 
 
 def test_each_worker_keeps_its_own_gauge_on_request():
-    """Labelled by its pid."""
+    """With merge="each" each worker has a series of its own, labelled by its pid."""
     ledger, worker = Ledger(), Worker()
     worker.registry.gauge("g", merge="each").set(5)
     ledger.apply(worker.update())

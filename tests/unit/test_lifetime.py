@@ -78,7 +78,7 @@ def test_a_pid_that_belongs_to_another_process_by_now(process):
 
 
 def test_without_pidfds_the_pid_is_asked_for(process, monkeypatch):
-    """As on macOS."""
+    """Without pidfds, as on macOS, the end of a process is noticed by its pid."""
     monkeypatch.delattr(os, "pidfd_open", raising=False)
     watch = ProcessWatch(processes.process_of(process.pid))
     assert not watch.ended()

@@ -87,7 +87,7 @@ def test_another_kind_under_the_same_name_names_both(registry):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_name_may_not_hide_a_field_of_the_one_above(registry, order):
-    """Whichever comes first."""
+    """A name that would hide a field of its parent is refused, whichever of the two is made first."""
     makers = [lambda: registry.counter("a"), lambda: registry.meter("a.value")][::order]
     makers[0]()
     with pytest.raises(KindConflict, match="value"):
@@ -104,7 +104,7 @@ def test_parent_and_child_may_both_exist(registry):
 
 
 def test_selectors_are_spelled_as_prometheus_does(registry):
-    """Sorted by name, values escaped."""
+    """Selectors in the tree are spelled as in Prometheus, with sorted labels and escaped values."""
     registry.counter("c", labels={"z": "1", "a": 'q"\\\n'})
     assert list(registry.get_stats().c) == ['{a="q\\"\\\\\\n",z="1"}']
 
@@ -195,14 +195,14 @@ def test_descriptions_are_checked(registry, text, unit):
     "buckets", [(1, 1), (2, 1), (1, float("inf")), (float("nan"),), ("x",), 5, range(1001)]
 )
 def test_buckets_are_checked(registry, buckets):
-    """Ascending and finite."""
+    """Buckets have to be ascending and finite, or they are refused."""
     with pytest.raises(InvalidArgument, match="ascending"):
         registry.describe("c", "text", buckets=buckets)
 
 
 @pytest.mark.parametrize("producer", [5, "x", object()])
 def test_a_producer_must_be_callable(registry, producer):
-    """A common slip: gauge(name, value)."""
+    """gauge(name, value), a common mistake, is refused: a producer has to be callable."""
     with pytest.raises(InvalidArgument, match="set"):
         registry.gauge("g", producer)
 
@@ -255,8 +255,8 @@ def test_a_full_snapshot_answers_by_name_and_labels(registry):
 
 
 @pytest.mark.parametrize(("first", "second"), [("a.value", "a"), ("a", "a.value")])
-def test_a_removed_name_blocks_nobody(registry, first, second):
-    """Neither above nor below it."""
+def test_a_removed_name_blocks_no_other_name(registry, first, second):
+    """A removed name blocks neither a name above it nor one below it."""
     registry.counter(first)
     with pytest.raises(tapes.TapesError, match="hide"):
         registry.counter(second)
