@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
 import pytest
@@ -48,6 +49,21 @@ def test_a_test_file_has_at_most_500_lines():
     """A file of tests has at most 500 lines; a longer one is split by claim."""
     lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in TESTS.rglob("*.py")}
     assert {path: lines for path, lines in lengths.items() if lines > 500} == {}
+
+
+def test_each_test_has_a_docstring_that_is_a_sentence():
+    """Each test has a docstring of six words or more, because a failure report shows it alone."""
+    short = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            if (
+                is_function
+                and node.name.startswith("test_")
+                and len((ast.get_docstring(node) or "").split()) < 6
+            ):
+                short.append(f"{path.relative_to(ROOT)}::{node.name}")
+    assert short == []
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "tests/README.md", *sorted(

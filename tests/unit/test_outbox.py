@@ -115,7 +115,7 @@ def test_values_recorded_during_a_publication_are_in_the_next_one(registry, subs
 
 
 def test_a_gauge_is_published_when_it_is_set(registry, subscriber):
-    """Setting needs no buffer."""
+    """A gauge is published when it is set, although a set is not buffered."""
     gauge = registry.gauge("g")
     gauge.set(1)
     assert subscriber.publish() == ["g"]
