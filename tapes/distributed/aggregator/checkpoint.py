@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 
 from tapes import forks, processes
 from tapes.distributed.aggregator.cursors import Cursors
-from tapes.distributed.aggregator.entries import BEFORE_ALL, Source, Worker
+from tapes.distributed.aggregator.entries import BEFORE_ALL, Source
 from tapes.distributed.aggregator.ledger import Ledger
 from tapes.distributed.aggregator.lifetime import ForeignOwners, Lifetime
 from tapes.distributed.aggregator.merged_view import OF_ONE_PROCESS, MergedView
 from tapes.distributed.protocol import messages
 from tapes.distributed.protocol.messages import Item, Record, Update
 from tapes.distributed.storage.saved_journal import Saved
-from tapes.metrics.origin import with_baseline
+from tapes.metrics.origin import NOWHERE, with_baseline
 
 T = TypeVar("T")
 
@@ -82,14 +82,13 @@ class Checkpoint:
             if account is None:
                 return []
             worker = account.worker
-            seqs = []
-            items = []
+            items, seqs = [], []
             for key, slot in account.slots.items():
                 entry = self._ledger.slots.entries[slot]
                 items.append(Item(entry.kind, *key, entry.by_worker[identity, key[1]]))
                 seqs.append(account.seqs[key])
-            head = _head(worker, max(1, account.known))
-            source, ancestors = account.source, tuple(account.ancestors)
+            seq, source, ancestors = max(1, account.known), account.source, tuple(account.ancestors)
+        head = Update(worker.identity, worker.process, worker.host, seq, 0, [], {}, program=worker.program)
         return [
             Record(head._replace(items=some), worker.is_ancestor, source, ancestors, tuple(its_seqs))
             for some, its_seqs in zip(_pieces(items), _pieces(seqs))
@@ -110,7 +109,9 @@ class Checkpoint:
             if now is None or now is source or source is Source.JOURNAL:
                 continue
             is_simple = source is None and identity == update.identity
-            if is_simple and not any(_baseline(item) for item in update.items):
+            if is_simple and not any(
+                getattr(item.state, "origin", NOWHERE).baseline for item in update.items
+            ):
                 head = update._replace(seq=1, base=0, items=[], descriptions={}, ancestors=())
                 yield Record(head, False, now)
             else:
@@ -193,15 +194,6 @@ class Checkpoint:
         entries = self._ledger.slots.entries.items()
         retired = [Item(e.kind, *key, e.retired) for key, e in entries if e.retired is not None]
         return [*retired, *self._view.for_the_journal()]
-
-
-def _head(worker: Worker, seq: int) -> Update:
-    return Update(worker.identity, worker.process, worker.host, seq, 0, [], {}, program=worker.program)
-
-
-def _baseline(item: Item) -> object:
-    origin = getattr(item.state, "origin", None)
-    return origin is not None and origin.baseline
 
 
 def _all_baseline(item: Item) -> Item:

@@ -244,7 +244,6 @@ class Handler:
         return Reply(request.correlation, "ok", b"")
 
     def _apply(self, update: Update, source: Source = Source.DIRECT, *, leaves: bool = False) -> bool:
-        """Enter an update; return whether everything up to it is known."""
         senders = (update, *update.ancestors) if not leaves else ()
         before = {sender.identity: self._ledger.source_of(sender.identity) for sender in senders}
         complete, refused = self._ledger.apply(update, source)

@@ -278,7 +278,6 @@ class Ledger:
         self.slots.forget(name)
 
     def _drop_removed(self, account: Account, keyframe: Update) -> None:
-        """Forget the series that a worker's keyframe no longer has."""
         kept = {(item.name, item.labels) for item in keyframe.items}
         for key, seq in list(account.seqs.items()):
             if key not in kept and seq < keyframe.seq:

@@ -27,7 +27,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from enum import Enum
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -59,12 +58,6 @@ _RECOVERY_LOOKS = 10
 """Number of looks, a second in all, at whether live workers have sent their states again."""
 
 _log = logging.getLogger("tapes.distributed")
-
-
-class _Phase(Enum):
-    STARTING = "starting"
-    SERVING = "serving"
-    ENDED = "ended"
 
 
 class Aggregator:
@@ -102,8 +95,8 @@ class Aggregator:
         self._reports = Reports(self._wake)
         self._deferred: list[tuple[list[bytes], bytes]] = []
         self._held: list[tuple[Demand, list[bytes]]] = []
-        self._phase = _Phase.STARTING
-        self._end = Ends.UNNEEDED
+        self._is_serving = False
+        self._end: Ends | None = None
         self._wake_sender, self._wake_receiver = socket.socketpair()
         self._wake_sender.setblocking(False)
 
@@ -139,7 +132,7 @@ class Aggregator:
             stack.callback(self._answers.stop)
             self._start_reporters()
             _log.info("tapes aggregator %d listens at %s", os.getpid(), self.title)
-            self._phase = _Phase.SERVING
+            self._is_serving = True
             ready()
             # 4. Serve.
             while True:
@@ -147,19 +140,16 @@ class Aggregator:
                 if self._may_leave():
                     break
             # 5. Send the last replies; everything above ends in reverse order.
-            self._phase = _Phase.ENDED
             self._send_held(float("inf"))
             self._answers.stop()
             self._send_answers()
 
     def _how_it_ends(self) -> Ends:
-        """Return how it ends: in the way that was decided, or by an exception."""
-        if self._phase is _Phase.ENDED or self._end is Ends.HANDED_OVER:
+        if self._end is not None:
             return self._end
-        if self._phase is _Phase.STARTING:
-            is_successor = self._residence.predecessor_crashed or self._handler.is_successor
-            return Ends.SUCCEEDED if is_successor else Ends.UNNEEDED
-        return Ends.SUCCEEDED
+        # An exception: another aggregator starts if this one had a service.
+        is_successor = self._residence.predecessor_crashed or self._handler.is_successor
+        return Ends.SUCCEEDED if self._is_serving or is_successor else Ends.UNNEEDED
 
     def _when_free(self, take: Callable[[], T]) -> T:
         """Return the result of ``take``; if the address is in use, wait for longer than an idle aggregator.
@@ -187,13 +177,13 @@ class Aggregator:
     def _may_leave(self) -> bool:
         """Return whether it may end: no process is joining, and none has since the lifetime was over."""
         if self._handler.hands_over:
-            if self._end is not Ends.HANDED_OVER:
-                self._end = Ends.SUCCEEDED
+            self._end = self._end or Ends.SUCCEEDED
             return True
         try:
             if not self._residence.keep_out():
                 return False
         except AddressError:  # the directory is gone: no process can join
+            self._end = Ends.UNNEEDED
             return True
         while self._residence.requests.poll(0):
             self._answer()
@@ -202,6 +192,7 @@ class Aggregator:
         if self._held or not self._is_over(monotonic()):
             self._residence.let_in()
             return False
+        self._end = Ends.UNNEEDED
         return True
 
     def _serve(self, is_done: Callable[[float], bool]) -> None:
@@ -241,8 +232,6 @@ class Aggregator:
         return is_over
 
     def _start_reporters(self) -> None:
-        """Start all reporters; serve while one of them waits for a port."""
-
         def is_done(now: float) -> bool:
             return self._reports.have_started(now) or self._is_over(now)
 

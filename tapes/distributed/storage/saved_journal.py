@@ -165,7 +165,6 @@ def usable(path: str) -> str:
 
 
 def _ours(paths: Iterable[str]) -> list[str]:
-    """Return those of ``paths`` that exist and belong to this user."""
     found = []
     for path in paths:
         with contextlib.suppress(OSError):
