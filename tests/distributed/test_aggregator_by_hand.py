@@ -159,10 +159,10 @@ def test_an_aggregator_in_the_foreground_exits_cleanly(short_dir, number):
 CANNOT_BIND = {
     "another aggregator": ("first.start(); second.start({fork})", "another aggregator (pid "),
     "not a socket": ("open('m.ipc', 'w').close(); first.start({fork})", "not a socket"),
-    "no directory": ("RegistryAggregator([], 'ipc://nowhere/m.ipc').start({fork})", "directory that exists"),
+    "no directory": ("RegistryAggregator([], 'ipc://nowhere/m.ipc').start({fork})", "existing directory"),
     "path too long": ("RegistryAggregator([], 'ipc://' + 'x' * 200)", "at most 107"),
     "port in use": ("RegistryAggregator(HTTPReporter(port), 'ipc://n.ipc').start({fork})", "another port"),
-    "started twice": ("first.start(); first.start({fork})", "called before"),
+    "started twice": ("first.start(); first.start({fork})", "called twice"),
 }
 
 
