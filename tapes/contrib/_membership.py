@@ -160,7 +160,7 @@ class Membership:
                 return plain(
                     503,
                     "This process is one of several and has not joined the others, so it can't answer for "
-                    f"the service: {state.problem or 'it is about to'}.",
+                    f"the service: {state.problem or 'it is joining; try again in a second'}.",
                 )
         return answer(self._registry, accept, query)
 
