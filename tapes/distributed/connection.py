@@ -17,11 +17,9 @@ from tapes.service import this_service
 
 
 def connect(registry: Registry, addr: str | None) -> None:
-    """Connect ``registry`` to the aggregator at ``addr``; nothing if this process has done that already.
+    """Connect ``registry`` to the aggregator at ``addr``; do nothing if this process has done that already.
 
-    Raises:
-        AddressError: If the address can't be used.
-        InvalidArgument: If ``registry`` is connected elsewhere.
+    Raises AddressError, or InvalidArgument if ``registry`` is connected elsewhere.
     """
     if is_disabled():
         return
@@ -46,9 +44,7 @@ def connect(registry: Registry, addr: str | None) -> None:
 def join(registry: Registry, addr: str | None = None) -> None:
     """Connect ``registry`` to the aggregator of its service, and start one if there is none.
 
-    Raises:
-        AddressError, AggregatorUnavailable: If that can't be done.
-        InvalidArgument: If ``registry`` is connected elsewhere.
+    Raises as `connect`, and AggregatorUnavailable.
     """
     if not may_start():
         connect(registry, addr)

@@ -35,8 +35,7 @@ from tapes.session import LazySession
 
 __all__ = ["DistributedRegistry", "RegistryAggregator"]
 
-_STOP_SECONDS = 3.0
-"""Maximum seconds that `RegistryAggregator.stop` takes."""
+_STOP_SECONDS = 3.0  # maximum time that `RegistryAggregator.stop` takes
 
 
 class DistributedRegistry(Registry):
@@ -55,14 +54,9 @@ class DistributedRegistry(Registry):
     """
 
     def __init__(
-        self,
-        socket_addr: str = DEFAULT_ADDR,
-        *,
-        prefix: str = "",
-        labels: Mapping[str, Any] | None = None,
-        clock: Clock = monotonic,
-        max_series: int = MAX_SERIES,
-    ) -> None:
+        self, socket_addr: str = DEFAULT_ADDR, *, prefix: str = "", labels: Mapping[str, Any] | None = None,
+        clock: Clock = monotonic, max_series: int = MAX_SERIES,
+    ) -> None:  # fmt: skip
         super().__init__(prefix=prefix, labels=labels, clock=clock, max_series=max_series)
         self.socket_addr = resolve(socket_addr).publish
         if self.socket_addr in connected_parent():
@@ -102,11 +96,9 @@ class RegistryAggregator:
         for given in self.reporters:
             if not isinstance(given, Reporter):
                 raise InvalidArgument(
-                    "the aggregator's reporter",
-                    got=given,
-                    expected="a Reporter, or a list of them",
+                    "the aggregator's reporter", got=given, expected="a Reporter, or a list of them",
                     remedy="pass [] for none: connected registries can be read without one",
-                )
+                )  # fmt: skip
         self.socket_addr = resolve(socket_addr).publish
         self._pid = self._owner_pid = 0
         self._aggregator: Aggregator | None = None

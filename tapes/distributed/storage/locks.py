@@ -29,7 +29,6 @@ class _Holder:
 
     @classmethod
     def read(cls, fd: int) -> _Holder:
-        """Return the holder that a lock file describes."""
         text = os.pread(fd, 64, 0)
         return cls(text.partition(b"\n")[0], b"restartable" in text, b"supervised" in text)
 
@@ -95,12 +94,9 @@ def _lock_soon(fd: int) -> None:
 
 
 def unlock(fd: int) -> None:
-    """Release a ``flock`` and close its file.
-
-    Closing alone is not enough: a child that was forked meanwhile has the file open too.
-    """
+    """Release a ``flock`` and close its file."""
     with contextlib.suppress(OSError):
-        fcntl.flock(fd, fcntl.LOCK_UN)
+        fcntl.flock(fd, fcntl.LOCK_UN)  # a child that was forked meanwhile has the file open too
     os.close(fd)
 
 
@@ -108,9 +104,7 @@ class Lock:
     """The lock of the one aggregator that serves ``endpoints``; `_Holder` describes the options.
 
     An abstract socket or a TCP port has no lock file: there the kernel refuses a second aggregator.
-
-    Attributes:
-        predecessor_crashed: Whether the last holder died and has to be replaced.
+    If ``predecessor_crashed``, the last holder died and has to be replaced.
     """
 
     def __init__(self, endpoints: Endpoints, *, restartable: bool = False, supervised: bool = False) -> None:
@@ -124,9 +118,8 @@ class Lock:
     def acquire(self) -> None:
         """Take the lock, and remove the sockets of a predecessor that was killed.
 
-        Raises:
-            AddressInUse: If a living aggregator holds it.
-            AddressError: If the directory does not exist, or another file has the name of a socket.
+        Raises AddressInUse if a living aggregator holds it; AddressError if the directory does not exist, or
+        another file has the name of a socket.
         """
         if self._path is None:
             return
@@ -140,10 +133,8 @@ class Lock:
             self.release(keep_file=self.predecessor_crashed)
             if isinstance(error, AddressError):
                 raise
-            raise AddressError(
-                f"the aggregator can't bind {self._endpoints.publish} ({error.strerror or error})",
-                remedy="choose an existing directory that only this user can write to",
-            ) from None
+            remedy = "choose an existing directory that only this user can write to"
+            raise self._error(f" ({error.strerror or error})", remedy) from None
 
     @property
     def is_lost(self) -> bool:
@@ -166,11 +157,7 @@ class Lock:
             self._fd = -1
 
     def release(self, *, keep_file: bool = False) -> None:
-        """Release the lock if it is held, and remove its file.
-
-        Args:
-            keep_file: Leave the file, so that workers find that another aggregator is needed.
-        """
+        """Release the lock if it is held; keep its file if workers have to start another aggregator."""
         if self._fd >= 0 and self._path is not None and not keep_file:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
@@ -186,10 +173,7 @@ class Lock:
             _lock_soon(fd)
             pid = _Holder.read(fd).pid
             if pid and not pid.isdigit():
-                raise AddressError(
-                    f"the aggregator can't bind {self._endpoints.publish}: {path} is another program's file",
-                    remedy="choose another address, or remove that file",
-                )
+                raise self._error(f": {path} is another program's file")
             with contextlib.suppress(FileNotFoundError):
                 is_current = os.path.samestat(os.fstat(fd), os.stat(path))
         except BlockingIOError:
@@ -210,8 +194,8 @@ class Lock:
             except FileNotFoundError:
                 continue
             if not stat.S_ISSOCK(mode):
-                raise AddressError(
-                    f"the aggregator can't bind {self._endpoints.publish}: {path} is not a socket",
-                    remedy="choose another address, or remove that file",
-                )
+                raise self._error(f": {path} is not a socket")
             os.unlink(path)
+
+    def _error(self, why: str, remedy: str = "choose another address, or remove that file") -> AddressError:
+        return AddressError(f"the aggregator can't bind {self._endpoints.publish}{why}", remedy=remedy)

@@ -22,8 +22,7 @@ from tapes.errors import AddressError, AggregatorUnavailable
 from tapes.processes import Process
 from tapes.service import SOCKET
 
-START_LOCK = ".start"
-"""Follows the path of the socket in the name of the start lock."""
+START_LOCK = ".start"  # follows the path of the socket in the name of the start lock
 _PROBE = SOCKET + ".probe"
 
 
@@ -35,7 +34,6 @@ class User(NamedTuple):
 
     @classmethod
     def ourselves(cls) -> User:
-        """Return the user of this process."""
         return cls(os.geteuid(), os.getegid())
 
 
@@ -46,8 +44,7 @@ def choose_place(endpoints: Endpoints, user: User) -> Endpoints:
     serves it, else where its directory exists, else in the first place where a directory can be made, or
     AggregatorUnavailable is raised.
     """
-    directory = private_directory(endpoints)
-    if directory is None:
+    if private_directory(endpoints) is None:
         return endpoints
     places, reasons = [endpoints, *other_places(endpoints, user.uid)], []
     for place in places:
@@ -78,10 +75,9 @@ def has_aggregator(place: Endpoints, uid: int | None = None) -> bool:
 
 
 def current_place(endpoints: Endpoints) -> Endpoints:
-    """Return where the aggregator that was at ``endpoints`` is now.
+    """Return where the aggregator that was at ``endpoints`` is now; ``endpoints`` if it is nowhere.
 
-    If it is nowhere, return ``endpoints``; or, if the directory of that name belongs to another user, the
-    next place where an aggregator can start.
+    But if the directory of that name belongs to another user, it is the next place where one can start.
     """
     if endpoints.path is None:
         return endpoints
@@ -246,9 +242,6 @@ def remove_files(directory: str) -> None:
 
 
 def _is_open_to_all(directory: str) -> bool:
-    while True:
-        if not os.stat(directory).st_mode & stat.S_IXOTH:
-            return False
-        if directory == os.path.dirname(directory):
-            return True
-        directory = os.path.dirname(directory)
+    parent = os.path.dirname(directory)
+    is_open = bool(os.stat(directory).st_mode & stat.S_IXOTH)
+    return is_open and (parent == directory or _is_open_to_all(parent))

@@ -20,10 +20,8 @@ from tapes.errors import WireError
 
 _log = logging.getLogger("tapes.distributed")
 
-SUFFIX = ".spool-"
-"""Follows the path of the socket in the name of each file."""
-_TICK_SECONDS = 0.5
-"""Maximum resolution of a file system's modification times."""
+SUFFIX = ".spool-"  # follows the path of the socket in the name of each file
+_TICK_SECONDS = 0.5  # maximum resolution of a file system's modification times
 
 
 def write(endpoints: Endpoints, goodbye: Goodbye) -> bool:

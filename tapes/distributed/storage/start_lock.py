@@ -15,17 +15,15 @@ from tapes.distributed.storage.runtime_directory import START_LOCK, User, privat
 from tapes.distributed.transport.address import Endpoints
 from tapes.errors import AddressError, AggregatorUnavailable
 
-_MAX_WAIT_SECONDS, _PAUSE_SECONDS = 20.0, 0.01
-"""Maximum seconds to wait for the lock, and seconds between two attempts."""
+_MAX_WAIT_SECONDS, _PAUSE_SECONDS = 20.0, 0.01  # to wait for the lock, and between two attempts
 
 
 @contextlib.contextmanager
 def start_lock(endpoints: Endpoints, user: User, *, wait: bool = True) -> Iterator[bool]:
     """Hold the start lock of ``endpoints``; yield whether it is held.
 
-    A process that starts an aggregator holds it, and an aggregator that exits. There is none over TCP: there
-    the kernel lets one aggregator bind. There is none either where another user has made its file: then
-    several processes may start an aggregator, and the aggregator's own lock lets one of them serve.
+    There is no such lock over TCP: there the kernel lets one aggregator bind. There is none either where
+    another user has made its file: then the aggregator's own lock lets one of several aggregators serve.
 
     ``wait`` until it is free for 20 s at most, as its holder may be stopped. Raises AddressError if there is
     no directory for it, and AggregatorUnavailable if another process holds it for too long.
@@ -91,9 +89,8 @@ class _StartLock:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except FileNotFoundError:  # an aggregator that exited has removed the directory
             if not makes_directory or private_directory(self._endpoints) is None:
-                raise AddressError(
-                    f"there is no directory for {self._endpoints.publish}", remedy=remedy
-                ) from None
+                what = f"there is no directory for {self._endpoints.publish}"
+                raise AddressError(what, remedy=remedy) from None
             restore(self._endpoints, self._user)
             return self._open(makes_directory)
         except OSError as error:
@@ -114,6 +111,5 @@ def _close_locks() -> None:
         os.close(_open_locks.pop())
 
 
-_open_locks: set[int] = set()
-"""The descriptors of start locks that this process has open."""
+_open_locks: set[int] = set()  # descriptors
 forks.renew_in_child(_close_locks)

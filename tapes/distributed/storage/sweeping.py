@@ -20,15 +20,11 @@ from tapes.errors import TapesError, WireError
 from tapes.processes import lives
 from tapes.service import SOCKET
 
+# Minimum age of a directory that is removed although its service may run in another pid namespace. A living
+# aggregator sets the time of a file every 10 s. After its death a worker starts another one; that can take
+# long, for example where only the end of a request does it.
 _LEFT_SECONDS = 3600.0
-"""Minimum age of a directory that is removed although its service may run in another pid namespace.
-
-A living aggregator sets the time of a file every 10 s. After its death a worker starts another one; that can
-take long, for example where only the end of a request does it.
-"""
-
-_SKEW_SECONDS = 2.0
-"""Seconds that the time of a file may be ahead: file systems have their own clocks and rounding."""
+_SKEW_SECONDS = 2.0  # a file's time may be that far ahead: file systems have their own clocks and rounding
 
 
 def sweep() -> None:
@@ -70,7 +66,6 @@ def _may_be_used(directory: str) -> bool:
 
 
 def _age_of(directory: str) -> float:
-    """Return the seconds since any file in a private directory was written."""
     with open_private(directory, os.geteuid()) as fd:
         now, ages = time.time(), []
         for name in (*os.listdir(fd), "."):

@@ -18,21 +18,11 @@ from collections.abc import Callable
 
 from tapes import forks
 
-_MAX_DESCRIPTORS = 1 << 16
-
-
-def is_frozen() -> bool:
-    """Return whether ``sys.executable`` is the application instead of an interpreter."""
-    return bool(getattr(sys, "frozen", False))
-
 
 def fork(run: Callable[[], None], environment: dict[str, str], fd: int) -> None:
     """Run ``run`` in a child with nothing open but ``fd`` and standard error; wait for the child's end.
 
-    Args:
-        run: Forks, and ends the process that called it.
-        environment: The environment of the child.
-        fd: The descriptor that stays open.
+    ``run`` forks, and ends the process that called it.
     """
     with warnings.catch_warnings():
         # The child uses no lock that another thread may hold.
@@ -45,7 +35,8 @@ def fork(run: Callable[[], None], environment: dict[str, str], fd: int) -> None:
         os.setsid()
         gc.freeze()  # finalizers of the application's objects would close descriptors of the aggregator
         _reset_signals()
-        close_all_but(fd)
+        os.closerange(3, fd)
+        os.closerange(fd + 1, 1 << 16)
         _reset_streams()
         os.environ.clear()
         os.environ.update(environment)
@@ -55,12 +46,6 @@ def fork(run: Callable[[], None], environment: dict[str, str], fd: int) -> None:
             sys.excepthook(*sys.exc_info())
     finally:
         os._exit(1)
-
-
-def close_all_but(fd: int) -> None:
-    """Close all descriptors but ``fd`` and those of the standard streams."""
-    os.closerange(3, fd)
-    os.closerange(fd + 1, _MAX_DESCRIPTORS)
 
 
 def _reset_signals() -> None:

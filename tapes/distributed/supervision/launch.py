@@ -31,17 +31,10 @@ _PROGRAM = "tapes.distributed.aggregator.main"
 
 
 def launch(endpoints: Endpoints, owner: Process, reason: str, user: User, *, wait: bool = True) -> None:
-    """Start a detached aggregator for ``owner`` and its workers; do nothing if one runs already.
+    """Start a detached aggregator that lives as long as ``owner``; do nothing if one runs already.
 
-    Args:
-        endpoints: Where it listens.
-        owner: The process that it lives as long as.
-        reason: Why it is started, for the log.
-        user: The user that it runs as.
-        wait: Return when it is ready; otherwise as soon as its process exists.
-
-    Raises:
-        AddressError, AggregatorUnavailable, InvalidArgument: If it can't start.
+    With ``wait`` return when it is ready, otherwise as soon as its process exists. It logs ``reason``.
+    Raises AddressError, AggregatorUnavailable or InvalidArgument if it can't start.
     """
     # 1. Start its process.
     readiness = Readiness()
@@ -73,10 +66,9 @@ def launch(endpoints: Endpoints, owner: Process, reason: str, user: User, *, wai
 
 def _start_process(arguments: list[str], readiness: Readiness) -> None:
     environment = {name: text for name, text in os.environ.items() if name not in _NOT_INHERITED}
-    if fork_launch.is_frozen():
-        fork_launch.fork(
-            lambda: importlib.import_module(_PROGRAM).serve(*arguments), environment, readiness.sender
-        )
+    if getattr(sys, "frozen", False):  # sys.executable is the application
+        serve = importlib.import_module(_PROGRAM).serve
+        fork_launch.fork(lambda: serve(*arguments), environment, readiness.sender)
         readiness.close_writer()
         return
     # Each directory is an argument of its own: the kernel limits the length of one to 128 KiB.
@@ -87,14 +79,10 @@ def _start_process(arguments: list[str], readiness: Readiness) -> None:
         return
     with forks.no_fork():
         starting = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=None if fork_launch.has_standard_error() else subprocess.DEVNULL,
-            pass_fds=[readiness.sender],
-            start_new_session=True,
-            env=environment,
-        )
+            pass_fds=[readiness.sender], start_new_session=True, env=environment,
+        )  # fmt: skip
         readiness.close_writer()
     starting.wait()
 
@@ -104,9 +92,8 @@ def _spawn(command: list[str], fd: int, environment: dict[str, str]) -> None:
     os.set_inheritable(fd, True)
     unused = (0, 1) if fork_launch.has_standard_error() else (0, 1, 2)
     null_streams = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_RDWR, 0) for stream in unused]
-    pid = threads.unpatched("os", "posix_spawn")(
-        command[0], command, environment, file_actions=null_streams, setsid=True
-    )
+    spawn = threads.unpatched("os", "posix_spawn")
+    pid = spawn(command[0], command, environment, file_actions=null_streams, setsid=True)
     threads.unpatched("os", "waitpid")(pid, 0)
 
 
@@ -124,9 +111,7 @@ def _python() -> str:
     """Return an interpreter of this version; in a server that embeds Python, ``sys.executable`` is none."""
     if os.path.basename(sys.executable or "").startswith(("python", "pypy")):
         return sys.executable
-    name = (
-        "pypy3" if sys.implementation.name == "pypy" else f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    )
+    name = "pypy3" if sys.implementation.name == "pypy" else "python{}.{}".format(*sys.version_info)
     prefixes = (sys.exec_prefix, sys.base_exec_prefix)
     paths = (os.path.join(prefix, "bin", each) for prefix in prefixes for each in (name, "python3"))
     found = next((path for path in paths if os.access(path, os.X_OK)), None) or shutil.which(name)

@@ -13,8 +13,7 @@ import os
 
 from tapes.processes import stat_fields
 
-_NAME = b"tapes-aggr"
-"""The name in ``top`` and ``ps -e``; at most 15 bytes."""
+_NAME = b"tapes-aggr"  # in ``top`` and ``ps -e``; at most 15 bytes
 
 
 def set_title(text: str) -> None:

@@ -13,28 +13,23 @@ from tapes.errors import AddressError, AggregatorUnavailable, InvalidArgument
 
 _READY_SECONDS = 10.0
 _END = b"\0"
-_ERRORS = (AddressError, AggregatorUnavailable, InvalidArgument)
-"""What a report can name, and their subclasses."""
+_ERRORS = AddressError, AggregatorUnavailable, InvalidArgument  # what a report can name, with subclasses
 
 
 class Readiness:
     """The pipe on which a starting aggregator reports that it is ready, or why it can't start.
 
     ``fds`` are the two ends, -1 for one that this process does not have; by default, those of a new pipe.
+    The starting process needs the descriptor ``sender``.
     """
 
     NOT_READY, CRASHED = 1, 2
     """Exit statuses of an aggregator: it could not start; it failed later."""
 
     def __init__(self, fds: tuple[int, int] | None = None) -> None:
-        self._receiver, self._sender = _pipe() if fds is None else fds
+        self._receiver, self.sender = map(_above_standard_streams, os.pipe()) if fds is None else fds
         self.has_reported = False
         self._failure = f"the aggregator was not ready within {_READY_SECONDS:g} s"
-
-    @property
-    def sender(self) -> int:
-        """The descriptor that the starting process needs."""
-        return self._sender
 
     def wait(self) -> None:
         """Wait until the aggregator is ready, or raise the error that it reports."""
@@ -62,39 +57,30 @@ class Readiness:
             raise (error if is_known else AggregatorUnavailable)(message or self._failure)
 
     def close_reader(self) -> None:
-        """Close the end that the starting process reads."""
         if self._receiver >= 0:
             os.close(self._receiver)
             self._receiver = -1
 
     def close_writer(self) -> None:
         """Close this process's copy of the aggregator's end: the pipe ends when the aggregator dies."""
-        if self._sender >= 0:
-            os.close(self._sender)
-            self._sender = -1
+        if self.sender >= 0:
+            os.close(self.sender)
+            self.sender = -1
 
     def close(self) -> None:
-        """Close both ends."""
         self.close_writer()
         self.close_reader()
 
     def report(self, text: str) -> None:
         """Send ``text`` to the starting process; only the first report is sent."""
         self.has_reported = True
-        if self._sender >= 0:
-            with contextlib.suppress(OSError):
-                os.write(self._sender, text.encode() + _END)
-                os.close(self._sender)
-            self._sender = -1
-
-
-def _pipe() -> tuple[int, int]:
-    """Return the ends of a new pipe, numbered above the standard streams, which may be closed."""
-    receiver, sender = os.pipe()
-    return _above_standard_streams(receiver), _above_standard_streams(sender)
+        with contextlib.suppress(OSError):  # no process waits, or no longer
+            os.write(self.sender, text.encode() + _END)
+        self.close_writer()
 
 
 def _above_standard_streams(fd: int) -> int:
+    """Return ``fd`` if it is none of the standard streams, which may be closed; else move it."""
     if fd > 2:
         return fd
     higher = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)

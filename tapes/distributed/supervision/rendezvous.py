@@ -13,6 +13,7 @@ import os
 from tapes import forks
 from tapes.distributed.storage import runtime_directory
 from tapes.distributed.storage.locks import is_served
+from tapes.distributed.storage.runtime_directory import User
 from tapes.distributed.storage.start_lock import start_lock
 from tapes.distributed.supervision.launch import launch
 from tapes.distributed.supervision.restart import replace
@@ -32,22 +33,14 @@ class Attachment(enum.Enum):
     ABSENT = "no aggregator holds the lock"
 
 
-def ensure_aggregator(
-    service: Service, addr: str | None = None, *, user: runtime_directory.User | None = None
-) -> Endpoints:
+def ensure_aggregator(service: Service, addr: str | None = None, *, user: User | None = None) -> Endpoints:
     """Have an aggregator that lives as long as ``service`` and this process; return its endpoints.
 
-    Sets ``TAPES_ADDR`` for the processes that this one starts.
-
-    Args:
-        service: The service.
-        addr: Its address; by default ``TAPES_ADDR``, or a private directory of the service.
-        user: The user to run a new aggregator as; by default the user of this process.
-
-    Raises:
-        AddressError, AggregatorUnavailable, InvalidArgument: If there is none and none can be started.
+    Sets ``TAPES_ADDR`` for the processes that this one starts. A new aggregator runs as ``user``, by default
+    that of this process. Raises AddressError, AggregatorUnavailable or InvalidArgument if there is no
+    aggregator and none can be started.
     """
-    user = runtime_directory.User.ourselves() if user is None else user
+    user = User.ourselves() if user is None else user
     while True:
         # 1. Choose the place. Nothing is left to do if this process is attached there.
         endpoints = runtime_directory.choose_place(choose_address(service, addr), user)
@@ -73,7 +66,8 @@ def ensure_aggregator(
 def choose_address(service: Service, addr: str | None = None) -> Endpoints:
     """Return the endpoints of a service, and hand them down to the processes that this one starts.
 
-    It is fast: it creates no file and starts no process. Raises as `ensure_aggregator`.
+    The default of ``addr`` is ``TAPES_ADDR``, or a private directory of the service. It is fast: it creates
+    no file and starts no process. Raises as `ensure_aggregator`.
     """
     if addr is None and not os.environ.get("TAPES_ADDR"):
         endpoints = runtime_directory.place_of(service.root)
@@ -94,9 +88,7 @@ def attach(endpoints: Endpoints, supervisor: Process) -> Attachment:
     return Attachment.ATTACHED if is_attached else Attachment.UNANSWERED
 
 
-def _start_and_attach(
-    endpoints: Endpoints, service: Service, user: runtime_directory.User, before: Attachment
-) -> Attachment:
+def _start_and_attach(endpoints: Endpoints, service: Service, user: User, before: Attachment) -> Attachment:
     """Start or replace the aggregator if necessary, and attach; ``before`` is the last result of that."""
     # 1. Have an aggregator of an older release exit.
     if before is Attachment.OLDER:

@@ -29,10 +29,8 @@ from tapes.distributed.transport.requests import request_hand_over
 from tapes.environment import may_start
 from tapes.once import OnceLogger
 
-_EXIT_SECONDS = 5.0
-"""Maximum seconds that an aggregator takes to exit after it has agreed to hand over."""
-_SUPERVISED_SECONDS = 1.0
-"""Seconds to wait for the parent of a killed aggregator to start another one."""
+_EXIT_SECONDS = 5.0  # maximum time that an aggregator takes to exit after it has agreed to hand over
+_SUPERVISED_SECONDS = 1.0  # time to wait for the parent of a killed aggregator to start another one
 _FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 0.2, 10.0
 
 _log = logging.getLogger("tapes.distributed")
@@ -52,7 +50,6 @@ class Restarter:
         self._once = OnceLogger(_log)
 
     def note_subscription(self) -> None:
-        """Note that an aggregator subscribes."""
         self._was_there = True
         self._has_waited = False
         self._backoff.reset()
@@ -90,9 +87,8 @@ class Restarter:
                 start()
             except Exception as error:
                 self._pause = self._backoff.next()
-                self._once.warning(
-                    "start", "tapes can't start its aggregator again (it keeps trying): %s", error
-                )
+                message = "tapes can't start its aggregator again (it keeps trying): %s"
+                self._once.warning("start", message, error)
 
         # A random share, so that workers whose attempts fail don't all try again at once.
         self._due = time.monotonic() + self._pause * random.uniform(1.0, 1.5)
@@ -127,7 +123,6 @@ def _start(endpoints: Endpoints, is_needed: Callable[[Endpoints], bool], reason:
 
 
 def _start_elsewhere(endpoints: Endpoints) -> None:
-    """Start an aggregator in another place: the private directory of ``endpoints`` was removed."""
     place = runtime_directory.choose_place(endpoints, runtime_directory.User.ourselves())
     _start(place, lambda place: not is_served(place), "a worker whose directory is gone")
 

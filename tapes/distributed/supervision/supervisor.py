@@ -22,10 +22,8 @@ from tapes.distributed.supervision.readiness import Readiness
 from tapes.processes import Process, lives
 
 _FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 0.1, 5.0
-_TERM_SECONDS = 0.2
-"""Seconds between two SIGTERM to an aggregator that has to end."""
-_STABLE_SECONDS = 10.0
-"""Minimum lifetime of an aggregator that is restarted without a pause."""
+_TERM_SECONDS = 0.2  # between two SIGTERM to an aggregator that has to end
+_STABLE_SECONDS = 10.0  # minimum lifetime of an aggregator that is restarted without a pause
 _BRIEF_SECONDS, _MAX_BRIEF = 0.5, 10
 """Maximum seconds of a brief lifetime, and maximum number of aggregators in a row that have one."""
 
@@ -67,10 +65,8 @@ class Supervisor:
             if time.monotonic() - started > _STABLE_SECONDS:
                 backoff.reset()
                 pause = 0.0
-            _log.warning(
-                "a tapes aggregator died (%s); another one is started",
-                f"signal {-status}" if status < 0 else f"exit status {status}",
-            )
+            cause = f"signal {-status}" if status < 0 else f"exit status {status}"
+            _log.warning("a tapes aggregator died (%s); another one is started", cause)
             self._sleep(pause)
             pause, started = backoff.next(), time.monotonic()
             status = self._run_once(Readiness((-1, -1)))

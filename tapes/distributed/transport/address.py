@@ -25,8 +25,8 @@ class _DefaultAddress(str):
     __slots__ = ()
 
 
+# Means ``TAPES_ADDR`` from the environment; itself if that isn't set.
 DEFAULT_ADDR: str = _DefaultAddress("ipc://tapes_metrics.ipc")
-"""Means ``TAPES_ADDR`` from the environment; itself if that isn't set."""
 
 _MAX_PATH_BYTES = 103 if sys.platform == "darwin" else 107
 """Maximum length of a path in ``sockaddr_un``: 108 bytes on Linux, one of them for the final zero."""
@@ -45,7 +45,6 @@ class Endpoints(NamedTuple):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The socket files of these endpoints."""
         return (self.path, self.path + ".read") if self.path else ()
 
     @property
@@ -60,14 +59,10 @@ class Endpoints(NamedTuple):
 
 
 def resolve(addr: str | None) -> Endpoints:
-    """Return the endpoints of ``addr``; a relative path is resolved now, in the working directory.
+    """Return the endpoints of ``addr``, or raise AddressError.
 
-    Args:
-        addr: ``ipc://PATH``, or ``tcp://HOST:PORT``, beyond loopback with ``TAPES_CURVE_KEY`` only;
-            `DEFAULT_ADDR` or ``None`` for ``TAPES_ADDR``.
-
-    Raises:
-        AddressError: If the address can't be used.
+    ``addr`` is ``ipc://PATH``, or ``tcp://HOST:PORT``, beyond loopback with ``TAPES_CURVE_KEY`` only; or
+    `DEFAULT_ADDR` or ``None`` for ``TAPES_ADDR``. A relative path is resolved now, in the working directory.
     """
     if addr is None or addr is DEFAULT_ADDR:
         addr = os.environ.get("TAPES_ADDR") or str(DEFAULT_ADDR)
@@ -77,11 +72,9 @@ def resolve(addr: str | None) -> Endpoints:
     if separator and rest and scheme == "tcp":
         return _tcp(addr, rest)
     raise AddressError(
-        "the aggregator's address can't be used",
-        got=addr,
-        expected="ipc://PATH or tcp://127.0.0.1:PORT",
+        "the aggregator's address can't be used", got=addr, expected="ipc://PATH or tcp://127.0.0.1:PORT",
         remedy="pass another socket_addr, or set TAPES_ADDR",
-    )
+    )  # fmt: skip
 
 
 def _ipc(addr: str, path: str) -> Endpoints:
@@ -91,11 +84,9 @@ def _ipc(addr: str, path: str) -> Endpoints:
     length = len(os.fsencode(path + ".read"))
     if length > _MAX_PATH_BYTES:
         raise AddressError(
-            f"the path of an IPC socket has {length} bytes, with '.read'",
-            got=path,
-            expected=f"at most {_MAX_PATH_BYTES}",
-            remedy="use a shorter directory",
-        )
+            f"the path of an IPC socket has {length} bytes, with '.read'", got=path,
+            expected=f"at most {_MAX_PATH_BYTES}", remedy="use a shorter directory",
+        )  # fmt: skip
     return Endpoints(f"ipc://{path}", f"ipc://{path}.read", path)
 
 
@@ -108,25 +99,22 @@ def _tcp(addr: str, rest: str) -> Endpoints:
     ip = _ip(host)
     if host == "*" or (ip is not None and ip.is_unspecified):
         raise AddressError(
-            "workers can't connect to a wildcard",
-            got=addr,
+            "workers can't connect to a wildcard", got=addr,
             expected="an address that workers can reach, such as tcp://127.0.0.1:PORT",
             remedy="use the address of one of this machine's interfaces",
-        )
+        )  # fmt: skip
     if ip is None and not _NAME.fullmatch(host):
         raise AddressError(
-            "the aggregator's host can't be used",
-            got=addr,
+            "the aggregator's host can't be used", got=addr,
             expected="an IPv4 address, an IPv6 address in brackets, or a host name",
-        )
+        )  # fmt: skip
     key = KeyFile.from_environment()
     if key is None and not (host == "localhost" if ip is None else ip.is_loopback):
         raise AddressError(
-            "without a key the aggregator listens on this machine only",
-            got=addr,
+            "without a key the aggregator listens on this machine only", got=addr,
             expected="a loopback address such as tcp://127.0.0.1:PORT, or a key file in TAPES_CURVE_KEY",
             remedy=HOW_TO_MAKE_ONE,
-        )
+        )  # fmt: skip
     return Endpoints(addr, f"tcp://{host}:{int(port) + 1}", None, key)
 
 

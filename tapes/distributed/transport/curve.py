@@ -66,7 +66,6 @@ class KeyFile:
 
     @classmethod
     def from_environment(cls) -> KeyFile | None:
-        """Return the file that ``TAPES_CURVE_KEY`` names, or ``None``."""
         path = os.environ.get(VARIABLE)
         return cls(path) if path else None
 
@@ -80,11 +79,9 @@ class KeyFile:
             )
         if not os.path.isabs(self.path):
             raise AddressError(
-                VARIABLE,
-                got=self.path,
-                expected="an absolute path",
+                VARIABLE, got=self.path, expected="an absolute path",
                 remedy="set it to one; the aggregator's working directory is /",
-            )
+            )  # fmt: skip
         mode, public, secret = self._load()
         if secret is None:
             raise self._unusable("has only the public half of a key pair")
@@ -93,10 +90,9 @@ class KeyFile:
         if mode & 0o077:
             raise AddressError(
                 f"users other than its owner may use the key file {self.path}",
-                got=oct(stat.S_IMODE(mode)),
-                expected="0o600 or 0o400",
+                got=oct(stat.S_IMODE(mode)), expected="0o600 or 0o400",
                 remedy=f"run: chmod 600 {self.path}; if another user could read it, make a new one",
-            )
+            )  # fmt: skip
         return Pair(public, secret)
 
     def _load(self) -> tuple[int, bytes, bytes | None]:
@@ -112,11 +108,9 @@ class KeyFile:
 
     def _unusable(self, why: str) -> AddressError:
         return AddressError(
-            f"the key file {why}",
-            got=self.path,
-            expected="a *.key_secret file written by pyzmq",
+            f"the key file {why}", got=self.path, expected="a *.key_secret file written by pyzmq",
             remedy=HOW_TO_MAKE_ONE,
-        )
+        )  # fmt: skip
 
 
 def _belong_together(public: bytes, secret: bytes) -> bool:
@@ -157,9 +151,8 @@ def start_zap_handler(context: zmq.Context[Any], pair: Pair) -> None:
         handler.close()  # else the end of the context would wait for it
         if not isinstance(error, RuntimeError):
             raise
-        raise AggregatorUnavailable(
-            "the aggregator can't start the thread that checks its clients' keys"
-        ) from None
+        what = "the aggregator can't start the thread that checks its clients' keys"
+        raise AggregatorUnavailable(what) from None
 
 
 def _handle_zap(handler: zmq.Socket[bytes], pair: Pair) -> None:
@@ -171,11 +164,8 @@ def _handle_zap(handler: zmq.Socket[bytes], pair: Pair) -> None:
             is_accepted = request[5:] == expected  # CURVE makes clients prove that they have the secret half
             if not is_accepted:
                 client = b"".join(request[3:4]).decode("ascii", "replace")
-                once.warning(
-                    "key",
-                    "tapes refused a client at %s that has another key; this is logged only once",
-                    client,
-                )
+                message = "tapes refused a client at %s that has another key; this is logged only once"
+                once.warning("key", message, client)
             result = [b"200", b"OK", b"", b""] if is_accepted else [b"400", b"another key", b"", b""]
             handler.send_multipart([b"1.0", b"".join(request[1:2]), *result])
     except zmq.ZMQError:  # the context has ended

@@ -16,14 +16,10 @@ import zmq
 from tapes.errors import AggregatorUnavailable
 from tapes.threads import unpatched
 
-_DESCRIPTORS = 16
-"""Descriptors that a first socket needs, and some to spare."""
-_THREADS = 3
-"""Threads that a context needs, and one to spare."""
-_BYTES = 48 << 20
-"""Address space that a context and its sockets need: two stacks of 8 MB, and queues."""
-_THREAD_END_SECONDS = 0.1
-"""Maximum seconds to wait for the end of the threads."""
+_DESCRIPTORS = 16  # what a first socket needs, and some to spare
+_THREADS = 3  # what a context needs, and one to spare
+_BYTES = 48 << 20  # address space that a context and its sockets need: two stacks of 8 MB, and queues
+_THREAD_END_SECONDS = 0.1  # maximum time to wait for the end of the threads
 _PAUSE_SECONDS = 0.0005
 
 

@@ -1,14 +1,16 @@
-"""One request to the aggregator, and its reply."""
+"""One request to the aggregator, its reply, and the sockets for both."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 
 import zmq
 
+from tapes import threads
 from tapes.distributed.protocol.messages import WAIT, Attach, Flush, Goodbye, HandOver, Read, Reply
 from tapes.distributed.protocol.wire import VERSION, decode, encode
 from tapes.distributed.transport.address import Endpoints
@@ -19,10 +21,8 @@ from tapes.processes import Process, host_id
 
 Request = Read | Attach | Goodbye | Flush | HandOver
 
-TIMEOUT_SECONDS = 1.0
-"""Seconds to wait for the reply to a request."""
-MAX_WAIT_SECONDS = 10.0
-"""Maximum seconds to wait for a reply that the aggregator is preparing."""
+TIMEOUT_SECONDS = 1.0  # time to wait for the reply to a request
+MAX_WAIT_SECONDS = 10.0  # maximum time to wait for a reply that the aggregator is preparing
 _POLL_MILLISECONDS = 100
 
 
@@ -30,16 +30,57 @@ class OlderAggregator(AggregatorUnavailable):
     """The aggregator uses an older version of the wire and can't read the request."""
 
 
+class SocketPool:
+    """Sockets for requests to ``endpoints``, each used by one thread at a time; opened when first needed."""
+
+    def __init__(self, endpoints: Endpoints) -> None:
+        self.endpoints = endpoints
+        self._idle: deque[Socket] = deque()
+        self._context: zmq.Context[Socket] | None = None
+        self._lock = threads.RLock()
+
+    @property
+    def context(self) -> zmq.Context[Socket]:
+        with self._lock:
+            if self._context is None:
+                self._context = new_context()
+            return self._context
+
+    @contextlib.contextmanager
+    def borrow(self) -> Iterator[Socket]:
+        """Yield a socket that no other thread uses; close it if the block fails.
+
+        Raises AggregatorUnavailable if none can be opened, or a reply can't be read.
+        """
+        try:
+            try:
+                socket = self._idle.pop()
+            except IndexError:
+                socket = new_request_socket(self.context, self.endpoints)
+            try:
+                yield socket
+            except BaseException:
+                socket.close()  # a late reply must not be taken for that to the next request
+                raise
+        except (WireError, zmq.ZMQError) as error:
+            raise AggregatorUnavailable(f"the aggregator's reply can't be used ({error})") from error
+        self._idle.append(socket)
+
+    def close(self, *, is_unused: bool) -> None:
+        """Close the idle sockets; and the context, if ``is_unused`` says that no other socket is open."""
+        while self._idle:
+            self._idle.pop().close()
+        context, self._context = self._context, None
+        if is_unused and context is not None:
+            context.destroy(linger=0)
+
+
 def request(endpoints: Endpoints, socket: Socket, message: Request, deadline: float) -> Reply:
     """Send ``message`` and return the reply.
 
     If another aggregator replaces the one that got the message, it gets the message too: every request may be
-    repeated. While the aggregator prepares a long reply, ``deadline`` is extended, to 10 s at most.
-
-    Raises:
-        AggregatorUnavailable: If there is no reply by ``deadline``.
-        OlderAggregator: If the aggregator can't read the message.
-        WireError: If the reply can't be read.
+    repeated. While the aggregator prepares a long reply, ``deadline`` is extended, to 10 s at most. Raises
+    AggregatorUnavailable if there is no reply by then, OlderAggregator, or WireError for the reply.
     """
     data = encode(message)
     latest = time.monotonic() + MAX_WAIT_SECONDS
@@ -91,14 +132,10 @@ def request_hand_over(endpoints: Endpoints) -> bool:
 
 
 def flush(endpoints: Endpoints) -> bool:
-    """Have the aggregator's reporters report now; return whether they have, within a second.
-
-    An aggregator of an older release can't do this; the result is ``False`` then.
-    """
-    try:
+    """Have the aggregator's reporters report now; return whether they have, within a second."""
+    with contextlib.suppress(OlderAggregator):  # it can't do this
         return _request_once(endpoints, Flush(1))
-    except OlderAggregator:
-        return False
+    return False
 
 
 def incarnation(endpoints: Endpoints) -> tuple[int, int] | None:

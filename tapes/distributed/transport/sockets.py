@@ -10,9 +10,7 @@
 * HEARTBEAT: after a failed send libzmq sends nothing until there is something new to send.
 
 The aggregator subscribes to everything, and to a topic that names its version of the wire: so a worker
-notices an aggregator of an older release.
-
-TCP with a key uses it at both ends: see `tapes.distributed.transport.curve`.
+notices an aggregator of an older release. For TCP with a key see `tapes.distributed.transport.curve`.
 """
 
 from __future__ import annotations
@@ -82,9 +80,8 @@ def bind_again(updates: Socket, requests: Socket, before: Endpoints, endpoints: 
                 bound.unbind(former)
             bound.bind(endpoint)
     except zmq.ZMQError as error:
-        raise AddressError(
-            f"the aggregator can't bind {endpoint} ({error.strerror})", remedy="choose another address"
-        ) from None
+        what = f"the aggregator can't bind {endpoint} ({error.strerror})"
+        raise AddressError(what, remedy="choose another address") from None
     finally:
         os.umask(umask)
 
@@ -99,7 +96,7 @@ def new_publisher(context: zmq.Context[Any], endpoints: Endpoints) -> Socket:
 
 
 def new_request_socket(context: zmq.Context[Any], endpoints: Endpoints) -> Socket:
-    """Return a worker's socket for requests, or raise AddressError or AggregatorUnavailable."""
+    """Return a worker's socket for requests; raises AddressError or AggregatorUnavailable."""
     return _connected(context, zmq.DEALER, {zmq.MAXMSGSIZE: MAX_BYTES}, endpoints, endpoints.read)
 
 
@@ -116,9 +113,8 @@ def _connected(
     try:
         connecting.connect(endpoint)
     except zmq.ZMQError as error:
-        raise AddressError(
-            f"can't connect to {endpoint} ({error.strerror})", remedy="use another address"
-        ) from None
+        what = f"can't connect to {endpoint} ({error.strerror})"
+        raise AddressError(what, remedy="use another address") from None
     return connecting
 
 

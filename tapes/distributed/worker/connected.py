@@ -25,16 +25,14 @@ from tapes.distributed.protocol.messages import NOTHING, Goodbye, Merged, Read, 
 from tapes.distributed.protocol.wire import decode
 from tapes.distributed.storage import runtime_directory
 from tapes.distributed.storage.locks import is_served
-from tapes.distributed.supervision.rendezvous import Attachment
-from tapes.distributed.supervision.rendezvous import attach as attach_to
+from tapes.distributed.supervision import rendezvous
+from tapes.distributed.transport import requests
 from tapes.distributed.transport.address import Endpoints
-from tapes.distributed.transport.requests import MAX_WAIT_SECONDS, TIMEOUT_SECONDS, incarnation, request
-from tapes.distributed.transport.socket_pool import SocketPool
+from tapes.distributed.transport.requests import TIMEOUT_SECONDS, SocketPool, incarnation, request
 from tapes.distributed.transport.sockets import Socket
 from tapes.distributed.worker.gate import Gate
-from tapes.distributed.worker.goodbyes import Goodbyes
 from tapes.distributed.worker.late_flush import LateSession
-from tapes.distributed.worker.outbox import Outbox
+from tapes.distributed.worker.outbox import Goodbyes, Outbox
 from tapes.distributed.worker.publisher import Publisher
 from tapes.environment import hand_down, may_start
 from tapes.errors import AggregatorUnavailable, WireError
@@ -45,8 +43,7 @@ from tapes.session import LocalSession, Session
 from tapes.sharing import Shared
 from tapes.snapshot import Snapshot
 
-_PAUSE_SECONDS = 0.25
-"""Maximum seconds that a fork waits for requests and for the publisher, each."""
+_PAUSE_SECONDS = 0.25  # maximum time that a fork waits for requests and for the publisher, each
 
 _log = logging.getLogger("tapes.distributed")
 
@@ -78,8 +75,7 @@ def _leave_all() -> None:
 
 
 _attached: set[ConnectedSession] = set()
-_of_parents: list[ConnectedSession] = []
-"""Those of the parent, in a child. They are kept: freeing their sockets would touch what the parent uses."""
+_of_parents: list[ConnectedSession] = []  # kept in a child: freeing their sockets would touch the parent's
 
 shutdown.register(_leave_all, shutdown.Phase.GOODBYE)
 
@@ -105,12 +101,11 @@ class ConnectedSession(Session):
         self._sockets = SocketPool(endpoints)
         self._outbox = Outbox(registry)
         self._goodbyes = Goodbyes(registry)
-        self._shared: Shared[Reply] = Shared(MAX_WAIT_SECONDS)
+        self._shared: Shared[Reply] = Shared(requests.MAX_WAIT_SECONDS)
         self._publisher: Publisher | None = None
         self._opening = threads.RLock()
 
     def open(self) -> None:
-        """Begin to publish, if that has not begun."""
         if self._publisher is None:
             # It is not opened while it is being closed.
             with contextlib.suppress(AggregatorUnavailable), self._gate.request():
@@ -140,13 +135,11 @@ class ConnectedSession(Session):
         return True
 
     def has_aggregator(self) -> bool:
-        """Return whether an aggregator lives at ``endpoints``; where a file shows that, its lock does."""
+        """Return whether an aggregator lives at ``endpoints``; it is asked where no lock file shows that."""
         if not may_start() or is_served(self.endpoints):
             return True
-        return (
-            self.endpoints.path is None
-            and attach_to(self.endpoints, forks.this_process()) is Attachment.ATTACHED
-        )
+        result = rendezvous.attach(self.endpoints, forks.this_process())
+        return result is rendezvous.Attachment.ATTACHED
 
     @property
     def is_of_this_process(self) -> bool:
@@ -160,7 +153,6 @@ class ConnectedSession(Session):
         return self._outbox.published_seq
 
     def request_ended(self, *, may_be_the_last: bool = False) -> None:
-        """Publish at the end of a request, where no thread can do it in time."""
         if may_be_the_last:
             try:
                 self._request(NOTHING)
@@ -172,11 +164,7 @@ class ConnectedSession(Session):
             self._publisher.request_ended()
 
     def snapshot(self) -> Snapshot:
-        """Return the merged view.
-
-        Raises:
-            AggregatorUnavailable: If the aggregator doesn't answer within a second.
-        """
+        """Return the merged view; raises AggregatorUnavailable if there is no answer within a second."""
         payload = self._request("states").payload
         try:
             merged = decode(payload, most=inf)
@@ -203,17 +191,15 @@ class ConnectedSession(Session):
         _hand_down()
 
     def leave(self) -> None:
-        """Do the same at the end of the process; what is recorded after that is flushed at once."""
         if self.is_of_this_process:
             registry, endpoints = self.registry, self.endpoints
             flush = lambda: ConnectedSession(registry, endpoints).flush_and_stop()  # noqa: E731
             LateSession(registry, self.connect, flush).begin(self)
 
     def flush_and_stop(self) -> None:
-        """Stop publishing, and send the last values, or spool them."""
         if not self.is_of_this_process:
             return
-        self._follow()
+        self.move(runtime_directory.current_place(self.endpoints))
         deadline = time.monotonic() + TIMEOUT_SECONDS
         # 1. Let no request begin, and wait for those in flight.
         if not self._gate.close():
@@ -265,6 +251,8 @@ class ConnectedSession(Session):
     def move(self, endpoints: Endpoints) -> None:
         """Go on at ``endpoints``: the aggregator has moved there."""
         before = self.endpoints
+        if before == endpoints:
+            return
         with self._gate:
             if self.endpoints == endpoints or not self._may_pause():
                 return
@@ -275,11 +263,6 @@ class ConnectedSession(Session):
         if os.environ.get("TAPES_ADDR") == before.publish:
             os.environ["TAPES_ADDR"] = self.endpoints.publish
         _hand_down()
-
-    def _follow(self) -> None:
-        place = runtime_directory.current_place(self.endpoints)
-        if place != self.endpoints:
-            self.move(place)
 
     def after_in_parent(self) -> None:
         super().after_in_parent()
@@ -306,13 +289,12 @@ class ConnectedSession(Session):
                 "this process was forked after its registry was connected",
                 remedy="call connect() after the fork, in every worker",
             )
-        self._follow()
+        self.move(runtime_directory.current_place(self.endpoints))
         with self._gate.request():
             reply = threads.run_in_hub_pool(lambda: self._read_shared(form))
         if reply.status != "ok":
-            raise AggregatorUnavailable(
-                f"the aggregator could not answer ({reply.payload.decode(errors='replace')})"
-            )
+            reason = reply.payload.decode(errors="replace")
+            raise AggregatorUnavailable(f"the aggregator could not answer ({reason})")
         return reply
 
     def _read_shared(self, form: str) -> Reply:

@@ -11,11 +11,7 @@ from tapes.errors import AggregatorUnavailable
 
 
 class Gate(threads.Monitor):
-    """Lets requests pass unless it is paused or closed; its lock guards both.
-
-    Attributes:
-        is_paused, is_closed: Whether it is; requests wait for the end of a pause.
-    """
+    """Lets requests pass unless it is closed, after the end of a pause; its lock guards both states."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,11 +20,7 @@ class Gate(threads.Monitor):
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
-        """Keep it from being paused or closed within the block.
-
-        Raises:
-            AggregatorUnavailable: If it is closed, or was paused for too long.
-        """
+        """Count a request in flight; raises AggregatorUnavailable if closed, or paused for too long."""
         with self:
             self.wait_for(lambda: not self.is_paused, TIMEOUT_SECONDS)
             if self.is_closed or self.is_paused:

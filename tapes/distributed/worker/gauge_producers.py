@@ -11,10 +11,8 @@ from tapes import threads
 from tapes.metrics import Gauge
 from tapes.registry import Registry
 
-_INTERVAL_SECONDS = 1.0
-"""Seconds after which a producer runs again."""
-_FIRST_WAIT_SECONDS = 0.5
-"""Maximum seconds that a read waits for producers that have not run yet."""
+_INTERVAL_SECONDS = 1.0  # after which a producer runs again
+_FIRST_WAIT_SECONDS = 0.5  # maximum time that a read waits for producers that have not run yet
 
 
 class Producers:

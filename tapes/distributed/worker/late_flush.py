@@ -18,22 +18,15 @@ from tapes import threads
 from tapes.registry import Registry
 from tapes.session import Connect, LocalSession, Session
 
-_BUDGET_SECONDS = 0.25
-"""Maximum seconds in which every value is flushed at once."""
+_BUDGET_SECONDS = 0.25  # maximum time in which every value is flushed at once
 _SHARE = 20
-_TOO_LONG_SECONDS = 0.5
-"""A round trip of this many seconds had no reply; another one would have none either."""
+_TOO_LONG_SECONDS = 0.5  # a round trip of this time had no reply; another one would have none either
 
 _log = logging.getLogger("tapes.distributed")
 
 
 class LateSession(LocalSession):
-    """Flushes what ``registry`` records after its goodbye.
-
-    Args:
-        registry, connect: As `Session`.
-        flush: Sends what was recorded to the aggregator.
-    """
+    """Flushes what ``registry`` records after its goodbye; ``flush`` sends it to the aggregator."""
 
     def __init__(self, registry: Registry, connect: Connect | None, flush: Callable[[], None]) -> None:
         super().__init__(registry, connect, looks=True)

@@ -1,13 +1,18 @@
-"""The outbox of a worker: its series, and which of them changed since the last publication."""
+"""The outbox of a worker: its series, which of them changed since the last publication, and its goodbyes."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from tapes import forks, processes, threads
-from tapes.distributed.protocol.messages import HEARTBEAT_SECONDS, Item, Update
+from tapes.distributed.protocol.messages import HEARTBEAT_SECONDS, Goodbye, Item, Reply, Update
+from tapes.distributed.storage import spool
+from tapes.distributed.transport.address import Endpoints
+from tapes.errors import AggregatorUnavailable
 from tapes.metrics import Metric, State, Timer
 from tapes.metrics.origin import with_baseline
 from tapes.naming import Labels
@@ -15,10 +20,11 @@ from tapes.processes import lives
 from tapes.registry import Registry
 from tapes.rejections import REJECTED
 
-DURATION = "tapes.publish.duration"
-"""The timer of publications. It is published once a second, and only together with other changes."""
+DURATION = "tapes.publish.duration"  # the timer of publications; published only together with other changes
+_DURATION_SECONDS = 1.0  # minimum time between two publications of it
 
-_DURATION_SECONDS = 1.0
+
+_pending: weakref.WeakKeyDictionary[Registry, list[Update]] = weakref.WeakKeyDictionary()
 
 
 class _Series:
@@ -54,7 +60,6 @@ class Outbox:
         self._duration_published = self._sent = 0.0
 
     def published(self, series: tuple[str, Labels]) -> State | None:
-        """Return the state of a series that was published last, ``None`` if none was."""
         found = self._series.get(series)
         return None if found is None else found.published
 
@@ -202,3 +207,33 @@ def _with_baseline(item: Item, published: Any) -> Item:
     if published is None or item.kind == "gauge":
         return item
     return item._replace(state=with_baseline(item.state, published.counted))
+
+
+class Goodbyes:
+    """The last updates of ``registry`` that no aggregator has acknowledged, whichever session sent them."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._updates = _pending.setdefault(registry, [])
+
+    def __bool__(self) -> bool:
+        return bool(self._updates)
+
+    def add(self, update: Update) -> None:
+        self._updates.append(update)
+
+    def replace(self, update: Update, other: Update) -> None:
+        self._updates[:] = [other if one is update else one for one in self._updates]
+
+    def send(self, endpoints: Endpoints, send: Callable[[Update], Reply]) -> None:
+        """Send all of them; raises AggregatorUnavailable if one of them is not acknowledged."""
+        while self._updates:
+            update = self._updates[0]
+            if send(update).status != "ok":
+                raise AggregatorUnavailable("the aggregator refused a goodbye")
+            spool.discard(endpoints, Goodbye(0, update))
+            with contextlib.suppress(ValueError):  # another reader may have sent it too, which is harmless
+                self._updates.remove(update)
+
+    def spool(self, endpoints: Endpoints) -> None:
+        """Write them beside the socket, for the aggregator to read when it can."""
+        spool.write_all(endpoints, [Goodbye(0, update) for update in self._updates])

@@ -22,7 +22,7 @@ from tapes import threads
 from tapes.distributed.protocol.messages import Update
 from tapes.distributed.protocol.wire import VERSION, encode
 from tapes.distributed.supervision.restart import Restarter
-from tapes.distributed.transport.socket_pool import SocketPool
+from tapes.distributed.transport.requests import SocketPool
 from tapes.distributed.transport.sockets import Socket, announced_version, new_publisher
 from tapes.distributed.worker.gauge_producers import Producers
 from tapes.once import OnceLogger
@@ -31,16 +31,11 @@ if TYPE_CHECKING:
     from tapes.distributed.transport.address import Endpoints
     from tapes.distributed.worker.outbox import Outbox
 
-INTERVAL_SECONDS = 0.1
-"""Minimum seconds between two updates."""
-_SHARE = 20
-"""The next update waits at least this many times the duration of the last one."""
-_LONELY_SECONDS = 5.0
-"""Seconds without an aggregator after which this is logged, once."""
-_SUBSCRIPTION_MILLISECONDS = 100
-"""Maximum milliseconds that the end of the first request waits for a subscription."""
-_RETRY_SECONDS = 1.0
-"""Seconds from one attempt to open a socket to the next."""
+INTERVAL_SECONDS = 0.1  # minimum time between two updates
+_SHARE = 20  # the next update waits at least this many times the duration of the last one
+_LONELY_SECONDS = 5.0  # time without an aggregator after which this is logged, once
+_SUBSCRIPTION_MILLISECONDS = 100  # maximum time that the end of the first request waits for a subscription
+_RETRY_SECONDS = 1.0  # from one attempt to open a socket to the next
 
 _log = logging.getLogger("tapes.distributed")
 
@@ -91,13 +86,7 @@ class _Channel:
 class Publisher:
     """Publishes ``outbox`` to ``endpoints``, in a daemon thread or at the end of every request.
 
-    Attributes:
-        producers: Runs the producers of gauges.
-        is_subscribed: Whether an aggregator subscribes, as far as is known.
-
-    Args:
-        sockets: The pool that owns the 0MQ context.
-        follow: Called with the new address, if the aggregator has moved.
+    ``sockets`` owns the 0MQ context. ``follow`` is called with the new address, if the aggregator has moved.
     """
 
     def __init__(
@@ -195,13 +184,12 @@ class Publisher:
                 self._publishing.release()
 
     def _open(self) -> Socket | None:
-        """Return the socket, opened if need be; ``None`` if that is impossible now."""
         with self._channel.lock:
             if self._channel.socket is None and not self._is_stopped:
                 try:
                     self._channel.open()
                 except Exception as error:
-                    self._warn("tapes can't publish yet (%s); it will retry, and logs this only once", error)
+                    self._warn("tapes can't publish yet (%s)", error)
             return self._channel.socket
 
     def _close(self) -> None:
@@ -263,9 +251,8 @@ class Publisher:
                 now = time.monotonic()
                 due = now + max(INTERVAL_SECONDS, _SHARE * (now - started))
         self._channel.close()
-        self._once.warning(
-            "lonely", "tapes has found no aggregator at %s yet; it keeps looking", self._endpoints.publish
-        )
+        message = "tapes has found no aggregator at %s yet; it keeps looking"
+        self._once.warning("lonely", message, self._endpoints.publish)
 
     def _ensure_aggregator(self) -> None:
         try:
@@ -274,18 +261,17 @@ class Publisher:
             elif not self.is_subscribed:
                 self._restarter.ensure_running()
         except Exception as error:  # a look at the file system can fail in many ways
-            self._warn(
-                "tapes can't look for its aggregator (%r); it will retry, and logs this only once", error
-            )
+            self._warn("tapes can't look for its aggregator (%r)", error)
 
     def _publish(self) -> None:
         try:
             if self._outbox.publish(self._send, keyframe=self._keyframe_due):
                 self._keyframe_due = False
         except Exception as error:
-            self._warn("tapes could not publish (%r); it will retry, and logs this only once", error)
+            self._warn("tapes could not publish (%r)", error)
 
     def _warn(self, message: str, error: Exception) -> None:
+        message += "; it will retry, and logs this only once"
         self._once.warning("failed", message, error, exc_info=error)
 
     def _receive_subscriptions(self, socket: Socket) -> None:
