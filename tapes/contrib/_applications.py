@@ -1,9 +1,8 @@
 """Finds the frameworks' objects within an application, from its outermost callable.
 
 Middlewares keep what they wrap in an attribute or in a closure. So an adapter can find the frameworks' own
-objects, and ask them which route matches a request, and whether one of their routes has the path of the
-metrics. It does so for the few requests that have no route in their environ or scope, because a middleware
-passed on a copy of it.
+objects, and ask them whether one of their routes has the path of the metrics, and which route matches a
+request. It asks for the few requests without a route in their environ or scope: a middleware has copied that.
 """
 
 from __future__ import annotations
@@ -22,26 +21,19 @@ from tapes.contrib._routes import template_of, templates_in
 _log = logging.getLogger("tapes.contrib")
 
 _WRAPPED = ("app", "_app", "wsgi_app", "asgi_app", "application", "_application", "__wrapped__", "func")
-"""Attributes in which middlewares keep what they wrap."""
-
 _MAX_LAYERS = 50  # maximum number of objects that are looked at
 
 
 class Application:
-    """The frameworks' objects within ``outermost``, which are looked up at first use.
-
-    Attributes:
-        may_have_routes: Whether one of them may know routes; ``True`` before the first use.
-    """
+    """The frameworks' objects within ``outermost``, which are looked up at first use."""
 
     def __init__(self, outermost: Any) -> None:
         self.outermost = outermost
-        self.may_have_routes = True
+        self.may_have_routes = True  # whether one of them may know routes
         self._found: dict[str, Any] | None = None
 
     @property
     def flask(self) -> Any:
-        """The application of Flask, or ``None``."""
         return self._get("flask")
 
     def rule_of(self, environ: Mapping[str, Any]) -> Any:
@@ -69,8 +61,7 @@ class Application:
         litestar, router = self._get("litestar"), self._get("router")
         try:
             if litestar is not None:
-                template: str = litestar.asgi_router.handle_routing(path=path, method=scope["method"])[-1]
-                return template
+                return str(litestar.asgi_router.handle_routing(path=path, method=scope["method"])[-1])
             if router is not None:
                 return template_of(router.routes, scope, path)
             return self.django_route_of(path)

@@ -1,14 +1,19 @@
-"""ASGI requests and websockets, from their call to their end, as seen in the messages."""
+"""ASGI requests and websockets, from their call to their end, as seen in the messages.
+
+The handshake of a websocket is a request; the connection after it has metrics of its own.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from tapes.contrib._http import ROUTE, UNMATCHED, Adapter, Exchange, is_complete, status_of
 from tapes.contrib._routes import Templates
-from tapes.contrib._websocket import OpenConnection, WebSocketMetrics
 from tapes.contrib.options import Options
+from tapes.errors import TapesError
+from tapes.naming import label_text
 from tapes.registry import Registry
 
 Scope = MutableMapping[str, Any]
@@ -28,6 +33,13 @@ _DISCONNECTED = 4  # before that, the server has reported the end: the client we
 
 _BODIES = frozenset({"http.response.body", "http.response.pathsend", "http.response.zerocopysend"})
 
+_ACTIVE = "websocket.server.active_connections"
+_DURATION = "websocket.server.connection.duration"
+_MESSAGES = "websocket.server.messages"
+_STANDARD_CODES = frozenset(range(1000, 1016))
+
+_log = logging.getLogger("tapes.contrib")
+
 
 class ASGIAdapter(Adapter):
     """The metrics of an ASGI application, of its websockets too."""
@@ -35,26 +47,57 @@ class ASGIAdapter(Adapter):
     def __init__(self, registry: Registry | None, application: Any, options: Options) -> None:
         super().__init__(registry, application, options)
         self.templates = Templates()
-        self.websockets = WebSocketMetrics(self.registry, options.get("prefix", ""))
+        describe = self.registry.describe
+        describe(self.before + _ACTIVE, "Websockets that are open.")
+        describe(self.before + _DURATION, "How long websockets were open.")
+        describe(self.before + _MESSAGES, "Messages of websockets, received and sent.")
+
+    def opened(self, route: str) -> _Connection | None:
+        """Return a websocket that is open from now on; ``None`` if it can't be recorded."""
+        try:
+            return _Connection(self.registry, self.before, label_text(route))
+        except TapesError as error:  # the application's own metrics have these names
+            _log.warning("tapes can't record websockets: %s", error)
+            return None
+
+
+class _Connection:
+    """A websocket that is open. Closing it twice is harmless."""
+
+    __slots__ = ("_active", "_before", "_is_open", "_registry", "_route", "_start", "received", "sent")
+
+    def __init__(self, registry: Registry, before: str, route: str) -> None:
+        self._registry, self._before, self._route = registry, before, route
+        messages = before + _MESSAGES
+        self.received = registry.counter(messages, route=route, direction="received").increment
+        self.sent = registry.counter(messages, route=route, direction="sent").increment
+        self._active = registry.gauge(before + _ACTIVE)
+        self._active.increment()
+        self._is_open = True
+        self._start = registry.clock()
+
+    def close(self, code: Any, by_client: bool = False) -> None:
+        """Record its end. A client can invent codes, so only the standard ones of a client are recorded."""
+        if self._is_open:
+            self._is_open = False
+            self._active.decrement()
+            label = "_OTHER" if by_client and code not in _STANDARD_CODES else label_text(code)
+            timer = self._registry.timer(self._before + _DURATION, route=self._route, code=label)
+            now = self._registry.clock()
+            timer._record(now - self._start, now)
 
 
 class _Exchange(Exchange):
-    """One request, or the handshake of a websocket.
-
-    Attributes:
-        answer: The message that started the answer; ``stage`` is how far the answer is.
-        root_path: As the server had set it; ``inner_path`` is the path below it.
-        server_receive, server_send: The server's ``receive`` and ``send``.
-    """
+    """One request, or the handshake of a websocket."""
 
     __slots__ = ("answer", "inner_path", "root_path", "server_receive", "server_send", "stage", "status")
     adapter: ASGIAdapter | None
-    answer: Message
-    inner_path: str
-    root_path: str
+    answer: Message  # the message that started it
+    inner_path: str  # the path below root_path
+    root_path: str  # as the server had set it
     server_receive: Receive
     server_send: Send
-    stage: int
+    stage: int  # how far the answer is
     status: int
 
     def disconnected(self) -> None:
@@ -149,7 +192,7 @@ class WebSocket(_Exchange):
     __slots__ = ("_connection",)
 
     def __init__(self) -> None:
-        self._connection: OpenConnection | None = None
+        self._connection: _Connection | None = None
 
     async def receive(self) -> Message:
         message = await self.server_receive()
@@ -182,7 +225,7 @@ class WebSocket(_Exchange):
             adapter = self.adapter
             self.end(101)
             if adapter is not None:
-                self._connection = adapter.websockets.opened(self.route or UNMATCHED)
+                self._connection = adapter.opened(self.route or UNMATCHED)
         elif kind == "websocket.close":
             self.end(403)
             self._close(message.get("code", 1000))

@@ -20,11 +20,8 @@ from tapes.metrics.gauge import DOWN_ONE
 from tapes.naming import canonical_labels, label_text
 from tapes.registry import Registry, default_registry
 
-UNMATCHED = "<unmatched>"
-"""The route of requests that match no route."""
-
-ROUTE = "tapes.route"
-"""Key of the environ or the scope under which any application can leave the template of its route."""
+UNMATCHED = "<unmatched>"  # the route of requests that match no route
+ROUTE = "tapes.route"  # key of the environ or the scope: an application can leave the route's template there
 
 _METHODS = frozenset(
     ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"]
@@ -68,7 +65,7 @@ class Adapter(Setup):
         self._labels = {} if callable(labels) else dict(canonical_labels(labels, {}))
         self._labelled: dict[Any, Timer] = {}
         # 3. Name and describe the metrics.
-        self._duration = before + _DURATION
+        self.before, self._duration = before, before + _DURATION
         self._request_size, self._response_size = before + _REQUEST_SIZE, before + _RESPONSE_SIZE
         registry.describe(self._duration, "Duration of HTTP requests, to the last byte of the answer.")
         registry.describe(before + _ACTIVE, "HTTP requests that are being answered.")
@@ -78,8 +75,10 @@ class Adapter(Setup):
 
     def _set_paths(self, metrics_path: str | None, exclude: Iterable[str]) -> None:
         excluded = [exclude] if isinstance(exclude, str) else list(exclude)
-        self.metrics_paths = _paths("metrics_path", [] if metrics_path is None else [metrics_path])
-        self.own_paths = self.metrics_paths | _paths("exclude", [p for p in excluded if not _is_below(p)])
+        answered = [] if metrics_path is None else [metrics_path]
+        self.metrics_paths = _paths("metrics_path", answered, "'/metrics', or None")
+        exact = _paths("exclude", [p for p in excluded if not _is_below(p)], "'/health' or '/static/*'")
+        self.own_paths = self.metrics_paths | exact
         self.excluded_below = tuple(path[:-1] for path in excluded if _is_below(path))
 
     def leaves_out(self, path: str) -> bool:
@@ -178,27 +177,17 @@ class Exchange:
 
     Its maker sets the attributes, and moves `Adapter.active` up by appending ``UP_ONE`` to its buffer: every
     request would pay for a call of ``__init__()`` and of ``increment()``.
-
-    Attributes:
-        adapter: Where it is recorded; ``None`` once it has ended.
-        source: The request.
-        method: Its method, as the client spelled it.
-        route: The route's template, `UNMATCHED` if it isn't known yet, ``None`` if nothing is to be recorded.
-        labels: What `Adapter.further_labels` returned, if that was called before the end.
-        received: Bytes of its body, if the adapter wants ``body_sizes``.
-        sent: Bytes of the answer's body, likewise.
-        start: When it began, on the registry's clock.
     """
 
     __slots__ = ("adapter", "labels", "method", "received", "route", "sent", "source", "start")
-    adapter: Adapter | None
-    source: Any
-    method: str
-    route: str | None
-    labels: Mapping[str, Any]
-    received: int
-    sent: int
-    start: float
+    adapter: Adapter | None  # where it is recorded; None once it has ended
+    source: Any  # the request
+    method: str  # as the client spelled it
+    route: str | None  # the template; UNMATCHED if it isn't known yet, None if nothing is to be recorded
+    labels: Mapping[str, Any]  # what Adapter.further_labels() returned, if that was called before the end
+    received: int  # bytes of its body, if the adapter wants body_sizes
+    sent: int  # bytes of the answer's body, likewise
+    start: float  # when it began, on the registry's clock
 
     def end(self, status: str | int) -> None:
         """Record that it ended now, with ``status``. Failures in here are logged and never raised."""
@@ -248,8 +237,7 @@ class Exchange:
 def status_of(error: BaseException) -> str:
     """Return the status of a request that ended by ``error``.
 
-    Other exceptions than errors end requests that no client waits for: a task was cancelled, a coroutine
-    closed.
+    No client waits for those that end by other exceptions: a task was cancelled, a coroutine closed.
     """
     return "500" if isinstance(error, (Exception, KeyboardInterrupt, SystemExit)) else "499"
 
@@ -271,12 +259,9 @@ def _is_below(path: Any) -> bool:
     return isinstance(path, str) and path.startswith("/") and path.endswith("/*")
 
 
-def _paths(name: str, paths: Iterable[str]) -> frozenset[str]:
+def _paths(name: str, paths: Iterable[str], examples: str) -> frozenset[str]:
     """Return ``paths`` with and without a trailing slash."""
     for path in paths:
         if not isinstance(path, str) or not path.startswith("/"):
-            raise InvalidArgument(name, got=path, expected=f"a path like {_EXAMPLES[name]}")
+            raise InvalidArgument(name, got=path, expected=f"a path like {examples}")
     return frozenset(form for path in paths for form in (path.rstrip("/") or "/", path.rstrip("/") + "/"))
-
-
-_EXAMPLES = {"metrics_path": "'/metrics', or None", "exclude": "'/health' or '/static/*'"}

@@ -15,10 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+_ANYTHING = "/{path:path}"
+_MAX_UNKNOWN = 1000  # maximum number of endpoints without a route that are remembered
+_MAX_WRAPPED = 20  # maximum number of middlewares that are looked into
+
 
 class Templates:
-    """The templates of one application's routes."""
-
     def __init__(self) -> None:
         self._by_endpoint: dict[int, list[_Leaf]] = {}
         self._unknown: dict[int, Any] = {}
@@ -26,10 +28,8 @@ class Templates:
     def of(self, scope: Mapping[str, Any], root_path: str, path_at_first: str) -> str | None:
         """Return the template of a scope that has been routed; ``None`` if no route matched.
 
-        Args:
-            scope: The scope, as the application left it.
-            root_path: The ``root_path`` of the scope, as the server had set it.
-            path_at_first: The path below that, before old versions of Starlette cut it at every mount.
+        ``root_path`` is that of the scope as the server had set it, ``path_at_first`` the path below it: old
+        versions of Starlette cut both at every mount.
         """
         route = scope.get("route")
         path = None
@@ -60,9 +60,6 @@ class Templates:
         if id(endpoint) not in index and len(self._unknown) < _MAX_UNKNOWN:
             self._unknown[id(endpoint)] = endpoint
         return index.get(id(endpoint), [])
-
-
-_MAX_UNKNOWN = 1000
 
 
 class _Leaf(NamedTuple):
@@ -118,9 +115,6 @@ def templates_in(routes: Iterable[Any]) -> Iterator[str]:
             yield str(getattr(route, "path", ""))
 
 
-_ANYTHING = "/{path:path}"
-
-
 def _flat(routes: Iterable[Any]) -> Iterator[Any]:
     """Yield ``routes``, with those of FastAPI's included routers in the place of the routers."""
     for route in routes:
@@ -156,14 +150,10 @@ def _routes_in(route: Any) -> Iterable[Any]:
     return ()
 
 
-_MAX_WRAPPED = 20
-
-
 def _path_of_included(fastapi: Any, route: Any) -> str | None:
     context = fastapi.get("effective_route_context") if isinstance(fastapi, dict) else None
     if context is not None and getattr(context, "original_route", None) is route:
-        path: str | None = getattr(context, "path", None)
-        return path
+        return getattr(context, "path", None)
     return None
 
 

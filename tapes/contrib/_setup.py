@@ -23,12 +23,9 @@ class Setup:
     """The part of an adapter that looks at what is around it.
 
     Attributes:
-        application: What is measured.
         is_shared: Whether another adapter of this process has the same metrics, so that one may be within the
-            other. Only then does the adapter leave an exchange in the environ or the scope.
-        key: The key under which it leaves the exchange.
-        unrouted_left: Number of further answers of status 200 without a route before the adapter logs it;
-            0 after that.
+            other. Only then does the adapter leave an exchange in the environ or the scope, under ``key``.
+        unrouted_left: Number of further answers of status 200 without a route before the adapter logs it.
         has_seen_routes: Whether a request with a route was looked up since the last one without.
     """
 
@@ -44,9 +41,8 @@ class Setup:
         self._once = OnceLogger(_log)
         others = _adapters.setdefault(active, WeakSet())
         others.add(self)
-        if len(others) > 1:
-            for adapter in list(others):
-                adapter.is_shared = True
+        for adapter in list(others) if len(others) > 1 else ():
+            adapter.is_shared = True
 
     def mark_requests_above(self, call: Any) -> None:
         """Leave the exchanges of outer adapters, if a request that they measure makes this inner one.
@@ -98,7 +94,6 @@ class Setup:
             _log.debug("tapes can't look at the routes of the application", exc_info=True)
 
     def has_own_route(self) -> bool:
-        """Return whether the application has a route for the metrics' path."""
         return self.application.has_route(self.metrics_paths)
 
     def is_within(self, source: MutableMapping[str, Any], exchange: Any) -> bool:

@@ -55,9 +55,7 @@ class Watch:
     def _unhook(self) -> None:
         hooks, self._hooks = self._hooks, []
         for attributes, name, before in hooks:
-            if attributes.get(name) == getattr(
-                self, name
-            ):  # else another watch hooked it later, and calls this
+            if attributes.get(name) == getattr(self, name):  # else a later watch hooked it, and calls this
                 if before is None:
                     del attributes[name]
                 else:
@@ -177,10 +175,8 @@ class Routes:
             self._index = sum([len(router.rules) for router in routers]), routers, index
         # 2. Look up the handler. One for errors or for unmatched paths is no route.
         handler = getattr(delegate, "handler_class", None)
-        is_error = handler is not None and (
-            issubclass(handler, ErrorHandler)
-            or handler is delegate.application.settings.get("default_handler_class")
-        )
+        for_unmatched = handler and delegate.application.settings.get("default_handler_class")
+        is_error = handler is not None and (issubclass(handler, ErrorHandler) or handler is for_unmatched)
         # 3. Choose the rule that matches; a handler with one rule needs its pattern alone.
         rules = index.get(handler, [])
         if len(rules) == 1 and not is_error and rules[0].regex and rules[0].regex.match(request.path):
