@@ -10,10 +10,8 @@ Theory of the first use. A forked child may be about to close all descriptors, o
 So a fork hook opens nothing. The metrics of the child *sleep* (`tapes.metrics.sleeping`): the first recorded
 value calls `Session.woken`, and that or the first read connects. A recording call does not wait for it: a
 thread connects. A child that inherited gauges with producers has values without recording any, so it
-connects shortly after the fork.
-
-The master of a server is no worker, but its threads and hooks may record. So its metrics sleep too once it
-has forked a worker, and it connects if it records.
+connects shortly after the fork. The master of a server is no worker, but its threads and hooks may record. So
+its metrics sleep too once it has forked a worker, and it connects if it records.
 """
 
 from __future__ import annotations
@@ -25,16 +23,14 @@ from collections.abc import Callable
 from typing import Any
 
 from tapes import shutdown, threads
+from tapes.backoff import Backoff
 from tapes.environment import is_spawned, service_address
 from tapes.metrics import State
 from tapes.naming import Labels
 from tapes.snapshot import Snapshot
 
-SHORTLY_SECONDS = 0.1
-"""Seconds after a fork until a child connects that has something to report without recording anything."""
-
-_FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 0.25, 1.0
-"""Seconds from one look for a service to the next; doubled each time."""
+SHORTLY_SECONDS = 0.1  # seconds after a fork until a child connects that has values without recording any
+_FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 0.25, 1.0  # from one look for a service to the next
 
 Connect = Callable[[], None]
 """Connects a registry to the service that this process belongs to, if there is one; may raise."""
@@ -59,12 +55,9 @@ class Session:
         flush_per_request: Whether adapters have to call `request_ended`, as no thread publishes in time.
     """
 
-    is_connected = False
-    """Whether an aggregator answers."""
-    is_aggregator = False
-    """Whether this process is the one that merges what all workers publish."""
-    is_pending = False
-    """Whether the next use connects."""
+    is_connected = False  # whether an aggregator answers
+    is_aggregator = False  # whether this process is the one that merges what all workers publish
+    is_pending = False  # whether the next use connects
 
     def __init__(self, registry: Any, connect: Connect | None = None) -> None:
         self.registry = registry
@@ -78,15 +71,10 @@ class Session:
         return self
 
     def resolved_for_read(self) -> Session:
-        """Return the same for a reader."""
         return self
 
     def snapshot(self) -> Snapshot:
-        """Return what a reader sees.
-
-        Raises:
-            AggregatorUnavailable: If the aggregator does not answer in time.
-        """
+        """Return what a reader sees; raises AggregatorUnavailable if no aggregator answers in time."""
         raise NotImplementedError
 
     def render(self, form: str, write: Callable[[Snapshot, str], bytes]) -> bytes:
@@ -106,8 +94,7 @@ class Session:
     def request_ended(self, *, may_be_the_last: bool = False) -> None:
         """Called by adapters at the end of a request: publishes, if nothing else does.
 
-        Args:
-            may_be_the_last: Whether the process may exit right after it without running a hook.
+        ``may_be_the_last``: the process may exit right after it without running a hook.
         """
 
     def woken(self) -> bool:
@@ -168,13 +155,9 @@ class LocalSession(Session):
     """
 
     def __init__(
-        self,
-        registry: Any,
-        connect: Connect | None = None,
-        *,
-        looks: bool = False,
-        connect_in_master: Connect | None = None,
-    ) -> None:
+        self, registry: Any, connect: Connect | None = None, *,
+        looks: bool = False, connect_in_master: Connect | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(registry, connect)
         self._looks = looks
         self._connect_in_master = connect_in_master
@@ -220,14 +203,9 @@ class LazySession(LocalSession):
     """
 
     def __init__(
-        self,
-        registry: Any,
-        connect: Connect | None,
-        connect_when_used: Connect | None = None,
-        *,
-        is_pending: bool = True,
-        sleeps: bool = False,
-    ) -> None:
+        self, registry: Any, connect: Connect | None, connect_when_used: Connect | None = None, *,
+        is_pending: bool = True, sleeps: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(registry, connect, looks=True)
         self.sleeps = sleeps
         self.is_pending = is_pending
@@ -266,7 +244,7 @@ class LazySession(LocalSession):
             self._look_at = now + _MAX_PAUSE_SECONDS
             self._has_begun = (self._searches or is_spawned()) and threads.can_run()
             if self._has_begun:
-                self._look_later(_FIRST_PAUSE_SECONDS)
+                self._look_later(Backoff(_FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS))
             return self._has_begun
         self._has_begun = True
         self.sleeps = False
@@ -281,25 +259,22 @@ class LazySession(LocalSession):
         else:
             self.registry.session.close()
 
-    def after_in_parent(self) -> None:
-        Session.after_in_parent(self)
-
     def after_in_child(self) -> None:
         if self.connect is None and self.is_pending:
             self.registry.use(LazySession(self.registry, None, self._connect_when_used))
         else:
             super().after_in_child()
 
-    def _look_later(self, seconds: float) -> None:
+    def _look_later(self, pauses: Backoff) -> None:
         """Look for a service later: a pool may have been made before its parent joined."""
 
         def look() -> None:
             if address_for(self.registry):
                 self._open_in_thread()
             else:
-                self._look_later(min(2 * seconds, _MAX_PAUSE_SECONDS))
+                self._look_later(pauses)
 
-        self._delayed = threads.Delayed(look, seconds, "tapes-first-use")
+        self._delayed = threads.Delayed(look, pauses.next(), "tapes-first-use")
         self._delayed.start()
 
     def _connect_now(self) -> None:
@@ -322,7 +297,6 @@ class _MasterSession(LazySession):
         self._searches = True
 
     def after_in_parent(self) -> None:
-        """Called in the parent after a fork; an attempt to connect that has failed is made again."""
         super().after_in_parent()
-        if not self.sleeps and self._connect_when_used is not None:
+        if not self.sleeps and self._connect_when_used is not None:  # an attempt may have failed: try again
             self.become_master(self._connect_when_used)

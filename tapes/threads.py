@@ -17,10 +17,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from tapes import under_uwsgi
+from tapes.backoff import Backoff
 
 T = TypeVar("T")
 
-_PAUSE_SECONDS = 0.25
+_PAUSE_SECONDS = 0.25  # maximum seconds that `Delayed.pause` waits
+_native: set[int] = set()  # the idents of all threads that are a `NativeThread`
 
 
 def is_patched() -> bool:
@@ -28,12 +30,12 @@ def is_patched() -> bool:
     monkey: Any = sys.modules.get("gevent.monkey")
     if monkey is not None and monkey.is_module_patched("threading"):
         return True
-    return _is_patched_by_eventlet("thread")
+    return _is_patched_by_eventlet()
 
 
-def _is_patched_by_eventlet(module: str) -> bool:
+def _is_patched_by_eventlet() -> bool:
     patcher: Any = sys.modules.get("eventlet.patcher")
-    return patcher is not None and bool(patcher.is_monkey_patched(module))
+    return patcher is not None and bool(patcher.is_monkey_patched("thread"))
 
 
 def unpatched(module: str, name: str) -> Any:
@@ -51,7 +53,7 @@ def run_in_hub_pool(function: Callable[[], T]) -> T:
     """Return what ``function`` returns; while it waits, greenlets run on."""
     if not is_patched() or in_native_thread():
         return function()
-    if _is_patched_by_eventlet("thread"):
+    if _is_patched_by_eventlet():
         return _beside_eventlet(function)
     gevent: Any = importlib.import_module("gevent")
     result: T = gevent.get_hub().threadpool.apply(function)
@@ -92,7 +94,7 @@ def in_greenlets(calls: Sequence[Callable[[], object]], seconds: float) -> None:
 
     Only where `is_patched`. What runs longer goes on.
     """
-    if _is_patched_by_eventlet("thread"):
+    if _is_patched_by_eventlet():
         eventlet: Any = importlib.import_module("eventlet")
         running = [eventlet.spawn(call) for call in calls]
         with eventlet.Timeout(seconds, False):
@@ -128,8 +130,6 @@ class Monitor:
     another one.
     """
 
-    _SHORTEST_SECONDS, _LONGEST_SECONDS = 0.0005, 0.01
-
     def __init__(self) -> None:
         self._lock = RLock()
 
@@ -142,20 +142,16 @@ class Monitor:
     def wait_for(self, condition: Callable[[], object], seconds: float) -> bool:
         """Wait until ``condition`` holds; return whether it does. The lock is free meanwhile."""
         lock: Any = self._lock
-        deadline, pause = time.monotonic() + seconds, self._SHORTEST_SECONDS
+        deadline, pauses = time.monotonic() + seconds, Backoff(0.0005, 0.01)
         while not condition():
             if time.monotonic() > deadline:
                 return False
             state = lock._release_save()
             try:
-                time.sleep(pause)  # also of a greenlet
+                time.sleep(pauses.next())  # also of a greenlet
             finally:
                 lock._acquire_restore(state)
-            pause = min(2 * pause, self._LONGEST_SECONDS)
         return True
-
-
-_native: set[int] = set()
 
 
 def in_native_thread() -> bool:
@@ -166,10 +162,7 @@ def in_native_thread() -> bool:
 class NativeThread:
     """A daemon thread of the operating system that runs ``target``.
 
-    Args:
-        target: What it runs.
-        name: Its name.
-        is_bare: Whether `threading` does not know it. Starting it takes no lock, so a signal handler may.
+    `threading` does not know one that ``is_bare``: starting it takes no lock, so a signal handler may.
     """
 
     def __init__(self, target: Callable[[], None], name: str, *, is_bare: bool = False) -> None:
@@ -181,11 +174,7 @@ class NativeThread:
             self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Start it.
-
-        Raises:
-            RuntimeError: If no thread can be started here.
-        """
+        """Start it; raises RuntimeError if no thread can be started here."""
         self._ended.acquire()
         try:
             if self._thread is not None:
@@ -207,8 +196,7 @@ class NativeThread:
 
     def is_me(self) -> bool:
         """Return whether it is the calling thread."""
-        ident: int = unpatched("_thread", "get_ident")()
-        return self._ident == ident
+        return bool(self._ident == unpatched("_thread", "get_ident")())
 
     def _run(self) -> None:
         self._ident = unpatched("_thread", "get_ident")()
@@ -228,9 +216,7 @@ class Delayed:
     """
 
     def __init__(self, action: Callable[[], None], seconds: float, name: str) -> None:
-        self._action = action
-        self._seconds = seconds
-        self._name = name
+        self._action, self._seconds, self._name = action, seconds, name
         self._worker: NativeThread | None = None
         self._cancelled: Any = None
         self._waits = False
