@@ -30,28 +30,10 @@ if TYPE_CHECKING:
     from tapes.distributed.registry import DistributedRegistry as DistributedRegistry
 
 __all__ = [
-    "Counter",
-    "Gauge",
-    "Histogram",
-    "Meter",
-    "Registry",
-    "Stats",
-    "TapesError",
-    "Timer",
-    "close",
-    "connect",
-    "counter",
-    "default_registry",
-    "describe",
-    "gauge",
-    "get_stats",
-    "get_stats_async",
-    "histogram",
-    "join",
-    "meter",
-    "metered_meta",
-    "timer",
-]
+    "Counter", "Gauge", "Histogram", "Meter", "Registry", "Stats", "TapesError", "Timer",
+    "close", "connect", "counter", "default_registry", "describe", "gauge", "get_stats", "get_stats_async",
+    "histogram", "join", "meter", "metered_meta", "timer",
+]  # fmt: skip
 
 __version__ = "1.0.0.dev0"
 
@@ -142,7 +124,7 @@ def _distributed(module: str) -> Any:
     return forks.import_module(f"tapes.distributed.{module}")
 
 
-def _connect_from_environment() -> None:
+def _connect_as_configured() -> None:
     address = service_address()
     if address:
         try:
@@ -154,11 +136,9 @@ def _connect_from_environment() -> None:
 _log = logging.getLogger("tapes")
 
 if configured_address():
-    default_registry.use(LazySession(default_registry, _connect_from_environment))
+    default_registry.use(LazySession(default_registry, _connect_as_configured))
 elif is_spawned():
-    default_registry.use(
-        LazySession(default_registry, _connect_from_environment, is_pending=False, sleeps=True)
-    )
+    default_registry.use(LazySession(default_registry, _connect_as_configured, is_pending=False, sleeps=True))
 else:
-    default_registry.use(LocalSession(default_registry, _connect_from_environment, looks=True))
+    default_registry.use(LocalSession(default_registry, _connect_as_configured, looks=True))
 warn_if_unused(default_registry)

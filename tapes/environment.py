@@ -15,14 +15,12 @@ from tapes import forks, processes, service, threads
 from tapes.errors import InvalidArgument
 
 LABELS = "TAPES_LABELS"
-_CONNECTED = "TAPES_CONNECTED"
-"""Where the process that started this one has connected its registries: its pid, and the addresses."""
-
+_CONNECTED = "TAPES_CONNECTED"  # of the process that started this one: its pid, and where it is connected
 _REPORTERS = ("TAPES_HTTP", "TAPES_STATSD")
-_JOIN_SECONDS = 5.0
-"""Seconds from the import of tapes after which a process counts as one that joins no service."""
+_JOIN_SECONDS = 5.0  # seconds from the import of tapes after which a process counts as one that never joins
 
 _log = logging.getLogger("tapes")
+_warnings: list[_UnusedWarning] = []  # keeps it alive, as fork hooks are found by weak references
 
 
 def is_disabled() -> bool:
@@ -118,8 +116,7 @@ class _UnusedWarning:
     """Checks once whether ``registry`` has joined a service; a forked child does not check again."""
 
     def __init__(self, registry: Any, names: list[str]) -> None:
-        self._registry = registry
-        self._names = names
+        self._registry, self._names = registry, names
         self._delayed = threads.Delayed(self._check, _JOIN_SECONDS, "tapes-unused")
         if threads.can_run():
             self._delayed.start()
@@ -152,6 +149,3 @@ class _UnusedWarning:
             f"{' and '.join(self._names)} {have} no effect: {why}, so there is no aggregator; "
             "call tapes.join(), or start this program by: tapes run -- COMMAND"
         )
-
-
-_warnings: list[_UnusedWarning] = []

@@ -92,14 +92,7 @@ class InvalidCall(TapesError, TypeError):
 
 
 class UnknownAttribute(TapesError, AttributeError):
-    """A name that a metric or the package does not have.
-
-    Args:
-        what: What is wrong.
-        attribute: The name.
-        expected: Which names exist.
-        remedy: What to use.
-    """
+    """A name that a metric or the package does not have."""
 
     def __init__(self, what: str, *, attribute: str, expected: str = "", remedy: str = "") -> None:
         super().__init__(what, expected=expected, remedy=remedy)
@@ -115,12 +108,7 @@ class KindConflict(TapesError, TypeError):
 
 
 class MissingExtra(TapesError, ImportError):
-    """An optional dependency is not installed.
-
-    Args:
-        feature: What needs the packages.
-        extra: The extra of tapes that installs them.
-    """
+    """An optional dependency is not installed."""
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(

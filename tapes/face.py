@@ -12,10 +12,7 @@ from typing import ClassVar
 
 
 class Face(ABCMeta):
-    """The type of a class that hides ``_internal`` names; ``help()`` and Sphinx use ``dir(cls)``.
-
-    A subclass may be abstract too.
-    """
+    """The type of a class, maybe an abstract one, that hides ``_internal`` names from ``dir(cls)``."""
 
     _internal: frozenset[str]
 

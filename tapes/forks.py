@@ -36,28 +36,18 @@ from typing import Any, NamedTuple
 
 from tapes.processes import Process, process_of, program_of
 
-_WAIT_SECONDS = 10.0
-"""Maximum seconds that a fork waits for forks and imports of other threads."""
+_WAIT_SECONDS = 10.0  # maximum seconds that a fork waits for forks and imports of other threads
 
 
 class Ancestor(NamedTuple):
-    """What a process had recorded and not published when it forked.
+    """What a process had recorded and not published when it forked."""
 
-    Attributes:
-        identity: The identity that it recorded under.
-        process: The process.
-        version: The time of the fork, as `now_ns`.
-        base: The version that this continues; 0 if it is everything.
-        metrics: Metrics that hold it; no process records into them.
-        is_connected: Whether it was connected, so that it publishes this itself if it lives.
-    """
-
-    identity: bytes
+    identity: bytes  # the identity that it recorded under
     process: Process
-    version: int
-    base: int
-    metrics: list[Any]
-    is_connected: bool = False
+    version: int  # the time of the fork, as `now_ns`
+    base: int  # the version that this continues; 0 if it is everything
+    metrics: list[Any]  # hold what it had recorded; no process records into them
+    is_connected: bool = False  # then it publishes this itself if it lives
 
 
 def now_ns() -> int:
@@ -145,8 +135,6 @@ def fork_helper() -> int:
 
 
 class _ProcessState:
-    """What is known of this process."""
-
     def __init__(self) -> None:
         self.process = self.root = process_of(os.getpid())
         self.program = program_of(os.getpid())
@@ -175,8 +163,7 @@ class _ProcessState:
         self._begin_in_child(self._version)
 
     def after_unreported_fork(self) -> None:
-        lock = self._lock
-        with lock:
+        with self._lock:
             if os.getpid() != self.process.pid:
                 # The clock of process starts counts suspended time too, and is coarser.
                 started = process_of(os.getpid()).started / os.sysconf("SC_CLK_TCK")
@@ -201,8 +188,7 @@ class _ProcessState:
 def _is_subprocess() -> bool:
     """Return whether `subprocess` forks, as it does with ``preexec_fn``, and gevent's always.
 
-    Its child closes all descriptors and executes another program. 0MQ aborts a process whose descriptors are
-    closed, so nothing may be opened there.
+    Its child closes all descriptors and executes another program, so nothing may be opened there.
     """
     frame: Any = sys._getframe()
     while frame is not None and frame.f_globals.get("__name__") not in ("subprocess", "gevent.subprocess"):
@@ -225,7 +211,5 @@ _renewals: list[Callable[[], None]] = []
 _here = _ProcessState()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_here.before_fork,
-        after_in_parent=_here.after_in_parent,
-        after_in_child=_here.after_in_child,
+        before=_here.before_fork, after_in_parent=_here.after_in_parent, after_in_child=_here.after_in_child
     )

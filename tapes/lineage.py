@@ -29,10 +29,7 @@ class Lineage:
     def begin_in_child(self, session: Session, parent: Process, version: int) -> None:
         """Have every metric begin from zero in a forked child, and keep what the parent had not published.
 
-        Args:
-            session: The session of the parent.
-            parent: The process that forked.
-            version: When it did, as `tapes.forks.now_ns`.
+        ``session`` is that of the parent, ``version`` the time of the fork, as `tapes.forks.now_ns`.
         """
         unpublished = []
         for metric in self._registry.metrics():
@@ -43,9 +40,8 @@ class Lineage:
                 aside.note_baseline(published)
                 unpublished.append(aside)
         if unpublished:
-            base = session.published_version()
-            ancestor = Ancestor(self.identity, parent, version, base, unpublished, session.is_connected)
-            self.ancestors += (ancestor,)
+            base, is_connected = session.published_version(), session.is_connected
+            self.ancestors += (Ancestor(self.identity, parent, version, base, unpublished, is_connected),)
         self.identity = os.urandom(16)
 
     def drain(self) -> Iterator[tuple[str, str, Labels, State]]:

@@ -22,8 +22,7 @@ from tapes.naming import Labels, canonical_labels, check_name, label_text
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=Metric)
 
-_OWN = "tapes."
-"""How the names of metrics about tapes itself begin."""
+_OWN = "tapes."  # how the names of metrics about tapes itself begin
 _NO_NAME: Any = object()
 _Key = tuple[Any, ...]
 
@@ -49,16 +48,9 @@ def _maker(kind: type[Metric]) -> Callable[[F], F]:
 
 def _gauge_maker(slow: F) -> F:
     def maker(
-        self: Makers,
-        name: Any = _NO_NAME,
-        /,
-        producer: Any = None,
-        *misplaced: Any,
-        merge: Any = "sum",
-        weak: Any = False,
-        labels: Any = None,
-        **more_labels: Any,
-    ) -> Any:
+        self: Makers, name: Any = _NO_NAME, /, producer: Any = None, *misplaced: Any,
+        merge: Any = "sum", weak: Any = False, labels: Any = None, **more_labels: Any,
+    ) -> Any:  # fmt: skip
         if labels is None and producer is None and merge == "sum" and weak is False and not misplaced:
             key = (Gauge, name, *more_labels, *more_labels.values()) if more_labels else (Gauge, name)
             try:
@@ -126,16 +118,9 @@ class Makers(Faced):
 
     @_gauge_maker
     def gauge(
-        self,
-        /,
-        name: str,
-        producer: Producer | None = None,
-        *,
-        merge: MergeMode = "sum",
-        weak: bool = False,
-        labels: Mapping[str, Any] | None = None,
-        **more_labels: Any,
-    ) -> Gauge:
+        self, /, name: str, producer: Producer | None = None, *, merge: MergeMode = "sum", weak: bool = False,
+        labels: Mapping[str, Any] | None = None, **more_labels: Any,
+    ) -> Gauge:  # fmt: skip
         """Return the gauge with this name and these labels; make it if it does not exist.
 
         A gauge shows a level that rises and falls: queue length, open connections, memory in use. Record with
@@ -165,20 +150,15 @@ class Makers(Faced):
         return gauge
 
     def _get(
-        self,
-        kind: type[M],
-        name: str,
-        labels: Mapping[str, Any] | None,
-        more_labels: dict[str, Any],
-        **options: Any,
+        self, kind: type[M], name: str, labels: Mapping[str, Any] | None, more: dict[str, Any], **options: Any
     ) -> M:
         """Return a metric; remembered under its kind, name and labels in the order of the call."""
         key = None
         if labels is None and type(name) is str:
-            key = (kind, name, *more_labels, *map(label_text, more_labels.values()))
+            key = (kind, name, *more, *map(label_text, more.values()))
             if key in self._found:
                 return cast("M", self._found[key])
-        all_labels = self._all_labels(labels, more_labels)
+        all_labels = self._all_labels(labels, more)
         metric = self._make(kind, self._full_name(name), all_labels, options)
         if key is not None and metric.labels == all_labels:
             self._found[key] = metric
@@ -227,19 +207,17 @@ def _taken(name: str) -> InvalidName:
     )
 
 
-def _checked_call(
-    kind: type[Metric], name: Any, misplaced: tuple[Any, ...], more_labels: dict[str, Any]
-) -> Any:
-    """Return the name of a call; take it from ``more_labels`` if it was given by keyword.
+def _checked_call(kind: type[Metric], name: Any, misplaced: tuple[Any, ...], more: dict[str, Any]) -> Any:
+    """Return the name of a call; take it from ``more``, the labels by keyword, if it is there.
 
     Raises:
         InvalidCall: If there is no name, or a positional argument behind it.
         InvalidLabel: If ``name`` is a label too.
     """
     if name is not _NO_NAME:
-        canonical_labels({}, {"name": more_labels["name"]} if "name" in more_labels else {})
-    elif "name" in more_labels:
-        name = more_labels.pop("name")
+        canonical_labels({}, {"name": more["name"]} if "name" in more else {})
+    elif "name" in more:
+        name = more.pop("name")
     else:
         raise InvalidCall(
             f"{kind.kind}() has no name",

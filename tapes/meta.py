@@ -62,12 +62,9 @@ def _metaclass(wanted: list[tuple[str, str, Callable[[str], Any]]], base: type) 
             setattr(cls, attribute, metric)
         return cls
 
-    def fill(namespace: dict[str, Any]) -> None:
-        namespace.update(__new__=__new__, __module__=__name__)
-
-    metaclass: Any = types.new_class(
-        f"Metered{base.__name__[:1].upper()}{base.__name__[1:]}", (base,), {}, fill
-    )
+    own = {"__new__": __new__, "__module__": __name__}
+    title = base.__name__[:1].upper() + base.__name__[1:]
+    metaclass: Any = types.new_class(f"Metered{title}", (base,), {}, lambda namespace: namespace.update(own))
     return metaclass  # type: ignore[no-any-return]
 
 

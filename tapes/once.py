@@ -14,16 +14,13 @@ class OnceLogger:
     Thread and fork safety: safe from any thread, from signal handlers and from logging handlers that record
     metrics themselves. A forked child does not repeat what its parent has logged.
 
-    Args:
-        log: The logger.
-        max_keys: Maximum number of keys to remember. Warnings of further keys are dropped.
+    It remembers at most ``max_keys``, and drops the warnings of further keys.
     """
 
     __slots__ = ("_known", "_log", "_max_keys")
 
     def __init__(self, log: logging.Logger, max_keys: int = 1024) -> None:
-        self._log = log
-        self._max_keys = max_keys
+        self._log, self._max_keys = log, max_keys
         self._known: dict[Hashable, object] = {}
 
     def warning(self, key: Hashable, message: str, *args: object, exc_info: Any = None) -> bool:

@@ -15,8 +15,7 @@ from math import inf
 from typing import NamedTuple
 
 _MAX_PROGRAM = (1 << 62) - 1
-_PROGRAM_SECONDS = 1.0
-"""Seconds between two checks of the program of a process: no event reports an ``exec``."""
+_PROGRAM_SECONDS = 1.0  # seconds between two checks of the program of a process: no event reports an ``exec``
 
 
 class Process(NamedTuple):
@@ -76,11 +75,8 @@ class ProcessWatch:
     """Detects that a process has ended, or executes another program than ``program`` (0 for any)."""
 
     def __init__(self, process: Process, program: int = 0) -> None:
-        self._process = process
-        self._program = program
-        self._checked = 0.0
-        self._fd = -1
-        self._has_ended = False
+        self._process, self._program = process, program
+        self._checked, self._fd, self._has_ended = 0.0, -1, False
         try:
             self._fd = os.pidfd_open(process.pid)
         except ProcessLookupError:
@@ -90,7 +86,6 @@ class ProcessWatch:
         self._has_ended = self._has_ended or not _is_still(process)  # another process may have the pid now
 
     def ended(self) -> bool:
-        """Return whether it has ended."""
         if not self._has_ended:
             if self._fd >= 0:
                 poll = select.poll()
@@ -104,7 +99,6 @@ class ProcessWatch:
         return self._has_ended
 
     def close(self) -> None:
-        """Stop watching."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -150,9 +144,7 @@ def namespace_seconds() -> float:
     restart of a container.
     """
     started = process_of(1).started
-    if not started:
-        return inf
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK") if started else inf
 
 
 def _is_still(process: Process) -> bool:

@@ -63,13 +63,9 @@ class Registry(Makers):
     })  # fmt: skip
 
     def __init__(
-        self,
-        *,
-        prefix: str = "",
-        labels: Mapping[str, Any] | None = None,
-        clock: Clock = monotonic,
-        max_series: int = MAX_SERIES,
-    ) -> None:
+        self, *, prefix: str = "", labels: Mapping[str, Any] | None = None,
+        clock: Clock = monotonic, max_series: int = MAX_SERIES,
+    ) -> None:  # fmt: skip
         if not isinstance(max_series, int) or max_series < 1:
             raise InvalidArgument("max_series", got=max_series, expected="a whole number of at least 1")
         super().__init__()
@@ -257,9 +253,7 @@ class Registry(Makers):
         return self.recipe()
 
 
-def _of_default_registry(
-    metric: tuple[type[Metric], str, Labels, dict[str, Any]] | None,
-) -> Metric | Registry:
+def _of_default_registry(metric: tuple[Any, ...] | None) -> Metric | Registry:
     return default_registry._make(*metric) if metric else default_registry
 
 

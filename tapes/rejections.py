@@ -11,10 +11,8 @@ from tapes.metrics import Counter
 from tapes.naming import MAX_LABEL_CHARACTERS, Labels
 from tapes.once import OnceLogger
 
-REJECTED = "tapes.rejected"
-"""The counter of values and messages that were dropped."""
-CUT = "tapes.labels.cut"
-"""The counter of series with a label value that was cut."""
+REJECTED = "tapes.rejected"  # the counter of values and messages that were dropped
+CUT = "tapes.labels.cut"  # the counter of series with a label value that was cut
 _MAX_LOGGED = 1 << 16
 
 

@@ -32,24 +32,17 @@ from tapes import forks, processes
 from tapes.hashing import blake2b
 from tapes.processes import Process
 
-SOCKET = "metrics.ipc"
-"""The name of the aggregator's socket in a private directory."""
+SOCKET = "metrics.ipc"  # the name of the aggregator's socket in a private directory
 
 _NAME = re.compile(r"tapes-(\d+)-(\d+)(?:-[0-9a-f]{12})?")
 _MAX_GENERATIONS = 32
-_GUNICORN = b"gunicorn: master"
-"""Start of the command line of gunicorn's master where the package setproctitle is installed."""
-_SETTLED_NANOSECONDS = 1_000_000_000
-"""Age after which the modification time of a directory is reliable."""
-_LISTING_SHARE = 20
-"""Listing a directory takes at most 1/20 of the time."""
-_ROUNDS = 2000
-"""Number of times that a key is hashed, 2 ms in all: that makes guessing the addresses too slow."""
+_GUNICORN = b"gunicorn: master"  # how the command line of gunicorn's master begins, if setproctitle sets it
+_SETTLED_NANOSECONDS = 1_000_000_000  # age after which the modification time of a directory is reliable
+_LISTING_SHARE = 20  # listing a directory takes at most 1/20 of the time
+_ROUNDS = 2000  # number of times that a key is hashed, 2 ms in all: guessing the addresses is too slow then
 
 
 class Service(NamedTuple):
-    """A service: its supervisor, and what that is."""
-
     root: Process  # its supervisor: the process that all of its workers descend from
     description: str  # a description of that process, for the log
 
@@ -198,10 +191,8 @@ def _names_in(parent: str) -> list[str]:
     try:
         changed, started = os.stat(parent).st_mtime_ns, time.monotonic()
         known = _listings.get(parent)
-        if known is not None:
-            is_unchanged = known.is_settled and known.changed == changed
-            if is_unchanged or started < known.valid_until:
-                return known.names
+        if known and (started < known.valid_until or (known.is_settled and known.changed == changed)):
+            return known.names
         names = list(filter(_NAME.fullmatch, os.listdir(parent)))
     except OSError:
         return []

@@ -22,10 +22,7 @@ _actions: dict[Callable[[], object], Phase] = {}
 
 
 class Phase(IntEnum):
-    """The order of actions.
-
-    All reporters begin their last report before the process waits for any of them.
-    """
+    """The order: all reporters begin their last report before the process waits for any of them."""
 
     CONNECT = 0
     STOP_REPORTERS = 1
@@ -39,7 +36,6 @@ def register(action: Callable[[], object], phase: Phase) -> None:
 
 
 def unregister(action: Callable[[], object]) -> None:
-    """Have ``action`` not called any more."""
     _actions.pop(action, None)
 
 
