@@ -44,11 +44,8 @@ def configured_labels() -> dict[str, str]:
     for pair in text.split(",") if text else ():
         name, _, value = map(str.strip, pair.partition("="))
         if not (name and value) or name in labels:
-            raise InvalidArgument(
-                LABELS,
-                got=text,
-                expected="KEY=VALUE,KEY=VALUE, each key once, such as region=eu,service=shop",
-            )
+            expected = "KEY=VALUE,KEY=VALUE, each key once, such as region=eu,service=shop"
+            raise InvalidArgument(LABELS, got=text, expected=expected)
         labels[name] = value
     return labels
 

@@ -201,10 +201,8 @@ def check_prefix(prefix: str) -> str:
 def _taken(name: str) -> InvalidName:
     return InvalidName(
         f"names that begin with {_OWN!r} are those of metrics about tapes itself",
-        got=name,
-        expected="another name",
-        remedy="put the name of your application before it",
-    )
+        got=name, expected="another name", remedy="put the name of your application before it",
+    )  # fmt: skip
 
 
 def _checked_call(kind: type[Metric], name: Any, misplaced: tuple[Any, ...], more: dict[str, Any]) -> Any:
@@ -219,10 +217,8 @@ def _checked_call(kind: type[Metric], name: Any, misplaced: tuple[Any, ...], mor
     elif "name" in more:
         name = more.pop("name")
     else:
-        raise InvalidCall(
-            f"{kind.kind}() has no name",
-            expected=f"a name, and labels as keywords: {kind.kind}('jobs.done', queue='mail')",
-        )
+        expected = f"a name, and labels as keywords: {kind.kind}('jobs.done', queue='mail')"
+        raise InvalidCall(f"{kind.kind}() has no name", expected=expected)
     if misplaced:
         raise _misplaced(kind, name, misplaced[0])
     return name
@@ -237,9 +233,6 @@ def _misplaced(kind: type[Metric], name: Any, given: Any) -> InvalidCall:
         remedy = f"label names are not declared; give each call their values: {maker}({name}, method='GET')"
     else:
         remedy = f"for a help text call tapes.describe({name}, {short_repr(given)}); a label has a name"
-    return InvalidCall(
-        f"{maker}() takes no positional argument there",
-        got=given,
-        expected=f"a name, and labels as keywords: {maker}({name}, method='GET')",
-        remedy=remedy,
-    )
+    expected = f"a name, and labels as keywords: {maker}({name}, method='GET')"
+    what = f"{maker}() takes no positional argument there"
+    return InvalidCall(what, got=given, expected=expected, remedy=remedy)

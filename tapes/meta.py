@@ -75,8 +75,5 @@ def _checked(metric: Any) -> tuple[str, str, Callable[[str], Any]]:
             return attribute, template, factory
     except (TypeError, ValueError, AttributeError, LookupError):
         pass
-    raise InvalidArgument(
-        "one of the metrics of metered_meta()",
-        got=metric,
-        expected="(attribute, template, factory), like ('latency', 'endpoints.{}.latency', tapes.timer)",
-    )
+    expected = "(attribute, template, factory), like ('latency', 'endpoints.{}.latency', tapes.timer)"
+    raise InvalidArgument("one of the metrics of metered_meta()", got=metric, expected=expected)

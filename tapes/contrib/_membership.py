@@ -30,10 +30,8 @@ from tapes.registry import Registry
 from tapes.service import this_service
 from tapes.session import SHORTLY_SECONDS, address_for
 
-_RETRY_SECONDS = 5.0
-"""Seconds from one attempt to join to the next."""
-_JOINING_SECONDS = 1.0
-"""Maximum seconds that a reader, and the end of the process, wait for a thread that joins."""
+_RETRY_SECONDS = 5.0  # seconds from one attempt to join to the next
+_JOINING_SECONDS = 1.0  # maximum seconds that a reader and the exit wait for a thread that joins
 
 _log = logging.getLogger("tapes.contrib")
 
@@ -41,11 +39,8 @@ _log = logging.getLogger("tapes.contrib")
 class Membership:
     """The membership of this process in its service. Safe from any thread, and across forks.
 
-    Attributes:
-        mark: Its byte 0 is set once this process has called `begin`. Look at it at the start of every
-            request, as servers that fork in C run no hook, and call `begin` if it is 0; see
-            `tapes.fork_flag`.
-        is_off: Whether tapes is turned off (``TAPES_DISABLED=1``).
+    Byte 0 of ``mark`` is set once this process has called `begin`. Look at it at the start of every request,
+    as servers that fork in C run no hook, and call `begin` if it is 0; see `tapes.fork_flag`.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -64,7 +59,6 @@ class Membership:
 
     @property
     def is_member(self) -> bool:
-        """Whether this process is one of several, as far as is known yet."""
         return self._state().is_member
 
     @property
@@ -75,9 +69,8 @@ class Membership:
     def begin(self, multiprocess_hint: bool = False, is_development: bool = False) -> bool:
         """Notice that this is another process than before; return whether it has to `join`.
 
-        Args:
-            multiprocess_hint: Whether the server states that it has several processes.
-            is_development: Whether the server is known for a development server.
+        ``multiprocess_hint``: the server states that it has several processes; ``is_development``: it is
+        known for a development server.
         """
         forks.detect_fork()
         state = self._state()
@@ -137,7 +130,6 @@ class Membership:
             self._registry.session.become_master(lambda: _connect(self._registry))
 
     def after_in_child(self, parent: processes.Process, version: int) -> None:
-        """Called in a forked child: a server's worker joins shortly."""
         self._states.clear()
         self._delayed = self._new_delayed()
         if _makes_workers():
@@ -213,23 +205,15 @@ class Membership:
 
 
 class _ProcessState:
-    """What is known of one process.
-
-    Attributes:
-        is_hint: Whether the server's statement is the only sign of several processes.
-        joining: Set when an attempt to join has ended; ``None`` before the first one.
-        tried: When the last attempt ended.
-        problem: Why it failed.
-    """
+    """What is known of one process."""
 
     def __init__(self) -> None:
-        self.is_member = False
-        self.is_hint = False
+        self.is_member = False  # whether it is one of several, as far as is known yet
+        self.is_hint = False  # whether the server's statement is the only sign of that
         self.may_end = False
         self.join_lock = threading.Lock()
-        self.joining: threading.Event | None = None
-        self.tried = 0.0
-        self.problem = ""
+        self.joining: threading.Event | None = None  # set when an attempt has ended; None before that
+        self.tried, self.problem = 0.0, ""  # when the last attempt ended, and why it failed
 
 
 def is_one_of_several() -> bool:
@@ -247,8 +231,8 @@ def _is_of_a_known_server() -> bool:
 
 
 def _is_of_gunicorn() -> bool:
-    is_there = os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn/")
-    return is_there and "gunicorn.arbiter" in sys.modules
+    is_named = os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn/")
+    return is_named and "gunicorn.arbiter" in sys.modules
 
 
 def _is_master() -> bool:
@@ -286,7 +270,7 @@ def _is_of_a_pool() -> bool:
 
 def _is_only_child() -> bool:
     """Return whether the parent of multiprocessing is a reloader, or a server with one worker alone."""
-    # Where uvicorn and hypercorn keep their configuration.
+    # uvicorn and hypercorn keep their configuration there.
     config: Any = getattr(multiprocessing.current_process(), "_kwargs", {}).get("config")
     reloads = getattr(config, "should_reload", False) or getattr(config, "use_reloader", False)
     return bool(reloads) or getattr(config, "workers", 2) == 1 or "--reload" in sys.argv
@@ -313,8 +297,8 @@ def _join(registry: Registry, is_hint: bool) -> None:
             "the server says that there are several processes, but what they have in common can't be seen",
             remedy="start it by tapes run -- COMMAND, or set TAPES_ADDR to where they are to meet",
         )
-    joining = forks.import_module("tapes.distributed.connection")
-    joining.join(registry, getattr(registry, "socket_addr", None))
+    address = getattr(registry, "socket_addr", None)
+    forks.import_module("tapes.distributed.connection").join(registry, address)
 
 
 def _connect(registry: Registry) -> None:

@@ -69,12 +69,8 @@ class Tapes:
             InvalidArgument: If ``app`` is not a Flask application, or an option is out of its range.
         """
         if not isinstance(app, Flask):
-            raise InvalidArgument(
-                "Tapes",
-                got=app,
-                expected="a flask.Flask",
-                remedy="TapesMiddleware takes any WSGI application",
-            )
+            remedy = "TapesMiddleware takes any WSGI application"
+            raise InvalidArgument("Tapes", got=app, expected="a flask.Flask", remedy=remedy)
         if "tapes" in app.extensions:
             return
         middleware = TapesMiddleware(app.wsgi_app, self._registry, **self._options)

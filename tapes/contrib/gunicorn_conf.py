@@ -48,9 +48,8 @@ def on_starting(server: _Any) -> None:
 
         if is_disabled():
             return
-        _registry.use(
-            _LocalSession(_registry, _registry.session.connect, looks=True, connect_in_master=_tapes.connect)
-        )
+        connect = _registry.session.connect
+        _registry.use(_LocalSession(_registry, connect, looks=True, connect_in_master=_tapes.connect))
         if not may_start():
             return
         from tapes.distributed.storage.runtime_directory import User

@@ -66,12 +66,11 @@ def complete(options: Options) -> Options:
             from difflib import get_close_matches  # it is needed for this error alone
 
             close = get_close_matches(name, DEFAULTS, 1)
+            remedy = f"did you mean {close[0]!r}?" if close else ""
             raise InvalidCall(
                 "unexpected keyword argument of an adapter",
-                got=name,
-                expected=f"one of {', '.join(DEFAULTS)}",
-                remedy=f"did you mean {close[0]!r}?" if close else "",
-            )
+                got=name, expected=f"one of {', '.join(DEFAULTS)}", remedy=remedy,
+            )  # fmt: skip
     return {**DEFAULTS, **options}
 
 

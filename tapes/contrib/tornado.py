@@ -123,12 +123,10 @@ def _log_error(what: str, error: Exception) -> None:
     _log.error("%s", what, exc_info=error)
 
 
-_Metered = tapes.metered_meta(
-    [
-        ("latency", "http.endpoints.{}.latency", tapes.timer),
-        ("error_rate", "http.endpoints.{}.error_rate", tapes.meter),
-    ]
-)
+_Metered = tapes.metered_meta([
+    ("latency", "http.endpoints.{}.latency", tapes.timer),
+    ("error_rate", "http.endpoints.{}.error_rate", tapes.meter),
+])  # fmt: skip
 
 
 class MeteredHandler(RequestHandler, metaclass=_Metered):  # type: ignore[metaclass]

@@ -21,8 +21,6 @@ import tapes
 from tapes import forks, threads, under_uwsgi
 from tapes.session import LocalSession
 
-__all__: list[str] = []
-
 _log = logging.getLogger("tapes.contrib.uwsgi")
 
 
