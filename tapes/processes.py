@@ -86,6 +86,7 @@ class ProcessWatch:
         self._has_ended = self._has_ended or not _is_still(process)  # another process may have the pid now
 
     def ended(self) -> bool:
+        """Return whether it has ended."""
         if not self._has_ended:
             if self._fd >= 0:
                 poll = select.poll()
@@ -99,6 +100,7 @@ class ProcessWatch:
         return self._has_ended
 
     def close(self) -> None:
+        """Stop watching."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

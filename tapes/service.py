@@ -43,6 +43,8 @@ _ROUNDS = 2000  # number of times that a key is hashed, 2 ms in all: guessing th
 
 
 class Service(NamedTuple):
+    """A service: its supervisor, and what that is."""
+
     root: Process  # its supervisor: the process that all of its workers descend from
     description: str  # a description of that process, for the log
 

@@ -36,6 +36,7 @@ def register(action: Callable[[], object], phase: Phase) -> None:
 
 
 def unregister(action: Callable[[], object]) -> None:
+    """Have ``action`` not called any more."""
     _actions.pop(action, None)
 
 
