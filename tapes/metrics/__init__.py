@@ -18,10 +18,7 @@ __all__ = [
 ]  # fmt: skip
 
 KINDS: dict[str, type[State]] = {
-    "counter": CounterState,
-    "gauge": GaugeState,
-    "histogram": HistogramState,
-    "meter": MeterState,
+    "counter": CounterState, "gauge": GaugeState, "histogram": HistogramState, "meter": MeterState,
     "timer": TimerState,
-}
+}  # fmt: skip
 """Kind to its mergeable state."""

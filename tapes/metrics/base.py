@@ -25,11 +25,7 @@ class Owner(Protocol):
         """Count and log a value that can't be recorded."""
 
     def recipe(self, metric: Metric) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Return a function and its arguments that give the metric in another process, for `pickle`.
-
-        Raises:
-            InvalidArgument: If there is none.
-        """
+        """Return what makes the metric in another process, for `pickle`; raises `InvalidArgument` if none."""
 
 
 class Metric(Folding):
@@ -83,10 +79,7 @@ class Metric(Folding):
         return total
 
     def drain(self) -> State:
-        """Return the state and start again from zero, in one step: every event is in one of the two.
-
-        What was inherited is forgotten.
-        """
+        """Return the state and start again from zero, in one step; what was inherited is forgotten."""
         self._fold(self._clock(), wait=True)
         initial = self._initial(self._clock())
 
@@ -98,10 +91,9 @@ class Metric(Folding):
         return cast("State", self._locked(swap, wait=True, insist=True))
 
     def detach_inherited(self) -> Metric | None:
-        """Begin from zero in a forked child; return a metric of what is there now, ``None`` if nothing is.
+        """Begin from zero in a forked child; return a metric of what is inherited, ``None`` if nothing is.
 
-        Folds nothing, so no foreign number can hold up a fork. What the other metric holds counts here as
-        inherited.
+        Folds nothing, so no foreign number can hold up a fork.
         """
         if not self._holds_something():
             return None
@@ -126,19 +118,17 @@ class Metric(Folding):
 
     def note_baseline(self, state: Any) -> None:
         """Make the count of ``state`` the baseline: aggregators before the present one had it."""
-        if state is None:
-            return
-        counted = state.counted
 
         def note() -> None:
             while True:
                 before = self._state
-                noted = with_baseline(before, counted)
+                noted = with_baseline(before, state.counted)
                 if self._state is before:
                     self._state = noted
                     return
 
-        self._locked(note, wait=True, insist=True)
+        if state is not None:
+            self._locked(note, wait=True, insist=True)
 
     def _reject(self, value: Any, why: str) -> None:
         self._owner.rejected(self, value, why)
@@ -156,7 +146,7 @@ class _Ownerless:
     """The owner of what a fork has detached: the parent counts its bad values."""
 
     def rejected(self, metric: Metric, value: Any, why: str) -> None:
-        """Do nothing."""
+        pass
 
     def recipe(self, metric: Metric) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         raise NotImplementedError

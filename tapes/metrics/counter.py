@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from tapes.metrics.base import DOWN, Metric
-from tapes.metrics.folding import FULL
+from tapes.metrics.folding import FULL, merge_parts
 from tapes.metrics.origin import NOWHERE, Origin
 from tapes.metrics.sifting import NEGATIVE, TOO_LARGE, TOTAL_TOO_LARGE
 from tapes.naming import Labels
@@ -25,31 +25,20 @@ class CounterState(NamedTuple):
 
     @staticmethod
     def merge(states: Iterable[CounterState]) -> CounterState:
-        """Return the sum of the counters."""
-        every = list(states)
-        return CounterState(
-            Total.merge(state.up for state in every),
-            Total.merge(state.down for state in every),
-            Origin.merge(state.origin for state in every),
-        )
+        return merge_parts(states)
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was counted."""
         return self.up == self.down == Total()
 
     @property
     def counted(self) -> Number:
-        """What was added less what was taken away."""
         down = Total(-self.down.whole, tuple(-part for part in self.down.parts))
         return Total.merge((self.up, down)).value
 
     def series(self, labels: Labels, tick: int) -> CounterSeries:
-        """Return what a reader sees."""
         up, down = self.up.value, self.down.value
-        if not down:
-            return CounterSeries(labels, up, up, False, self.origin.created)
-        return CounterSeries(labels, self.counted, up, True, self.origin.created)
+        return CounterSeries(labels, self.counted if down else up, up, bool(down), self.origin.created)
 
 
 class Counter(Metric):
@@ -129,9 +118,8 @@ def add_ones(total: Total, n: int) -> Total:
 def add_up(total: Total, values: list[Any]) -> Total:
     """Return ``total`` with ``values`` added.
 
-    Raises:
-        ValueError: If they are not all plain numbers from 0 to `MAX_STEP`, or the total would reach `LIMIT`;
-            or what a foreign number raises.
+    Raises `ValueError` if they are not all plain numbers from 0 to `MAX_STEP`, or if the total would reach
+    `LIMIT`; or what a foreign number raises.
     """
     if not values:
         return total

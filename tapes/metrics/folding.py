@@ -29,6 +29,7 @@ from tapes.naming import Labels
 from tapes.snapshot import Series
 from tapes.threads import RLock
 
+S = TypeVar("S", bound=tuple[Any, ...])
 T = TypeVar("T")
 
 FULL = 256
@@ -57,6 +58,13 @@ class State(Protocol):
         """Return what a reader sees as of ``tick``; ``None`` if there is nothing to see."""
 
 
+def merge_parts(states: Iterable[S]) -> S:
+    """Return the state whose parts are the merged parts of ``states``."""
+    every = list(states)
+    make: Callable[..., S] = type(every[0])
+    return make(*(type(parts[0]).merge(parts) for parts in zip(*every)))
+
+
 class Folding(Guided):
     """A buffer that is folded into a state; the base of `tapes.metrics.Metric`.
 
@@ -82,8 +90,7 @@ class Folding(Guided):
     def _absorb(self, state: Any, values: list[Any]) -> Any:
         """Return ``state`` with ``values`` added; raises anything if one of them can't be, as it is.
 
-        Raises:
-            ValueError: If ``values`` has one element, which is a number that can't be added to ``state``.
+        If ``values`` is one number that can't be added to ``state``, it raises `ValueError`.
         """
         raise NotImplementedError
 
@@ -91,22 +98,16 @@ class Folding(Guided):
         return True
 
     def _compacted(self) -> Any:
-        """Return the state in the form that readers want."""
         return self._state
 
     def _advance_tick(self, now: float) -> None:
         """Note that what is recorded from here on happens at ``now`` or later."""
 
     def _raw(self, value: Any) -> Any:
-        """Return what the user recorded, given an element of the buffer."""
         return value
 
     def _checked(self, value: Any) -> Any:
-        """Return ``value`` in the form that can be absorbed; itself if it has that form.
-
-        Raises:
-            ValueError: If it can't be recorded.
-        """
+        """Return ``value`` as it can be absorbed, itself if it can; raises `ValueError` if it is bad."""
         raise NotImplementedError
 
     def _reject(self, value: Any, why: str) -> None:
@@ -149,14 +150,12 @@ class Folding(Guided):
     def _locked(self, action: Callable[[], T], *, wait: bool, insist: bool = False) -> T | None:
         """Call ``action`` with the lock held and return its result; ``None`` if it was not called.
 
+        With ``wait`` it waits for another thread, a second at most. With ``insist`` it then calls ``action``,
+        which is atomic, in any case.
+
         A signal handler may raise as soon as a call returns. So the lock is taken within the block that
         releases it, and releasing a lock that was not taken is no error. A ``with`` block would be less safe:
         its calls of ``__enter__`` and ``__exit__`` are outside of what it protects.
-
-        Args:
-            action: Atomic, if ``insist`` is set.
-            wait: Wait for another thread, a second at most.
-            insist: Call ``action`` even if that was in vain.
         """
         lock = self._lock
         try:

@@ -33,12 +33,7 @@ _log = logging.getLogger("tapes.registry")
 
 
 def check_gauge(producer: Any, merge: Any, weak: Any) -> None:
-    """Check the arguments of a gauge's maker.
-
-    Raises:
-        InvalidArgument: If ``producer`` is not callable, or can't be weakly referenced although ``weak`` is
-            set, if ``merge`` is none of `MERGE_MODES`, or ``weak`` is no bool.
-    """
+    """Check the arguments of a gauge's maker; raises `InvalidArgument` if one is not valid."""
     if merge not in MERGE_MODES:
         raise InvalidArgument("a gauge's merge mode", got=merge, expected=" or ".join(MERGE_MODES))
     if producer is not None and not callable(producer):
@@ -50,18 +45,15 @@ def check_gauge(producer: Any, merge: Any, weak: Any) -> None:
             "tapes.describe(name, text) for a help text",
         )
     if not isinstance(weak, bool):
-        raise InvalidArgument(
-            "a gauge's weak=", got=weak, expected="a bool", remedy="use labels={'weak': …} for a label"
-        )
+        remedy = "use labels={'weak': …} for a label"
+        raise InvalidArgument("a gauge's weak=", got=weak, expected="a bool", remedy=remedy)
     if weak and producer is not None:
         try:
             weakref.ref(getattr(producer, "__self__", producer))
         except TypeError:
-            raise InvalidArgument(
-                "a gauge's producer with weak=True",
-                got=producer,
-                expected="a callable, or a method of an object, that can be weakly referenced",
-            ) from None
+            expected = "a callable, or a method of an object, that can be weakly referenced"
+            what = "a gauge's producer with weak=True"
+            raise InvalidArgument(what, got=producer, expected=expected) from None
 
 
 _UP = object()
@@ -78,12 +70,7 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 class _Run(NamedTuple):
-    """One run of a producer.
-
-    Attributes:
-        pid: The process that runs it.
-        start: When it began, by the gauge's clock.
-    """
+    """One run of a producer: the process that runs it, and when it began, by the gauge's clock."""
 
     pid: int
     start: float
@@ -124,19 +111,15 @@ class Gauge(Metric):
         self._producer: Callable[[], Producer | None] | None = None
         self._produced = GaugeState(None, mode, None)
         self._run: _Run | None = None  # the run of the producer that goes on
-        self._is_late = False
-        self._is_replaced = False
         self._set: tuple[Number, float | None] | None = None
-        self._sleeps = False
+        self._is_late = self._is_replaced = self._sleeps = False
         super().__init__(name, labels, clock, owner)
 
     def produce(self, producer: Producer, *, weak: bool = False) -> None:
         """Take the value from ``producer`` at every read from now on, in place of an earlier producer.
 
-        Args:
-            producer: A callable without arguments that returns a finite number.
-            weak: Do not keep ``producer`` alive, nor the object of a method. Once it is gone the gauge has no
-                value.
+        With ``weak`` it does not keep ``producer`` alive, nor the object of a method. Once that is gone the
+        gauge has no value.
         """
         before = self._producer and self._producer()
         is_same = before is not None and _is_same(before, producer)
@@ -159,7 +142,6 @@ class Gauge(Metric):
         self._wake()
 
     def sleep(self, wake: Callable[[], bool]) -> None:
-        """Have ``wake`` called when the gauge is next set or moved, or gets a producer."""
         super().sleep(wake)
         self._sleeps = True
 
@@ -170,7 +152,6 @@ class Gauge(Metric):
 
     @property
     def has_producer(self) -> bool:
-        """Whether the gauge has a producer that still exists."""
         return self._producer is not None and self._producer() is not None
 
     @property
@@ -239,7 +220,6 @@ class Gauge(Metric):
         return failure
 
     def note_failure(self, why: str) -> None:
-        """Count and log that its producer returned no value."""
         self._owner.rejected(self, self._producer and self._producer(), why)
 
     def note_late(self, seconds: float) -> None:
@@ -259,7 +239,6 @@ class Gauge(Metric):
 
     @property
     def state(self) -> GaugeState:
-        """What `collect` returned last, or what was folded since."""
         state: GaugeState = self._produced if self._producer is not None else self._state.state
         return state
 
@@ -282,14 +261,12 @@ class Gauge(Metric):
         return aside
 
     def note_baseline(self, state: Any) -> None:
-        """Do nothing: it is not a count."""
+        pass  # it is not a count
 
     def drain(self) -> GaugeState:
-        """Return the value and keep it: it is not a count."""
-        return self.collect()
+        return self.collect()  # and keep it: it is not a count
 
     def is_unchanged_since(self, state: State | None) -> bool:
-        """Return whether ``state`` is the present one, with nothing to be folded."""
         if self._producer is not None:
             return self._produced is state
         return self._state.state is state and not self._pending and self._is_compacted()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from tapes.clock import tick_at
 from tapes.metrics.base import Metric
-from tapes.metrics.folding import FULL
+from tapes.metrics.folding import FULL, merge_parts
 from tapes.metrics.origin import NOWHERE, Origin
 from tapes.naming import Labels
 from tapes.sketch import EMPTY, Sketch
@@ -25,24 +25,17 @@ class HistogramState(NamedTuple):
 
     @staticmethod
     def merge(states: Iterable[HistogramState]) -> HistogramState:
-        """Return the state of one histogram that saw all streams."""
-        every = list(states)
-        return HistogramState(
-            Sketch.merge(state.sketch for state in every), Origin.merge(state.origin for state in every)
-        )
+        return merge_parts(states)
 
     @property
     def is_empty(self) -> bool:
-        """Whether no value was recorded."""
         return self.sketch.count == 0
 
     @property
     def counted(self) -> Number:
-        """The number of values."""
         return self.sketch.count
 
     def series(self, labels: Labels, tick: int) -> HistogramSeries:
-        """Return what a reader sees."""
         return HistogramSeries(labels, self.sketch.lifetime, self.sketch.recent, self.origin.created)
 
 

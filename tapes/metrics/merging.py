@@ -26,10 +26,8 @@ class GaugeState(NamedTuple):
 
     Attributes:
         value: ``None`` if there is none, because its producer failed.
-        mode: One of `MERGE_MODES`.
-        since: When the value was set or produced, in seconds of the host's monotonic clock; ``None`` if
-            it never was, so that it doesn't count as a minimum. It orders the values of mode ``last``, of
-            which the newest also outlives its worker.
+        since: When the value was set or produced, by the host's monotonic clock; ``None`` if it never was, so
+            that it doesn't count as a minimum. In mode ``last`` the newest value outlives its worker.
     """
 
     value: Number | None
@@ -38,7 +36,7 @@ class GaugeState(NamedTuple):
 
     @staticmethod
     def merge(states: Iterable[GaugeState]) -> GaugeState:
-        """Return the gauge of all workers, as the newest state's mode says."""
+        """Return the gauge of all workers, by the mode of the newest state."""
         every = sorted(states, key=_age_key)
         newest = every[-1]
         values = [state.value for state in every if state.value is not None]
@@ -65,11 +63,9 @@ class GaugeState(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether it was never set."""
         return self.since is None
 
     def series(self, labels: Labels, tick: int) -> GaugeSeries | None:
-        """Return what a reader sees; ``None`` if the producer failed."""
         return None if self.value is None else GaugeSeries(labels, self.value)
 
 

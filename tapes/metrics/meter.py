@@ -9,7 +9,7 @@ from tapes.clock import TICK_SECONDS, tick_at
 from tapes.ewma import Rates
 from tapes.metrics.base import Metric
 from tapes.metrics.counter import add_ones, add_up
-from tapes.metrics.folding import FULL
+from tapes.metrics.folding import FULL, merge_parts
 from tapes.metrics.origin import NOWHERE, Origin
 from tapes.naming import Labels
 from tapes.snapshot import MeterSeries
@@ -27,26 +27,17 @@ class MeterState(NamedTuple):
 
     @staticmethod
     def merge(states: Iterable[MeterState]) -> MeterState:
-        """Return the state of one meter that saw all streams."""
-        every = list(states)
-        return MeterState(
-            Total.merge(state.count for state in every),
-            Rates.merge(state.rates for state in every),
-            Origin.merge(state.origin for state in every),
-        )
+        return merge_parts(states)
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was marked."""
         return self.count == Total()
 
     @property
     def counted(self) -> Number:
-        """The number of events."""
         return self.count.value
 
     def series(self, labels: Labels, tick: int) -> MeterSeries:
-        """Return what a reader sees as of ``tick``."""
         m1, m5, m15 = self.rates.read(tick)
         return MeterSeries(labels, self.count.value, m1, m5, m15, self.origin.created)
 
@@ -55,8 +46,7 @@ class Ticking(Metric):
     """A metric whose events belong to the tick in which they were recorded.
 
     The values in the buffer belong to ``_tick``, which ends at ``_tick_end``. The first recorder after that
-    folds the buffer before it adds its own event. If another thread folds at that moment, it does not wait,
-    and its event counts as of the tick before.
+    folds the buffer before it adds its own event, or counts it as of that tick if another thread folds.
     """
 
     __slots__ = ("_tick", "_tick_end")
@@ -68,9 +58,8 @@ class Ticking(Metric):
             self._set_tick(now)
 
     def _set_tick(self, now: float) -> None:
-        tick = tick_at(now)
-        self._tick = tick
-        self._tick_end = (tick + 1) * TICK_SECONDS
+        self._tick = tick_at(now)
+        self._tick_end = (self._tick + 1) * TICK_SECONDS
 
 
 class Meter(Ticking):

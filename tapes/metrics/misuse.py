@@ -63,17 +63,11 @@ class _Unknown:
     """A name of other libraries; raises when it is looked up."""
 
     def __init__(self, kind: str, name: str, remedy: str) -> None:
-        self._kind = kind
-        self._name = name
-        self._remedy = remedy
+        self._kind, self._name, self._remedy = kind, name, remedy
 
     def __get__(self, metric: Any, owner: type) -> Any:
-        raise UnknownAttribute(
-            f"a {self._kind} has no attribute {self._name!r}",
-            attribute=self._name,
-            expected=_PUBLIC[self._kind],
-            remedy=self._remedy,
-        )
+        what, expected = f"a {self._kind} has no attribute {self._name!r}", _PUBLIC[self._kind]
+        raise UnknownAttribute(what, attribute=self._name, expected=expected, remedy=self._remedy)
 
 
 class Guided(Faced):
@@ -90,7 +84,7 @@ class Guided(Faced):
 
     if not TYPE_CHECKING:  # type checkers know what __init__ takes
 
-        def __new__(cls, *args: Any, **options: Any) -> Any:  # noqa: D102
+        def __new__(cls, *args: Any, **options: Any) -> Any:
             if len(args) < 4:
                 maker = f"tapes.{cls.kind}" if hasattr(cls, "kind") else "a maker of tapes"
                 raise InvalidCall(
@@ -108,11 +102,7 @@ class LabelsOf(tuple[tuple[str, str], ...]):
     __slots__ = ()
 
     def __call__(self, *args: Any, **labels: Any) -> Any:
-        """Raise an error: a metric has its labels from its maker.
-
-        Raises:
-            InvalidCall: Always.
-        """
+        """Raise `InvalidCall`: a metric has its labels from its maker."""
         raise InvalidCall(
             "a metric has the labels that it was made with",
             got=labels or args,

@@ -17,19 +17,13 @@ from tapes.sums import Number, Total
 
 
 class Origin(NamedTuple):
-    """When a count began, and how much of it is its baseline.
-
-    Attributes:
-        created: In seconds since 1970; infinite if it is unknown.
-        baseline: How much of the count aggregators before the present one had.
-    """
+    """When a count began, in seconds since 1970 (infinite if unknown), and how much of it is its baseline."""
 
     created: float = inf
     baseline: Number = 0
 
     @classmethod
     def now(cls) -> Origin:
-        """Return the origin of a count that begins now."""
         return cls(wall())
 
     @staticmethod
@@ -37,10 +31,8 @@ class Origin(NamedTuple):
         """Return the origin of the sum of all counts."""
         every = list(origins)
         baselines = [origin.baseline for origin in every if origin.baseline]
-        return Origin(
-            min(origin.created for origin in every),
-            Total().add(baselines).value if baselines else 0,
-        )
+        baseline = Total().add(baselines).value if baselines else 0
+        return Origin(min(origin.created for origin in every), baseline)
 
 
 NOWHERE = Origin()
@@ -49,6 +41,4 @@ NOWHERE = Origin()
 def with_baseline(state: Any, baseline: Number) -> Any:
     """Return a count's ``state``, of any kind, with that ``baseline``."""
     origin = state.origin
-    if origin.baseline == baseline:
-        return state
-    return state._replace(origin=origin._replace(baseline=baseline))
+    return state if origin.baseline == baseline else state._replace(origin=origin._replace(baseline=baseline))

@@ -29,12 +29,9 @@ TOO_LARGE = "it is more than 2^53"
 TOTAL_TOO_LARGE = "the total would reach 2^63"
 
 EXPECTED = {
-    NOT_FINITE: "a finite number",
-    NEGATIVE: "zero or more",
-    TOO_LARGE: "2^53 at most",
-    TOTAL_TOO_LARGE: "a total below 2^63",
-    SUM_TOO_LARGE: "a sum within the range of floats",
-}
+    NOT_FINITE: "a finite number", NEGATIVE: "zero or more", TOO_LARGE: "2^53 at most",
+    TOTAL_TOO_LARGE: "a total below 2^63", SUM_TOO_LARGE: "a sum within the range of floats",
+}  # fmt: skip
 """Why a value is bad, and what was expected instead."""
 
 _ARITHMETIC = (ValueError, TypeError, ArithmeticError, Warning)
@@ -46,9 +43,7 @@ def absorb_sifted(
 ) -> tuple[Any, list[tuple[Any, str]], BaseException | None]:
     """Absorb the good values of a batch that raised ``error``.
 
-    Returns:
-        ``state`` with the good ``values``, the bad ones with reasons, and ``error`` if the values are not its
-        cause.
+    Returns ``state`` with them, the bad values with reasons, and ``error`` if the values are not its cause.
     """
     # 1. Each value alone.
     good, bad, raised = _sift(metric, values)
@@ -87,11 +82,7 @@ def _sift(metric: Any, values: list[Any]) -> tuple[list[Any], list[tuple[Any, st
 
 
 def checked_number(value: Any) -> Number:
-    """Return ``value`` as an ``int`` below `LIMIT` in magnitude, or as a finite ``float``.
-
-    Raises:
-        ValueError: If it is NaN, infinite, too large for a float, or no number.
-    """
+    """Return ``value`` as an ``int`` below `LIMIT` in magnitude or a finite ``float``; raises ValueError."""
     if type(value) in (int, float) and -LIMIT < value < LIMIT:  # which NaN is not
         number: Number = value
         return number

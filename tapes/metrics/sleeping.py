@@ -18,10 +18,7 @@ from typing import Any
 class SleepingBuffer(list[Any]):
     """The buffer of a metric that sleeps; always empty.
 
-    Args:
-        metric: The metric that the first value wakes.
-        wake: Called after each value; returns whether the metric is to stay awake.
-        full: The number of pending values that are folded.
+    It calls ``wake`` after each value, which returns whether the metric is to stay awake.
     """
 
     __slots__ = ("_full", "_metric", "_pending", "_wake")
@@ -34,7 +31,6 @@ class SleepingBuffer(list[Any]):
         self._wake = wake
 
     def append(self, value: Any) -> None:
-        """Append ``value`` to the pending values, and wake the metric unless it is to stay asleep."""
         self._pending.append(value)
         self.rouse()
         if len(self._pending) >= self._full:  # the recorder sees an empty list

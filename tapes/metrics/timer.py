@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from tapes.errors import InvalidCall
 from tapes.ewma import Rates
-from tapes.metrics.folding import FULL
+from tapes.metrics.folding import FULL, merge_parts
 from tapes.metrics.meter import Ticking
 from tapes.metrics.origin import NOWHERE, Origin
 from tapes.metrics.timing import Timing
@@ -29,26 +29,17 @@ class TimerState(NamedTuple):
 
     @staticmethod
     def merge(states: Iterable[TimerState]) -> TimerState:
-        """Return the state of one timer that saw all streams."""
-        every = list(states)
-        return TimerState(
-            Sketch.merge(state.sketch for state in every),
-            Rates.merge(state.rates for state in every),
-            Origin.merge(state.origin for state in every),
-        )
+        return merge_parts(states)
 
     @property
     def is_empty(self) -> bool:
-        """Whether no value was recorded."""
         return self.sketch.count == 0
 
     @property
     def counted(self) -> Number:
-        """The number of durations."""
         return self.sketch.count
 
     def series(self, labels: Labels, tick: int) -> TimerSeries:
-        """Return what a reader sees as of ``tick``."""
         m1, m5, m15 = self.rates.read(tick)
         return TimerSeries(labels, m1, m5, m15, self.sketch.lifetime, self.sketch.recent, self.origin.created)
 
@@ -81,12 +72,8 @@ class Timer(Ticking):
         ``time()`` of its own. ``async with`` works too.
         """
         if function is not None:
-            raise InvalidCall(
-                "time() takes no argument",
-                got=function,
-                expected="parentheses: @timer.time()",
-                remedy="write @timer.time(), not @timer.time",
-            )
+            expected, remedy = "parentheses: @timer.time()", "write @timer.time(), not @timer.time"
+            raise InvalidCall("time() takes no argument", got=function, expected=expected, remedy=remedy)
         timing = Timing()
         timing._timer = self
         return timing
