@@ -60,9 +60,7 @@ def _lanes(size: int, pattern: int) -> int:
 
 @lru_cache(maxsize=256)
 def _limits(size: int, low: float, high: float) -> tuple[int, int, int]:
-    """Return every lane's sign bit, what sets it where a key is above that of ``low``, and what sets it where
-    a key is not below that of ``high``.
-    """
+    """Return all sign bits, and what sets them where a key is above that of ``low``, not below ``high``'s."""
     signs, ones = _lanes(size, 0x80000000), _lanes(size, 0x10000)
     return signs, signs - (bin_key(low) + 1) * ones, signs - bin_key(high) * ones
 
@@ -100,15 +98,9 @@ _keys = _keys_one_by_one if sys.implementation.name == "pypy" else _keys_at_once
 
 
 def bin_keys(values: Sequence[Number], low: float = inf, high: float = -inf) -> _Binned:
-    """Return the key of every value, and the extremes of ``values``, ``low`` and ``high``.
+    """Return the key of every value, one at least, and the extremes of ``values``, ``low`` and ``high``.
 
-    Args:
-        values: Finite numbers, one at least; for others the result is meaningless.
-        low: The least value known so far.
-        high: The greatest.
-
-    Raises:
-        TypeError: If a value is no number.
+    The result is meaningless if a value is not finite. Raises `TypeError` if one is no number.
     """
     try:
         return _keys(values, low, high)

@@ -19,6 +19,7 @@ MAX_SERIES = 2000
 OVERFLOW = ("overflow", "true")
 """The label of the series that stands in for all label sets beyond the maximum."""
 
+_Build = Callable[[Labels], Metric]
 _log = logging.getLogger("tapes.registry")
 
 
@@ -48,7 +49,6 @@ class Catalogue:
         self._once = OnceLogger(_log)
 
     def get(self, name: str) -> NameEntry | None:
-        """Return the entry of ``name``, or ``None`` if it never had one."""
         return self._entries.get(name)
 
     def items(self) -> ItemsView[str, NameEntry]:
@@ -79,26 +79,11 @@ class Catalogue:
         return entry
 
     def find_or_make(
-        self,
-        name: str,
-        labels: Labels,
-        kind: type[Metric],
-        build: Callable[[Labels], Metric],
-        max_series: int,
-        overflow: Labels,
+        self, name: str, labels: Labels, kind: type[Metric], build: _Build, max_series: int, overflow: Labels
     ) -> Metric:
         """Return the metric of these labels; build it if it does not exist and the name is not full.
 
-        Args:
-            name: The full name.
-            labels: The labels.
-            kind: The kind of metric.
-            build: Makes one, given its labels.
-            max_series: Maximum number of label sets of a name.
-            overflow: The labels of the metric that stands in for all others.
-
-        Raises:
-            KindConflict: As `entry_of`.
+        In a full name, the metric of ``overflow`` stands in for all further ones. Raises as `entry_of`.
         """
         entry = self.entry_of(kind, name)
         metric = entry.by_labels.get(labels)

@@ -29,14 +29,7 @@ def _keys_of(bounds: tuple[float, ...]) -> list[int]:
 
 
 class Bins(NamedTuple):
-    """The data of a distribution.
-
-    Attributes:
-        keys: The keys of the bins that have a value, ascending.
-        weights: The number of values in each bin, or their weight.
-        total: The sum of the values, weighted likewise.
-        low, high: The smallest and the largest value.
-    """
+    """The keys of the bins, ascending, the number or weight of the values in each, their sum and extremes."""
 
     keys: Sequence[int]
     weights: Sequence[Number]

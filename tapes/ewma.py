@@ -39,11 +39,9 @@ class Rates(NamedTuple):
     """The mergeable state of the three moving rates; see the module for its theory.
 
     Attributes:
-        tick: The last tick that was applied.
-        pending: Events since that tick.
+        tick, pending: The last tick that was applied, and the events since.
         linear: The linear EWMA from zero over 1, 5 and 15 minutes, in events per second.
-        first: The first tick after the meter was made.
-        first_count: The events of that tick; 0 as long as it has not come.
+        first, first_count: The first tick after the meter was made, and its events; 0 before it.
     """
 
     tick: int
@@ -72,8 +70,7 @@ class Rates(NamedTuple):
         for rate, keep in zip(self.linear, _KEEP_EXPONENTS):
             rate += (1.0 - exp(keep)) * (per_second - rate)
             linear.append(rate * exp(keep * idle))
-        counted_first = self.tick + 1 == self.first
-        first_count = self.pending if counted_first else self.first_count
+        first_count = self.pending if self.tick + 1 == self.first else self.first_count
         return Rates(tick, 0.0, tuple(linear), self.first, first_count)
 
     def read(self, tick: int) -> tuple[float, ...]:

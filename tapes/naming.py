@@ -37,9 +37,8 @@ def check_name(name: str) -> str:
     """Return ``name`` if it can be a metric's name.
 
     Raises:
-        InvalidName: If it is not a string, is empty or has an empty segment, starts a segment with ``{``
-            (that is how labelled series are spelled in ``get_stats()``), has control characters, more than
-            `MAX_CHARACTERS` or more than `MAX_SEGMENTS`.
+        InvalidName: If it is no string, has an empty segment or unprintable characters, is too long, or
+            starts a segment with ``{``, as the selectors of labelled series do in ``get_stats()``.
     """
     if not isinstance(name, str):
         raise InvalidName("a metric's name must be a string", got=name, expected="a name like 'jobs.done'")

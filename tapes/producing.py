@@ -40,10 +40,8 @@ _PATIENCE_SECONDS = 1.0
 def run_producers(gauges: Iterable[Gauge], max_age_seconds: float = 0.0, *, is_read: bool = True) -> None:
     """Run the producers of ``gauges`` whose values are older than ``max_age_seconds``; takes 1 s at most.
 
-    Args:
-        gauges: Those without a producer are skipped, and so are those whose producer runs at the moment.
-        max_age_seconds: The maximum age of a value that is kept.
-        is_read: Whether a reader waits in this thread. Then producers that failed are run again here.
+    Those without a producer are skipped, and so are those whose producer runs at the moment. If a reader
+    waits in this thread (``is_read``), producers that failed are run again here.
     """
     due = [gauge for gauge in gauges if gauge.is_due(max_age_seconds)]
     if not due:
@@ -59,9 +57,7 @@ def run_producers(gauges: Iterable[Gauge], max_age_seconds: float = 0.0, *, is_r
         error: BaseException | None = failure
         may_be_the_thread = isinstance(failure, Exception) and seconds < _AT_ONCE_SECONDS
         if is_read and may_be_the_thread and time.monotonic() < deadline:
-            error = gauge.run_producer(
-                Exception
-            )  # any other exception is of a signal handler, and ends the read
+            error = gauge.run_producer(Exception)  # any other is of a signal handler, and ends the read
         if error is not None:
             gauge.note_failure(f"its producer failed: {short_repr(error)}")
 
@@ -79,7 +75,6 @@ class _Round:
         self._ended.acquire()
 
     def run(self, deadline: float) -> None:
-        """Run them all, and wait for them until ``deadline``."""
         while self._unfinished:
             if self._queue and not self._start_helper():
                 self._run_here()

@@ -32,18 +32,16 @@ class _Call(Generic[T]):
         self.error: BaseException | None = None
 
     def wait(self, seconds: float) -> bool:
-        """Wait for its end; return whether it has ended."""
-        if not self.ended.acquire(timeout=seconds):
-            return False
-        self.ended.release()
-        return True
+        has_ended: bool = self.ended.acquire(timeout=seconds)
+        if has_ended:
+            self.ended.release()
+        return has_ended
 
 
 class Shared(Generic[T]):
     """Calls of functions that threads share; safe from any thread and from signal handlers.
 
-    Args:
-        seconds: Maximum seconds to wait for another caller.
+    A caller waits for another one ``seconds`` at most.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -55,13 +53,8 @@ class Shared(Generic[T]):
     def call(self, key: Hashable, function: Callable[[], T]) -> T:
         """Return what a call of ``function`` returns that began after this one.
 
-        Args:
-            key: What the function makes; functions of one key are exchangeable.
-            function: Called by one of all callers that wait for it.
-
-        Raises:
-            AggregatorUnavailable: If the call of another caller takes too long.
-            Exception: What ``function`` raises.
+        Functions of one ``key`` are exchangeable. Raises `AggregatorUnavailable` if the call of another
+        caller takes too long, and what ``function`` raises.
         """
         with self._lock:
             running, call = self._running.get(key), self._next.get(key)
@@ -134,11 +127,7 @@ class Pressure:
 
     Reading a large service takes time, and a burst of readers must not take all of it from requests. Slow
     reads use up an allowance of seconds, which grows again while there are none. Once it is used up, one
-    reader at a time is answered.
-
-    Args:
-        most: Maximum readers at once.
-        clock: Seconds that never go backwards; for tests.
+    reader at a time is answered, otherwise up to ``most``.
     """
 
     _QUICK_SECONDS = 0.05
@@ -148,8 +137,7 @@ class Pressure:
     """Seconds that the allowance grows in a second without a reader."""
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most = most
-        self._clock = clock
+        self._most, self._clock = most, clock
         self.reset()
 
     def reset(self) -> None:
@@ -161,11 +149,7 @@ class Pressure:
 
     @contextlib.contextmanager
     def reader(self) -> Iterator[None]:
-        """Answer a reader in the block.
-
-        Raises:
-            AggregatorUnavailable: If there are too many.
-        """
+        """Answer a reader in the block; raises `AggregatorUnavailable` if there are too many."""
         start = self._enter()
         try:
             yield

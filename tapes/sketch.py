@@ -64,14 +64,11 @@ class Sketch(NamedTuple):
         count: The number of values, those with pending keys included.
         sum_parts: Numbers whose exact sum is that of all values; canonical once compacted.
         low, high: The exact smallest and largest value; meaningless while ``count`` is 0.
-        keys: The keys of the bins, ascending.
-        counts: The number of values in each bin, over the lifetime.
-        tick: The tick as of which the recent weights are.
-        weights: The recent weight of each bin; a value weighs 1.0 in its own tick.
+        keys, counts: The keys of the bins, ascending, and the number of values in each over the lifetime.
+        weights: The recent weight of each bin as of ``tick``; a value weighs 1.0 in its own tick.
         recent_sum: The sum of all values, weighted likewise.
         fresh_keys, fresh_counts: Values of this tick that are counted, but not in the bins yet.
-        pending: The keys of further values of this tick, in any order. Bins, fresh counts and pending keys
-            together have ``count`` values.
+        pending: The keys of further values of this tick, in any order.
     """
 
     count: int = 0  # type: ignore[assignment]  # shadows tuple.count, on purpose
@@ -88,12 +85,9 @@ class Sketch(NamedTuple):
     pending: array[int] = array("h")
 
     def fold(self, values: list[Number], tick: int, least: float = -inf) -> Sketch:
-        """Return this sketch with ``values`` added, which count as of ``tick``.
+        """Return this sketch with ``values``, at least one, added as of ``tick``.
 
-        Args:
-            values: Finite numbers, one at least.
-            tick: The tick in which they were recorded.
-            least: The least value that may be among them; the same for all batches of a sketch.
+        ``least`` is the same for all batches of a sketch.
 
         Cost: 0.17 µs a value for 250 bins, 0.28 µs for 1,500, in batches of 256, compaction included.
 
@@ -104,11 +98,10 @@ class Sketch(NamedTuple):
         """
         if type(values[0]) not in _PLAIN or type(values[-1]) not in _PLAIN:
             raise TypeError("not all are plain numbers")
-        now = self._as_of(tick)
         (
             count, sum_parts, low, high, keys, counts, tick, weights, recent_sum,
             fresh_keys, fresh_counts, pending,
-        ) = now  # fmt: skip
+        ) = self._as_of(tick)  # fmt: skip
         new, low, high = bin_keys(values, low, high) if count else bin_keys(values)
         if low < least:
             raise ValueError(f"a value is less than {least:g}")
@@ -120,12 +113,10 @@ class Sketch(NamedTuple):
             count + len(values), (*sum_parts, *batch_parts), low, high, keys, counts, tick, weights,
             recent_sum + fsum(batch_parts), fresh_keys, fresh_counts, pending + new,
         )  # fmt: skip
-        is_short = len(folded.pending) < PENDING + 2 * len(folded.fresh_keys)
-        return folded if is_short else folded._counted()
+        return folded if len(folded.pending) < PENDING + 2 * len(folded.fresh_keys) else folded._counted()
 
     @property
     def is_compacted(self) -> bool:
-        """Whether all values are in their bins."""
         return not self.pending and not self.fresh_keys
 
     def _fresh(self) -> Counter[int]:

@@ -148,24 +148,17 @@ _RATES = {"count", "m1", "m5", "m15"}
 _DISTRIBUTION = {"count", "sum", "min", "max", "mean", "stddev", *(name for name, _ in _QUANTILES)}
 
 FIELDS: Mapping[str, frozenset[str]] = {
-    "counter": frozenset({"value"}),
-    "gauge": frozenset({"value"}),
-    "meter": frozenset(_RATES),
-    "histogram": frozenset(_DISTRIBUTION),
-    "timer": frozenset(_DISTRIBUTION | _RATES),
-}
+    "counter": frozenset({"value"}), "gauge": frozenset({"value"}), "meter": frozenset(_RATES),
+    "histogram": frozenset(_DISTRIBUTION), "timer": frozenset(_DISTRIBUTION | _RATES),
+}  # fmt: skip
 """Kind to the names of the fields that ``get_stats()`` shows for it."""
 
 
 def _distribution_fields(lifetime: Distribution, recent: Distribution) -> dict[str, Number]:
     fields: dict[str, Number] = {
-        "count": lifetime.count,
-        "sum": lifetime.sum,
-        "min": recent.min,
-        "max": recent.max,
-        "mean": recent.mean,
-        "stddev": recent.stddev,
-    }
+        "count": lifetime.count, "sum": lifetime.sum, "min": recent.min, "max": recent.max,
+        "mean": recent.mean, "stddev": recent.stddev,
+    }  # fmt: skip
     for name, q in _QUANTILES:
         fields[name] = recent.quantile(q)
     return fields
@@ -232,13 +225,10 @@ class Family:
         states: Sequence[_State],
         tick: int,
     ) -> None:
-        self.name = name
-        self.kind = kind
+        self.name, self.kind, self.tick = name, kind, tick
         self.text, unit, self.buckets = described or Description()
         self.unit = "seconds" if kind == "timer" else unit
-        self.labels = labels
-        self.states = states
-        self.tick = tick
+        self.labels, self.states = labels, states
         self._series: tuple[Series, ...] | None = None
 
     def __repr__(self) -> str:

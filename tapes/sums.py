@@ -36,9 +36,7 @@ def exact_sum(values: Iterable[Number]) -> tuple[float, ...]:
     """Return the exact sum of ``values``, taken as floats, as its canonical list; empty for zero.
 
     A sum beyond the range of floats, as only one merged over workers can be, stays at the largest float.
-
-    Raises:
-        ValueError, TypeError: If a value is NaN, infinite, or no number.
+    Raises `ValueError` or `TypeError` if a value is NaN, infinite, or no number.
     """
     rest = list(values)
     parts: list[float] = []
@@ -62,11 +60,7 @@ def exact_sum(values: Iterable[Number]) -> tuple[float, ...]:
 
 
 def check_sum(parts: tuple[float, ...], values: list[Number]) -> None:
-    """Check that ``values``, and their sum with ``parts``, add up to a float.
-
-    Raises:
-        ValueError: If they are beyond the range of floats, perhaps only on the way.
-    """
+    """Raise `ValueError` if ``values``, alone or with ``parts``, add up beyond the range of floats."""
     try:
         fsum(values)
         fsum((*parts, *values))
@@ -80,9 +74,7 @@ def sum_of_batch(values: list[Number], low: Number) -> tuple[float, ...]:
     It needs two passes where `exact_sum` needs three. Positive floats are whole multiples of the unit in the
     last place of the least of them, and so is what rounding leaves of their sum; with less than 2^53 such
     units left, the rest is a float, and the second pass finds it exactly. The numbers are not canonical.
-
-    Raises:
-        ValueError, TypeError, OverflowError: If a value is NaN, infinite, or no number.
+    Raises as `exact_sum`, or `OverflowError`.
     """
     near = sum(values) if low > 0 else 0.0
     if 0.0 < near < LARGE:

@@ -22,12 +22,7 @@ _MAX_RANGES = 32  # maximum number of media ranges of an ``Accept`` header that 
 
 
 class Form(NamedTuple):
-    """One format of a snapshot.
-
-    Attributes:
-        content_type: Its media type.
-        write: Writes a snapshot.
-    """
+    """One format of a snapshot: its media type, and the function that writes it."""
 
     content_type: str
     write: Callable[[Snapshot], bytes]
@@ -50,11 +45,7 @@ _SCRAPERS_TYPES = ("application/openmetrics-text", "application/vnd.google.proto
 
 
 def render(registry: Registry, form: str) -> bytes:
-    """Write all values of ``registry``, for the whole service if it is connected.
-
-    Raises:
-        AggregatorUnavailable: If the registry is connected and the aggregator doesn't answer.
-    """
+    """Write all values of ``registry``; see `prometheus.render`."""
     return registry.session.resolved_for_read().render(form, write)
 
 
@@ -76,14 +67,11 @@ def negotiate(accept: str = "", wanted: str = "") -> str:
 
     Args:
         accept: The request's ``Accept`` header; several lines are one list, joined by commas.
-        wanted: The value of ``?format=``; wins over ``accept``.
-
-    Raises:
-        InvalidArgument: If ``wanted`` is no format.
+        wanted: The value of ``?format=``, which wins; raises `InvalidArgument` if it is no format.
     """
+    if wanted in FORMS:
+        return wanted
     if wanted:
-        if wanted in FORMS:
-            return wanted
         raise InvalidArgument("the format", got=wanted, expected=" or ".join(FORMS))
     parts = shortened(accept, ",").split(",", _MAX_RANGES)[:_MAX_RANGES]
     ranges = [_parsed(part) for part in parts]

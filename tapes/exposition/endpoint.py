@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import os
 from urllib.parse import parse_qs
@@ -25,12 +26,9 @@ TOKEN_VARIABLE = "TAPES_METRICS_TOKEN"  # noqa: S105 - it names the token
 
 
 def answer(registry: Registry, accept: str = "", query: str = "") -> Answer:
-    """Return the answer to a request for all values of ``registry``.
+    """Return the answer to a request for all values of ``registry``, or of its service if it is connected.
 
-    Args:
-        registry: Any registry; a connected one answers for the whole service.
-        accept: The request's ``Accept`` header, or empty; several lines are one list, joined by commas.
-        query: The request's query string, or empty; its ``format`` wins over ``accept``.
+    ``accept`` is the request's ``Accept`` header, its lines joined by commas. The query's ``format`` wins.
     """
     wanted = parse_qs(shortened(query, "&")).get("format", [""])[-1]
     try:
@@ -48,11 +46,8 @@ def answer(registry: Registry, accept: str = "", query: str = "") -> Answer:
 def refusal(method: str, authorization: str = "", allowed: bool | None = None) -> Answer | None:
     """Return the answer to a request that may not read the metrics; ``None`` if it may.
 
-    Args:
-        method: The request's method.
-        authorization: Its ``Authorization`` header, or empty.
-        allowed: The decision of the application's guard. Without a guard, the request must have the token of
-            `TOKEN_VARIABLE`, if that is set.
+    The decision of the application's guard is ``allowed``. Without a guard (``None``), the request must have
+    the token of `TOKEN_VARIABLE`, if that is set.
     """
     if method not in ("GET", "HEAD"):
         status, headers, body = plain(405, "The metrics can only be read.")
@@ -67,11 +62,9 @@ def refusal(method: str, authorization: str = "", allowed: bool | None = None) -
     is_short = len(authorization) <= len(token) + MAX_CHARACTERS
     scheme, _, shown = authorization.partition(" ") if is_short else ("", "", "")
     if scheme.lower() == "bearer":
-        try:
-            if hmac.compare_digest(shown.strip().encode("latin-1"), token):  # as headers are decoded
+        with contextlib.suppress(UnicodeEncodeError):  # headers are decoded as latin-1
+            if hmac.compare_digest(shown.strip().encode("latin-1"), token):
                 return None
-        except UnicodeEncodeError:
-            pass
     status, headers, body = plain(401, f"Send the token of {TOKEN_VARIABLE}: Authorization: Bearer TOKEN.")
     return status, {**headers, "WWW-Authenticate": 'Bearer realm="metrics"'}, body
 

@@ -68,8 +68,6 @@ class _Written(NamedTuple):
     """The written labels of a family's series.
 
     Attributes:
-        kind: The family's kind.
-        labels: The labels, in the order of the family.
         order: The indexes of the series that are shown, sorted by labels.
         heads: The text between the name and the number of each one.
     """
@@ -98,8 +96,8 @@ def render(registry: Registry, *, openmetrics: bool = False) -> bytes:
     Raises:
         AggregatorUnavailable: If the registry is connected and the aggregator doesn't answer.
     """
-    session = registry.session.resolved_for_read()
     form = "openmetrics" if openmetrics else "prometheus"
+    session = registry.session.resolved_for_read()
     return session.render(form, lambda snapshot, _: write(snapshot, openmetrics=openmetrics))
 
 

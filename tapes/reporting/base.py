@@ -6,15 +6,12 @@ import contextlib
 import logging
 from collections.abc import Callable
 from datetime import timedelta
-from types import TracebackType
 from typing import TypeVar
 
 from tapes.clock import monotonic
 from tapes.errors import InvalidArgument, TapesError, safe_text
 from tapes.metrics import Counter
 from tapes.registry import Registry, default_registry
-
-__all__ = ["FAILED", "SKIPPED", "Reporter"]
 
 R = TypeVar("R", bound="Reporter")
 
@@ -44,11 +41,8 @@ class Reporter:
     def __init__(self, interval: timedelta | None = None, registry: Registry | None = None) -> None:
         name = type(self).__name__
         if interval is not None and (not isinstance(interval, timedelta) or interval <= timedelta(0)):
-            raise InvalidArgument(
-                f"the interval of {name}",
-                got=interval,
-                expected="a positive timedelta: timedelta(seconds=10)",
-            )
+            expected = "a positive timedelta: timedelta(seconds=10)"
+            raise InvalidArgument(f"the interval of {name}", got=interval, expected=expected)
         if registry is not None and not isinstance(registry, Registry):
             raise InvalidArgument(f"the registry of {name}", got=registry, expected="a Registry, or None")
         self.interval = interval
@@ -86,19 +80,14 @@ class Reporter:
         self.start()
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
     def _release(self) -> None:
         """Release what reports need; called after the last one."""
 
     def _report_now(self, done: Callable[[], None]) -> None:
-        """Report now, outside of the schedule, and then call ``done`` from any thread; returns at once.
-
-        A reporter without a schedule only calls ``done``.
-        """
+        """Report now, if it has a schedule, and then call ``done`` from any thread; returns at once."""
         done()
 
     def _no_more_reports(self) -> None:

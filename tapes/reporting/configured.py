@@ -18,17 +18,13 @@ _STATSD_FORM = "[tcp://]HOST[:PORT] or unix:///PATH, and after a ? any of prefix
 
 
 def reporters_from(environment: Mapping[str, str]) -> list[Reporter]:
-    """Return the reporters of ``TAPES_HTTP`` and ``TAPES_STATSD``, if these are set.
-
-    Raises:
-        InvalidArgument: If one of them has no valid value.
-    """
+    """Return the reporters of ``TAPES_HTTP`` and ``TAPES_STATSD``; raises `InvalidArgument` for a bad one."""
     makers = {HTTP: _http, STATSD: _statsd}
     return [make(environment[name]) for name, make in makers.items() if environment.get(name)]
 
 
 def _http(address: str) -> Reporter:
-    """Return the reporter of ``[HOST:]PORT``; raises `InvalidArgument` if it is not valid."""
+    """Return the reporter of ``[HOST:]PORT``."""
     host, _, port = address.rpartition(":")
     try:
         if not (port.isascii() and port.isdigit()):
@@ -39,11 +35,7 @@ def _http(address: str) -> Reporter:
 
 
 def _statsd(address: str) -> Reporter:
-    """Return the reporter of ``[tcp://]HOST[:PORT]`` or ``unix:///PATH``, with options after a ``?``.
-
-    Raises:
-        InvalidArgument: If it is not valid.
-    """
+    """Return the reporter of an address such as `_STATSD_FORM`."""
     try:
         url = urlsplit(address if "://" in address else f"udp://{address}")
         options = parse_qs(url.query, keep_blank_values=True, strict_parsing=bool(url.query))

@@ -63,8 +63,7 @@ class HTTPReporter(Reporter):
             raise InvalidArgument("a TCP port", got=port, expected="a whole number from 0 to 65535")
         if not isinstance(host, str) or not host or "/" in host:
             raise InvalidArgument("a host", got=host, expected="an address or a name, such as '127.0.0.1'")
-        self.port = port
-        self.host = host
+        self.port, self.host = port, host
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
 
@@ -138,11 +137,9 @@ class _Server(ThreadingHTTPServer):
         super().__init__((reporter.host, reporter.port), _Handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Log that a connection to a client was broken."""
         _log.debug("tapes: a request from %s failed", client_address, exc_info=True)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer a client in a thread of its own, or refuse it if there are too many."""
         if len(self._clients) >= _MAX_CLIENTS:
             self._refuse(request)
             return
@@ -154,7 +151,6 @@ class _Server(ThreadingHTTPServer):
             self._refuse(request)
 
     def shutdown_request(self, request: Any) -> None:
-        """Close the connection to a client."""
         self._clients.discard(request)
         self.waiting.pop(request, None)
         super().shutdown_request(request)
@@ -188,19 +184,17 @@ class _Server(ThreadingHTTPServer):
             self._refused.popleft()[0].close()
 
     def server_close(self) -> None:
-        """Close everything."""
         super().server_close()
         while self._refused:
             self._refused.popleft()[0].close()
 
     def before_fork(self) -> None:
-        """Called before this process forks."""
+        pass
 
     def after_in_parent(self) -> None:
-        """Called in the parent after a fork."""
+        pass
 
     def after_in_child(self, parent: processes.Process, version: int) -> None:
-        """Called in a forked child."""
         self.after_in_helper()
 
     def after_in_helper(self) -> None:
@@ -247,7 +241,6 @@ class _Handler(BaseHTTPRequestHandler):
     error_message_format = "%(message)s.\n"
 
     def handle_one_request(self) -> None:
-        """Wait for a request, and answer it."""
         self.server.waiting[self.connection] = monotonic()
         try:
             super().handle_one_request()

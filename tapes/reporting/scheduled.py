@@ -26,8 +26,6 @@ from tapes.errors import InvalidArgument
 from tapes.registry import Registry
 from tapes.reporting.base import SKIPPED, Reporter
 
-__all__ = ["STOP_SECONDS", "Grid", "Run", "Scheduled", "ScheduledReporter"]
-
 STOP_SECONDS = 2.0
 """Maximum seconds that `stop` waits for a report that is running and for the last one."""
 _PAUSE_SECONDS = 0.25
@@ -38,18 +36,16 @@ class Grid:
     """The moments at which reports are due: ``interval_seconds`` apart, the first of them ``start``."""
 
     def __init__(self, interval_seconds: float, start: float) -> None:
-        self._interval = interval_seconds
-        self._start = start
+        self._interval, self._start = interval_seconds, start
         self._number = 0
 
     @property
     def due(self) -> float:
-        """When the next report is due."""
         return self._start + self._number * self._interval
 
     @property
     def wait_seconds(self) -> float:
-        """The seconds until then; at most what a thread can wait."""
+        """The seconds until the next report is due; at most what a thread can wait."""
         return min(max(0.0, self.due - monotonic()), threading.TIMEOUT_MAX)
 
     def pass_by(self, now: float) -> int:
@@ -63,7 +59,6 @@ class Run:
     """One run of a schedule, from its start until it is stopped."""
 
     def start(self) -> None:
-        """Start it."""
         raise NotImplementedError
 
     def report_now(self, done: Callable[[], None]) -> None:
@@ -167,9 +162,6 @@ class ScheduledReporter(Scheduled):
 
     _run: _ThreadRun | None
 
-    def __init__(self, interval: timedelta, registry: Registry | None = None) -> None:
-        super().__init__(interval, registry)
-
     def start(self) -> None:
         """Report from a thread, for the first time at once; returns at once.
 
@@ -197,23 +189,18 @@ class _Alarm(threading.Event):
 
 
 class _ThreadRun(Run):
-    """A thread that reports at the moments of a grid; another one after each fork.
-
-    Attributes:
-        is_inherited: Whether only a parent of this process has started it.
-    """
+    """A thread that reports at the moments of a grid; another one after each fork."""
 
     _thread: threading.Thread
     _alarm: _Alarm
 
     def __init__(self, reporter: Reporter, grid: Grid) -> None:
-        self._reporter = reporter
-        self._grid = grid
+        self._reporter, self._grid = reporter, grid
         self._lock = threading.Lock()
         self._forks = 0
         self._stop_requested_at: float | None = None
         self._requests: deque[Callable[[], None]] = deque()
-        self.is_inherited = False
+        self.is_inherited = False  # whether only a parent of this process has started it
         self._renew()
         forks.register_user(self)
 
@@ -254,7 +241,7 @@ class _ThreadRun(Run):
                     self._is_paused = self._alarm.ends = False
 
     def after_in_parent(self) -> None:
-        """In the parent after a fork, continue in another thread, unless the one before still runs."""
+        """Continue in another thread, unless the one before still runs."""
         with self._lock:
             self._forks -= 1
             if not self._forks and self._stop_requested_at is None and not self._thread.is_alive():
@@ -262,7 +249,6 @@ class _ThreadRun(Run):
                 self._thread.start()
 
     def after_in_child(self, parent: processes.Process, version: int) -> None:
-        """In a forked child, continue in a new thread."""
         self._lock = threading.Lock()
         self._forks = 0
         self._requests.clear()  # of the parent
@@ -274,7 +260,7 @@ class _ThreadRun(Run):
             self._thread.start()
 
     def after_in_helper(self) -> None:
-        """Do nothing: without its thread it does not report."""
+        pass  # without its thread it does not report
 
     def _renew(self) -> None:
         self._alarm = _Alarm()

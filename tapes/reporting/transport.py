@@ -31,7 +31,6 @@ _STREAM_BYTES = 1 << 16
 _MAX_READS = 16
 """Maximum reads of 4 KB before each packet, which discard what a receiver has sent."""
 
-
 _transports: weakref.WeakSet[Transport] = weakref.WeakSet()
 
 
@@ -45,15 +44,9 @@ forks.renew_in_child(_close_inherited)
 
 
 class Transport:
-    """Sends lines to ``host``: a name, an address, or ``unix:///PATH``.
+    """Sends lines to ``host``: a name, an address, or ``unix:///PATH``, for which it ignores the port.
 
-    Args:
-        host: Where to.
-        port: The port, from 1 to 65535; ignored for a unix socket.
-        protocol: ``"udp"`` or ``"tcp"``; for a unix socket, datagrams or a stream.
-
-    Raises:
-        InvalidArgument: If one of them is out of its range.
+    For a unix socket, the protocol ``"udp"`` means datagrams, and ``"tcp"`` a stream.
     """
 
     def __init__(self, host: str, port: int, protocol: str) -> None:
@@ -64,27 +57,21 @@ class Transport:
         if protocol not in PROTOCOLS:
             raise InvalidArgument("a protocol", got=protocol, expected=" or ".join(PROTOCOLS))
         self._path = host[len(_UNIX) :] if host.startswith(_UNIX) else ""
-        self._host = host
-        self._port = port
+        self._host, self._port = host, port
         self._is_stream = protocol == "tcp"
         self._socket: socket.socket | None = None
-        self._opened = 0.0
-        self._turn = 0
+        self._opened, self._turn = 0.0, 0
         self.address = self._path or f"{host}:{port}"
         _transports.add(self)
 
     @property
     def max_bytes(self) -> int:
-        """Maximum bytes of a packet."""
-        if self._is_stream:
-            return _STREAM_BYTES
-        return _UNIX_DATAGRAM_BYTES if self._path else _DATAGRAM_BYTES
+        return _STREAM_BYTES if self._is_stream else _UNIX_DATAGRAM_BYTES if self._path else _DATAGRAM_BYTES
 
     def send(self, lines: Sequence[bytes]) -> int:
         """Send one packet of ``lines``; return the number of lines sent, all unless the stream broke.
 
-        Raises:
-            OSError: If none was sent.
+        Raises `OSError` if none was sent.
         """
         try:
             connection = self._open()
@@ -101,7 +88,6 @@ class Transport:
             raise
 
     def close(self) -> None:
-        """Close the connection; the next `send` opens another."""
         connection, self._socket = self._socket, None
         if connection is not None:
             connection.close()

@@ -80,8 +80,7 @@ class TornadoScheduledReporter(Scheduled):
 
 class _LoopRun(Run):
     def __init__(self, reporter: Reporter, grid: Grid, loop: IOLoop) -> None:
-        self._reporter = reporter
-        self._grid = grid
+        self._reporter, self._grid = reporter, grid
         self._loop: Any = loop
         self._timer: Any = None
         self.pid = os.getpid()
