@@ -1,7 +1,6 @@
 """One view of a sketch, which answers questions such as quantiles.
 
-It costs nothing until it is asked: most readers want one of the two views of a sketch, and a few numbers of
-that.
+It costs nothing until it is asked: most readers want a few numbers of one of the two views of a sketch.
 """
 
 from __future__ import annotations

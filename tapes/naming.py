@@ -1,8 +1,7 @@
 """Names and labels: what is allowed, and how a label set is written.
 
 A name is dot-separated; each segment is a level of the tree that ``get_stats()`` returns. A label set is a
-tuple of ``(name, value)`` pairs sorted by name, so equal sets are equal tuples in whatever order they were
-written.
+tuple of ``(name, value)`` pairs sorted by name, so equal sets are equal tuples.
 """
 
 from __future__ import annotations

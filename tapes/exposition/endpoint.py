@@ -46,8 +46,8 @@ def answer(registry: Registry, accept: str = "", query: str = "") -> Answer:
 def refusal(method: str, authorization: str = "", allowed: bool | None = None) -> Answer | None:
     """Return the answer to a request that may not read the metrics; ``None`` if it may.
 
-    The decision of the application's guard is ``allowed``. Without a guard (``None``), the request must have
-    the token of `TOKEN_VARIABLE`, if that is set.
+    The application's guard decides what is ``allowed``. Without a guard (``None``), the request must have the
+    token of `TOKEN_VARIABLE`, if that is set.
     """
     if method not in ("GET", "HEAD"):
         status, headers, body = plain(405, "The metrics can only be read.")

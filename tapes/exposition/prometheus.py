@@ -96,8 +96,8 @@ def render(registry: Registry, *, openmetrics: bool = False) -> bytes:
     Raises:
         AggregatorUnavailable: If the registry is connected and the aggregator doesn't answer.
     """
-    form = "openmetrics" if openmetrics else "prometheus"
     session = registry.session.resolved_for_read()
+    form = "openmetrics" if openmetrics else "prometheus"
     return session.render(form, lambda snapshot, _: write(snapshot, openmetrics=openmetrics))
 
 

@@ -162,8 +162,7 @@ class Gauge(Metric):
     def set(self, value: Number) -> None:
         """Set the value, any number that a float can hold; a bad one is dropped, counted and logged.
 
-        Whole numbers of 2^63 and more become floats. Cost: a comparison and a store. Never raises, never
-        waits.
+        Whole numbers of 2^63 and more become floats. Cost: a comparison and a store. Never raises or waits.
         """
         if type(value) in (int, float) and -LIMIT < value < LIMIT:  # which NaN is not
             self._set = (value, self._clock() if self.mode == "last" else None)

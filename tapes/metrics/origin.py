@@ -2,8 +2,7 @@
 
 An aggregator without a journal gets from each worker everything that it ever counted, most of which an
 earlier aggregator had. A reporter of differences, such as StatsD's, must not send that again. So each count
-has a *baseline*: how much of it earlier aggregators had. Both parts merge, so the total of a service has them
-too.
+has a *baseline*: how much of it earlier aggregators had. Both parts merge, so a service's total has them.
 """
 
 from __future__ import annotations

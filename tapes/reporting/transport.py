@@ -2,8 +2,7 @@
 
 A datagram counts as sent if the system accepts it and reports no receiver missing (on one host it knows at
 once). Of a stream, the lines that the system accepts as a whole count as sent. Everything else raises, and
-the next send looks up the address again. A stream that the receiver has closed is noticed before the next
-send.
+the next send looks up the address again. A send first notices that the receiver has closed the stream.
 """
 
 from __future__ import annotations
