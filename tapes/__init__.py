@@ -14,11 +14,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from tapes import forks
+from tapes import forks, under_uwsgi
 from tapes.environment import configured_address, is_disabled, is_spawned, service_address, warn_if_unused
 from tapes.errors import TapesError, UnknownAttribute
 from tapes.meta import metered_meta
 from tapes.metrics import Counter, Gauge, Histogram, Meter, Timer
+from tapes.once import OnceLogger
 from tapes.registry import Registry, default_registry
 from tapes.session import LazySession, LocalSession
 from tapes.snapshot import Stats
@@ -125,15 +126,15 @@ def _distributed(module: str) -> Any:
 
 
 def _connect_as_configured() -> None:
-    address = service_address()
+    address = "" if under_uwsgi.is_master() else service_address()  # no thread may run when uWSGI forks
     if address:
         try:
             connect(address)
         except Exception as error:  # the import of the user's application must not fail
-            _log.warning("tapes can't connect as configured by the environment: %s", error)
+            _once.warning(str(error), "tapes can't connect as configured by the environment: %s", error)
 
 
-_log = logging.getLogger("tapes")
+_once = OnceLogger(logging.getLogger("tapes"))
 
 if configured_address():
     default_registry.use(LazySession(default_registry, _connect_as_configured))

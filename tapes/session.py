@@ -85,8 +85,11 @@ class Session:
         """Return whether the session is connected, as far as can be seen, to an aggregator that lives."""
         return False
 
+    def stay_local(self, connect_in_master: Connect | None = None) -> None:
+        """Called in the master of a server, which is not a worker; does nothing if it is connected."""
+
     def become_master(self, connect: Connect) -> None:
-        """Called in a process that has forked a worker of a server: if it records, ``connect`` it."""
+        """Called in a process that has forked a worker: ``connect`` is called if it records something."""
 
     def open(self) -> None:
         """Begin to publish, if that has not begun."""
@@ -162,8 +165,13 @@ class LocalSession(Session):
         self._looks = looks
         self._connect_in_master = connect_in_master
 
+    def stay_local(self, connect_in_master: Connect | None = None) -> None:
+        looks, connect = self.connect is not None, connect_in_master
+        self.registry.use(LocalSession(self.registry, self.connect, looks=looks, connect_in_master=connect))
+
     def become_master(self, connect: Connect) -> None:
-        self.registry.use(_MasterSession(self.registry, self.connect, connect))
+        if self.registry.session is self:
+            self.registry.use(_MasterSession(self.registry, self.connect, connect))
 
     def resolved_for_read(self) -> Session:
         session = self.resolved()
@@ -189,6 +197,8 @@ class LocalSession(Session):
         else:
             child = LazySession(self.registry, self.connect, sleeps=True)
             self.registry.use(child)
+            if self.registry.lineage.ancestors:  # which this process may be the last one to publish
+                shutdown.register(child._connect_now, shutdown.Phase.CONNECT)
             if address_for(self.registry):
                 child._open_shortly()
 
@@ -296,7 +306,13 @@ class _MasterSession(LazySession):
         super().__init__(registry, connect, connect_in_master, is_pending=False, sleeps=True)
         self._searches = True
 
+    def become_master(self, connect: Connect) -> None:
+        self._connect_when_used = connect
+        if self.registry.session is self and not (self.sleeps or self._is_connecting):
+            self._has_begun, self.sleeps = False, True  # an attempt to connect that has failed is made again
+            self.registry.use(self)
+
     def after_in_parent(self) -> None:
         super().after_in_parent()
-        if not self.sleeps and self._connect_when_used is not None:  # an attempt may have failed: try again
-            self.become_master(self._connect_when_used)
+        assert self._connect_when_used is not None
+        self.become_master(self._connect_when_used)

@@ -21,14 +21,16 @@ def is_master() -> bool:
     return uwsgi is not None and not uwsgi.worker_id()
 
 
-def after_worker_fork(action: Callable[[], None]) -> None:
-    """Have each worker call ``action`` when uWSGI has forked it, before the hooks that are set already."""
+def after_worker_fork(first: Callable[[], None], last: Callable[[], None] | None = None) -> None:
+    """Have each forked worker of uWSGI call ``first``, then the hook that is set already, then ``last``."""
     uwsgi: Any = sys.modules["uwsgi"]
     former = getattr(uwsgi, "post_fork_hook", None)
 
     def hook() -> None:
-        action()
+        first()
         if former is not None:
             former()
+        if last is not None:
+            last()
 
     uwsgi.post_fork_hook = hook

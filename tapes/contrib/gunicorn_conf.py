@@ -29,13 +29,12 @@ from collections.abc import Callable as _Callable
 from typing import Any as _Any
 
 import tapes as _tapes
-from tapes.session import LocalSession as _LocalSession
 
 __all__ = ["on_exit", "on_starting", "post_fork", "with_tapes", "worker_exit"]
 
 _registry = _tapes.default_registry
 # The master is no worker, whatever TAPES_ADDR says.
-_registry.use(_LocalSession(_registry, _registry.session.connect, looks=True))
+_registry.session.stay_local()
 
 
 def on_starting(server: _Any) -> None:
@@ -48,8 +47,7 @@ def on_starting(server: _Any) -> None:
 
         if is_disabled():
             return
-        connect = _registry.session.connect
-        _registry.use(_LocalSession(_registry, connect, looks=True, connect_in_master=_tapes.connect))
+        _registry.session.stay_local(connect_in_master=_tapes.connect)
         if not may_start():
             return
         from tapes.distributed.storage.runtime_directory import User

@@ -25,7 +25,6 @@ _log = logging.getLogger("tapes.contrib.uwsgi")
 
 
 def _join() -> None:
-    forks.detect_fork()  # uWSGI forks in C, where no hook of Python runs
     try:
         tapes.join()
         if not threads.can_run():  # nothing else publishes before the first request
@@ -34,7 +33,7 @@ def _join() -> None:
         _log.error("tapes: this worker can't join: %s", error)
 
 
-class _MasterSession(LocalSession):
+class _UnconnectedMaster(LocalSession):
     """The session of uWSGI's master: logs once that what it records after it has forked workers is lost.
 
     The master can't connect: a thread of tapes in it could hold a lock while uWSGI forks in C.
@@ -78,8 +77,9 @@ def _install(uwsgi: Any) -> None:
     if uwsgi.worker_id():
         _join()
     else:
-        tapes.default_registry.use(_MasterSession(uwsgi))  # the master is no worker
-        under_uwsgi.after_worker_fork(_join)
+        if not tapes.default_registry.session.is_connected:
+            tapes.default_registry.use(_UnconnectedMaster(uwsgi))  # the master isn't a worker
+        under_uwsgi.after_worker_fork(forks.detect_fork, _join)
 
 
 if "uwsgi" in sys.modules:

@@ -25,6 +25,7 @@ def connect(registry: Registry, addr: str | None) -> None:
         return
     endpoints = runtime_directory.current_place(resolve(addr))
     forks.detect_fork()
+    registry.session.is_pending = False  # a metric that a signal handler makes here does not connect
     with _connecting:
         session = registry.session
         if isinstance(session, ConnectedSession) and session.is_of_this_process:

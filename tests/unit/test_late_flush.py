@@ -9,13 +9,16 @@ from tapes.session import Session
 
 
 def test_the_goodbye_may_wait_for_a_thread_of_tapes_that_records():
-    """The publisher records how long it took. Its value is handed over after the goodbye."""
+    """What the publisher records while it ends is flushed after the goodbye, without a deadlock."""
     registry = tapes.Registry()
     counter = registry.counter("c")
     ended, handed_over = [], []
     late = LateSession(registry, None, lambda: handed_over.append(counter.collect().counted))
 
     class Connected(Session):
+        def woken(self):
+            return late.woken()
+
         def close(self):
             publisher = threads.NativeThread(counter.increment, "publisher")
             publisher.start()

@@ -161,3 +161,27 @@ def test_the_flush_at_the_end_of_requests_outlasts_the_session(registry):
     registry.session.flush_per_request = True
     registry.use(Connected(registry))
     assert registry.session.flush_per_request
+
+
+def test_a_master_that_forks_often_looks_for_its_service_once(registry, nowhere, monkeypatch):
+    """Further forks make no further thread and no further exit action."""
+    actions = []
+    monkeypatch.setattr("tapes.session.shutdown.register", lambda action, phase: actions.append(action))
+    registry.use(LocalSession(registry, connect_in_master=connecting(registry)))
+    counter = registry.counter("c")
+    registry.after_in_parent()
+    session = registry.session
+    for _ in range(10):
+        counter.increment()
+        registry.before_fork()
+        registry.after_in_parent()
+    assert registry.session is session
+    assert len(set(actions)) == 1
+
+
+def test_a_connected_registry_stays_connected_in_the_master_of_a_server(registry):
+    """Importing the configuration of gunicorn does not drop a session that is connected."""
+    session = Connected(registry)
+    registry.use(session)
+    session.stay_local()
+    assert registry.session is session

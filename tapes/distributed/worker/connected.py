@@ -96,6 +96,7 @@ class ConnectedSession(Session):
         self._aggregator = incarnation(endpoints)
         self._pid = os.getpid()
         self._gate = Gate()
+        self._late: LateSession | None = None
         self._was_open = False
         self._correlations = itertools.count(1)
         self._sockets = SocketPool(endpoints)
@@ -126,6 +127,8 @@ class ConnectedSession(Session):
 
     def woken(self) -> bool:
         """Publish the first values at once, or open in a thread; return that the metric stays awake."""
+        if self._late is not None:
+            return self._late.woken()
         if self.sleeps:
             self.sleeps = False
             if self._publisher is None:
@@ -187,14 +190,15 @@ class ConnectedSession(Session):
         self.flush_and_stop()
         _attached.discard(self)
         if self.registry.session is self:
-            self.registry.use(LocalSession(self.registry, self.connect))
+            self.registry.use(self._late or LocalSession(self.registry, self.connect))
         _hand_down()
 
     def leave(self) -> None:
-        if self.is_of_this_process:
+        if self.is_of_this_process and self._late is None:
             registry, endpoints = self.registry, self.endpoints
             flush = lambda: ConnectedSession(registry, endpoints).flush_and_stop()  # noqa: E731
-            LateSession(registry, self.connect, flush).begin(self)
+            self._late = LateSession(registry, self.connect, flush)
+            self._late.begin(self)
 
     def flush_and_stop(self) -> None:
         if not self.is_of_this_process:

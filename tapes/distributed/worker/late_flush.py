@@ -34,22 +34,25 @@ class LateSession(LocalSession):
         self._flush = flush
         self._lock = threads.RLock()
         self._is_busy = self._again = False
-        self._leaving: Session | None = None
         self._spent = self._ended = self._last = 0.0
 
     def begin(self, connected: Session) -> None:
         """Close ``connected``, and from then on flush each value; no value is recorded between the two."""
         with self._lock:
-            self._leaving = connected
-            self.registry.use(self)
+            connected.sleeps = True
+            self.registry.use(connected)  # whose `woken` calls this session's from now on
             self._run(connected.close)
-            self._leaving = None
+            if self.registry.session is connected:  # it could not be closed
+                self.registry.use(self)
+
+    def close(self) -> None:
+        """Do nothing: what is recorded after that is flushed too."""
 
     def resolved_for_read(self) -> Session:
         """Return the session of the registry: the one that is closing, or one that a read has connected."""
         with self._lock:  # a session that connected during a flush would have the identity that is flushed
             if self._is_busy:
-                return self._leaving or self
+                return self
             return super().resolved_for_read()
 
     def woken(self) -> bool:
