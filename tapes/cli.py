@@ -30,19 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "tapes connects to it. The aggregator exits 2 s after the last of them.",
         usage="tapes run [--http [HOST:]PORT] [--statsd ADDRESS] [--addr ADDR] -- COMMAND [ARGUMENT ...]",
     )
-    run.add_argument(
-        "--http", metavar="[HOST:]PORT", help="serve the metrics over HTTP; on loopback by default"
-    )
-    run.add_argument(
+    option = run.add_argument
+    option("--http", metavar="[HOST:]PORT", help="serve the metrics over HTTP; on loopback by default")
+    option(
         "--statsd",
         metavar="ADDRESS",
         help="report to StatsD every 10 s: [tcp://]HOST[:PORT] or unix:///PATH, "
         "with any of ?prefix=NAME&interval=SECONDS&tags=1",
     )
-    run.add_argument(
-        "--addr", help="the aggregator's address (default: TAPES_ADDR, or in a private directory)"
-    )
-    run.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=argparse.SUPPRESS)
+    option("--addr", help="the aggregator's address (default: TAPES_ADDR, or in a private directory)")
+    option("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     command = given.command[1:] if given.command[:1] == ["--"] else given.command
     if not command:

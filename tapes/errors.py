@@ -14,9 +14,8 @@
     ├── AggregatorUnavailable  RuntimeError      the aggregator can't be started, or did not answer in time
     └── WireError              ValueError        a message that is not one of ours
 
-Each is built from data and has the same four parts in the same order: what is wrong, what was got, what was
-expected, and what to do. Each also derives from the built-in exception that a caller who does not know tapes
-would catch.
+Each has the same four parts in the same order: what is wrong, what was got, what was expected, and what to
+do. Each also derives from the built-in exception that a caller who does not know tapes would catch.
 """
 
 from __future__ import annotations

@@ -124,8 +124,7 @@ class Makers(Faced):
         """Return the gauge with this name and these labels; make it if it does not exist.
 
         A gauge shows a level that rises and falls: queue length, open connections, memory in use. Record with
-        ``.set(value)``, ``.increment()`` or ``.decrement()``, or give it a producer. Use a counter for things
-        that happen.
+        ``.set(value)``, ``.increment()`` or ``.decrement()``, or by a producer. Use a counter for events.
 
         Args:
             name: The name.
@@ -187,11 +186,7 @@ class Makers(Faced):
 
 
 def check_prefix(prefix: str) -> str:
-    """Return what stands before the names of a registry with ``prefix``.
-
-    Raises:
-        InvalidName: If it can't stand there, or names would be those of metrics about tapes itself.
-    """
+    """Return what comes before the names of a registry with ``prefix``; raises InvalidName."""
     before = check_name(prefix) + "." if prefix else ""
     if before.startswith(_OWN):
         raise _taken(prefix)
@@ -206,12 +201,7 @@ def _taken(name: str) -> InvalidName:
 
 
 def _checked_call(kind: type[Metric], name: Any, misplaced: tuple[Any, ...], more: dict[str, Any]) -> Any:
-    """Return the name of a call; take it from ``more``, the labels by keyword, if it is there.
-
-    Raises:
-        InvalidCall: If there is no name, or a positional argument behind it.
-        InvalidLabel: If ``name`` is a label too.
-    """
+    """Return the name of a call, maybe from ``more``, its keywords; raises InvalidCall or InvalidLabel."""
     if name is not _NO_NAME:
         canonical_labels({}, {"name": more["name"]} if "name" in more else {})
     elif "name" in more:

@@ -49,10 +49,7 @@ def address_for(registry: Any) -> str:
 class Session:
     """How ``registry`` takes part in a service.
 
-    Attributes:
-        connect: How to connect in a forked child, and in a process that turns out to belong to a service.
-        sleeps: Whether the metrics sleep: the next recorded value calls `woken`.
-        flush_per_request: Whether adapters have to call `request_ended`, as no thread publishes in time.
+    ``connect`` connects a forked child, and a process that turns out to belong to a service.
     """
 
     is_connected = False  # whether an aggregator answers
@@ -62,8 +59,8 @@ class Session:
     def __init__(self, registry: Any, connect: Connect | None = None) -> None:
         self.registry = registry
         self.connect = connect
-        self.sleeps = False
-        self.flush_per_request = False
+        self.sleeps = False  # whether the metrics sleep: the next recorded value calls woken()
+        self.flush_per_request = False  # whether adapters have to call request_ended(): no thread publishes
         self._delayed: threads.Delayed | None = None
 
     def resolved(self) -> Session:
@@ -95,10 +92,7 @@ class Session:
         """Begin to publish, if that has not begun."""
 
     def request_ended(self, *, may_be_the_last: bool = False) -> None:
-        """Called by adapters at the end of a request: publishes, if nothing else does.
-
-        ``may_be_the_last``: the process may exit right after it without running a hook.
-        """
+        """Publish at the end of a request, if nothing else does; the process may exit after the last one."""
 
     def woken(self) -> bool:
         """Called when a sleeping metric has recorded a value; return whether the metric stays awake."""

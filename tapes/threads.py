@@ -126,8 +126,7 @@ def RLock() -> threading.RLock:  # noqa: N802 - it stands for the class
 class Monitor:
     """A re-entrant lock between threads, and waiting for a condition that it guards.
 
-    It polls the condition: a thread of the operating system can't notify a greenlet of eventlet that waits in
-    another one.
+    It polls the condition: a thread can't notify a greenlet of eventlet that waits in another thread.
     """
 
     def __init__(self) -> None:
@@ -142,7 +141,7 @@ class Monitor:
     def wait_for(self, condition: Callable[[], object], seconds: float) -> bool:
         """Wait until ``condition`` holds; return whether it does. The lock is free meanwhile."""
         lock: Any = self._lock
-        deadline, pauses = time.monotonic() + seconds, Backoff(0.0005, 0.01)
+        deadline, pauses = time.monotonic() + seconds, Backoff(0.0005, 0.01)  # seconds
         while not condition():
             if time.monotonic() > deadline:
                 return False

@@ -70,10 +70,7 @@ class Application:
             return None
 
     def has_route(self, paths: Iterable[str]) -> bool:
-        """Return whether the application has a route, or something mounted, at one of these paths.
-
-        Routes that match every path don't count.
-        """
+        """Return whether a route, other than one that matches every path, or a mount has one of ``paths``."""
         wanted = {path.rstrip("/") for path in paths} - {""}
         return any(template.rstrip("/") in wanted for template in self._templates())
 

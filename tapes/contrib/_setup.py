@@ -115,10 +115,7 @@ class Setup:
 
 
 def _is_same_request(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Return whether two environs or scopes belong to one request.
-
-    An application may call another one in its process with a copy, as a request for one part of a batch.
-    """
+    """Return whether two environs or scopes belong to one request, and not to a part of a batch within it."""
     return one is other or _method_and_path(one) == _method_and_path(other)
 
 

@@ -3,9 +3,8 @@
     app = TapesMiddleware(app)                # or app.add_middleware(TapesMiddleware)
 
 Pure ASGI 3: every message and every scope passes through unchanged, on asyncio and on trio. A request is
-timed from the call to the end of its last message, so background tasks are not part of it; exceptions are
-recorded and raised again. A websocket's handshake is a request with status 101; its connection has metrics of
-its own.
+timed from the call to the end of its last message, without background tasks; exceptions are recorded and
+raised again. A websocket's handshake is a request with status 101; its connection has metrics of its own.
 
 A worker joins its service at the latest when the lifespan starts, and leaves it when the lifespan ends. If
 the application does not support the lifespan, and there is a service to leave, the middleware answers it:
@@ -183,8 +182,6 @@ class TapesMiddleware:
 
 
 def _field(headers: list[tuple[bytes, bytes]], name: bytes, most: int | None = None) -> str:
-    """Return the value of a header, at most ``most`` bytes of each line.
-
-    Several lines of one name are one list (RFC 9110, section 5.3).
-    """
+    """Return the value of a header, at most ``most`` bytes of each line."""
+    # Several lines of one name are one list (RFC 9110, section 5.3).
     return b", ".join([value[:most] for key, value in headers if key.lower() == name]).decode("latin-1")

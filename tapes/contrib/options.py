@@ -56,11 +56,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def complete(options: Options) -> Options:
-    """Return ``options`` with the defaults of those that are missing.
-
-    Raises:
-        InvalidCall: If there is no option of a name.
-    """
+    """Return ``options`` with the defaults of those that are missing; raises InvalidCall for other names."""
     for name in options:
         if name not in DEFAULTS:
             from difflib import get_close_matches  # it is needed for this error alone

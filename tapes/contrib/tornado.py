@@ -45,8 +45,7 @@ def instrument(
     Records the timer ``http.server.request.duration`` {method, route, status} in seconds and the gauge
     ``http.server.active_requests``. The route is the pattern of the rule (``/users/(\d+)``), never the raw
     path; without one, the handler's name. The status 499 is a client that went away; 101 the handshake of a
-    websocket, which is neither slow nor active while it is open; 500 also an answer that an exception broke
-    off.
+    websocket, which is neither slow nor active while it is open; 500 also one that an exception broke off.
 
     Call it before the server forks or after; a worker process joins its service in the background. A second
     call changes nothing. Safe with event loops in many threads. ``TAPES_DISABLED=1`` turns it off.
