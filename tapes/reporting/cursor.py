@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from tapes.naming import Labels
@@ -61,18 +61,25 @@ class Unsaved(OSError):
 class Cursor:
     """What one receiver was sent of a registry; one report at a time reads and moves it.
 
+    Args:
+        may_lag: Returns whether counts may be missing that were sent before.
+        save: Saves a move for a later process; returns whether that was possible.
+
     Attributes:
-        may_lag: Whether counts may be missing that were sent before.
         skips_history: Whether everything counted so far is not to be sent.
     """
 
-    may_lag = False
     skips_history = False
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        may_lag: Callable[[], bool] = lambda: False,
+        save: Callable[[Mapping[Series, Sent | None]], bool] = lambda changes: True,
+    ) -> None:
+        self.may_lag = may_lag
+        self._save = save
         self._sent: dict[Series, Sent] = {}
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
+        self._lock, self._changing, self._pid = threading.Lock(), threading.Lock(), os.getpid()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[Mapping[Series, Sent]]:
@@ -81,8 +88,8 @@ class Cursor:
         Raises:
             TimeoutError: If another report takes longer than a second.
         """
-        if self._pid != os.getpid():  # forked: the thread that held the lock does not exist here
-            self._lock, self._pid = threading.Lock(), os.getpid()
+        if self._pid != os.getpid():  # forked: the thread that held the locks does not exist here
+            self._lock, self._changing, self._pid = threading.Lock(), threading.Lock(), os.getpid()
         if not self._lock.acquire(timeout=_WAIT_SECONDS):
             raise TimeoutError("another report to the same receiver is under way")
         try:
@@ -90,13 +97,19 @@ class Cursor:
         finally:
             self._lock.release()
 
+    def sent(self) -> dict[Series, Sent]:
+        """Return what was sent, between two moves; from any thread."""
+        with self._changing:
+            return dict(self._sent)
+
     def skip(self, changes: Mapping[Series, Sent | None]) -> None:
         """Move without sending; ``None`` forgets a series."""
-        for series, sent in changes.items():
-            if sent is None:
-                self._sent.pop(series, None)
-            else:
-                self._sent[series] = sent
+        with self._changing:
+            for series, sent in changes.items():
+                if sent is None:
+                    self._sent.pop(series, None)
+                else:
+                    self._sent[series] = sent
 
     def move(self, changes: Mapping[Series, Sent | None]) -> None:
         """Move because these counts are about to be sent.
@@ -104,8 +117,13 @@ class Cursor:
         Raises:
             Unsaved: If the move can't be saved; the counts wait for the next report then.
         """
-        self.skip(changes)
+        before = {series: self._sent.get(series) for series in changes}
+        self.skip(changes)  # first: a journal that is being written has the move or is followed by it
+        if not self._save(changes):
+            self.move_back(before)
+            raise Unsaved("the journal can't be written, so counts wait for the next report")
 
     def move_back(self, changes: Mapping[Series, Sent | None]) -> None:
-        """Move back to what was sent before, as these counts could not be sent."""
+        """Move back, as these counts could not be sent; if that can't be saved, a successor skips them."""
         self.skip(changes)
+        self._save(changes)

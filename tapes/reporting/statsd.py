@@ -136,7 +136,7 @@ class StatsdClient:
         registry = reporter.registry
         cursor = self._cursor(registry)
         with cursor.alone() as sent:
-            may_lag = cursor.may_lag  # of the snapshot, so it is read before
+            may_lag = cursor.may_lag()  # of the snapshot, so it is read before
             snapshot = Snapshot([])
             failure: Exception | None = None
             try:

@@ -1,4 +1,4 @@
-"""tapes.distributed.aggregator.cursors: however aggregators end, StatsD gets each count once."""
+"""tapes.reporting.cursor in an aggregator: however aggregators end, StatsD gets each count once."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_kill_between_a_move_and_its_packet_loses_that_packet_only(make_handle
     worker.count(10)
     worker.publish()
     with monkeypatch.context() as patch:
-        patch.setattr("tapes.distributed.aggregator.cursors._JournaledCursor.move_back", lambda *_: None)
+        patch.setattr("tapes.reporting.cursor.Cursor.move_back", lambda *_: None)
         statsd.is_up = False
         with pytest.raises(ConnectionRefusedError):
             statsd.get_report_of(first)

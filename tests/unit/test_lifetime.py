@@ -48,7 +48,7 @@ def test_a_joined_lifetime_lasts_as_long_as_any_process(process):
     assert not lease.expired(0.0, 0)
     ended(process)
     second = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    lease.keep_alive_for(processes.process_of(second.pid))
+    lease.attach(processes.host_id(), (processes.process_of(second.pid),))
     assert not lease.expired(100.0, 0)
     ended(second)
     second.communicate()

@@ -146,7 +146,7 @@ def test_an_old_journal_is_taken_over_if_a_process_of_this_namespace_lives(books
     if known_by == "owner":
         assert forks.this_process() in lease.owners
         assert Process(7, 7) not in lease.owners
-        assert [hello.host for hello in second._foreign_owners.requests()] == [ELSEWHERE, THIRD]
+        assert [hello.host for hello in second._lifetime.owners_elsewhere] == [ELSEWHERE, THIRD]
 
 
 def test_owners_of_other_namespaces_are_forgotten_when_they_have_left(books, short_dir):
@@ -157,10 +157,10 @@ def test_owners_of_other_namespaces_are_forgotten_when_they_have_left(books, sho
         first.answer(encode(Attach(1, ELSEWHERE, (worker.process,))))
         if number <= 2000:
             first.answer(worker.goodbye())
-    assert [len(hello.processes) for hello in first._foreign_owners.requests()] == [1000]
+    assert [len(hello.processes) for hello in first._lifetime.owners_elsewhere] == [1000]
     for number in range(3001, 5001):
         first.answer(encode(Attach(1, ELSEWHERE, (Process(number, number),))))
-    assert [len(hello.processes) for hello in first._foreign_owners.requests()] == [1000]
+    assert [len(hello.processes) for hello in first._lifetime.owners_elsewhere] == [1000]
 
 
 def test_workers_that_died_with_their_container_keep_their_counts(books, short_dir):

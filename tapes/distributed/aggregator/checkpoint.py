@@ -13,11 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from tapes import forks, processes
-from tapes.distributed.aggregator.cursors import Cursors
 from tapes.distributed.aggregator.entries import BEFORE_ALL, Source
 from tapes.distributed.aggregator.ledger import Ledger
-from tapes.distributed.aggregator.lifetime import ForeignOwners, Lifetime
-from tapes.distributed.aggregator.merged_view import OF_ONE_PROCESS, MergedView
+from tapes.distributed.aggregator.lifetime import Lifetime
+from tapes.distributed.aggregator.merged_view import MergedView
 from tapes.distributed.protocol import messages
 from tapes.distributed.protocol.messages import Item, Record, Update
 from tapes.distributed.storage.saved_journal import Saved
@@ -42,16 +41,12 @@ class Checkpoint:
         self,
         ledger: Ledger,
         view: MergedView,
-        cursors: Cursors,
         lifetime: Lifetime,
-        foreign_owners: ForeignOwners,
         configured: Mapping[str, str],
     ) -> None:
         self._ledger = ledger
         self._view = view
-        self._cursors = cursors
         self._lifetime = lifetime
-        self._foreign_owners = foreign_owners
         self._configured = tuple(configured.items())
         self._host = processes.host_id()
         self._identity = os.urandom(16)
@@ -69,11 +64,11 @@ class Checkpoint:
                 tuple(itertools.islice(reversed(self._ledger.exited), _MAX_REMEMBERED)),
                 dict(self._ledger.names.descriptions), self._ledger.slots.max_series,
             )  # fmt: skip
-        yield from self._foreign_owners.requests()
+        yield from self._lifetime.owners_elsewhere
         yield journal
         for items in _pieces(retired):
             yield messages.Retired(items)
-        yield from self._cursors.records()
+        yield from self._view.cursor_records()
 
     def records_of(self, identity: bytes) -> list[Record]:
         """Return the records of a worker; empty if it has exited."""
@@ -122,17 +117,10 @@ class Checkpoint:
         ledger = self._ledger
         journal = saved.journal
         self._configured = self._configured or journal.reporters
-        for owner in saved.owners(self._host):
-            self._lifetime.keep_alive_for(owner)
-        self._foreign_owners.add(journal.host, journal.owners)
+        self._lifetime.attach(journal.host, journal.owners)
         for attach in saved.attached:
-            self._foreign_owners.add(attach.host, attach.processes)
-        self._cursors.restore(
-            {
-                target: {series: sent for series, sent in counts.items() if series[0] not in OF_ONE_PROCESS}
-                for target, counts in saved.cursors.items()
-            }
-        )
+            self._lifetime.attach(attach.host, attach.processes)
+        self._view.restore_cursors(saved.cursors)
         with ledger.lock:
             ledger.retired = journal.retired
             ledger.exited = OrderedDict.fromkeys(reversed(journal.retired_lately))

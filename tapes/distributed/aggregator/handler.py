@@ -17,10 +17,9 @@ from tapes import forks, processes
 from tapes.clock import monotonic
 from tapes.distributed.aggregator.answers import Question
 from tapes.distributed.aggregator.checkpoint import Checkpoint
-from tapes.distributed.aggregator.cursors import Cursors
 from tapes.distributed.aggregator.entries import Source, Worker
 from tapes.distributed.aggregator.ledger import Ledger
-from tapes.distributed.aggregator.lifetime import ForeignOwners, Lifetime
+from tapes.distributed.aggregator.lifetime import Lifetime
 from tapes.distributed.aggregator.merged_view import JOURNAL_FAILED, LAG, MESSAGES, MergedView
 from tapes.distributed.aggregator.reaping import Reaper
 from tapes.distributed.protocol import messages
@@ -66,13 +65,9 @@ class Handler:
         self._host = processes.host_id()
         self._ledger = Ledger()
         self._reaper = Reaper(self._ledger)
-        self._foreign_owners = ForeignOwners(self._host)
-        cursors = Cursors(self._ledger, self._append)
-        self._view = MergedView(self._ledger, self.registry, cursors)
+        self._view = MergedView(self._ledger, self.registry, self._append)
         self.registry.use(self._view)
-        self._checkpoint = Checkpoint(
-            self._ledger, self._view, cursors, lifetime, self._foreign_owners, configured
-        )
+        self._checkpoint = Checkpoint(self._ledger, self._view, lifetime, configured)
         self.journal = JournalFile(
             endpoints, self._checkpoint.living, self._checkpoint.totals, self._note_journal_failed
         )
@@ -204,9 +199,7 @@ class Handler:
             case messages.HandOver():
                 return self._hand_over(request)
             case messages.Attach():
-                for process in request.processes if request.host == self._host else ():
-                    self._lifetime.keep_alive_for(process)
-                self._foreign_owners.add(request.host, request.processes)
+                self._lifetime.attach(request.host, request.processes)
                 self.journal.changed()
                 return Reply(number, "ok", b"")
             case messages.Goodbye():
@@ -266,7 +259,7 @@ class Handler:
         return complete
 
     def _retire(self, worker: Worker | Update) -> None:
-        self._foreign_owners.discard(worker.host, worker.process)
+        self._lifetime.detach(worker.host, worker.process)
         self._ledger.retire(worker.identity)
         self._reaper.forget(worker.identity)
 

@@ -4,12 +4,16 @@ An aggregator serves *owners* (the process that started it, a supervisor such as
 that attached) and the workers that publish to it. It watches all of them and lives until they have exited,
 and a grace period longer, as last updates may be on their way and another worker may be about to start.
 During the grace period it is *idle*: its reporters hold no port that the next start of the service needs.
+
+Owners in other pid namespaces can't be watched from here, so an aggregator does not stay for them. The
+journal keeps them, as the next aggregator may start in their namespace.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
+from tapes import processes
 from tapes.distributed.protocol.messages import Attach
 from tapes.processes import Process, ProcessWatch
 
@@ -37,9 +41,10 @@ class Lifetime:
         patience_seconds: float = _OWNED_PATIENCE_SECONDS,
         is_stoppable: bool = True,
     ) -> None:
+        self._host = processes.host_id()
         self._watches = {owner: ProcessWatch(owner) for owner in owners}
-        self._grace_seconds = grace_seconds
-        self._patience_seconds = patience_seconds
+        self._elsewhere: OrderedDict[tuple[str, Process], None] = OrderedDict()
+        self._grace_seconds, self._patience_seconds = grace_seconds, patience_seconds
         self._is_stoppable = is_stoppable
         self._stop_requested = False
         self._ownerless_since: float | None = None
@@ -54,7 +59,16 @@ class Lifetime:
 
     @property
     def owners(self) -> tuple[Process, ...]:
+        """The owners of this pid namespace."""
         return tuple(self._watches)
+
+    @property
+    def owners_elsewhere(self) -> list[Attach]:
+        """The requests by which owners of other pid namespaces attached, one for each namespace."""
+        by_host: dict[str, list[Process]] = {}
+        for host, process in self._elsewhere:
+            by_host.setdefault(host, []).append(process)
+        return [Attach(0, host, tuple(its_owners)) for host, its_owners in by_host.items()]
 
     @classmethod
     def joined(cls, *owners: Process) -> Lifetime:
@@ -67,11 +81,23 @@ class Lifetime:
         """End it as if the owners had exited; no effect on an aggregator that several processes share."""
         self._stop_requested = self._is_stoppable
 
-    def keep_alive_for(self, process: Process) -> None:
-        """Make ``process`` another owner, if the aggregator has owners."""
-        if self.has_owner and process not in self._watches:
-            self._watches[process] = ProcessWatch(process)
-            self._ownerless_since = self._idle_since = None
+    def attach(self, host: str, owners: tuple[Process, ...]) -> None:
+        """Make processes of ``host`` owners, too; of very many elsewhere the oldest are forgotten.
+
+        An aggregator without owners goes on without those of this namespace.
+        """
+        for owner in owners:
+            if host != self._host:
+                self._elsewhere[host, owner] = None
+            elif self.has_owner and owner not in self._watches:
+                self._watches[owner] = ProcessWatch(owner)
+                self._ownerless_since = self._idle_since = None
+        while len(self._elsewhere) > _MAX_ELSEWHERE:
+            self._elsewhere.popitem(last=False)
+
+    def detach(self, host: str, owner: Process) -> None:
+        """Forget an owner elsewhere, as it has exited."""
+        self._elsewhere.pop((host, owner), None)
 
     def expired(self, now: float, workers: int) -> bool:
         """Return whether it is over at ``now``, with that number of live workers."""
@@ -90,35 +116,3 @@ class Lifetime:
         if self._idle_since is not None and now - self._idle_since >= self._grace_seconds:
             return True
         return now - self._ownerless_since >= self._patience_seconds
-
-
-class ForeignOwners:
-    """Owners in other pid namespaces than this aggregator's.
-
-    They can't be watched from here, so this aggregator does not stay for them. The journal keeps them, as the
-    next aggregator may start in their namespace.
-
-    Args:
-        host: The pid namespace of this process; see `tapes.processes.host_id`.
-    """
-
-    def __init__(self, host: str) -> None:
-        self._host = host
-        self._owners: OrderedDict[tuple[str, Process], None] = OrderedDict()
-
-    def add(self, host: str, processes: tuple[Process, ...]) -> None:
-        """Remember ``processes`` of another ``host``, and forget the oldest ones if there are too many."""
-        for process in processes if host != self._host else ():
-            self._owners[host, process] = None
-        while len(self._owners) > _MAX_ELSEWHERE:
-            self._owners.popitem(last=False)
-
-    def discard(self, host: str, process: Process) -> None:
-        self._owners.pop((host, process), None)
-
-    def requests(self) -> list[Attach]:
-        """Return the requests by which they attached, one for each host."""
-        by_host: dict[str, list[Process]] = {}
-        for host, process in self._owners:
-            by_host.setdefault(host, []).append(process)
-        return [Attach(0, host, tuple(processes)) for host, processes in by_host.items()]
