@@ -28,19 +28,12 @@ _WAIT_SECONDS = 1.0
 
 
 class Sent(NamedTuple):
-    """A count at the time of a report.
+    """A count at the time of a report."""
 
-    Attributes:
-        value: What was added less what was taken away.
-        total: What was added.
-        baseline: How much of the value earlier aggregators had.
-        created: When the series began; 0 in an aggregator, where a series goes on when a worker removes it.
-    """
-
-    value: Number
-    total: Number
-    baseline: Number = 0
-    created: float = 0.0
+    value: Number  # what was added less what was taken away
+    total: Number  # what was added
+    baseline: Number = 0  # how much of the value earlier aggregators had
+    created: float = 0.0  # 0 in an aggregator, where a series goes on when a worker removes it
 
     def is_behind(self, last: Sent) -> bool:
         """Return whether it has less than ``last`` besides its baseline: some of the total is missing."""
@@ -55,7 +48,7 @@ class Sent(NamedTuple):
 
 
 class Unsaved(OSError):
-    """A move of a cursor can't be saved, so its counts must not be sent yet."""
+    """A move of a cursor can't be saved, so its counts wait for the next report."""
 
 
 class Cursor:
@@ -83,11 +76,7 @@ class Cursor:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[Mapping[Series, Sent]]:
-        """Keep other reports waiting; gives what was sent.
-
-        Raises:
-            TimeoutError: If another report takes longer than a second.
-        """
+        """Keep other reports waiting; gives what was sent. Raises `TimeoutError` after a second."""
         if self._pid != os.getpid():  # forked: the thread that held the locks does not exist here
             self._lock, self._changing, self._pid = threading.Lock(), threading.Lock(), os.getpid()
         if not self._lock.acquire(timeout=_WAIT_SECONDS):
@@ -112,11 +101,7 @@ class Cursor:
                     self._sent[series] = sent
 
     def move(self, changes: Mapping[Series, Sent | None]) -> None:
-        """Move because these counts are about to be sent.
-
-        Raises:
-            Unsaved: If the move can't be saved; the counts wait for the next report then.
-        """
+        """Move because these counts are about to be sent; raises `Unsaved`."""
         before = {series: self._sent.get(series) for series in changes}
         self.skip(changes)  # first: a journal that is being written has the move or is followed by it
         if not self._save(changes):

@@ -169,10 +169,10 @@ class StatsdClient:
 
     def _send(self, lines: list[_Line], cursor: Cursor, sent: Mapping[Series, Sent]) -> None:
         """Send a packet; the cursor moves first, and back over the lines that could not be sent."""
-        counts = [line for line in lines if line.series is not None]
-        before = {line.series: sent.get(line.series) for line in counts if line.series is not None}
-        if counts:
-            cursor.move({line.series: line.sent for line in counts if line.series is not None})
+        moves = {line.series: line.sent for line in lines if line.series is not None}
+        before = {series: sent.get(series) for series in moves}
+        if moves:
+            cursor.move(moves)
         done = 0
         try:
             done = self._transport.send([line.text for line in lines]) if lines else 0
@@ -191,9 +191,8 @@ class StatsdClient:
         may_lag: bool,
     ) -> list[_Line]:
         """Return what counts have grown since the last report; the cursor follows those that have not."""
-        skipped: dict[Series, Sent | None] = {}
-        if not may_lag:
-            skipped = dict.fromkeys(sent.keys() - counts.keys())  # removed
+        removed = () if may_lag else sent.keys() - counts.keys()
+        skipped: dict[Series, Sent | None] = dict.fromkeys(removed)
         lines = []
         for series, (field, count) in counts.items():
             last = sent.get(series)

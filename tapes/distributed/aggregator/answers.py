@@ -8,6 +8,7 @@ timeout.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -23,12 +24,7 @@ _SIGN_SECONDS = TIMEOUT_SECONDS / 3
 
 
 class Question(NamedTuple):
-    """A read that was entered and waits for its answer.
-
-    Attributes:
-        what: As in `tapes.distributed.protocol.messages.Read`.
-        correlation: The number of the request.
-    """
+    """A read that was entered and waits for its answer; with the fields of a `Read`."""
 
     what: str
     correlation: int
@@ -52,8 +48,8 @@ class Answers:
         self._render = render
         self._wake = wake
         self._waiting: deque[_Waiting] = deque()
-        self._ready: deque[tuple[list[bytes], bytes]] = deque()
         self._rendering: list[_Waiting] = []
+        self._ready: deque[tuple[list[bytes], bytes]] = deque()
         self._sign_due = 0.0
         self._is_stopped = False
         self._thread: NativeThread | None = None
@@ -64,11 +60,8 @@ class Answers:
         self._waiting.append(_Waiting(route, question, monotonic() + MAX_WAIT_SECONDS))
         if self._thread is None and can_run():
             thread = NativeThread(self._run, "tapes-answers")
-            try:
+            with contextlib.suppress(RuntimeError):  # no thread can be started: the loop renders
                 thread.start()
-            except RuntimeError:  # no thread can be started: the loop renders
-                pass
-            else:
                 self._thread = thread
         if self._thread is None:
             self._answer_next()

@@ -31,22 +31,12 @@ _MAX_REMEMBERED = 10_000
 
 
 class Checkpoint:
-    """What an aggregator knows, as messages.
-
-    Args:
-        configured: The configuration of the reporters, if that came from the environment.
-    """
+    """What an aggregator knows, as messages; ``configured`` is described in `.handler.Handler`."""
 
     def __init__(
-        self,
-        ledger: Ledger,
-        view: MergedView,
-        lifetime: Lifetime,
-        configured: Mapping[str, str],
+        self, ledger: Ledger, view: MergedView, lifetime: Lifetime, configured: Mapping[str, str]
     ) -> None:
-        self._ledger = ledger
-        self._view = view
-        self._lifetime = lifetime
+        self._ledger, self._view, self._lifetime = ledger, view, lifetime
         self._configured = tuple(configured.items())
         self._host = processes.host_id()
         self._identity = os.urandom(16)
@@ -71,10 +61,9 @@ class Checkpoint:
         yield from self._view.cursor_records()
 
     def records_of(self, identity: bytes) -> list[Record]:
-        """Return the records of a worker; empty if it has exited."""
         with self._ledger.lock:
             account = self._ledger.accounts.get(identity)
-            if account is None:
+            if account is None:  # it has exited
                 return []
             worker = account.worker
             items, seqs = [], []
@@ -93,29 +82,21 @@ class Checkpoint:
         """Yield the records that a journal needs at once, after ``update`` was entered.
 
         The successor has to wait for new workers. It also needs their baselines, as what a worker sends to it
-        includes what this aggregator had.
-
-        Args:
-            update: The update.
-            before: The sources of the sender and its ancestors before it.
+        includes what this aggregator had. ``before`` has the sources of the sender and its ancestors before.
         """
         for identity, source in before.items():
             now = self._ledger.source_of(identity)
             if now is None or now is source or source is Source.JOURNAL:
                 continue
-            is_simple = source is None and identity == update.identity
-            if is_simple and not any(
-                getattr(item.state, "origin", NOWHERE).baseline for item in update.items
-            ):
+            baselines = (getattr(item.state, "origin", NOWHERE).baseline for item in update.items)
+            if source is None and identity == update.identity and not any(baselines):
                 head = update._replace(seq=1, base=0, items=[], descriptions={}, ancestors=())
                 yield Record(head, False, now)
             else:
                 yield from self.records_of(identity)
 
     def restore(self, saved: Saved) -> None:
-        """Continue what another aggregator saved."""
-        ledger = self._ledger
-        journal = saved.journal
+        ledger, journal = self._ledger, saved.journal
         self._configured = self._configured or journal.reporters
         self._lifetime.attach(journal.host, journal.owners)
         for attach in saved.attached:
@@ -136,9 +117,8 @@ class Checkpoint:
     def _restore_retired(self, item: Item) -> None:
         state: Any = item.state
         names, slots = self._ledger.names, self._ledger.slots
-        if names.kind_of(item.name) not in (None, item.kind) or (
-            item.kind == "gauge" and state.mode != "last"
-        ):
+        is_other_gauge = item.kind == "gauge" and state.mode != "last"
+        if names.kind_of(item.name) not in (None, item.kind) or is_other_gauge:
             return
         names.enter(item.name, item.kind, BEFORE_ALL)
         entry = slots.entries[slots.take((item.name, item.labels), item.kind)]

@@ -43,12 +43,10 @@ class Handler:
     """Keeps the ledger of an aggregator at ``endpoints``.
 
     Args:
-        endpoints, lifetime: Of the aggregator.
         configured: The configuration of its reporters, if that came from the environment.
 
     Attributes:
         registry: The registry that reporters read: the merged view.
-        journal: Its journal.
         hands_over: Whether it was asked to make room for a newer version.
         is_successor: Whether it began with the journal of another aggregator.
         reports_due: Whether reporters have to report now, as no worker is alive any more, or as a `Flush`
@@ -73,19 +71,15 @@ class Handler:
         )
         self.inheritance = self._checkpoint.inheritance
         self._spool = Spool(endpoints)
-        self._journal_fails = False
-        self._is_unreported = False
+        self._journal_fails = self._is_unreported = False
         self._messages = self.registry.own(Counter, MESSAGES)
         self._lag = self.registry.own(Timer, LAG)
 
     def restore(self) -> dict[str, str]:
         """Begin with the journal of the aggregator before this one, if its service is still alive.
 
-        Returns:
-            The configuration of that aggregator's reporters, if that came from the environment.
-
-        Raises:
-            AddressError: If there is another file in the place of the journal.
+        Returns the configuration of its reporters, if that came from the environment. Raises `AddressError`
+        if there is another file in the place of the journal.
         """
         try:
             saved = self.journal.read()
@@ -130,21 +124,16 @@ class Handler:
             self._lag.update(max(0.0, (forks.now_ns() - update.seq) / 1e9))
 
     def answer(self, data: bytes) -> bytes | Question | None:
-        """Return the answer to a request.
+        """Return the answer to a request; or the question that `render` has to answer.
 
-        Returns:
-            The answer; or the question that `render` has to answer; or ``None`` if the request has to be
-            passed again when no worker is awaited.
+        ``None`` means that the request has to be passed again when no worker is awaited.
         """
         self._messages.increment()
         try:
             request = decode(data)
             if not isinstance(request, Request):
-                raise WireError(
-                    "a request",
-                    got=type(request).__name__,
-                    expected="Read, Attach, Goodbye, Flush or HandOver",
-                )
+                expected = "Read, Attach, Goodbye, Flush or HandOver"
+                raise WireError("a request", got=type(request).__name__, expected=expected)
             if self.awaited and isinstance(request, messages.Read) and request.what != messages.NOTHING:
                 return None
             reply = self._reply(request, data)
@@ -186,10 +175,8 @@ class Handler:
         return len(workers.keys() - exited)
 
     def _report_if_alone(self, living: Iterable[Worker]) -> None:
-        """Have reporters report if something has changed since the last time, and no worker is alive.
-
-        Ancestors don't count: all that they recorded is known, and some live as long as the service.
-        """
+        """Have reporters report if something has changed since the last time, and no worker is alive."""
+        # Ancestors don't count: all that they recorded is known, and some live as long as the service.
         if self._is_unreported and all(worker.is_ancestor for worker in living):
             self.reports_due, self._is_unreported = True, False
 
@@ -245,12 +232,8 @@ class Handler:
         for record in self._checkpoint.news_of(update, before):
             self._append(record)
         for name in refused:
-            self.registry.reject(
-                name,
-                (),
-                name,
-                "workers differ in its kind or in how it merges; the newest one is right",
-            )
+            why = "workers differ in its kind or in how it merges; the newest one is right"
+            self.registry.reject(name, (), name, why)
         if complete:
             self.awaited.discard(update.identity)
         self._reaper.note_update(update)
@@ -277,6 +260,5 @@ class Handler:
             self._journal_fails = True
             _log.warning(
                 "tapes can't write its journal (%s): if the aggregator is killed now, the counts of workers "
-                "that have exited are lost; it keeps trying, and logs this only once",
-                error,
-            )
+                "that have exited are lost; it keeps trying, and logs this only once", error,
+            )  # fmt: skip

@@ -3,9 +3,9 @@
 Theory. States are cumulative, so applying an update is replacement: per series, the state with the highest
 sequence number counts, and messages may be lost, repeated or overtaken. The series of an exited worker are
 added to the retired total once. Its identity is remembered, so later updates of it change nothing. Gauges go
-with their worker, except those that merge as ``last``: of these the newest value stays. Series are merged
-at a read, and the result is kept until an update touches it. So memory and the cost of a read
-depend on live workers and series, not on how many workers there ever were.
+with their worker, except those that merge as ``last``: of these the newest value stays. Series are merged at
+a read, and the result is kept until an update touches it. So memory and the cost of a read depend on live
+workers and series, not on how many workers there ever were.
 
 The records of ancestors are entered as if the ancestors had sent them: they have accounts like any other
 worker, marked as ancestors. Where workers differ in the kind of a metric, or in how a gauge merges, as in a
@@ -13,8 +13,8 @@ rolling deploy, the most recently started worker wins. A name has at most as man
 generous worker allows; further ones are added up in one series labelled ``overflow="true"``, apart for each
 live worker.
 
-The ledger does no I/O and knows no clock. One lock makes it safe to read from reporters' threads. How it is
-written into a journal and restored is in `.checkpoint`.
+The ledger does no I/O and knows no clock. One lock makes it safe to read from reporters' threads. `.entries`
+has its parts; how it is written into a journal and restored is in `.checkpoint`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from tapes.distributed.aggregator import entries
-from tapes.distributed.aggregator.entries import Account, Key, Source, Worker
-from tapes.distributed.aggregator.names import Agreement, Names
-from tapes.distributed.aggregator.series_slots import SeriesSlots
+from tapes.distributed.aggregator.entries import Account, Agreement, Key, Names, SeriesSlots, Source, Worker
 from tapes.distributed.protocol.messages import Descriptions, Item, Merged, Update
 from tapes.metrics.origin import with_baseline
 from tapes.snapshot import Family, Snapshot
@@ -43,8 +41,6 @@ class Ledger:
     Attributes:
         lock: Held while the accounts and the slots are read or changed.
         accounts: By identity, the workers that have not exited.
-        slots: The series.
-        names: What is known of their names.
         exited: The identities of exited workers, the last ones last.
         retired: Number of exited workers.
         unconfirmed: Workers from a journal that have sent nothing since: their newest counts may be missing.
@@ -53,11 +49,10 @@ class Ledger:
     def __init__(self) -> None:
         self.lock = RLock()
         self.accounts: dict[bytes, Account] = {}
-        self.slots = SeriesSlots()
+        self.slots, self.names = SeriesSlots(), Names()
         self.exited: OrderedDict[bytes, None] = OrderedDict()
         self.retired = 0
         self.unconfirmed: set[bytes] = set()
-        self.names = Names()
         self._numbers = itertools.count()
         self._entries = self.slots.entries
         self._memory: dict[str, Any] = {}
@@ -76,8 +71,7 @@ class Ledger:
     def ancestors(self) -> set[bytes]:
         """Return the identities of the ancestors of live workers."""
         with self.lock:
-            living = (account.ancestors for account in self.accounts.values() if not account.dead)
-            return set().union(*living)
+            return set().union(*(a.ancestors for a in self.accounts.values() if not a.dead))
 
     def apply(self, update: Update, source: Source = Source.DIRECT) -> tuple[bool, list[str]]:
         """Enter a worker's update.
@@ -121,8 +115,7 @@ class Ledger:
             self.exited[identity] = None
             if len(self.exited) > _MAX_REMEMBERED:
                 self.exited.popitem(last=False)
-            for key in list(account.slots):
-                slot = account.slots[key]
+            for key, slot in list(account.slots.items()):
                 if self._outlives(slot):
                     entry = self._entries[slot]
                     entry.retire(entry.by_worker[identity, key[1]])
@@ -131,41 +124,50 @@ class Ledger:
     def source_of(self, identity: bytes) -> Source | None:
         """Return the best source of a worker's updates; ``None`` if it is unknown."""
         with self.lock:
-            account = self.accounts.get(identity)
-            if account is None:
-                return Source.JOURNAL if identity in self.exited else None
-            return account.source
+            if identity in self.accounts:
+                return self.accounts[identity].source
+            return Source.JOURNAL if identity in self.exited else None
 
     def former_selves(self, update: Update) -> list[bytes]:
-        """Return the workers whose process runs another program by now; see `entries.former_selves`."""
+        """Return the identities of workers whose process runs another program by now, as ``update`` shows.
+
+        The newest update of that process shows its program; that may be an earlier one than ``update``.
+        """
+        process = (update.process, update.host)
         with self.lock:
-            return entries.former_selves(self.accounts.values(), update)
+            same = [a for a in self.accounts.values() if (a.worker.process, a.worker.host) == process]
+            now = max(same, key=lambda account: account.known).worker.program if same else 0
+            return [a.worker.identity for a in same if now != 0 and a.worker.program not in (0, now)]
 
     def merged(self, tick: int, own: Iterable[Item] = (), described: Descriptions | None = None) -> Merged:
         """Return the states of the whole service, with the aggregator's ``own`` series."""
-        with self.lock:
-            groups = self.slots.merged(entries.worker_names(self.accounts.values()), own)
-            items = [
-                Item(kind, name, labels, state)
-                for name, (kind, every_labels, states) in groups.items()
-                for labels, state in zip(every_labels, states)
-            ]
-            return Merged(tick, items, {**self.names.descriptions, **(described or {})})
+        groups, texts = self._merged(own, described)
+        items = [
+            Item(kind, name, labels, state)
+            for name, (kind, every_labels, states) in groups.items()
+            for labels, state in zip(every_labels, states)
+        ]
+        return Merged(tick, items, texts)
 
     def snapshot(
         self, tick: int, own: Iterable[Item] = (), described: Descriptions | None = None
     ) -> Snapshot:
         """Return a snapshot of the whole service as of ``tick``, with the aggregator's ``own`` series."""
-        with self.lock:
-            groups = self.slots.merged(entries.worker_names(self.accounts.values()), own)
-            texts = {**self.names.descriptions, **(described or {})}
+        groups, texts = self._merged(own, described)
         families = [
-            Family(name, group[0], texts.get(name), *group[1:], tick) for name, group in groups.items()
+            Family(name, kind, texts.get(name), every_labels, states, tick)
+            for name, (kind, every_labels, states) in groups.items()
         ]
         return Snapshot(families, self._memory)
 
+    def _merged(
+        self, own: Iterable[Item], described: Descriptions | None
+    ) -> tuple[dict[str, entries.Group], Descriptions]:
+        with self.lock:
+            groups = self.slots.merged(entries.worker_names(self.accounts.values()), own)
+            return groups, {**self.names.descriptions, **(described or {})}
+
     def account(self, update: Update, is_ancestor: bool) -> Account:
-        """Return the account of the sender of ``update``; a new one, if it is unknown."""
         account = self.accounts.get(update.identity)
         if account is None or (account.worker.is_ancestor and not is_ancestor):
             worker = Worker(update.identity, update.process, update.host, is_ancestor, update.program)
@@ -237,7 +239,7 @@ class Ledger:
         return agrees
 
     def drop(self, account: Account, key: Key) -> None:
-        """Forget one series of a worker, and its slot if nothing else is in it."""
+        """Forget a series of a worker, and its slot if nothing else is in it."""
         slot = account.slots.pop(key)
         del account.seqs[key]
         entry = self._entries[slot]
@@ -250,8 +252,7 @@ class Ledger:
 
         Call it after a whole update, as a name may merge as ``last`` in some of its series only.
         """
-        names = self.names.maybe_former_lasts()
-        if not names:
+        if not (names := self.names.maybe_former_lasts()):
             return
         for account in self.accounts.values():
             for key, slot in list(account.slots.items()) if account.dead else ():

@@ -48,7 +48,6 @@ def _fail(readiness: Readiness, text: str) -> int:
 
 
 def _settle(aggregator: Aggregator) -> None:
-    """Prepare a process of an aggregator for many workers, and name it for ``ps``."""
     set_title(f"tapes aggregator {aggregator.title}")
     gc.set_threshold(50_000, 20, 50)  # states have no cycles, and there are many of them
     sys.setswitchinterval(0.0005)  # rendering must not hold up the loop
@@ -58,10 +57,7 @@ def _settle(aggregator: Aggregator) -> None:
 
 
 def serve(address: str, pid: str, started: str, reason: str, uid: str, gid: str, ready_fd: str) -> None:
-    """Be the aggregator that `tapes.distributed.supervision.launch` starts.
-
-    The calling process ends at once.
-    """
+    """Be the aggregator that `.supervision.launch` starts; the calling process ends at once."""
     starter, readiness = os.getpid(), Readiness((-1, int(ready_fd)))
     try:
         child = os.fork()

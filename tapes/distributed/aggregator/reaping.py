@@ -1,4 +1,4 @@
-"""Which workers have exited: by their pids, or, in another pid namespace, by their silence.
+"""Which workers have exited: by their pids, or, in another pid namespace, by the heartbeat timeout.
 
 A worker that has exited is *dead* for a while before it is retired: its last update may still be on its way,
 and a child that was forked from it may bring a record of it. An ancestor stays for as long as a live worker
@@ -23,8 +23,6 @@ _MAX_DEAD = 1000
 
 
 class Reaper:
-    """Watches the workers of ``ledger``."""
-
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._host = processes.host_id()
@@ -49,7 +47,6 @@ class Reaper:
         return exited
 
     def has_exited(self, worker: Worker, now: float) -> bool:
-        """Return whether a worker has exited; in another pid namespace, whether its heartbeat timed out."""
         identity = worker.identity
         if identity in self._replaced:
             return True
@@ -84,6 +81,5 @@ class Reaper:
         self._dead.pop(identity, None)
         self._last_updates.pop(identity, None)
         self._replaced.discard(identity)
-        watch = self._watches.pop(identity, None)
-        if watch is not None:
-            watch.close()
+        if identity in self._watches:
+            self._watches.pop(identity).close()

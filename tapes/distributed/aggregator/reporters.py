@@ -32,31 +32,11 @@ _log = logging.getLogger("tapes.distributed")
 
 
 class Demand:
-    """A demand for a report of every reporter, and how long to wait for them."""
+    """A demand for a report of every reporter: when it is over, and the reports once they are under way."""
 
-    def __init__(self, now: float, wake: Callable[[], None]) -> None:
-        self._ends = now + _REPORT_SECONDS
-        self._wake = wake
-        self._reported: list[threading.Event] | None = None
-
-    @property
-    def was_made(self) -> bool:
-        return self._reported is not None
-
-    def make(self, reporters: Sequence[Reporter]) -> None:
-        self._reported = [threading.Event() for _ in reporters]
-        for reporter, reported in zip(reporters, self._reported):
-            reporter._report_now(lambda reported=reported: self._note(reported))  # type: ignore[misc]
-
-    def is_over(self, now: float) -> bool:
-        """Return whether all have reported, or took too long."""
-        return now >= self._ends or (
-            self._reported is not None and all(reported.is_set() for reported in self._reported)
-        )
-
-    def _note(self, reported: threading.Event) -> None:
-        reported.set()
-        self._wake()
+    def __init__(self, now: float) -> None:
+        self.ends = now + _REPORT_SECONDS
+        self.reported: list[threading.Event] | None = None
 
 
 class Reports:
@@ -75,11 +55,7 @@ class Reports:
         self._gives_up = 0.0
 
     def begin(self, reporters: Sequence[Reporter], registry: Registry, now: float) -> bool:
-        """Start ``reporters`` with ``registry``; return whether all have started.
-
-        Raises:
-            Exception: As `have_started`.
-        """
+        """Start ``reporters`` with ``registry``; return and raise as `have_started` does."""
         for reporter in reporters:
             reporter.registry = registry
         self._waiting = list(reporters)
@@ -89,8 +65,7 @@ class Reports:
     def have_started(self, now: float) -> bool:
         """Try to start those that have not started; return whether all have.
 
-        Raises:
-            Exception: What `start` raised, if a port was in use for too long, or for any other reason.
+        Raises what `start` raised, if a port was in use for too long, or for any other reason.
         """
         for reporter in list(self._waiting):
             try:
@@ -105,15 +80,26 @@ class Reports:
 
     def demand(self, now: float) -> Demand:
         """Have all reporters report; return a demand that is over when they have."""
-        demand = Demand(now, self._wake)
+        demand = Demand(now)
         self.is_met(demand, now)
         return demand
 
     def is_met(self, demand: Demand, now: float) -> bool:
-        """Return whether a demand is over; pass it on if it came before the reporters could start."""
-        if self._begun and not demand.was_made:
-            demand.make(self._started)
-        return demand.is_over(now)
+        """Return whether all have reported, or took too long; they begin once they have started."""
+        if self._begun and demand.reported is None:
+            demand.reported = list(map(self._report, self._started))
+        return now >= demand.ends or (
+            demand.reported is not None and all(e.is_set() for e in demand.reported)
+        )
+
+    def _report(self, reporter: Reporter) -> threading.Event:
+        def note() -> None:
+            reported.set()
+            self._wake()
+
+        reported = threading.Event()
+        reporter._report_now(note)
+        return reported
 
     def pause(self) -> None:
         for reporter in self._started:

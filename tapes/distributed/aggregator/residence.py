@@ -42,16 +42,7 @@ class Ends(Enum):
 
 
 class Residence:
-    """The files of the aggregator at ``endpoints``.
-
-    Args:
-        handler: Has the journal.
-        restartable, supervised: See `tapes.distributed.storage.locks.Lock`.
-
-    Attributes:
-        endpoints: Where the aggregator is by now.
-        updates, requests: Its sockets, once they are bound.
-    """
+    """The files of an aggregator; ``endpoints`` is where it is by now."""
 
     updates: zmq.Socket[bytes]
     requests: zmq.Socket[bytes]
@@ -81,8 +72,7 @@ class Residence:
     def keep_out(self) -> bool:
         """Keep processes from starting an aggregator until `clear`; return whether none does so just now.
 
-        Raises:
-            AddressError: If the directory does not exist any more.
+        Raises `AddressError` if the directory does not exist any more.
         """
         ourselves = runtime_directory.User.ourselves()
         is_held = self._start_lock.enter_context(start_lock(self.endpoints, ourselves, wait=False))
@@ -112,12 +102,8 @@ class Residence:
             runtime_directory.clear(self.endpoints)
 
     def look_after(self) -> bool:
-        """Make removed files again: all of them if the lock was removed, else those that are missing.
-
-        Returns:
-            Whether it has handed over to another aggregator instead.
-        """
-        if self._lock.is_lost:
+        """Make removed files again; return whether it has handed over to another aggregator instead."""
+        if self._lock.is_lost:  # so are all others
             return self._settle_again()
         self._handler.journal.look_after_files()
         if not all(map(os.path.lexists, self.endpoints.files)):
@@ -140,10 +126,8 @@ class Residence:
         except (TapesError, zmq.ZMQError) as error:
             _log.warning("tapes can't hand over to the aggregator at %s yet: %s", heir.publish, error)
             return False
-        _log.warning(
-            "tapes found the files beside %s removed, and handed over to %s",
-            self.endpoints.publish, heir.publish,
-        )  # fmt: skip
+        here = self.endpoints.publish
+        _log.warning("tapes found the files beside %s removed, and handed over to %s", here, heir.publish)
         return True
 
     def _settle_at(self, place: Endpoints) -> bool:
@@ -165,10 +149,10 @@ class Residence:
                 self._lock = lock
         except (OSError, TapesError):
             return False
+        here = self.endpoints.publish
         _log.warning(
-            "tapes found the files beside %s removed, and made them again at %s",
-            self.endpoints.publish, place.publish,
-        )  # fmt: skip
+            "tapes found the files beside %s removed, and made them again at %s", here, place.publish
+        )
         self.endpoints = place
         self._handler.settle(place)
         return True

@@ -64,13 +64,9 @@ class Aggregator:
     """An aggregator at ``endpoints`` with ``reporters``.
 
     Args:
-        endpoints, reporters, lifetime: See above.
-        reason: Why it was started, for the log.
+        reason: Why it was started, for the log and the ``title``.
         configured: The configuration of the reporters, if that came from the environment; for the successor.
         supervised: Whether its parent process restarts it if it is killed.
-
-    Attributes:
-        title: Its address and why it was started.
     """
 
     def __init__(
@@ -85,8 +81,7 @@ class Aggregator:
     ) -> None:
         self._reporters = reporters
         self._lifetime = lifetime
-        self._reason = reason and f", started for {reason}"
-        self.title = endpoints.publish + self._reason
+        self.title = endpoints.publish + (reason and f", started for {reason}")
         self._handler = Handler(endpoints, lifetime, configured)
         self._residence = Residence(
             endpoints, self._handler, restartable=lifetime.is_joined, supervised=supervised
@@ -101,13 +96,9 @@ class Aggregator:
         self._wake_sender.setblocking(False)
 
     def run(self, ready: Callable[[], None] = lambda: None) -> None:
-        """Serve until the lifetime is over.
+        """Serve until the lifetime is over; call ``ready`` once all is bound and reporters have started.
 
-        Args:
-            ready: Called once everything is bound and reporters have started.
-
-        Raises:
-            AddressInUse, AddressError: If an address can't be bound; nothing is left behind.
+        Raises `AddressInUse` or `AddressError` if an address can't be bound; nothing is left behind.
         """
         with contextlib.ExitStack() as stack:
             stack.callback(self._wake_receiver.close)
@@ -277,12 +268,9 @@ class Aggregator:
         answer = self._handler.answer(request)
         if answer is None:
             self._deferred.append((route, request))
-            return
-        if isinstance(answer, Question):
+        elif isinstance(answer, Question):
             self._answers.put(route, answer)
-            return
-        demand = self._demand_reports(monotonic())
-        if demand is None:
+        elif (demand := self._demand_reports(monotonic())) is None:
             self._send([*route, answer])
         else:
             self._held.append((demand, [*route, answer]))
@@ -309,12 +297,13 @@ def _signals(stop: Callable[[], None], ignores_terminal: bool, wakeup_fd: int) -
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    terminal = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    handlers: dict[int, Any] = dict.fromkeys(
-        terminal, signal.SIG_IGN if ignores_terminal else lambda *_: stop()
-    )
-    handlers[signal.SIGTERM] = lambda *_: stop()
-    handlers[signal.SIGCHLD] = signal.SIG_DFL
+
+    def end(*_: object) -> None:
+        stop()
+
+    of_terminal = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    handlers: dict[int, Any] = dict.fromkeys(of_terminal, signal.SIG_IGN if ignores_terminal else end)
+    handlers |= {signal.SIGTERM: end, signal.SIGCHLD: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     wakeup = signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)
     try:

@@ -21,15 +21,7 @@ from tapes.distributed.protocol.messages import Item, Message, Update
 from tapes.distributed.protocol.unpacker import Unpacker, check
 from tapes.errors import WireError
 from tapes.ewma import Rates
-from tapes.metrics import (
-    MERGE_MODES,
-    CounterState,
-    GaugeState,
-    HistogramState,
-    MeterState,
-    State,
-    TimerState,
-)
+from tapes.metrics import MERGE_MODES, CounterState, GaugeState, HistogramState, MeterState, State, TimerState
 from tapes.metrics.origin import Origin
 from tapes.naming import Labels, canonical_labels, check_name
 from tapes.processes import Process
@@ -252,31 +244,25 @@ def _processes(read: Unpacker) -> tuple[Process, ...]:
     return tuple(read.each(_process, _MAX_PROCESSES))
 
 
-def _fields_of_update(
-    read: Unpacker, fields: int, ancestors: Callable[[Unpacker], list[Update]] | None = None
-) -> Update:
-    check(fields == len(Update._fields), "an update that is none")
-    ancestors = ancestors or (lambda read: read.each(_ancestor))
+def _update(read: Unpacker, fields: int | None = None, *, is_ancestor: bool = False) -> Update:
+    check((read.count() if fields is None else fields) == len(Update._fields), "an update that is none")
+    ancestors = _no_ancestors if is_ancestor else _ancestors
     update = Update(
         _identity(read), _process(read), _text(read.flat()), _whole(read.flat(), 1), _whole(read.flat()),
-        read.each(_item), _descriptions(read), tuple(ancestors(read)), _whole(read.flat(), 1),
+        read.each(_item), _descriptions(read), ancestors(read), _whole(read.flat(), 1),
         _whole(read.flat()),
     )  # fmt: skip
     check(update.base < update.seq, "an update that continues itself")
     return update
 
 
-def _no_ancestors(read: Unpacker) -> list[Update]:
+def _ancestors(read: Unpacker) -> tuple[Update, ...]:
+    return tuple(read.each(lambda read: _update(read, is_ancestor=True)))
+
+
+def _no_ancestors(read: Unpacker) -> tuple[Update, ...]:
     check(read.count() == 0, "an ancestor with ancestors")
-    return []
-
-
-def _ancestor(read: Unpacker) -> Update:
-    return _fields_of_update(read, read.count(), _no_ancestors)
-
-
-def _nested_update(read: Unpacker) -> Update:
-    return _fields_of_update(read, read.count())
+    return ()
 
 
 def _sent_count(read: Unpacker) -> messages.SentCount:
@@ -317,16 +303,16 @@ _FIELDS: dict[type[Any], tuple[Callable[[Unpacker], Any], ...]] = {
     messages.Attach: (_natural, _string, _processes),
     messages.Cursor: (_string, _tuple_of(_sent_count)),
     messages.Flush: (_natural,),
-    messages.Goodbye: (_natural, _nested_update),
+    messages.Goodbye: (_natural, _update),
     messages.HandOver: (_natural, _natural),
     messages.Journal: (
         _string, _processes, _tuple_of(_pair), _natural, _tuple_of(_identity), _descriptions,
         lambda read: _whole(read.flat(), 1),
     ),
     messages.Merged: (_natural, _items, _descriptions),
-    messages.Read: (_natural, _string, _nested_update),
+    messages.Read: (_natural, _string, _update),
     messages.Record: (
-        _nested_update, _bool, lambda read: _whole(read.flat(), 0, 2), _tuple_of(_identity),
+        _update, _bool, lambda read: _whole(read.flat(), 0, 2), _tuple_of(_identity),
         _tuple_of(_natural),
     ),
     messages.Retired: (_items,),
@@ -339,7 +325,7 @@ def decoded(name: str, fields: int, read: Unpacker) -> Message:
     """Return the message of type ``name``, which has ``fields`` fields; nothing may follow it."""
     message: Message
     if name == Update.__name__:
-        message = _fields_of_update(read, fields)
+        message = _update(read, fields)
     else:
         check(name in _BY_NAME, "an unknown type")
         readers = _FIELDS[_BY_NAME[name]]

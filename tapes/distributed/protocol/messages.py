@@ -58,9 +58,7 @@ class Update(NamedTuple):
     Attributes:
         identity: Sixteen random bytes; a reused pid is a new worker.
         process, host: The process to watch.
-        seq: The number of this update, from 1.
-        base: The update that this one continues; 0 for a keyframe, which has every series.
-        items: The series.
+        seq, base: The number of this update, from 1, and of the one that it continues; 0 for a keyframe.
         descriptions: In keyframes.
         ancestors: In keyframes: the records of the processes that this one was forked from, as of the fork.
         max_series: Maximum number of label sets of a name.
@@ -124,11 +122,9 @@ class HandOver(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """A reply.
+    """A reply: ``"ok"``, ``"behind"`` (send a keyframe, an earlier update is missing), ``"error"`` or `WAIT`.
 
-    Attributes:
-        correlation: The number of the question. status: ``"ok"``, ``"behind"`` (send a keyframe, an earlier
-        update is missing), ``"error"``, or `WAIT`. payload: The answer; for an error, a sentence.
+    The payload is the answer; for an error, a sentence.
     """
 
     correlation: int
@@ -164,10 +160,7 @@ class Journal(NamedTuple):
         host: Where its pids are valid.
         owners: The processes that it serves.
         reporters: The configuration of its reporters, if that came from the environment.
-        retired: Number of workers that have exited.
-        retired_lately: The identities of the last of them. Later updates of theirs are ignored.
-        descriptions: Of all names.
-        max_series: Maximum number of label sets of a name.
+        retired, retired_lately: Number of workers that have exited, and the identities of the last of them.
     """
 
     host: str
@@ -180,12 +173,10 @@ class Journal(NamedTuple):
 
 
 class Record(NamedTuple):
-    """Series of one worker.
+    """Series of one worker, and what an aggregator knows of it; see `.aggregator.entries.Account`.
 
     Attributes:
         update: Its identity and the series.
-        is_ancestor: Whether it is known only from the updates of its descendants.
-        source: The best source of its updates so far; see `tapes.distributed.aggregator.entries.Source`.
         ancestors: The identities of its own ancestors.
         seqs: The number of the update that brought each series.
     """
@@ -206,10 +197,7 @@ class Retired(NamedTuple):
 class SentCount(NamedTuple):
     """What a receiver of differences was sent of one series.
 
-    Attributes:
-        name, labels: The series.
-        sent: Value, total and baseline at the last report; see `tapes.reporting.statsd`. ``None`` if nothing
-            was sent.
+    ``sent`` is value, total and baseline at the last report (`tapes.reporting.cursor.Sent`), or ``None``.
     """
 
     name: str

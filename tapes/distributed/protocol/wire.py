@@ -52,21 +52,15 @@ _MAX_TOTAL = 10**MAX_DIGITS - 1
 
 
 def encode(message: Message) -> bytes:
-    """Return ``message`` as bytes.
-
-    Raises:
-        WireError: If it is longer than `MAX_BYTES`; an answer has no limit.
-    """
+    """Return ``message`` as bytes; raises `WireError` if it is longer than `MAX_BYTES` and no answer."""
     name = type(message).__name__
     fields = [VERSION, name, *(_plain_field(value) for value in message)]
     packed: bytes = msgpack.packb(fields, unicode_errors="surrogatepass")
     if len(packed) > MAX_BYTES and not isinstance(message, (Reply, Merged)):
         raise WireError(
-            f"the {name} is too long to be sent",
-            got=len(packed),
-            expected=f"{MAX_BYTES} bytes at most",
+            f"the {name} is too long to be sent", got=len(packed), expected=f"{MAX_BYTES} bytes at most",
             remedy="record fewer series, or with shorter labels",
-        )
+        )  # fmt: skip
     return packed
 
 
@@ -79,14 +73,9 @@ def frames(answer: bytes) -> list[bytes | memoryview]:
 
 
 def decode(data: bytes | memoryview, *, most: float | None = None) -> Message:
-    """Return the message in ``data``.
+    """Return the message in ``data``; raises `WireError` if it is not one of ours.
 
-    Args:
-        data: One message.
-        most: Maximum bytes of a message that is no reply; `MAX_BYTES` by default.
-
-    Raises:
-        WireError: If it is not one of ours, of another version, or inconsistent.
+    A message that is no reply has ``most`` bytes at most; `MAX_BYTES` by default.
     """
     try:
         if data[2 : 2 + len(_REPLY)] == _REPLY:
@@ -126,8 +115,7 @@ def _reply(data: bytes | memoryview) -> Reply:
 
 def _plain_field(value: Any) -> Any:
     if isinstance(value, SentCount):
-        sent = value.sent
-        return [value.name, value.labels, None if sent is None else list(map(_plain_number, sent))]
+        return [*value[:2], None if value.sent is None else list(map(_plain_number, value.sent))]
     if isinstance(value, tuple):
         return [_plain_field(field) for field in value]
     if isinstance(value, list):

@@ -29,18 +29,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from tapes.distributed.protocol.messages import HEARTBEAT_SECONDS, Message
 from tapes.distributed.protocol.wire import encode
-from tapes.distributed.storage.saved_journal import (
-    DRAFT,
-    JOURNAL,
-    MAGIC,
-    TAIL,
-    Saved,
-    journal_of,
-    named,
-    read_journal,
-    tails_of,
-    usable,
-)
+from tapes.distributed.storage import saved_journal
+from tapes.distributed.storage.saved_journal import DRAFT, JOURNAL, MAGIC, TAIL, named, usable
 from tapes.distributed.transport.address import Endpoints
 from tapes.errors import AddressError
 
@@ -57,7 +47,6 @@ class JournalFile:
     `append` is safe from any thread; everything else belongs to the aggregator's loop.
 
     Args:
-        endpoints: Beside which socket.
         living: Returns the records of live workers.
         totals: Returns everything else; it is called after `living` is written, and cut at once.
         failed: Called with errors of writing.
@@ -71,9 +60,7 @@ class JournalFile:
         failed: Callable[[Exception], None],
     ) -> None:
         self._base = endpoints.path
-        self._living = living
-        self._totals = totals
-        self._failed = failed
+        self._living, self._totals, self._failed = living, totals, failed
         self._changed = self._is_complete = False
         self._due = self._ended = self._spent = self._shown = 0.0
         self._writing: Iterator[None] | None = None
@@ -82,19 +69,17 @@ class JournalFile:
         self._tails: list[str] = []
         self._written = ""
 
-    def read(self) -> Saved | None:
+    def read(self) -> saved_journal.Saved | None:
         """Return the journal of the aggregator before this one; ``None`` if there is none.
 
-        Raises:
-            WireError: If it can't be read. AddressError: If the file is not one of ours, or was just written
-            by a newer release, whose workers
-                will start the next aggregator.
+        Raises `WireError` if it can't be read. Raises `AddressError` if the file is not one of ours, or was
+        just written by a newer release, whose workers will start the next aggregator.
         """
         if self._base is None:
             return None
-        self._tails = tails_of(self._base)
+        self._tails = saved_journal.tails_of(self._base)
         try:
-            return read_journal(self._base)
+            return saved_journal.read_journal(self._base)
         except AddressError:
             self._base = None  # leave it alone
             raise
@@ -168,7 +153,7 @@ class JournalFile:
         if self._base is not None and now - self._shown >= HEARTBEAT_SECONDS:
             self._shown = now
             with contextlib.suppress(OSError):  # there is none yet, or it was removed
-                os.utime(journal_of(self._base), follow_symlinks=False)
+                os.utime(saved_journal.journal_of(self._base), follow_symlinks=False)
 
     def finish(self) -> bool:
         """Write everything now; return whether that was possible."""

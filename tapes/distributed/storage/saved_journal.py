@@ -22,7 +22,7 @@ from tapes.distributed.protocol.wire import READABLE, VERSION, decode
 from tapes.distributed.storage.spool import SUFFIX
 from tapes.errors import AddressError, WireError
 from tapes.naming import Labels
-from tapes.processes import Process, is_same_boot, lives, namespace_seconds
+from tapes.processes import is_same_boot, lives, namespace_seconds
 from tapes.sums import Number
 
 JOURNAL, DRAFT, TAIL = ".journal", ".journal.draft", ".journal.tail-"
@@ -38,7 +38,6 @@ class Saved(NamedTuple):
     """The journal of an aggregator.
 
     Attributes:
-        retired: The totals of exited workers.
         attached: Owners in other pid namespaces than that of the aggregator.
         cursors: By receiver and series, what was sent; see `tapes.reporting.cursor.Sent`.
         age_seconds: Seconds since anything of it was written; negative if the clock was set back since.
@@ -53,21 +52,14 @@ class Saved(NamedTuple):
     age_seconds: float
 
     def lives(self, host: str) -> bool | None:
-        """Return whether a process of the service lives; ``None`` if that can't be checked from here.
-
-        Args:
-            host: The pid namespace of this process; see `tapes.processes.host_id`.
-        """
-        hosts = {self.journal.host, *(attach.host for attach in self.attached)}
-        processes = set(self.owners(host))
-        for record in self.records:
-            update = record.update
-            hosts.add(update.host)
-            processes.update([update.process] if update.host == host else ())
-        if any(map(lives, processes)):
+        """Return whether a process of the service lives; ``None`` if that can't be checked on ``host``."""
+        owners = [(self.journal.host, self.journal.owners), *(attach[1:] for attach in self.attached)]
+        workers = [(record.update.host, (record.update.process,)) for record in self.records]
+        every = {(its_host, process) for its_host, some in [*owners, *workers] for process in some}
+        if any(lives(process) for its_host, process in every if its_host == host):
             return True
-        is_of_this_namespace = hosts == {host} and self.age_seconds <= namespace_seconds()
-        return False if is_of_this_namespace else None
+        hosts = {its_host for its_host, _ in [*owners, *workers]}
+        return False if hosts == {host} and self.age_seconds <= namespace_seconds() else None
 
     def is_of_living_service(self, host: str) -> bool:
         """Return whether the service goes on, so that a new aggregator on ``host`` takes over its journal.
@@ -75,18 +67,10 @@ class Saved(NamedTuple):
         If that can't be checked by pids, it counts as alive until the heartbeat timeout, unless the machine
         was restarted since.
         """
-        living = self.lives(host)
-        if living is None:
-            is_fresh = self.age_seconds < messages.HEARTBEAT_TIMEOUT_SECONDS
-            return is_fresh and is_same_boot(self.journal.host, host)
-        return living
-
-    def owners(self, host: str) -> list[Process]:
-        """Return the processes of ``host`` that the aggregator served."""
-        owners = list(self.journal.owners) if self.journal.host == host else []
-        return owners + [
-            process for attach in self.attached if attach.host == host for process in attach.processes
-        ]
+        if (living := self.lives(host)) is not None:
+            return living
+        is_fresh = self.age_seconds < messages.HEARTBEAT_TIMEOUT_SECONDS
+        return is_fresh and is_same_boot(self.journal.host, host)
 
 
 def read_journal(base: str) -> Saved | None:
@@ -133,11 +117,10 @@ def _make_way_for_newer(path: str) -> None:
     version = next((data[1] for data in _frames(path) if len(data) > 1), VERSION)
     if version > VERSION and abs(time.time() - os.stat(path).st_mtime) < _NEWER_SECONDS:
         raise AddressError(
-            "the last aggregator at this address is of a newer release",
-            got=version,
+            "the last aggregator at this address is of a newer release", got=version,
             expected="a journal of version " + " or ".join(map(str, READABLE)),
             remedy="a worker of that release starts the next one; without one, its counts are lost",
-        )
+        )  # fmt: skip
 
 
 def tails_of(base: str) -> list[str]:

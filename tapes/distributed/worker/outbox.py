@@ -122,8 +122,7 @@ class Outbox:
         """Return everything as the last update; the registry starts again from zero."""
         with self._lock:
             ancestors = self._ancestors()
-            items = [Item(*series) for series in self.registry.lineage.drain()]
-            return self._message(0, items, ancestors)
+            return self._message(0, [Item(*series) for series in self.registry.lineage.drain()], ancestors)
 
     def for_another(self, last: Update) -> Update:
         """Return the last update for an aggregator that may not know this worker yet."""
