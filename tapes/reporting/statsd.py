@@ -129,9 +129,8 @@ class StatsdClient:
     def send(self, reporter: Reporter) -> None:
         """Report the reporter's registry.
 
-        Raises:
-            OSError: If something can't be sent; the next report sends it.
-            AggregatorUnavailable: If gauges and distributions can't be known; counts are sent.
+        Raises `OSError` if something can't be sent, which the next report sends; `AggregatorUnavailable` if
+        gauges and distributions can't be known, though counts are sent.
         """
         registry = reporter.registry
         cursor = self._cursor(registry)

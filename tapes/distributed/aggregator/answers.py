@@ -37,12 +37,7 @@ class _Waiting(NamedTuple):
 
 
 class Answers:
-    """Renders answers; `put` and `ready` belong to the loop.
-
-    Args:
-        render: Returns the status and the payload of an answer.
-        wake: Called when there are answers to send.
-    """
+    """Renders answers, and calls ``wake`` when there are some; `put` and `ready` belong to the loop."""
 
     def __init__(self, render: Callable[[str], tuple[str, bytes]], wake: Callable[[], None]) -> None:
         self._render = render

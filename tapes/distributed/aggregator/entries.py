@@ -100,8 +100,7 @@ class Entry:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.mode = ""
-        self.mode_rank = BEFORE_ALL
+        self.mode, self.mode_rank = "", BEFORE_ALL
         self.by_worker: dict[tuple[bytes, Labels], State] = {}
         self.retired: State | None = None
         self.merged: State | None = None

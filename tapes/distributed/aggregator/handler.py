@@ -58,8 +58,7 @@ class Handler:
         self.registry = Registry()
         self.hands_over = self.is_successor = self.reports_due = False
         self.awaited: set[bytes] = set()
-        self._endpoints = endpoints
-        self._lifetime = lifetime
+        self._endpoints, self._lifetime = endpoints, lifetime
         self._host = processes.host_id()
         self._ledger = Ledger()
         self._reaper = Reaper(self._ledger)
@@ -227,8 +226,7 @@ class Handler:
         senders = (update, *update.ancestors) if not leaves else ()
         before = {sender.identity: self._ledger.source_of(sender.identity) for sender in senders}
         complete, refused = self._ledger.apply(update, source)
-        if before.get(update.identity, source) is None:
-            self._reaper.note_new_worker(update)
+        self._reaper.note(update, is_new=before.get(update.identity, source) is None)
         for record in self._checkpoint.news_of(update, before):
             self._append(record)
         for name in refused:
@@ -236,7 +234,6 @@ class Handler:
             self.registry.reject(name, (), name, why)
         if complete:
             self.awaited.discard(update.identity)
-        self._reaper.note_update(update)
         self._is_unreported = True
         self.journal.changed()
         return complete

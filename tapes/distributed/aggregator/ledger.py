@@ -74,11 +74,9 @@ class Ledger:
             return set().union(*(a.ancestors for a in self.accounts.values() if not a.dead))
 
     def apply(self, update: Update, source: Source = Source.DIRECT) -> tuple[bool, list[str]]:
-        """Enter a worker's update.
+        """Enter a worker's update; return whether everything up to it is known now, and names.
 
-        Returns:
-            Whether everything up to this update is known now, and the names that the worker uses in another
-            way than newer ones do; each is returned once for a worker.
+        These are names that the worker uses in another way than newer ones do; each is returned once.
         """
         with self.lock:
             refused: list[str] = []

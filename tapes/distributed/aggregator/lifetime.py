@@ -96,7 +96,6 @@ class Lifetime:
             self._elsewhere.popitem(last=False)
 
     def detach(self, host: str, owner: Process) -> None:
-        """Forget an owner elsewhere, as it has exited."""
         self._elsewhere.pop((host, owner), None)
 
     def expired(self, now: float, workers: int) -> bool:

@@ -57,7 +57,7 @@ def _settle(aggregator: Aggregator) -> None:
 
 
 def serve(address: str, pid: str, started: str, reason: str, uid: str, gid: str, ready_fd: str) -> None:
-    """Be the aggregator that `.supervision.launch` starts; the calling process ends at once."""
+    """Be the aggregator that `tapes.distributed.supervision.launch` starts; the caller ends at once."""
     starter, readiness = os.getpid(), Readiness((-1, int(ready_fd)))
     try:
         child = os.fork()

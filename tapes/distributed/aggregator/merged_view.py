@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from tapes.clock import monotonic, tick_at
 from tapes.distributed.aggregator.ledger import Ledger
 from tapes.distributed.protocol import messages
-from tapes.distributed.protocol.messages import Item
+from tapes.distributed.protocol.messages import Item, Message
 from tapes.distributed.protocol.wire import encode
 from tapes.distributed.transport.requests import MAX_WAIT_SECONDS
 from tapes.exposition import write
@@ -47,17 +47,11 @@ _PIECE = 1000
 
 
 class MergedView(Session):
-    """The session of the registry that reporters read; it answers from the ledger.
-
-    Args:
-        append: Appends a message to the journal; returns whether that was possible.
-    """
+    """The session of the registry that reporters read; ``append`` appends to the journal, if possible."""
 
     is_connected = is_aggregator = True
 
-    def __init__(
-        self, ledger: Ledger, registry: Registry, append: Callable[[messages.Message], bool]
-    ) -> None:
+    def __init__(self, ledger: Ledger, registry: Registry, append: Callable[[Message], bool]) -> None:
         super().__init__(registry)
         self._ledger = ledger
         self._append = append

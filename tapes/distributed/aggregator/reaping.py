@@ -32,12 +32,10 @@ class Reaper:
         self._dead: dict[bytes, float] = {}
         self._replaced: set[bytes] = set()
 
-    def note_update(self, update: Update) -> None:
+    def note(self, update: Update, *, is_new: bool) -> None:
         self._updated.add(update.identity)
-
-    def note_new_worker(self, update: Update) -> None:
-        """Note that the workers before ``update`` have exited if their process has become another program."""
-        for former in self._ledger.former_selves(update):
+        # The process of a new worker may have become another program; then workers before it have exited.
+        for former in self._ledger.former_selves(update) if is_new else ():
             self._replaced.add(former)
             self._ledger.mark_dead(former)
 

@@ -40,11 +40,7 @@ class Demand:
 
 
 class Reports:
-    """Starts and stops the reporters of an aggregator, and has them report on demand.
-
-    Args:
-        wake: Wakes the aggregator's loop, from any thread.
-    """
+    """Starts and stops the reporters; ``wake`` wakes the aggregator's loop when one has met a demand."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake

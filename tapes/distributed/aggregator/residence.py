@@ -34,8 +34,6 @@ _log = logging.getLogger("tapes.distributed")
 
 
 class Ends(Enum):
-    """How an aggregator ends."""
-
     UNNEEDED = "no process needs it"
     SUCCEEDED = "another one takes its place"
     HANDED_OVER = "another one has taken its place"

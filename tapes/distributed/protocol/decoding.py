@@ -198,16 +198,8 @@ def _labels(plain: Any) -> Labels:
     return _list(plain)
 
 
-def _item(read: Unpacker) -> Item:
-    kind, name, labels, state = _list(read.either(_long_item))
-    check(kind in STATES, "an unknown kind of metric")
-    kind, read_state = STATES[kind]
-    return Item(kind, _name(name), _labels(labels), read_state(state))
-
-
-def _long_item(read: Unpacker) -> Any:
-    check(read.count() == 4, "a series that is none")
-    return read.flat(), read.flat(), tuple(read.each(_pair)), read.piece()
+def _tuple_of(element: Callable[[Unpacker], Any]) -> Callable[[Unpacker], tuple[Any, ...]]:
+    return lambda read: tuple(read.each(element))
 
 
 def _pair(read: Unpacker) -> tuple[str, str]:
@@ -215,14 +207,30 @@ def _pair(read: Unpacker) -> tuple[str, str]:
     return _text(read.flat()), _text(read.flat())
 
 
+def _in_parts(what: str, *readers: Callable[[Unpacker], Any]) -> Callable[[Unpacker], tuple[Any, ...]]:
+    def read_parts(read: Unpacker) -> tuple[Any, ...]:
+        check(read.count() == len(readers), f"{what} that is none")
+        return tuple([read_part(read) for read_part in readers])
+
+    return read_parts
+
+
+_pairs = _tuple_of(_pair)
+_long_item = _in_parts("a series", Unpacker.flat, Unpacker.flat, _pairs, Unpacker.piece)
+_long_description = _in_parts("a description", Unpacker.flat, Unpacker.flat, Unpacker.flat, Unpacker.piece)
+_long_sent_count = _in_parts("a count", Unpacker.flat, _pairs, Unpacker.piece)
+
+
+def _item(read: Unpacker) -> Item:
+    kind, name, labels, state = _list(read.either(_long_item))
+    check(kind in STATES, "an unknown kind of metric")
+    kind, read_state = STATES[kind]
+    return Item(kind, _name(name), _labels(labels), read_state(state))
+
+
 def _described(read: Unpacker) -> tuple[str, Description]:
     name, text, unit, buckets = _list(read.either(_long_description))
     return _name(name), Description.checked(text, unit, _floats(buckets))
-
-
-def _long_description(read: Unpacker) -> Any:
-    check(read.count() == 4, "a description that is none")
-    return read.flat(), read.flat(), read.flat(), read.piece()
 
 
 def _descriptions(read: Unpacker) -> messages.Descriptions:
@@ -272,11 +280,6 @@ def _sent_count(read: Unpacker) -> messages.SentCount:
     return messages.SentCount(_name(name), _labels(labels), exact)
 
 
-def _long_sent_count(read: Unpacker) -> Any:
-    check(read.count() == 3, "a count that is none")
-    return read.flat(), tuple(read.each(_pair)), read.piece()
-
-
 def _bool(read: Unpacker) -> bool:
     value: bool = read.flat()
     check(type(value) is bool, "something that is neither true nor false")
@@ -291,10 +294,6 @@ def _string(read: Unpacker) -> str:
     return _text(read.flat())
 
 
-def _tuple_of(element: Callable[[Unpacker], Any]) -> Callable[[Unpacker], tuple[Any, ...]]:
-    return lambda read: tuple(read.each(element))
-
-
 def _items(read: Unpacker) -> list[Item]:
     return read.each(_item)
 
@@ -306,7 +305,7 @@ _FIELDS: dict[type[Any], tuple[Callable[[Unpacker], Any], ...]] = {
     messages.Goodbye: (_natural, _update),
     messages.HandOver: (_natural, _natural),
     messages.Journal: (
-        _string, _processes, _tuple_of(_pair), _natural, _tuple_of(_identity), _descriptions,
+        _string, _processes, _pairs, _natural, _tuple_of(_identity), _descriptions,
         lambda read: _whole(read.flat(), 1),
     ),
     messages.Merged: (_natural, _items, _descriptions),

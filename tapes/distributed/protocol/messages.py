@@ -40,7 +40,6 @@ WAIT = "wait"
 """In a `Reply`: the answer is being made, and another reply follows."""
 
 Descriptions = dict[str, Description]
-Group = tuple[list[Labels], list[State]]
 
 
 class Item(NamedTuple):
@@ -99,8 +98,6 @@ class Attach(NamedTuple):
 
 
 class Goodbye(NamedTuple):
-    """The last update of a worker."""
-
     correlation: int
     update: Update
 
@@ -133,15 +130,13 @@ class Reply(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """The states of the whole service."""
-
     tick: int
     items: list[Item]
     descriptions: Descriptions
 
     def snapshot(self) -> Snapshot:
         kinds: dict[str, str] = {}
-        groups: dict[str, Group] = {}
+        groups: dict[str, tuple[list[Labels], list[State]]] = {}
         for item in self.items:
             kinds[item.name] = item.kind
             labels, states = groups.setdefault(item.name, ([], []))
@@ -176,7 +171,6 @@ class Record(NamedTuple):
     """Series of one worker, and what an aggregator knows of it; see `.aggregator.entries.Account`.
 
     Attributes:
-        update: Its identity and the series.
         ancestors: The identities of its own ancestors.
         seqs: The number of the update that brought each series.
     """

@@ -34,6 +34,8 @@ from tapes.distributed.storage.saved_journal import DRAFT, JOURNAL, MAGIC, TAIL,
 from tapes.distributed.transport.address import Endpoints
 from tapes.errors import AddressError
 
+_Messages = Callable[[], Iterable[Message]]
+
 _INTERVAL_SECONDS = 1.0
 _SHARE = 9
 """Minimum pause after a write, in times of its duration: writes take at most 1/10 of the time."""
@@ -53,11 +55,7 @@ class JournalFile:
     """
 
     def __init__(
-        self,
-        endpoints: Endpoints,
-        living: Callable[[], Iterable[Message]],
-        totals: Callable[[], Iterable[Message]],
-        failed: Callable[[Exception], None],
+        self, endpoints: Endpoints, living: _Messages, totals: _Messages, failed: Callable[[Exception], None]
     ) -> None:
         self._base = endpoints.path
         self._living, self._totals, self._failed = living, totals, failed

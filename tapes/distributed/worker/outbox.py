@@ -28,8 +28,6 @@ _pending: weakref.WeakKeyDictionary[Registry, list[Update]] = weakref.WeakKeyDic
 
 
 class _Series:
-    """A metric, and its state that was published last."""
-
     __slots__ = ("key", "metric", "published")
 
     def __init__(self, metric: Metric) -> None:
