@@ -23,8 +23,7 @@ from tapes.sums import Number
 
 Series = tuple[str, Labels]
 
-_WAIT_SECONDS = 1.0
-"""Maximum seconds that a report waits for another one to the same receiver."""
+_WAIT_SECONDS = 1.0  # maximum seconds that a report waits for another one to the same receiver
 
 
 class Sent(NamedTuple):

@@ -33,8 +33,7 @@ from tapes.sums import LARGE, Number
 
 __all__ = ["SENDS_FAILED", "StatsdClient", "StatsdReporter"]
 
-SENDS_FAILED = "tapes.statsd.failed"
-"""The counter {reporter} of packets that could not be sent."""
+SENDS_FAILED = "tapes.statsd.failed"  # the counter {reporter} of packets that could not be sent
 
 _MILLISECONDS = frozenset({"min", "max", "mean", "stddev", "q50", "q75", "q95", "q98", "q99", "q999"})
 _NOT_GAUGES = frozenset({"count", "sum"})

@@ -24,14 +24,12 @@ from tapes.metrics.origin import NOWHERE, with_baseline
 
 T = TypeVar("T")
 
-_PIECE = 200
-"""Maximum number of series in a record."""
-_MAX_REMEMBERED = 10_000
-"""Maximum number of identities of exited workers in a journal."""
+_PIECE = 200  # maximum number of series in a record
+_MAX_REMEMBERED = 10_000  # maximum number of identities of exited workers in a journal
 
 
 class Checkpoint:
-    """What an aggregator knows, as messages; ``configured`` is described in `.handler.Handler`."""
+    """What an aggregator knows, as messages; ``configured`` is as in `.handler.Handler`."""
 
     def __init__(
         self, ledger: Ledger, view: MergedView, lifetime: Lifetime, configured: Mapping[str, str]

@@ -25,8 +25,7 @@ Group = tuple[str, list[Labels], list[State]]
 Key = tuple[str, Labels]
 Rank = tuple[int, int]
 
-BEFORE_ALL: Rank = (-1, -1)
-"""The rank of no worker: every worker is newer."""
+BEFORE_ALL: Rank = (-1, -1)  # the rank of no worker: every worker is newer
 
 
 class Source(IntEnum):

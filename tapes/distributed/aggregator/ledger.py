@@ -74,9 +74,9 @@ class Ledger:
             return set().union(*(a.ancestors for a in self.accounts.values() if not a.dead))
 
     def apply(self, update: Update, source: Source = Source.DIRECT) -> tuple[bool, list[str]]:
-        """Enter a worker's update; return whether everything up to it is known now, and names.
+        """Enter a worker's update; return whether everything up to it is known now, and the refused names.
 
-        These are names that the worker uses in another way than newer ones do; each is returned once.
+        A worker uses these in another way than newer ones do; each is returned once.
         """
         with self.lock:
             refused: list[str] = []

@@ -20,8 +20,7 @@ from tapes.processes import Process, ProcessWatch
 _OWNED_GRACE_SECONDS = 0.5
 _OWNED_PATIENCE_SECONDS = 1.0
 _JOINED_GRACE_SECONDS = 2.0
-_MAX_ELSEWHERE = 1000
-"""Maximum number of remembered owners in other pid namespaces."""
+_MAX_ELSEWHERE = 1000  # maximum number of remembered owners in other pid namespaces
 
 
 class Lifetime:

@@ -42,8 +42,7 @@ MESSAGES, LAG, JOURNAL_FAILED = "tapes.messages", "tapes.publish.lag", "tapes.jo
 _WORKERS, _MEMORY = "tapes.workers", "tapes.aggregator.memory"
 _OF_ONE_PROCESS = (MESSAGES, LAG)
 """Metrics that begin at zero in each aggregator; the journal leaves them out."""
-_PIECE = 1000
-"""Maximum number of series in a record of a journal."""
+_PIECE = 1000  # maximum number of series in a record of a journal
 
 
 class MergedView(Session):

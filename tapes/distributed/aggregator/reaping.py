@@ -15,10 +15,8 @@ from tapes.distributed.aggregator.ledger import Ledger
 from tapes.distributed.protocol.messages import HEARTBEAT_TIMEOUT_SECONDS, Update
 from tapes.processes import ProcessWatch
 
-_LAST_UPDATE_SECONDS = 2.0
-"""How long after the death of a worker its messages may still arrive."""
-_LAST_RECORD_SECONDS = 600.0
-"""How long a forked child may take to report what its dead parent had recorded."""
+_LAST_UPDATE_SECONDS = 2.0  # how long after the death of a worker its messages may still arrive
+_LAST_RECORD_SECONDS = 600.0  # how long a forked child may take to report what its dead parent had recorded
 _MAX_DEAD = 1000
 
 

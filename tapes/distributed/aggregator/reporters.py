@@ -84,9 +84,8 @@ class Reports:
         """Return whether all have reported, or took too long; they begin once they have started."""
         if self._begun and demand.reported is None:
             demand.reported = list(map(self._report, self._started))
-        return now >= demand.ends or (
-            demand.reported is not None and all(e.is_set() for e in demand.reported)
-        )
+        reported = demand.reported
+        return now >= demand.ends or (reported is not None and all(one.is_set() for one in reported))
 
     def _report(self, reporter: Reporter) -> threading.Event:
         def note() -> None:

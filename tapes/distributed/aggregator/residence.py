@@ -101,7 +101,7 @@ class Residence:
 
     def look_after(self) -> bool:
         """Make removed files again; return whether it has handed over to another aggregator instead."""
-        if self._lock.is_lost:  # so are all others
+        if self._lock.is_lost:  # then all files are made again
             return self._settle_again()
         self._handler.journal.look_after_files()
         if not all(map(os.path.lexists, self.endpoints.files)):

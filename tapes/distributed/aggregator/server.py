@@ -48,14 +48,11 @@ from tapes.reporting.configured import reporters_from
 T = TypeVar("T")
 
 _TURN_MILLISECONDS = 100
-_HOLDING_MILLISECONDS = 10
-"""Milliseconds between two looks at replies that are held back."""
-_BATCH = 200
-"""Maximum number of messages that are received before the loop looks at anything else."""
+_HOLDING_MILLISECONDS = 10  # milliseconds between two looks at replies that are held back
+_BATCH = 200  # maximum number of messages that are received before the loop looks at anything else
 _LINGER_MILLISECONDS = 500
 """Milliseconds that the reply to a `HandOver` may take to be sent."""
-_RECOVERY_LOOKS = 10
-"""Number of looks, a second in all, at whether live workers have sent their states again."""
+_RECOVERY_LOOKS = 10  # number of looks, a second in all, at whether live workers have sent their states again
 
 _log = logging.getLogger("tapes.distributed")
 

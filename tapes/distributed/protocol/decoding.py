@@ -29,16 +29,14 @@ from tapes.sketch import EMPTY, MAX_VALUES, Sketch, counts_array
 from tapes.snapshot import Description
 from tapes.sums import Number, Total
 
-MAX_INT = (1 << 63) - 1
-"""Maximum of integers, except in totals."""
+MAX_INT = (1 << 63) - 1  # maximum of integers, except in totals
 MAX_DIGITS = 31
 """Maximum digits of a total: one process counts less than 2^63, and 2^36 of them less than 2^99."""
 MAX_EVENTS = 2.0**80
 """Maximum of events and rates: one process counts less than 2^63, and 2^16 of them less than 2^79."""
 _MAX_PROCESSES = 1 << 16
 """Maximum number of processes in a message. Each is watched."""
-_MAX_PARTS = 64
-"""Maximum number of floats in an exact sum; 40 are enough for any."""
+_MAX_PARTS = 64  # maximum number of floats in an exact sum; 40 are enough for any
 
 
 # Each function returns its part, or raises. Those that take an `Unpacker` read parts that may be long.

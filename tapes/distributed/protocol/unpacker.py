@@ -21,8 +21,7 @@ import msgpack
 
 from tapes.errors import WireError
 
-PIECE_BYTES = 2 << 20
-"""A sketch with all possible bins takes 1.4 MB."""
+PIECE_BYTES = 2 << 20  # a sketch with all possible bins takes 1.4 MB
 _READ_BYTES = 1 << 16
 
 _HAS_PARTS = frozenset((*range(0x80, 0xA0), 0xC1, *range(0xC7, 0xCA), *range(0xD4, 0xD9), *range(0xDC, 0xE0)))

@@ -43,10 +43,8 @@ MAX_BYTES = 64 << 20
 """Maximum bytes of a message from a worker, and of a frame; the socket drops a longer one."""
 _FRAME_BYTES = 32 << 20
 
-_REPLY = b"\xa5Reply"
-"""A reply's bytes from the third on: the type."""
-_REPLY_HEAD = 64
-"""Bytes of a reply that contain all fields but its payload."""
+_REPLY = b"\xa5Reply"  # a reply's bytes from the third on: the type
+_REPLY_HEAD = 64  # bytes of a reply that contain all fields but its payload
 _MAX_FLOAT = sys.float_info.max
 _MAX_TOTAL = 10**MAX_DIGITS - 1
 

@@ -37,10 +37,8 @@ from tapes.errors import AddressError
 _Messages = Callable[[], Iterable[Message]]
 
 _INTERVAL_SECONDS = 1.0
-_SHARE = 9
-"""Minimum pause after a write, in times of its duration: writes take at most 1/10 of the time."""
-_SLICE_SECONDS = 0.005
-"""Maximum seconds of one slice."""
+_SHARE = 9  # minimum pause after a write, in times of its duration: writes take at most 1/10 of the time
+_SLICE_SECONDS = 0.005  # maximum seconds of one slice
 
 
 class JournalFile:

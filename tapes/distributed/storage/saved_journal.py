@@ -28,8 +28,7 @@ from tapes.sums import Number
 JOURNAL, DRAFT, TAIL = ".journal", ".journal.draft", ".journal.tail-"
 MAGIC = b"tapes journal\n"
 _NONE = Journal("", (), (), 0, (), {}, 1)
-_MAX_NAMES = 10_000
-"""Maximum number of names that are tried for one file."""
+_MAX_NAMES = 10_000  # maximum number of names that are tried for one file
 _NEWER_SECONDS = 10.0
 """Age up to which the journal of a newer release is left alone, as a worker of that release may need it."""
 
