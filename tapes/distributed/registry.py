@@ -13,15 +13,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tapes import forks, processes
 from tapes.catalogue import MAX_SERIES
 from tapes.clock import Clock, monotonic
 from tapes.distributed import connection
-from tapes.distributed.aggregator.lifetime import Lifetime
-from tapes.distributed.aggregator.main import run_to_end
-from tapes.distributed.aggregator.server import Aggregator
 from tapes.distributed.storage.locks import is_served
 from tapes.distributed.supervision.process_title import set_title
 from tapes.distributed.supervision.readiness import Readiness
@@ -33,9 +30,17 @@ from tapes.registry import Registry
 from tapes.reporting import Reporter
 from tapes.session import LazySession
 
+if TYPE_CHECKING:
+    from tapes.distributed.aggregator.server import Aggregator
+
 __all__ = ["DistributedRegistry", "RegistryAggregator"]
 
 _STOP_SECONDS = 3.0  # maximum time that `RegistryAggregator.stop` takes
+
+
+def _import_main() -> Any:
+    """Return the module of the aggregator's process, which a worker never loads."""
+    return forks.import_module("tapes.distributed.aggregator.main")
 
 
 class DistributedRegistry(Registry):
@@ -123,19 +128,20 @@ class RegistryAggregator:
         if self._pid or self._aggregator:
             raise InvalidArgument("start() was called twice", expected="a stop() before the next start()")
         if not fork:
-            self._aggregator = Aggregator(resolve(self.socket_addr), self.reporters, Lifetime())
+            main = _import_main()
+            self._aggregator = main.Aggregator(resolve(self.socket_addr), self.reporters, main.Lifetime())
             try:
                 self._aggregator.run()
             finally:
                 self._aggregator = None
             return
-        readiness = Readiness()
+        readiness, main = Readiness(), _import_main()
         owner = forks.this_process()
         sys.stdout.flush()
         sys.stderr.flush()
         self._pid = forks.fork_helper()
         if self._pid == 0:
-            self._run_in_child(owner, readiness)
+            self._run_in_child(main, owner, readiness)
         self._owner_pid = owner.pid
         try:
             readiness.wait()
@@ -163,15 +169,16 @@ class RegistryAggregator:
             while is_served(resolve(self.socket_addr)) and time.monotonic() < deadline:
                 time.sleep(0.01)  # its supervisor had died before
 
-    def _run_in_child(self, owner: processes.Process, readiness: Readiness) -> None:
+    def _run_in_child(self, main: Any, owner: processes.Process, readiness: Readiness) -> None:
         """Run the supervisor, and end the process: the child must not run the code of its parent."""
 
         def run(readiness: Readiness, ends: bool) -> int:
-            aggregator = Aggregator(resolve(self.socket_addr), self.reporters, Lifetime(owner))
+            aggregator = main.Aggregator(resolve(self.socket_addr), self.reporters, main.Lifetime(owner))
             if ends:
                 aggregator.stop()
             try:
-                return run_to_end(aggregator, readiness)
+                status: int = main.run_to_end(aggregator, readiness)
+                return status
             finally:
                 with contextlib.suppress(Exception):
                     sys.stdout.flush()

@@ -37,6 +37,21 @@ for name in set(sys.modules) - before:
     assert not [name for name in output.split() if name.startswith(above)]
 
 
+def test_a_worker_loads_no_module_of_the_aggregator(short_dir):
+    """A connected registry needs the packages worker, supervision, storage, transport and protocol alone."""
+    code = f"""
+import sys, tapes
+registry = tapes.DistributedRegistry("ipc://{short_dir}/m.ipc")
+registry.connect()
+registry.counter("c").increment()
+registry.close()
+print(*(name for name in sys.modules if name.startswith("tapes.distributed.")))
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "tapes.distributed.worker.connected" in output.split()
+    assert not [name for name in output.split() if name.startswith("tapes.distributed.aggregator")]
+
+
 @pytest.mark.parametrize("name", ["tapes", *MODULES])
 def test_what_a_module_offers_is_sorted_and_there(name):
     """__all__ is complete enough to be believed."""

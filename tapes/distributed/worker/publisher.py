@@ -288,6 +288,8 @@ class Publisher:
                     self._once.forget("lonely")
                     self._restarter.note_subscription()
                     self._outbox.reset_baselines()
+                else:
+                    self._is_urgent = True  # look after the aggregator at once
             elif version is not None:
                 self._is_older = subscribes and version < VERSION
 
