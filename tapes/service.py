@@ -1,17 +1,17 @@
 """Which service this process belongs to, and where the processes of a service meet.
 
-A service is identified by its *supervisor*: the process that all of its workers descend from, such as
-gunicorn's master, or the parent of a pool. Every process finds the same supervisor: it goes from parent to
+A service is identified by its *root process*: the process that all of its workers descend from, such as
+gunicorn's master, or the parent of a pool. Every process finds the same root process: it goes from parent to
 parent as long as a process was forked by its parent and has not executed another program.
 
-The service meets in a private directory that is named after its supervisor. The environment determines where
+The service meets in a directory that is named after its root process. The environment determines where
 that directory can be. It differs between processes and changes with time: the end of a login session removes
 ``XDG_RUNTIME_DIR``. So the first process decides and hands the address down in ``TAPES_ADDR``, and every
 process looks for an aggregator in all `places` before it starts one.
 
 All users share several of these places. A user who knew the name of a private directory could create it
 first. So the name ends with a number that other users can't know: it is computed from the addresses of the
-supervisor's program in memory, which the kernel chooses at random and shows to the same user only. A
+root process's program in memory, which the kernel chooses at random and shows to the same user only. A
 directory of another user is never a place of the service, whatever its name is.
 """
 
@@ -43,9 +43,9 @@ _ROUNDS = 2000  # number of times that a key is hashed, 2 ms in all: guessing th
 
 
 class Service(NamedTuple):
-    """A service: its supervisor, and what that is."""
+    """A service: its root process, and what that is."""
 
-    root: Process  # its supervisor: the process that all of its workers descend from
+    root: Process  # its root process: the process that all of its workers descend from
     description: str  # a description of that process, for the log
 
 
@@ -114,7 +114,7 @@ def directory_name(process: Process, parent: str) -> str:
 def _key(process: Process) -> bytes:
     """Return a key that only the processes of the service of ``process`` know; empty if there is none.
 
-    A process reads the key from the supervisor, if it may. A process that was forked from the supervisor has
+    A process reads the key from the root process, if it may. A process that was forked from that has
     the same addresses, and can read its own, even after it has changed its user.
     """
     key = _layout(process.pid) if processes.process_of(process.pid) == process else b""
@@ -138,8 +138,8 @@ def _layout(pid: int) -> bytes:
     return b"%d %d %d" % tuple(found) if all(found) else b""
 
 
-def supervisor_of(name: str) -> Process | None:
-    """Return the supervisor whose directory has ``name``; ``None`` if it is not such a name."""
+def root_of(name: str) -> Process | None:
+    """Return the root process whose directory has ``name``; ``None`` if it is not such a name."""
     match = _NAME.fullmatch(name)
     return Process(int(match[1]), int(match[2])) if match else None
 
@@ -174,7 +174,7 @@ def directories(process: Process, uid: int) -> Iterator[str]:
     for parent in parents():
         for name in _names_in(parent):
             path = os.path.join(parent, name)
-            if supervisor_of(name) == process and is_private(path, uid):
+            if root_of(name) == process and is_private(path, uid):
                 yield path
 
 

@@ -105,7 +105,7 @@ def test_series_keep_their_slots_at_the_cap_of_label_sets(make_handler):
 
 
 def test_baselines_are_what_they_were(make_handler):
-    """Of workers in the journal and in its tail; what was sent is in the cursors (`test_cursors`)."""
+    """Of workers in the journal and in its tail; what was sent is in the cursors (`test_cursor`)."""
     first, in_journal, in_tail = make_handler(), Worker(), Worker()
     for worker, baseline, more in ((in_journal, 5, 1), (in_tail, 7, 2)):
         counter = worker.registry.counter("c")

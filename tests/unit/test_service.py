@@ -53,7 +53,7 @@ if __name__ == "__main__":
     assert others == [first, first], done.stdout
 
 
-def test_a_child_of_a_fork_has_the_supervisor_of_the_first_fork(short_dir):
+def test_a_child_of_a_fork_has_the_root_of_the_first_fork(short_dir):
     """The fork of a fork has the supervisor of the first, even if the first has ended before it looks."""
     found = supervisors(
         short_dir,
@@ -95,9 +95,9 @@ def test_a_gunicorn_worker_with_a_process_title_finds_its_master(monkeypatch):
 def test_the_name_of_a_private_directory_identifies_its_supervisor():
     """A private directory's name contains its supervisor; other names are not recognised."""
     for process in (Process(12, 345), forks.this_process()):
-        assert service.supervisor_of(service.directory_name(process, "/tmp")) == process
+        assert service.root_of(service.directory_name(process, "/tmp")) == process
     for name in ("tapes", "tapes-1", "tapes-1-2-3", "tapes-1-2-0123456789abc", "tapes-a-b", "xtapes-1-2"):
-        assert service.supervisor_of(name) is None
+        assert service.root_of(name) is None
 
 
 def test_places_do_not_depend_on_the_state_of_a_directory(monkeypatch, tmp_path):

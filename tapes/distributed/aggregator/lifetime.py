@@ -1,6 +1,6 @@
 """How long an aggregator lives.
 
-An aggregator serves *owners* (the process that started it, a supervisor such as gunicorn's master, processes
+An aggregator serves *owners* (the process that started it, the service's root process, processes
 that attached) and the workers that publish to it. It watches all of them and lives until they have exited,
 and a grace period longer, as last updates may be on their way and another worker may be about to start.
 During the grace period it is *idle*: its reporters hold no port that the next start of the service needs.

@@ -1,6 +1,6 @@
 """The private directory of a service: where it is, who may use it, and when it is removed.
 
-Its name is derived from the supervisor of the service, so that all processes of the service find it, and
+Its name is derived from the root process of the service, so that all processes of the service find it, and
 other users can't guess the name before the directory exists. Its mode is 0700. A directory of that name that
 belongs to another user is ignored. It holds the aggregator's sockets, locks, journal and spool, and is
 removed with them. `tapes.distributed.storage.sweeping` removes the directories of services that were killed.
@@ -95,39 +95,39 @@ def is_removed(endpoints: Endpoints) -> bool:
     return private_directory(endpoints) is not None and not exists
 
 
-def place_of(supervisor: Process) -> Endpoints:
-    """Return where the service of ``supervisor`` meets, as far as this process can see."""
-    found = _resolved(service.places(supervisor))
+def place_of(root: Process) -> Endpoints:
+    """Return where the service of ``root`` meets, as far as this process can see."""
+    found = _resolved(service.places(root))
     if not found:
         raise AggregatorUnavailable(
             "there is no directory for the aggregator's sockets: all paths are too long",
             remedy="set TMPDIR to a shorter path, or TAPES_ADDR to an address",
         )
-    existing = _existing(supervisor, os.geteuid())
+    existing = _existing(root, os.geteuid())
     served = filter(has_aggregator, [*found, *existing])
     return next(itertools.chain(served, existing, filter(_is_usable, found), found))
 
 
 def other_places(endpoints: Endpoints, uid: int | None = None) -> list[Endpoints]:
     """Return the other places where a service with a private directory of user ``uid`` may meet."""
-    supervisor = service.supervisor_of(os.path.basename(private_directory(endpoints) or ""))
-    if supervisor is None:
+    root = service.root_of(os.path.basename(private_directory(endpoints) or ""))
+    if root is None:
         return []
-    existing = _existing(supervisor, os.geteuid() if uid is None else uid)
-    found = dict.fromkeys([*_resolved(service.places(supervisor)), *existing])
+    existing = _existing(root, os.geteuid() if uid is None else uid)
+    found = dict.fromkeys([*_resolved(service.places(root)), *existing])
     return [place for place in found if place != endpoints]
 
 
 def is_same_service(one: Endpoints, other: Endpoints) -> bool:
     """Return whether one service meets, or has met, at both."""
     first, second = (
-        service.supervisor_of(os.path.basename(private_directory(place) or "")) for place in (one, other)
+        service.root_of(os.path.basename(private_directory(place) or "")) for place in (one, other)
     )
     return one == other or (first is not None and first == second)
 
 
-def _existing(supervisor: Process, uid: int) -> list[Endpoints]:
-    return _resolved(os.path.join(found, SOCKET) for found in service.directories(supervisor, uid))
+def _existing(root: Process, uid: int) -> list[Endpoints]:
+    return _resolved(os.path.join(found, SOCKET) for found in service.directories(root, uid))
 
 
 def _resolved(paths: Iterable[str]) -> list[Endpoints]:
@@ -171,7 +171,7 @@ def private_directory(endpoints: Endpoints) -> str | None:
     """Return the directory of ``endpoints`` if its name is that of a private directory; it may not exist."""
     if endpoints.path is not None:
         directory, name = os.path.split(endpoints.path)
-        if name == SOCKET and service.supervisor_of(os.path.basename(directory)):
+        if name == SOCKET and service.root_of(os.path.basename(directory)):
             return directory
     return None
 

@@ -32,8 +32,8 @@ def sweep() -> None:
     for parent in service.parents():
         with contextlib.suppress(OSError):
             for entry in list(os.scandir(parent)):
-                supervisor = service.supervisor_of(entry.name)
-                if supervisor is not None and not lives(supervisor):
+                root = service.root_of(entry.name)
+                if root is not None and not lives(root):
                     with contextlib.suppress(OSError, TapesError):
                         _sweep(entry.path)
 
@@ -56,11 +56,11 @@ def _sweep(directory: str) -> None:
 
 
 def _may_be_used(directory: str) -> bool:
-    """Return whether a service may still use a directory whose supervisor does not live in this namespace."""
+    """Return whether a service may still use a directory whose root process is not of this namespace."""
     living = None
     with contextlib.suppress(WireError):
         saved = read_journal(os.path.join(directory, SOCKET))
-        # Workers that outlive their supervisor start another aggregator.
+        # Workers that outlive their root process start another aggregator.
         living = None if saved is None else saved.lives(processes.host_id())
     return _age_of(directory) < _LEFT_SECONDS if living is None else living
 

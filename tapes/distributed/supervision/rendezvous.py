@@ -77,12 +77,12 @@ def choose_address(service: Service, addr: str | None = None) -> Endpoints:
     return endpoints
 
 
-def attach(endpoints: Endpoints, supervisor: Process) -> Attachment:
-    """Ask the aggregator to live as long as this process and ``supervisor``."""
+def attach(endpoints: Endpoints, root: Process) -> Attachment:
+    """Ask the aggregator to live as long as this process and ``root``."""
     if endpoints.path is not None and not is_served(endpoints):
         return Attachment.ABSENT
     try:
-        is_attached = keep_alive_for(endpoints, *{forks.this_process(), supervisor})
+        is_attached = keep_alive_for(endpoints, *{forks.this_process(), root})
     except OlderAggregator:
         return Attachment.OLDER
     return Attachment.ATTACHED if is_attached else Attachment.UNANSWERED
