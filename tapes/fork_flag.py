@@ -1,4 +1,4 @@
-"""A flag that every forked child finds unset, also if the fork ran no hook."""
+"""A flag that every forked child finds unset, even if the fork ran no hook."""
 
 from __future__ import annotations
 

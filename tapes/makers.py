@@ -131,13 +131,13 @@ class Makers(Faced):
             producer: A zero-argument callable that returns the value, run at every read; without one the
                 value is what was set. The newest producer replaces an earlier one.
             merge: ``sum``, ``max``, ``min``, ``mean`` or ``each`` (one series per worker) of live workers, to
-                which an exited one contributes nothing; or ``last``, the value set last, also if by that.
+                which an exited one contributes nothing; or ``last``: the value set last, even if its worker has exited.
             weak: Do not keep the producer alive, nor the object that it is a method of.
             labels: The labels.
             **more_labels: Labels too.
 
         Raises:
-            InvalidArgument: If ``producer`` is not callable or ``merge`` is none of the above.
+            InvalidArgument: If ``producer`` is not callable or ``merge`` is not one of these modes.
             KindConflict: If the gauge is there with another mode; otherwise as `counter`.
         """
         check_gauge(producer, merge, weak)

@@ -1,4 +1,4 @@
-"""Locks and threads of the operating system, also where gevent or eventlet has replaced them.
+"""Locks and threads of the operating system, even where gevent or eventlet has replaced them.
 
 The publisher's thread and the application's greenlets share locks, which are held during a computation and
 never during a wait. These must be locks of the operating system: a greenlet's lock would switch to the hub of
@@ -147,7 +147,7 @@ class Monitor:
                 return False
             state = lock._release_save()
             try:
-                time.sleep(pauses.next())  # also of a greenlet
+                time.sleep(pauses.next())  # of a greenlet too
             finally:
                 lock._acquire_restore(state)
         return True

@@ -289,7 +289,7 @@ def _choose_address(registry: Registry) -> None:
 def _join(registry: Registry, is_hint: bool) -> None:
     if not may_start() and not configured_address() and not hasattr(registry, "socket_addr"):
         raise AggregatorUnavailable(
-            "TAPES_AUTOSTART=0 forbids to start an aggregator",
+            "TAPES_AUTOSTART=0 does not allow this process to start an aggregator",
             remedy="set TAPES_ADDR to the address of one, or start the server by tapes run -- COMMAND",
         )
     if is_hint and this_service().root == forks.this_process():

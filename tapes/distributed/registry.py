@@ -70,7 +70,7 @@ class DistributedRegistry(Registry):
     def connect(self) -> None:
         """Connect to the aggregator; call it in every worker, after the fork.
 
-        Returns at once, also if the aggregator does not run yet. Does nothing if connected already. Processes
+        Returns at once, even if the aggregator is not running yet. Does nothing if connected already. Processes
         that this one forks or spawns connect automatically.
         """
         connection.connect(self, self.socket_addr)

@@ -35,7 +35,7 @@ class Metric(Folding):
     destructors. A forked child counts from zero, whatever threads its parent had. What the child inherits is
     detached, as several processes have it and it counts once.
 
-    A copy, also a deep one, is the metric itself. A pickled metric of the default registry is the one of its
+    Copying a metric, even deeply, returns the metric itself. A pickled metric of the default registry is the one of its
     name and labels in the process that unpickles it; a metric of another registry can't be pickled.
     """
 

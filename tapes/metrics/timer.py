@@ -65,8 +65,8 @@ class Timer(Ticking):
     def time(self, function: None = None) -> Timing:
         """Return a context manager, also usable as a decorator, that records how long its block took.
 
-        The duration is recorded when the block ends, also by an exception. A decorated function is timed for
-        each call, also nested and recursive ones. Coroutines, generators and asynchronous generators are
+        The duration is recorded when the block ends, even by an exception. A decorated function is timed for
+        each call, including nested and recursive ones. Coroutines, generators and asynchronous generators are
         timed from their first step to their end: exhaustion, ``close()`` or an exception. A call that returns
         one of these, a future or another awaitable is timed until that has ended. Each block needs a
         ``time()`` of its own. ``async with`` works too.

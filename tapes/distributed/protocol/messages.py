@@ -29,7 +29,7 @@ from tapes.processes import Process
 from tapes.snapshot import Description, Family, Snapshot
 from tapes.sums import Number
 
-HEARTBEAT_SECONDS = 10.0  # maximum seconds between two publications of a worker, also if nothing has changed
+HEARTBEAT_SECONDS = 10.0  # maximum seconds between two publications of a worker, even if nothing has changed
 HEARTBEAT_TIMEOUT_SECONDS = 6 * HEARTBEAT_SECONDS
 """Seconds without a publication after which a worker counts as dead if its pid can't be watched."""
 

@@ -3,9 +3,10 @@
 A message is one MessagePack array: wire version, type, fields.
 
 Versions. A release reads its own version and the one before, so the workers of the release before it go on.
-An older aggregator refuses messages that it can't read. A newer worker then asks it to hand over, by a
-message whose layout is the same in every version, as that of its reply is (`HandOver`, `Reply`). If you
-change any other layout, raise `VERSION` and have the decoder read the layout before.
+An older aggregator refuses messages that it can't read. A newer worker then asks it to hand over; the layouts
+of that message and of its reply never change (`HandOver`, `Reply`). If you change another layout, or add a
+kind of metric or a merge mode, raise `VERSION`, have the decoder read the layout before, and answer each
+request in its own version.
 
     1   the first
 

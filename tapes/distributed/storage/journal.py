@@ -12,7 +12,7 @@ they include, and the last move of a cursor counts.
 
 There is no ``fsync``: files outlive every process, and none outlives the machine.
 
-The aggregator sets the file's time of modification every 10 s, also when nothing changes. A process of
+The aggregator sets the file's time of modification every 10 s, even when nothing changes. A process of
 another pid namespace, as in another container, can't check by pids whether the service lives; so it looks at
 the age of the files.
 

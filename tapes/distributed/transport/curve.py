@@ -58,7 +58,7 @@ class Pair(NamedTuple):
 class KeyFile:
     """The file of the service's key pair, as ``zmq.auth.create_certificates`` writes it.
 
-    It is read once, when first needed. Sockets that are opened later, also in forked children, do not need
+    It is read once, when first needed. Sockets that are opened later, even in forked children, do not need
     the file: it may be removed by then, or not readable any more.
     """
 

@@ -20,7 +20,7 @@ from tapes.session import Connect, LocalSession, Session
 
 _BUDGET_SECONDS = 0.25  # maximum time in which every value is flushed at once
 _SHARE = 20
-_TOO_LONG_SECONDS = 0.5  # a round trip of this time had no reply; another one would have none either
+_TOO_LONG_SECONDS = 0.9  # a round trip of this time had no reply; another one would have none either
 
 _log = logging.getLogger("tapes.distributed")
 
