@@ -100,7 +100,7 @@ _keys = _keys_one_by_one if sys.implementation.name == "pypy" else _keys_at_once
 def bin_keys(values: Sequence[Number], low: float = inf, high: float = -inf) -> _Binned:
     """Return the key of every value, one at least, and the extremes of ``values``, ``low`` and ``high``.
 
-    The result is meaningless if a value is not finite. Raises `TypeError` if one is no number.
+    The result is meaningless if a value is not finite. Raises `TypeError` if one is not a number.
     """
     try:
         return _keys(values, low, high)

@@ -80,7 +80,7 @@ def register(registry: Any) -> None:
 def register_user(user: Any) -> None:
     """Have the hooks of a user of registries called: before theirs before a fork, and after them after it.
 
-    In a child that is no worker (`fork_helper`), ``user.after_in_helper()`` is called instead.
+    In a child that is not a worker (`fork_helper`), ``user.after_in_helper()`` is called instead.
     """
     _users.add(user)
 
@@ -122,7 +122,7 @@ def import_module(name: str) -> Any:
 
 
 def fork_helper() -> int:
-    """Fork a child that is no worker: in it, and in those it forks, registries stay as they are."""
+    """Fork a child that is not a worker: in it, and in those it forks, registries stay as they are."""
     _here.helper_thread = threading.get_ident()
     try:
         pid = os.fork()

@@ -131,7 +131,8 @@ class Makers(Faced):
             producer: A zero-argument callable that returns the value, run at every read; without one the
                 value is what was set. The newest producer replaces an earlier one.
             merge: ``sum``, ``max``, ``min``, ``mean`` or ``each`` (one series per worker) of live workers, to
-                which an exited one contributes nothing; or ``last``: the value set last, even if its worker has exited.
+                which an exited one contributes nothing; or ``last``: the value set last, even if its worker
+                has exited.
             weak: Do not keep the producer alive, nor the object that it is a method of.
             labels: The labels.
             **more_labels: Labels too.

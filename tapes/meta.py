@@ -29,7 +29,7 @@ def metered_meta(metrics: Iterable[tuple[str, str, Callable[[str], Any]]], base:
         base: The metaclass to extend, most often ``abc.ABCMeta``.
 
     Raises:
-        InvalidArgument: If one of ``metrics`` is not such a tuple, or ``base`` is no metaclass.
+        InvalidArgument: If one of ``metrics`` is not such a tuple, or ``base`` is not a metaclass.
 
     Example:
         >>> import abc, tapes

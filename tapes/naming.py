@@ -36,7 +36,7 @@ def check_name(name: str) -> str:
     """Return ``name`` if it can be a metric's name.
 
     Raises:
-        InvalidName: If it is no string, has an empty segment or unprintable characters, is too long, or
+        InvalidName: If it is not a string, has an empty segment or unprintable characters, is too long, or
             starts a segment with ``{``, as the selectors of labelled series do in ``get_stats()``.
     """
     if not isinstance(name, str):

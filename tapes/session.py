@@ -10,8 +10,8 @@ Theory of the first use. A forked child may be about to close all descriptors, o
 So a fork hook opens nothing. The metrics of the child *sleep* (`tapes.metrics.sleeping`): the first recorded
 value calls `Session.woken`, and that or the first read connects. A recording call does not wait for it: a
 thread connects. A child that inherited gauges with producers has values without recording any, so it
-connects shortly after the fork. The master of a server is not a worker, but its threads and hooks may record. So
-its metrics sleep too once it has forked a worker, and it connects if it records.
+connects shortly after the fork. The master of a server is not a worker, but its threads and hooks may
+record. So its metrics sleep too once it has forked a worker, and it connects if it records.
 """
 
 from __future__ import annotations

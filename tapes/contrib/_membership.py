@@ -5,7 +5,7 @@ multiprocessing (uvicorn, hypercorn and granian have one), and ``wsgi.multiproce
 test client and a notebook show none of them: there nothing is started, and the process answers for itself.
 
 A process joins when its adapter is made, so that it counts before its first request. A thread does that, and
-delays nothing. An adapter that is made in a server's master, which is no worker, only chooses the address of
+delays nothing. An adapter that is made in a server's master, not a worker, only chooses the address of
 the service. The master's children join shortly after they are forked, and the master itself if it records
 something after that. If ``wsgi.multiprocess`` is the only sign, a process joins with its first request.
 """
@@ -136,7 +136,7 @@ class Membership:
             self._delayed.start()
 
     def after_in_helper(self) -> None:
-        """Called in a child that is no worker; it does not join."""
+        """Called in a child that is not a worker; it does not join."""
 
     def answer(self, accept: str = "", query: str = "") -> Answer:
         """Return the metrics of the whole service, or a 503 with the reason; may wait a second."""
@@ -263,7 +263,7 @@ def _functions_of(frame: Any, *modules: str) -> set[str]:
 
 
 def _is_of_a_pool() -> bool:
-    """Return whether this is a child of a pool, which is no server: only a request joins."""
+    """Return whether this is a child of a pool, which is not a server: only a request joins."""
     target = getattr(multiprocessing.current_process(), "_target", None)
     return getattr(target, "__module__", "") in ("multiprocessing.pool", "concurrent.futures.process")
 
@@ -294,7 +294,7 @@ def _join(registry: Registry, is_hint: bool) -> None:
         )
     if is_hint and this_service().root == forks.this_process():
         raise AggregatorUnavailable(
-            "the server says that there are several processes, but what they have in common can't be seen",
+            "the server has several processes, but what they have in common can't be seen",
             remedy="start it by tapes run -- COMMAND, or set TAPES_ADDR to where they are to meet",
         )
     address = getattr(registry, "socket_addr", None)

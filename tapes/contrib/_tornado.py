@@ -173,7 +173,7 @@ class Routes:
             for target, rule in _walk(self._application, (), None, routers):
                 index.setdefault(target, []).append(rule)
             self._index = sum([len(router.rules) for router in routers]), routers, index
-        # 2. Look up the handler. One for errors or for unmatched paths is no route.
+        # 2. Look up the handler. One for errors or for unmatched paths is not a route.
         handler = getattr(delegate, "handler_class", None)
         for_unmatched = handler and delegate.application.settings.get("default_handler_class")
         is_error = handler is not None and (issubclass(handler, ErrorHandler) or handler is for_unmatched)

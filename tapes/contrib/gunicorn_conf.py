@@ -33,7 +33,7 @@ import tapes as _tapes
 __all__ = ["on_exit", "on_starting", "post_fork", "with_tapes", "worker_exit"]
 
 _registry = _tapes.default_registry
-# The master is no worker, whatever TAPES_ADDR says.
+# The master is not a worker, whatever TAPES_ADDR is.
 _registry.session.stay_local()
 
 

@@ -70,8 +70,8 @@ class DistributedRegistry(Registry):
     def connect(self) -> None:
         """Connect to the aggregator; call it in every worker, after the fork.
 
-        Returns at once, even if the aggregator is not running yet. Does nothing if connected already. Processes
-        that this one forks or spawns connect automatically.
+        Returns at once, even if the aggregator is not running yet. Does nothing if connected already.
+        Processes that this one forks or spawns connect automatically.
         """
         connection.connect(self, self.socket_addr)
 

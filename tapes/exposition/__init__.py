@@ -67,7 +67,7 @@ def negotiate(accept: str = "", wanted: str = "") -> str:
 
     Args:
         accept: The request's ``Accept`` header; several lines are one list, joined by commas.
-        wanted: The value of ``?format=``, which wins; raises `InvalidArgument` if it is no format.
+        wanted: The value of ``?format=``, which wins; raises `InvalidArgument` if it is not a format.
     """
     if wanted in FORMS:
         return wanted

@@ -35,8 +35,8 @@ class Metric(Folding):
     destructors. A forked child counts from zero, whatever threads its parent had. What the child inherits is
     detached, as several processes have it and it counts once.
 
-    Copying a metric, even deeply, returns the metric itself. A pickled metric of the default registry is the one of its
-    name and labels in the process that unpickles it; a metric of another registry can't be pickled.
+    Copying a metric, even deeply, returns the metric itself. A pickled metric of the default registry is the
+    one of its name and labels in the process that unpickles it. No other metric can be pickled.
     """
 
     kind: ClassVar[str]

@@ -154,8 +154,8 @@ class Folding(Guided):
         which is atomic, in any case.
 
         A signal handler may raise as soon as a call returns. So the lock is taken within the block that
-        releases it, and releasing a lock that was not taken is no error. A ``with`` block would be less safe:
-        its calls of ``__enter__`` and ``__exit__`` are outside of what it protects.
+        releases it, which ignores a lock that was not taken. A ``with`` block would be less safe: it does not
+        protect its own calls of ``__enter__`` and ``__exit__``.
         """
         lock = self._lock
         try:

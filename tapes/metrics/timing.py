@@ -74,7 +74,7 @@ class Timing:
                 expected="a function",
                 remedy="put @staticmethod and @classmethod above it",
             )
-        call = type(function).__call__  # of an object that is no function
+        call = type(function).__call__  # of an object that is not a function
         timer = self._timer
         for is_one, wrap in _WRAPS:
             if is_one(function) or is_one(call):
@@ -266,7 +266,7 @@ def _rest_of_future(result: Any, timer: _Timer, spent: float) -> Any:
 
     try:
         result.add_done_callback(done)
-    except Exception:  # it is no future after all: the call has ended
+    except Exception:  # it is not a future after all: the call has ended
         timer.update(spent)
     return result
 

@@ -43,17 +43,17 @@ _MAX_PARTS = 64  # maximum number of floats in an exact sum; 40 are enough for a
 
 
 def _list(value: Any) -> tuple[Any, ...]:
-    check(type(value) is tuple, "something that is no list")
+    check(type(value) is tuple, "a value that is not a list")
     return value  # type: ignore[no-any-return]
 
 
 def _text(value: Any) -> str:
-    check(type(value) is str, "something that is no text")
+    check(type(value) is str, "a value that is not a text")
     return value  # type: ignore[no-any-return]
 
 
 def _bytes(value: Any) -> bytes:
-    check(type(value) is bytes, "something that is no bytes")
+    check(type(value) is bytes, "a value that is not bytes")
     return value  # type: ignore[no-any-return]
 
 
@@ -130,8 +130,8 @@ def _sketch(plain: Any, least: int = -MAX_KEY) -> Sketch:
     if _whole(count, 0, MAX_VALUES) == 0:
         check(plain == _EMPTY, "values of which there are none")
         return EMPTY
-    check({type(keys), type(counts), type(weights)} == {tuple}, "bins that are no lists")
-    packed = array("h", keys), counts_array(counts), array("d", weights)  # or what is in them is no number
+    check({type(keys), type(counts), type(weights)} == {tuple}, "bins that are not lists")
+    packed = array("h", keys), counts_array(counts), array("d", weights)  # or what is in them is not a number
     check(len(keys) == len(counts) == len(weights), "bins that do not match")
     check(all(map(lt, keys, keys[1:])), "bins out of order")
     check(keys[0] >= least and keys[-1] <= MAX_KEY, "a bin out of range")
@@ -201,13 +201,13 @@ def _tuple_of(element: Callable[[Unpacker], Any]) -> Callable[[Unpacker], tuple[
 
 
 def _pair(read: Unpacker) -> tuple[str, str]:
-    check(read.count() == 2, "pairs that are none")
+    check(read.count() == 2, "malformed pairs")
     return _text(read.flat()), _text(read.flat())
 
 
 def _in_parts(what: str, *readers: Callable[[Unpacker], Any]) -> Callable[[Unpacker], tuple[Any, ...]]:
     def read_parts(read: Unpacker) -> tuple[Any, ...]:
-        check(read.count() == len(readers), f"{what} that is none")
+        check(read.count() == len(readers), f"{what} with another number of fields")
         return tuple([read_part(read) for read_part in readers])
 
     return read_parts
@@ -242,7 +242,7 @@ def _identity(read: Unpacker) -> bytes:
 
 
 def _process(read: Unpacker) -> Process:
-    check(read.count() == 2, "a process that is none")
+    check(read.count() == 2, "a malformed process")
     return Process(_whole(read.flat(), 1, (1 << 31) - 1), _whole(read.flat()))
 
 
@@ -251,7 +251,7 @@ def _processes(read: Unpacker) -> tuple[Process, ...]:
 
 
 def _update(read: Unpacker, fields: int | None = None, *, is_ancestor: bool = False) -> Update:
-    check((read.count() if fields is None else fields) == len(Update._fields), "an update that is none")
+    check((read.count() if fields is None else fields) == len(Update._fields), "a malformed update")
     ancestors = _no_ancestors if is_ancestor else _ancestors
     update = Update(
         _identity(read), _process(read), _text(read.flat()), _whole(read.flat(), 1), _whole(read.flat()),
@@ -274,7 +274,7 @@ def _no_ancestors(read: Unpacker) -> tuple[Update, ...]:
 def _sent_count(read: Unpacker) -> messages.SentCount:
     name, labels, sent = _list(read.either(_long_sent_count))
     exact: Any = None if sent is None else tuple(map(_exact, _list(sent)))
-    check(exact is None or len(exact) == 3, "a count that is none")
+    check(exact is None or len(exact) == 3, "a malformed count")
     return messages.SentCount(_name(name), _labels(labels), exact)
 
 

@@ -75,7 +75,7 @@ class Unpacker:
     def flat(self) -> Any:
         """Return the next value, which has no parts: a number, or a text or bytes of any length."""
         ahead = self._ahead
-        check(self._data[ahead.tell()] not in _HAS_PARTS, "parts where there are none")
+        check(self._data[ahead.tell()] not in _HAS_PARTS, "a nested value where a plain one belongs")
         ahead.skip()
         return self._here.unpack()
 

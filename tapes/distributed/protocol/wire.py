@@ -74,7 +74,7 @@ def frames(answer: bytes) -> list[bytes | memoryview]:
 def decode(data: bytes | memoryview, *, most: float | None = None) -> Message:
     """Return the message in ``data``; raises `WireError` if it is not one of ours.
 
-    A message that is no reply has ``most`` bytes at most; `MAX_BYTES` by default.
+    A message that is not a reply has ``most`` bytes at most; `MAX_BYTES` by default.
     """
     try:
         if data[2 : 2 + len(_REPLY)] == _REPLY:

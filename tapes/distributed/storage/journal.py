@@ -42,7 +42,7 @@ _SLICE_SECONDS = 0.005  # maximum seconds of one slice
 
 
 class JournalFile:
-    """The files of a journal; there are none if the address is no file.
+    """The files of a journal; there are none if the address is not a file.
 
     `append` is safe from any thread; everything else belongs to the aggregator's loop.
 

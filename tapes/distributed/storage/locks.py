@@ -40,7 +40,7 @@ class _Holder:
 
 
 def is_served(endpoints: Endpoints) -> bool:
-    """Return whether a process holds the lock of ``endpoints``; ``False`` where there is no lock file."""
+    """Return whether a process holds the lock of ``endpoints``; ``False`` where there is not a lock file."""
     return _inspect(endpoints)[0]
 
 

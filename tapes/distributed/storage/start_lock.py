@@ -57,7 +57,7 @@ class _StartLock:
         """Try once to take the lock; return whether it is held, or can't be a lock."""
         while True:
             self.close()
-            # 1. Open the file. If another user has made it, it is no lock.
+            # 1. Open the file. If another user has made it, it is not a lock.
             if not self._open(makes_directory) or self._is_foreign(os.fstat(self._fd)):
                 return True
             # 2. The processes of the service's user have to lock the file too.

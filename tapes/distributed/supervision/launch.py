@@ -1,7 +1,7 @@
 """Starting an aggregator in a process of its own.
 
-The process is detached. It has its own session and is no child of the starter, so no server reaps, signals or
-restarts it. It reports on a pipe that it is ready, or why it can't start. It runs
+The process is detached. It has its own session and is not a child of the starter, so no server reaps, signals
+or restarts it. It reports on a pipe that it is ready, or why it can't start. It runs
 `tapes.distributed.aggregator.main`, which no worker imports.
 """
 

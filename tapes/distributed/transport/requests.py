@@ -67,7 +67,7 @@ class SocketPool:
         self._idle.append(socket)
 
     def close(self, *, is_unused: bool) -> None:
-        """Close the idle sockets; and the context, if ``is_unused`` says that no other socket is open."""
+        """Close the idle sockets; and the context, if ``is_unused`` means that no other socket is open."""
         while self._idle:
             self._idle.pop().close()
         context, self._context = self._context, None
@@ -80,7 +80,7 @@ def request(endpoints: Endpoints, socket: Socket, message: Request, deadline: fl
 
     If another aggregator replaces the one that got the message, it gets the message too: every request may be
     repeated. While the aggregator prepares a long reply, ``deadline`` is extended, to 10 s at most. Raises
-    AggregatorUnavailable if there is no reply by then, OlderAggregator, or WireError for the reply.
+    AggregatorUnavailable if there is not a reply by then, OlderAggregator, or WireError for the reply.
     """
     data = encode(message)
     latest = time.monotonic() + MAX_WAIT_SECONDS
