@@ -17,7 +17,7 @@ from tapes.clock import Clock
 from tapes.errors import InvalidArgument, safe_text
 from tapes.metrics.base import DOWN, Metric, Owner
 from tapes.metrics.folding import FULL, State
-from tapes.metrics.merging import MERGE_MODES, GaugeState, MergeMode
+from tapes.metrics.gauge_state import MERGE_MODES, GaugeState, MergeMode
 from tapes.metrics.sifting import checked_number
 from tapes.metrics.sleeping import SleepingBuffer
 from tapes.naming import Labels

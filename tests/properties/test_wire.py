@@ -27,7 +27,7 @@ from tapes.distributed.protocol.messages import (
 )
 from tapes.distributed.protocol.wire import VERSION, decode, encode
 from tapes.errors import WireError
-from tapes.metrics import MERGE_MODES, CounterState, GaugeState
+from tapes.metrics import KINDS, MERGE_MODES, CounterState, GaugeState
 from tapes.metrics.origin import Origin
 from tapes.processes import Process
 from tapes.snapshot import Description
@@ -186,3 +186,11 @@ def test_a_nan_is_refused():
     tree[7][0][3][0] = math.nan
     with pytest.raises(WireError, match="finite"):
         decode(msgpack.packb(tree))
+
+
+def test_a_new_kind_or_merge_mode_raises_the_version():
+    """An older release refuses whole updates that have one. If this test fails, raise `VERSION` too."""
+    modes = ("sum", "max", "min", "mean", "last", "each")
+    assert (VERSION, MERGE_MODES, tuple(KINDS)) == (
+        1, modes, ("counter", "gauge", "histogram", "meter", "timer"),
+    )  # fmt: skip

@@ -1,8 +1,8 @@
-"""How the gauges of several workers become one."""
+"""The state of a gauge, and how the gauges of several workers become one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 from tapes.naming import Labels
@@ -10,15 +10,30 @@ from tapes.snapshot import GaugeSeries
 from tapes.sums import Number, Total
 
 MergeMode = Literal["sum", "max", "min", "mean", "last", "each"]
-MERGE_MODES = ("sum", "max", "min", "mean", "last", "each")
-"""How the gauges of several workers become one.
+
+
+def _sum(values: list[Number]) -> Number:
+    return Total().add(values).value
+
+
+_MERGED: dict[str, Callable[[list[Number]], Number]] = {
+    "sum": _sum,
+    "max": max,
+    "min": min,
+    "mean": lambda values: _sum(values) / len(values),
+    "last": lambda values: values[-1],
+    "each": _sum,
+}
+"""What becomes of the values of all workers, of which the newest comes last.
 
 ``sum``, ``max``, ``min``, ``mean``: the sum, maximum, minimum and mean over live workers. An exited worker
 contributes nothing.
 ``last``: the value that was set last. It stays after the worker that set it has exited, until another worker
 sets one.
-``each``: one series for each live worker, labelled ``worker``. The series of an exited worker goes.
+``each``: one series for each live worker, labelled ``worker``. The series of an exited worker goes. Several
+gauges of one worker are added.
 """
+MERGE_MODES = tuple(_MERGED)
 
 
 class GaugeState(NamedTuple):
@@ -41,17 +56,9 @@ class GaugeState(NamedTuple):
         newest = every[-1]
         values = [state.value for state in every if state.value is not None]
         was_set = [state.value for state in every if state.value is not None and state.since is not None]
-        value: Number | None
-        if not was_set:
-            value = values[-1] if values else None
-        elif newest.mode in ("max", "min"):
-            value = max(was_set) if newest.mode == "max" else min(was_set)
-        elif newest.mode == "last":
-            value = was_set[-1]
-        else:
-            value = Total().add(was_set).value
-            value = value / len(was_set) if newest.mode == "mean" else value
-        return GaugeState(value, newest.mode, newest.since)
+        if was_set:
+            return GaugeState(_MERGED[newest.mode](was_set), newest.mode, newest.since)
+        return GaugeState(values[-1] if values else None, newest.mode, newest.since)
 
     @staticmethod
     def add(states: Iterable[GaugeState]) -> GaugeState:
@@ -59,7 +66,7 @@ class GaugeState(NamedTuple):
         every = list(states)
         newest = max(every, key=_age_key)
         values = [state.value for state in every if state.value is not None]
-        return GaugeState(Total().add(values).value if values else None, newest.mode, newest.since)
+        return GaugeState(_sum(values) if values else None, newest.mode, newest.since)
 
     @property
     def is_empty(self) -> bool:
