@@ -88,7 +88,7 @@ class Metric(Folding):
             self._inherited = None
             return state
 
-        return cast("State", self._locked(swap, wait=True, insist=True))
+        return cast("State", self._locked(swap))
 
     def detach_inherited(self) -> Metric | None:
         """Begin from zero in a forked child; return a metric of what is inherited, ``None`` if nothing is.
@@ -128,7 +128,7 @@ class Metric(Folding):
                     return
 
         if state is not None:
-            self._locked(note, wait=True, insist=True)
+            self._locked(note)
 
     def _reject(self, value: Any, why: str) -> None:
         self._owner.rejected(self, value, why)

@@ -112,7 +112,9 @@ def _is_down(value: Any) -> bool:
 
 def add_ones(total: Total, n: int) -> Total:
     """Return ``total`` with ``n`` added; raises as `add_up`."""
-    return _bounded(Total(total.whole + n, total.parts))
+    whole, parts = total
+    whole += n
+    return Total(whole, ()) if not parts and whole < LIMIT else _bounded(Total(whole, parts))
 
 
 def add_up(total: Total, values: list[Any]) -> Total:

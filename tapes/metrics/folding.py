@@ -147,11 +147,8 @@ class Folding(Guided):
         self._folding = False
         self._pid = os.getpid()
 
-    def _locked(self, action: Callable[[], T], *, wait: bool, insist: bool = False) -> T | None:
-        """Call ``action`` with the lock held and return its result; ``None`` if it was not called.
-
-        With ``wait`` it waits for another thread, a second at most. With ``insist`` it then calls ``action``,
-        which is atomic, in any case.
+    def _fold(self, now: float, *, wait: bool = False) -> None:
+        """Fold what is pending, unless another thread does; with ``wait`` wait for that, a second at most.
 
         A signal handler may raise as soon as a call returns. So the lock is taken within the block that
         releases it, which ignores a lock that was not taken. A ``with`` block would be less safe: it does not
@@ -159,22 +156,27 @@ class Folding(Guided):
         """
         lock = self._lock
         try:
-            is_ours = lock.acquire(False)
-            if not is_ours and self._pid != os.getpid():  # forked by a server in C, which runs no hooks
-                self._renew_lock()
-                lock = self._lock
-                is_ours = lock.acquire(False)
-            if not is_ours and wait:
-                is_ours = lock.acquire(timeout=_WAIT_SECONDS)
-            return action() if is_ours or insist else None
+            if not lock.acquire(False):
+                if self._pid != os.getpid():  # forked by a server in C, which runs no hooks
+                    self._renew_lock()
+                    lock = self._lock
+                if not (lock.acquire(timeout=_WAIT_SECONDS) if wait else lock.acquire(False)):
+                    return
+            if self._folding:  # a signal handler interrupts a fold of this thread
+                return
+            try:
+                self._folding = True
+                self._pid = os.getpid()
+                self._fold_batches(now)
+                if wait:
+                    self._compact()
+            finally:
+                self._folding = False
         finally:
             try:  # noqa: SIM105 - suppress() is a call, after which a handler may raise
                 lock.release()
             except RuntimeError:
                 pass
-
-    def _fold(self, now: float, *, wait: bool = False) -> None:
-        self._locked(lambda: self._fold_once(now, wait), wait=wait)
         while self._bad:
             try:
                 value, why = self._bad.pop(0)
@@ -182,17 +184,17 @@ class Folding(Guided):
                 return
             self._reject(value, why)
 
-    def _fold_once(self, now: float, wait: bool) -> None:
-        if self._folding:  # a signal handler interrupts a fold of this thread
-            return
-        try:
-            self._folding = True
-            self._pid = os.getpid()
-            self._fold_batches(now)
-            if wait:
-                self._compact()
+    def _locked(self, action: Callable[[], T]) -> T:
+        """Return what ``action`` returns, which is atomic; wait for the lock first, a second at most."""
+        lock = self._lock
+        try:  # as in `_fold`
+            lock.acquire(timeout=_WAIT_SECONDS)
+            return action()
         finally:
-            self._folding = False
+            try:  # noqa: SIM105
+                lock.release()
+            except RuntimeError:
+                pass
 
     def _fold_batches(self, now: float) -> None:
         buffer = self._pending
@@ -217,7 +219,8 @@ class Folding(Guided):
                 if self._pending is not buffer:  # forked meanwhile, and in the child all was detached
                     self._fold_batches(now)
                     return
-            self._bad += bad
+            if bad:
+                self._bad += bad
             if interruption is not None:
                 raise interruption
             pending -= taken

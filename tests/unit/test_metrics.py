@@ -326,7 +326,7 @@ def test_a_read_that_interrupts_a_fold_anywhere_is_answered(registry, line):
     histogram = registry.histogram("h")
     histogram.update(1.0)
     lines = set()
-    for function in (Folding._fold_once, Folding._fold_batches):
+    for function in (Folding._fold, Folding._fold_batches):
         source, first = inspect.getsourcelines(function)
         lines |= {first + n for n, text in enumerate(source) if line in text}
     assert lines
