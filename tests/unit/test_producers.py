@@ -278,3 +278,20 @@ def test_a_read_leaves_no_thread_behind(registry):
     for _ in range(200):
         registry.snapshot()
         assert set(threading.enumerate()) <= before
+
+
+def test_a_read_waits_while_another_thread_starts_the_thread_of_producers(registry):
+    """The thread that starts it may be slow; a read that comes meanwhile has the value of the gauge."""
+    producers = Producers(registry)
+    gauge = registry.gauge("g", lambda: 1)
+    assert producers._starting.acquire(False)  # as the other thread does
+
+    def run():
+        registry.refresh(is_read=False)
+        producers._ran.set()
+
+    timer = threading.Timer(0.05, run)
+    timer.start()
+    producers.await_first()
+    assert not gauge.awaits_producer
+    timer.join()

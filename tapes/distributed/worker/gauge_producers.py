@@ -27,20 +27,28 @@ class Producers:
         self._wake: Any = threads.unpatched("_thread", "allocate_lock")()
         self._wake.acquire()
 
-    def ensure_running(self) -> None:
-        """Start the thread, if a gauge has a producer; where no thread can run, run them here."""
-        if self._thread is None and not self._stopped and any(self._gauges()):
-            if not threads.can_run():
-                self._registry.refresh(_INTERVAL_SECONDS)
-            elif self._starting.acquire(False):  # never released: one thread is enough
-                thread = threads.NativeThread(self._run, "tapes-producers")
-                try:
-                    thread.start()
-                except RuntimeError:
-                    self._starting.release()
-                    self._registry.refresh(_INTERVAL_SECONDS)
-                else:
-                    self._thread = thread
+    def ensure_running(self) -> bool:
+        """Start the thread, if a gauge has a producer; where no thread can run, run them here.
+
+        Returns whether a thread runs them.
+        """
+        if self._thread is not None:
+            return True
+        if self._stopped or not any(self._gauges()):
+            return False
+        if threads.can_run():
+            if not self._starting.acquire(False):  # never released: one thread is enough
+                return True
+            thread = threads.NativeThread(self._run, "tapes-producers")
+            try:
+                thread.start()
+            except RuntimeError:
+                self._starting.release()
+            else:
+                self._thread = thread
+                return True
+        self._registry.refresh(_INTERVAL_SECONDS)
+        return False
 
     def await_first(self) -> None:
         """Wait for producers that have not run yet, 0.5 s at most."""
@@ -49,9 +57,8 @@ class Producers:
             if not any(gauge.awaits_producer for gauge in self._gauges()):
                 return
             self._ran.clear()
-            self.ensure_running()
-            self._signal()
-            if self._thread is not None:
+            if self.ensure_running():
+                self._signal()
                 self._ran.wait(max(deadline - time.monotonic(), 0.0))
 
     def stop(self, timeout_seconds: float) -> bool:
